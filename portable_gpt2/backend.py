@@ -1,0 +1,372 @@
+"""The abstract interface between the portable code and an array framework, and how a backend is found.
+
+A backend is an array-API namespace plus the few services that the standard lacks. Everything in this package computes
+through one; what a framework does differently is written in its adapter and nowhere else. Adapters are found through
+the entry-point group ``portable_gpt2.backends``, so that a third party adds one from a package of its own: the name of
+an entry point is its framework's top-level module, its value a subclass of `Backend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+ENTRY_POINTS = "portable_gpt2.backends"
+DEFAULT_VARIABLE = "PORTABLE_GPT2_BACKEND"
+
+
+class BackendNotInstalled(ImportError):
+    """A backend that was asked for is unknown, or its framework cannot be imported."""
+
+
+class Backend:
+    """What the portable code asks of an array framework.
+
+    An adapter subclasses this and overrides what its framework does differently. `name`, `array_types`, `xp`,
+    `_dtypes`, `devices`, `_find_device`, `device`, `from_numpy` and `to_numpy` have no sensible default; the rest has
+    one.
+
+    Parameters
+    ----------
+    device : str or the framework's own device object, optional
+        Where arrays made by this backend live; None leaves the choice to the framework.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device. The message lists those that there are.
+    """
+
+    name: ClassVar[str]
+    """What the backend is called: its framework's top-level module."""
+
+    array_types: ClassVar[tuple[type, ...]]
+    """The classes whose instances, tracers and subclasses included, are this backend's arrays."""
+
+    xp: ClassVar[Any]
+    """The array-API namespace over the framework's own arrays: no wrapper class goes in or comes out."""
+
+    kernels: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    """The framework's own implementations of portable ops, by the op's name and with its signature.
+
+    The arrays that reach a kernel belong to this backend and their float dtypes are equal; nothing else has been
+    checked. A kernel returns NotImplemented for a shape, dtype or axis that it does not take, malformed ones
+    included, and the definition, with its checks, runs instead.
+    """
+
+    recompiles: ClassVar[bool] = False
+    """Whether `compile` compiles anew for each new shape, so that it pays to pad to few sizes."""
+
+    _dtypes: ClassVar[Mapping[str, Any]]
+    """The framework's floating dtypes by name: float32, and those of float64, bfloat16, float16 that it has."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.default_device = None if device is None else self.find_device(device)
+
+    def __repr__(self) -> str:
+        where = "" if self.default_device is None else f", device={str(self.default_device)!r}"
+        return f"get_backend({self.name!r}{where})"
+
+    # Shapes and dtypes
+
+    def shape(self, x: Any) -> tuple[Any, ...]:
+        """Return the shape of x as a tuple; a dimension unknown while tracing is a scalar array (`shape_list`)."""
+        return tuple(x.shape)
+
+    def is_empty(self, x: Any) -> bool:
+        """Return whether x is known to hold no element."""
+        return any(isinstance(n, int) and n == 0 for n in self.shape(x))
+
+    def dtype(self, name: str) -> Any:
+        """Return the framework's floating dtype of that name, 16-bit ones included, which the standard does not know.
+
+        Raises
+        ------
+        ValueError
+            If the framework has no such dtype. The message lists those that it has.
+        """
+        try:
+            return self._dtypes[name]
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"backend {self.name!r} has no floating dtype {name!r}; choose one of {', '.join(self._dtypes)}"
+            ) from None
+
+    def host_dtype(self, name: str) -> np.dtype:
+        """Return NumPy's dtype of that name, ml_dtypes' bfloat16 included; ValueError as in `dtype`."""
+        self.dtype(name)
+        return np.dtype(getattr(ml_dtypes, name, None) or name)
+
+    def dtype_name(self, x: Any) -> str | None:
+        """Return the name of x's floating dtype, or None if it is not one of float16 to float64."""
+        return self._dtype_names.get(x.dtype)
+
+    def is_floating(self, x: Any) -> bool:
+        """Return whether x is of a floating dtype that the portable code computes with."""
+        return x.dtype in self._dtype_names
+
+    @functools.cached_property
+    def _dtype_names(self) -> dict[Any, str]:
+        return {dtype: name for name, dtype in self._dtypes.items()}
+
+    # Devices
+
+    def devices(self) -> list[str]:
+        """Return the devices that there are, as strings such as ``cpu``, ``cuda:0``."""
+        raise NotImplementedError
+
+    def find_device(self, device: Any) -> Any:
+        """Return the framework's own object for a device named by a string; its own objects pass through.
+
+        Raises
+        ------
+        ValueError
+            If there is no such device. The message lists those that there are.
+        """
+        found = self._find_device(device)
+        if found is None:
+            raise ValueError(
+                f"backend {self.name!r} has no device {device!r}; the devices here are {', '.join(self.devices())}"
+            )
+        return found
+
+    def _find_device(self, device: Any) -> Any:
+        """Return the framework's own object for device, or None if there is no such device."""
+        raise NotImplementedError
+
+    def device(self, x: Any) -> str:
+        """Return where x lives, as one of the strings of `devices`."""
+        raise NotImplementedError
+
+    def on(self, device: Any) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which everything computed lives on device (None: wherever its inputs live).
+
+        Only a framework that computes on its default device wherever the inputs live needs to do anything here.
+        """
+        return contextlib.nullcontext()
+
+    # To and from the host
+
+    def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
+        """Return a NumPy array as this framework's, on device or else on the backend's default device.
+
+        The conversion to dtype is done on the host, so that the bits are the same on every backend; where the
+        framework can, nothing is copied. The result may share memory with a writeable a.
+
+        Raises
+        ------
+        TypeError
+            If the framework would silently narrow the dtype. The message names the switch that permits it.
+        """
+        raise NotImplementedError
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        """Return x on the host, where nothing need be copied as a view; bfloat16 becomes ml_dtypes' bfloat16."""
+        raise NotImplementedError
+
+    # What the standard lacks
+
+    def arange(self, n: Any, *, like: Any) -> Any:
+        """Return the integers 0 to n - 1 on like's device, with its sharding; n may be a scalar array."""
+        return self.xp.arange(n, device=like.device)
+
+    def zeros(self, shape: tuple[int, ...], *, like: Any) -> Any:
+        """Return zeros of like's dtype, on its device, with its sharding."""
+        return self.xp.zeros(shape, dtype=like.dtype, device=like.device)
+
+    def write(self, buffer: Any, value: Any, start: Any) -> Any:
+        """Return buffer [..., capacity, d] with rows start to start + n - 1 replaced by value [..., n, d].
+
+        It may reuse buffer's memory, so only the result may be read. It is not differentiable. The caller has checked
+        that start + n is at most capacity.
+        """
+        buffer[..., start : start + self.shape(value)[-2], :] = value
+        return buffer
+
+    def prepare(self, params: Any) -> Any:
+        """Return the parameter tree in the memory layout that this backend likes best; names and shapes stay."""
+        return params
+
+    def compile(
+        self,
+        fn: Callable[..., Any],
+        *,
+        bound: Any = None,
+        static: tuple[str, ...] = (),
+        donate: tuple[str, ...] = (),
+    ) -> Callable[..., Any]:
+        """Return ``lambda *args: fn(bound, *args)``, compiled where eager code is not already fast.
+
+        bound are arrays that do not change. Python ints among the arguments (in trees too) that are not named in
+        static may vary from call to call without compiling anew. An argument named in donate is dead afterwards.
+        """
+        return functools.partial(fn, bound)
+
+
+# The one dispatch table: from an array's type to the backend that owns it. It holds the framework's own classes from the
+# moment an adapter is loaded, and every tracer or subclass once it was met.
+_BACKEND_OF_TYPE: dict[type, Backend] = {}
+_LOADED: dict[str, Backend] = {}
+_DEFAULT: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("portable_gpt2_backend", default=None)
+
+
+@functools.cache
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def known_backends() -> list[str]:
+    """Return the names of all backends that have an adapter here, their frameworks installed or not."""
+    return sorted(_entry_points())
+
+
+def available_backends() -> list[str]:
+    """Return the names of the backends whose framework can be imported here; none is imported to find out.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> "numpy" in pg.available_backends()
+    True
+    """
+    return [name for name in known_backends() if _is_importable(name)]
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def get_backend(name: str | Backend | None = None, device: Any = None) -> Backend:
+    """Return a backend by name, importing its framework if need be.
+
+    Parameters
+    ----------
+    name : str or Backend, optional
+        One of `available_backends`, or a backend itself. None is the default: what the innermost `use_backend` chose,
+        else the environment variable PORTABLE_GPT2_BACKEND, else ``numpy``.
+    device : str or the framework's own device object, optional
+        Where arrays made by this backend live, such as ``cpu`` or ``cuda:1``. None leaves it to the framework.
+
+    Raises
+    ------
+    BackendNotInstalled
+        If the name is unknown or its framework is not installed. The message says what to install.
+    ValueError
+        If there is no such device. The message lists those that there are.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> pg.get_backend("numpy", device="cpu").name
+    'numpy'
+    """
+    if name is None:
+        backend = _DEFAULT.get() or _load(os.environ.get(DEFAULT_VARIABLE) or "numpy")
+    else:
+        backend = name if isinstance(name, Backend) else _load(name)
+    return backend if device is None else type(backend)(device)
+
+
+def _load(name: str) -> Backend:
+    if name in _LOADED:
+        return _LOADED[name]
+    point = _entry_points().get(name)
+    if point is None:
+        raise BackendNotInstalled(f"unknown backend {name!r}; the known backends are {', '.join(known_backends())}")
+    if not _is_importable(name):
+        raise BackendNotInstalled(
+            f"backend {name!r} is known, but {name} is not installed: pip install 'portable-gpt2[{name}]' "
+            f"(installed here: {', '.join(available_backends())})"
+        )
+    try:
+        backend: Backend = point.load()()
+    except ImportError as error:
+        raise BackendNotInstalled(f"backend {name!r} could not be imported: {error}") from error
+    _LOADED[name] = backend
+    _BACKEND_OF_TYPE.update(dict.fromkeys(backend.array_types, backend))
+    return backend
+
+
+@contextlib.contextmanager
+def use_backend(name: str | Backend, device: Any = None) -> Iterator[Backend]:
+    """Make a backend the default within a ``with`` block, for this thread or asynchronous task alone.
+
+    The default decides what creates arrays from nothing (`get_backend`, `init_params`, `GPT2.load`); an op always
+    follows the arrays that it is given.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> with pg.use_backend("numpy"):
+    ...     pg.get_backend().name
+    'numpy'
+    """
+    backend = get_backend(name, device)
+    token = _DEFAULT.set(backend)
+    try:
+        yield backend
+    finally:
+        _DEFAULT.reset(token)
+
+
+def backend_of(x: Any) -> Backend:
+    """Return the backend that owns an array. No framework is imported that the program has not imported already.
+
+    Raises
+    ------
+    TypeError
+        If x is an array of no backend.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.backend_of(np.ones(3)).name
+    'numpy'
+    """
+    backend = _BACKEND_OF_TYPE.get(type(x))
+    return backend if backend is not None else _find_owner(x)
+
+
+def _find_owner(x: Any) -> Backend:
+    for name in known_backends():
+        if name in sys.modules and name not in _LOADED:
+            try:
+                _load(name)
+            except BackendNotInstalled as error:
+                warnings.warn(f"skipped a backend that cannot be loaded: {error}", RuntimeWarning, stacklevel=3)
+    for backend in list(_LOADED.values()):
+        if isinstance(x, backend.array_types):
+            _BACKEND_OF_TYPE[type(x)] = backend
+            return backend
+    raise TypeError(
+        f"expected an array of one of the backends {', '.join(known_backends())}; got {type(x).__module__}."
+        f"{type(x).__qualname__}. Make it an array of the framework that you use, such as numpy.asarray(x)"
+    )
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Return an array of any backend as a NumPy array on the host.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.to_numpy(pg.softmax(np.zeros(2)))
+    array([0.5, 0.5])
+    """
+    return backend_of(x).to_numpy(x)

@@ -1,0 +1,493 @@
+"""The operations that GPT-2 is made of, each written once in array-API terms.
+
+A function here is an op's meaning, its documentation and its fallback. `op` lets the arrays' backend run a kernel of
+its own in its place: ``softmax(x)`` runs the kernel, ``softmax.reference(x)`` always the definition.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from .backend import Backend, backend_of
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:  # importing it costs more than all of this package
+    from jaxtyping import Bool, Float, Int
+
+    Array = Any
+
+
+class Op(Protocol):
+    """An op: called, it may run a kernel of the arrays' backend; `reference` always runs the definition."""
+
+    reference: Callable[..., Any]
+    __name__: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+_KINDS = {"Int": "integral", "Bool": "bool"}
+
+
+class _Argument(NamedTuple):
+    """What a signature says of one array: its kind of dtype and the shapes that it may have."""
+
+    kind: str
+    shapes: list[list[str]]
+
+    def __str__(self) -> str:
+        return " or ".join(f"[{', '.join(shape)}]" for shape in self.shapes)
+
+
+def _read_annotation(annotation: str) -> _Argument | None:
+    """Read ``Float[Array, "nx nf"] | Float[Array, "1 nx nf"]``; None for what is no array."""
+    found = re.findall(r"(Float|Int|Bool)\[Array, ['\"](.*?)['\"]\]", annotation)
+    return _Argument(found[0][0], [shape.split() for _, shape in found]) if found else None
+
+
+def op(definition: Callable[..., Any]) -> Op:
+    """Let the arrays' backend supply a kernel for a definition, and check what the definition is given.
+
+    The checks are read from the definition's own annotations: arrays of one backend, floats of one dtype, integers
+    where it says Int, and shapes, of which the same name means the same length. A kernel runs once the backend and
+    the dtypes have been checked; the shapes are checked when it declines.
+
+    The definition computes in float32 at least: 16-bit arrays are widened before and the result is rounded once.
+    """
+    signature = inspect.signature(definition)
+    read = {name: _read_annotation(parameter.annotation) for name, parameter in signature.parameters.items()}
+    arrays = {name: argument for name, argument in read.items() if argument is not None}
+    name, names = definition.__name__, tuple(read)
+    floats = frozenset(key for key, argument in arrays.items() if argument.kind == "Float")
+
+    def check_types(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Backend:
+        """Refuse arrays of different backends, and floats of different dtypes or none. It runs on every call."""
+        owner = dtype = None
+        first = floating = ""
+        for key, x in chain(zip(names, args, strict=False), kwargs.items()) if kwargs else zip(names, args, strict=False):
+            if x is None or key not in arrays:
+                continue
+            backend = backend_of(x)
+            if owner is None:
+                owner, first = backend, key
+            elif backend is not owner:
+                raise TypeError(
+                    f"{name}: {first} is an array of {owner.name} and {key} one of {backend.name}; "
+                    f"give arrays of one framework"
+                )
+            if key in floats:
+                if dtype is None:
+                    dtype, floating = x.dtype, key
+                    if not backend.is_floating(x):
+                        raise TypeError(f"{name}: {key} has dtype {dtype}; expected {' or '.join(backend._dtypes)}")
+                elif x.dtype != dtype:
+                    raise TypeError(f"{name}: {floating} has dtype {dtype} and {key} has {x.dtype}; convert one of them")
+        if owner is None:
+            signature.bind(*args, **kwargs)  # what is missing is named in Python's own words
+            raise TypeError(f"{name}: expected an array")
+        return owner
+
+    def check_shapes(backend: Backend, given: dict[str, Any]) -> None:
+        """Refuse shapes that the signature does not admit; a dimension unknown while tracing matches any."""
+        sizes: dict[str, tuple[Any, ...]] = {}
+        sources: dict[str, str] = {}
+        for key, x in given.items():
+            argument = arrays.get(key)
+            if argument is None or x is None:
+                continue
+            kind = _KINDS.get(argument.kind)
+            if kind is not None and not backend.xp.isdtype(x.dtype, kind):
+                raise TypeError(f"{name}: {key} has dtype {x.dtype}; expected {argument.kind.lower()}")
+            shape = backend.shape(x)
+            if not any(_match(pattern, shape, sizes) for pattern in argument.shapes):
+                needed = {d for pattern in argument.shapes for d in pattern} & sources.keys()
+                because = ", ".join(f"{d} = {', '.join(map(str, sizes[d]))} from {sources[d]}" for d in sorted(needed))
+                raise ValueError(
+                    f"{name}: {key} has shape {_show(shape)}, expected {argument}{because and ', with ' + because}"
+                )
+            for d in sizes.keys() - sources.keys():
+                sources[d] = f"{key} of shape {_show(shape)}"
+
+    @functools.wraps(definition)
+    def reference(*args: Any, **kwargs: Any) -> Any:
+        backend = check_types(args, kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        check_shapes(backend, given)
+        narrow = [key for key in given if key in floats and backend.dtype_name(given[key]) in ("bfloat16", "float16")]
+        if not narrow:
+            return definition(*args, **kwargs)
+        dtype = given[narrow[0]].dtype
+        wide = {key: backend.xp.astype(given[key], backend.xp.float32) for key in narrow}
+        return backend.xp.astype(definition(**{**given, **wide}), dtype)
+
+    @functools.wraps(definition)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        backend = check_types(args, kwargs)
+        kernel = backend.kernels.get(name)
+        if kernel is not None:
+            result = kernel(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return reference(*args, **kwargs)
+
+    dispatch.reference = reference  # type: ignore[attr-defined]
+    return dispatch  # type: ignore[return-value]
+
+
+def _show(shape: tuple[Any, ...]) -> str:
+    return f"[{', '.join(str(n) if isinstance(n, int) else '?' for n in shape)}]"
+
+
+def _match(pattern: list[str], shape: tuple[Any, ...], sizes: dict[str, tuple[Any, ...]]) -> bool:
+    """Match a shape with a pattern such as ``*batch nx``; on success, remember what each name stood for."""
+    rest = len(shape) - len(pattern)
+    variadic = next((i for i, d in enumerate(pattern) if d[0] in "*."), None)
+    if rest != 0 and (variadic is None or rest < -1):
+        return False
+    found = dict(sizes)
+    for i, d in enumerate(pattern):
+        if variadic is None or i < variadic:
+            lengths = (shape[i],)
+        elif i == variadic:
+            lengths = shape[i : i + rest + 1]
+        else:
+            lengths = (shape[i + rest],)
+        if d == "...":
+            continue
+        expected = (int(d),) if d.isdigit() else found.setdefault(d, tuple(lengths))
+        if len(expected) != len(lengths):
+            return False
+        pairs = zip(expected, lengths, strict=True)
+        if any(m != n for m, n in pairs if isinstance(m, int) and isinstance(n, int)):
+            return False
+    sizes.update(found)
+    return True
+
+
+@op
+def conv1d(
+    x: Float[Array, "*batch nx"],
+    w: Float[Array, "nx nf"] | Float[Array, "1 nx nf"],
+    b: Float[Array, "nf"],
+) -> Float[Array, "*batch nf"]:
+    """Apply a linear layer over the last axis, y = x w + b: a convolution of width 1.
+
+    Parameters
+    ----------
+    x : float array [*batch, nx]
+        Any number of leading axes, none included.
+    w : float array [nx, nf] or [1, nx, nf]
+        The weight. The leading 1 of OpenAI's checkpoints is the width of the convolution.
+    b : float array [nf]
+        The bias.
+
+    Returns
+    -------
+    float array [*batch, nf]
+
+    Raises
+    ------
+    TypeError
+        If the arrays belong to different frameworks, or are not floats of one dtype.
+    ValueError
+        If the shapes do not fit.
+
+    Notes
+    -----
+    ``conv1d`` of OpenAI's GPT-2 (``src/model.py``), without the variables, which `init_conv1d` makes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> x, w, b = np.ones((10, 5, 2, 5)), np.ones((5, 3)), np.zeros(3)
+    >>> pg.conv1d(x, w, b).shape
+    (10, 5, 2, 3)
+    """
+    backend = backend_of(x)
+    xp = backend.xp
+    *start, nx = backend.shape(x)
+    (nf,) = backend.shape(b)
+    rows = xp.reshape(x, (math.prod(start), nx))
+    return xp.reshape(xp.matmul(rows, xp.reshape(w, (nx, nf))) + b, (*start, nf))
+
+
+@op
+def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> Float[Array, "*shape"]:
+    """Exponentiate along an axis and divide by the sum: exp(x_j) / sum_k exp(x_k).
+
+    The maximum is subtracted first. That changes nothing but the rounding: exp(x - m) cannot overflow, and at least
+    one term of the sum is 1. A row with a NaN, with +inf, or of nothing but -inf becomes NaN as a whole; -inf beside
+    a finite number becomes 0; an empty array stays empty.
+
+    Parameters
+    ----------
+    x : float array
+        Of any shape with at least one axis.
+    axis : int
+        The axis that sums to 1 afterwards.
+
+    Returns
+    -------
+    float array
+        Of x's shape and dtype, between 0 and 1.
+
+    Raises
+    ------
+    TypeError
+        If x is not a float array, or axis not an int.
+    ValueError
+        If x has no such axis.
+
+    Notes
+    -----
+    ``softmax`` of OpenAI's GPT-2 (``src/model.py``). Its error is bounded by Blanchard, Higham and Higham,
+    "Accurately computing the log-sum-exp and softmax functions", IMA J. Numer. Anal. 41(4), 2021.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.softmax(np.asarray([[1.0, 2.0, 3.0]])).round(8)
+    array([[0.09003057, 0.24472847, 0.66524096]])
+    """
+    backend = backend_of(x)
+    xp = backend.xp
+    _check_axis("softmax", axis, backend.shape(x))
+    if backend.is_empty(x):  # an empty row has no maximum
+        return x
+    x = x - xp.max(x, axis=axis, keepdims=True)
+    e = xp.exp(x)
+    return e / xp.sum(e, axis=axis, keepdims=True)
+
+
+def _check_axis(name: str, axis: int, shape: tuple[Any, ...]) -> None:
+    if not isinstance(axis, int) or isinstance(axis, bool):
+        raise TypeError(f"{name}: axis is {axis!r}; expected an int")
+    if not -len(shape) <= axis < len(shape):
+        if not shape:
+            raise ValueError(f"{name}: axis is {axis}, but x is a scalar and has no axis")
+        raise ValueError(
+            f"{name}: axis is {axis}, but x has shape {_show(shape)}; give one of {-len(shape)} to {len(shape) - 1}"
+        )
+
+
+@op
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Apply the Gaussian error linear unit in its tanh form, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+
+    Parameters
+    ----------
+    x : float array
+        Of any shape.
+
+    Returns
+    -------
+    float array
+        Of x's shape and dtype.
+
+    Raises
+    ------
+    TypeError
+        If x is not a float array.
+
+    Notes
+    -----
+    Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016. The form by erf differs from it by up to 5e-4: it is
+    another function, and GPT-2 was not trained with it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.gelu(np.asarray([-1.0, 0.0, 1.0])).round(4)
+    array([-0.1588,  0.    ,  0.8412])
+    """
+    xp = backend_of(x).xp
+    return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+@op
+def layer_norm(
+    x: Float[Array, "*batch n"],
+    g: Float[Array, "n"],
+    b: Float[Array, "n"],
+    *,
+    eps: float = 1e-5,
+) -> Float[Array, "*batch n"]:
+    """Normalise the last axis to mean 0 and variance 1, then scale by g and shift by b.
+
+    Parameters
+    ----------
+    x : float array [*batch, n]
+        Any number of leading axes, none included.
+    g, b : float array [n]
+        Gain and bias.
+    eps : float
+        Added to the (biased) variance.
+
+    Returns
+    -------
+    float array [*batch, n]
+
+    Raises
+    ------
+    TypeError
+        If the arrays belong to different frameworks, or are not floats of one dtype.
+    ValueError
+        If the shapes do not fit.
+
+    Notes
+    -----
+    Ba, Kiros and Hinton, "Layer Normalization", 2016; ``norm`` of OpenAI's GPT-2 (``src/model.py``).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.layer_norm(np.asarray([1.0, 2.0, 3.0]), np.ones(3), np.zeros(3)).round(4)
+    array([-1.2247,  0.    ,  1.2247])
+    """
+    backend = backend_of(x)
+    xp = backend.xp
+    if backend.is_empty(x):  # an empty row has no mean
+        return x
+    x = x - xp.mean(x, axis=-1, keepdims=True)
+    s = xp.mean(x * x, axis=-1, keepdims=True)
+    return x / xp.sqrt(s + eps) * g + b
+
+
+@op
+def attention(
+    q: Float[Array, "*batch queries d"],
+    k: Float[Array, "*batch keys d"],
+    v: Float[Array, "*batch keys dv"],
+    mask: Bool[Array, "... queries keys"] | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Array, "*batch queries dv"]:
+    """Average the values, each query weighing them by the softmax of its products with the keys.
+
+    Parameters
+    ----------
+    q : float array [*batch, queries, d]
+        The queries. Heads, like examples, are leading axes.
+    k : float array [*batch, keys, d]
+        The keys.
+    v : float array [*batch, keys, dv]
+        The values.
+    mask : bool array [..., queries, keys], optional
+        True where a query sees a key; its leading axes broadcast. Every query must see at least one key.
+    scale : float, optional
+        What the products are multiplied by; 1/sqrt(d) unless given.
+
+    Returns
+    -------
+    float array [*batch, queries, dv]
+
+    Raises
+    ------
+    TypeError
+        If the arrays belong to different frameworks, or q, k and v are not floats of one dtype, or mask not a bool.
+    ValueError
+        If the shapes do not fit.
+
+    Notes
+    -----
+    Vaswani et al., "Attention Is All You Need", 2017, equation 1. Where the mask is False the score is the smallest
+    finite number, not something added to it: OpenAI's -1e10 overflows float16.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> q, v = np.ones((2, 4)), np.asarray([[1.0], [3.0]])
+    >>> pg.attention(q, q, v, np.asarray([[True, False], [True, True]]))
+    array([[1.],
+           [2.]])
+    """
+    backend = backend_of(q)
+    xp = backend.xp
+    scores = xp.matmul(q, xp.matrix_transpose(k)) * (backend.shape(q)[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = xp.where(mask, scores, xp.finfo(scores.dtype).min)
+    return xp.matmul(softmax(scores), v)
+
+
+@op
+def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> Float[Array, "*batch d"]:
+    """Look up the rows of a table.
+
+    Parameters
+    ----------
+    ids : int array [*batch]
+        From 0 to vocab - 1. Where they come from outside, check them first: not every framework does.
+    w : float array [vocab, d]
+        The table.
+
+    Returns
+    -------
+    float array [*batch, d]
+
+    Raises
+    ------
+    TypeError
+        If the arrays belong to different frameworks, ids are not integers or w is not a float.
+    ValueError
+        If the shapes do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.embed(np.asarray([2, 0]), np.asarray([[0.0], [1.0], [2.0]]))
+    array([[2.],
+           [0.]])
+    """
+    backend = backend_of(w)
+    xp = backend.xp
+    start = backend.shape(ids)
+    rows = xp.take(w, xp.reshape(ids, (math.prod(start),)), axis=0)
+    return xp.reshape(rows, (*start, backend.shape(w)[-1]))
+
+
+@op
+def unembed(x: Float[Array, "*batch d"], w: Float[Array, "vocab d"]) -> Float[Array, "*batch vocab"]:
+    """Multiply with every row of a table: the logits, x w^T.
+
+    Parameters
+    ----------
+    x : float array [*batch, d]
+        Any number of leading axes, none included.
+    w : float array [vocab, d]
+        The table.
+
+    Returns
+    -------
+    float array [*batch, vocab]
+
+    Raises
+    ------
+    TypeError
+        If the arrays belong to different frameworks, or are not floats of one dtype.
+    ValueError
+        If the shapes do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.unembed(np.ones(2), np.asarray([[1.0, 0.0], [2.0, 3.0]]))
+    array([1., 5.])
+    """
+    backend = backend_of(x)
+    xp = backend.xp
+    *start, d = backend.shape(x)
+    logits = xp.matmul(xp.reshape(x, (math.prod(start), d)), xp.matrix_transpose(w))
+    return xp.reshape(logits, (*start, backend.shape(w)[0]))
