@@ -9,11 +9,21 @@ from .backend import (
     to_numpy,
     use_backend,
 )
+from .checkpoint import CheckpointError
+from .config import GPT2Config
+from .gpt2 import GPT2
+from .model import gpt2, grow_cache, new_cache
 from .ops import attention, conv1d, embed, gelu, layer_norm, softmax, unembed
+from .params import init_conv1d, init_params
+from .tokenizer import Tokenizer
 
 __all__ = [
+    "GPT2",
     "Backend",
     "BackendNotInstalled",
+    "CheckpointError",
+    "GPT2Config",
+    "Tokenizer",
     "attention",
     "available_backends",
     "backend_of",
@@ -21,7 +31,12 @@ __all__ = [
     "embed",
     "gelu",
     "get_backend",
+    "gpt2",
+    "grow_cache",
+    "init_conv1d",
+    "init_params",
     "layer_norm",
+    "new_cache",
     "softmax",
     "to_numpy",
     "unembed",

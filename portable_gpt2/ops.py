@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from .backend import Backend, backend_of
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # importing it costs more than 
     Array = Any
 
 
+@runtime_checkable
 class Op(Protocol):
     """An op: called, it may run a kernel of the arrays' backend; `reference` always runs the definition."""
 
@@ -96,7 +97,7 @@ def op(definition: Callable[..., Any]) -> Op:
     def check_shapes(backend: Backend, given: dict[str, Any]) -> None:
         """Refuse shapes that the signature does not admit; a dimension unknown while tracing matches any."""
         sizes: dict[str, tuple[Any, ...]] = {}
-        sources: dict[str, str] = {}
+        sources: dict[str, tuple[str, tuple[Any, ...]]] = {}
         for key, x in given.items():
             argument = arrays.get(key)
             if argument is None or x is None:
@@ -107,12 +108,16 @@ def op(definition: Callable[..., Any]) -> Op:
             shape = backend.shape(x)
             if not any(_match(pattern, shape, sizes) for pattern in argument.shapes):
                 needed = {d for pattern in argument.shapes for d in pattern} & sources.keys()
-                because = ", ".join(f"{d} = {', '.join(map(str, sizes[d]))} from {sources[d]}" for d in sorted(needed))
+                because = ", ".join(
+                    f"{d} = {_show(sizes[d]) if d[0] == '*' else _show(sizes[d])[1:-1]} "
+                    f"from {sources[d][0]} of shape {_show(sources[d][1])}"
+                    for d in sorted(needed)
+                )
                 raise ValueError(
                     f"{name}: {key} has shape {_show(shape)}, expected {argument}{because and ', with ' + because}"
                 )
-            for d in sizes.keys() - sources.keys():
-                sources[d] = f"{key} of shape {_show(shape)}"
+            for d in sizes:
+                sources.setdefault(d, (key, shape))
 
     @functools.wraps(definition)
     def reference(*args: Any, **kwargs: Any) -> Any:
@@ -414,7 +419,10 @@ def attention(
     """
     backend = backend_of(q)
     xp = backend.xp
-    scores = xp.matmul(q, xp.matrix_transpose(k)) * (backend.shape(q)[-1] ** -0.5 if scale is None else scale)
+    if scale is None:
+        d = backend.shape(q)[-1]
+        scale = (d if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
+    scores = xp.matmul(q, xp.matrix_transpose(k)) * scale
     if mask is not None:
         scores = xp.where(mask, scores, xp.finfo(scores.dtype).min)
     return xp.matmul(softmax(scores), v)

@@ -1,0 +1,186 @@
+"""GPT2Config: the numbers that fix a model's mathematics, and the four sizes that OpenAI published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2 and the constants of its mathematics; the defaults are the smallest published model.
+
+    Parameters
+    ----------
+    n_layer, n_head, n_embd : int
+        Blocks, attention heads of each, and width. n_embd is a multiple of n_head.
+    n_vocab : int
+        Entries of the vocabulary.
+    n_ctx : int
+        Positions: the longest text that the model can read, in tokens.
+    n_inner : int, optional
+        Width of the hidden layer of each mlp; 4 n_embd unless given.
+    layer_norm_epsilon : float
+        Added to the variance by each layer_norm.
+    scale_attn_weights : bool
+        Whether attention scores are divided by the square root of the head size.
+    scale_attn_by_inverse_layer_idx : bool
+        Whether the scores of layer i (from 0) are divided by i + 1 as well.
+    eos_token_id : int, optional
+        The id of ``<|endoftext|>``, if the vocabulary has one.
+
+    Raises
+    ------
+    ValueError
+        If a number is not positive, n_embd is not a multiple of n_head, or eos_token_id is not in the vocabulary.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> pg.GPT2Config(n_layer=2, n_head=2, n_embd=64, n_vocab=256, n_ctx=32, eos_token_id=None).head_size
+    32
+    """
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_vocab: int = 50257
+    n_ctx: int = 1024
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    eos_token_id: int | None = 50256
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "n_inner"):
+            value = getattr(self, name)
+            if name == "n_inner" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a positive int")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide")
+        if not isinstance(self.layer_norm_epsilon, int | float) or not 0 <= self.layer_norm_epsilon < float("inf"):
+            raise ValueError(f"layer_norm_epsilon is {self.layer_norm_epsilon!r}; expected a number of at least 0")
+        for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        if self.eos_token_id is not None and self.eos_token_id not in range(self.n_vocab):
+            raise ValueError(f"eos_token_id is {self.eos_token_id!r}; the vocabulary has ids 0 to {self.n_vocab - 1}")
+
+    @property
+    def head_size(self) -> int:
+        """The width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def n_hidden(self) -> int:
+        """The width of the hidden layer of each mlp."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    def attention_scale(self, layer: int) -> float:
+        """Return what the attention scores of a layer (from 0) are multiplied by."""
+        scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    @classmethod
+    def published(cls, name: str) -> GPT2Config:
+        """Return the configuration of a published model, by OpenAI's name (``124M``) or Hugging Face's (``gpt2``).
+
+        Raises
+        ------
+        ValueError
+            If no model of that name was published. The message lists those that were.
+
+        Examples
+        --------
+        >>> import portable_gpt2 as pg
+        >>> pg.GPT2Config.published("1558M").n_layer
+        48
+        """
+        for names, sizes in _PUBLISHED.items():
+            if name in names:
+                return cls(*sizes)
+        known = ", ".join(name for names in _PUBLISHED for name in names)
+        raise ValueError(f"no GPT-2 named {name!r} was published; choose one of {known}")
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
+        """Return the configuration that the entries of a Hugging Face ``config.json`` describe.
+
+        Every entry that changes the mathematics is honoured or refused by name. What describes the model, its
+        training or another task is accepted and dropped.
+
+        Raises
+        ------
+        ValueError
+            If an entry asks for mathematics that GPT-2 as it is written here does not have, is malformed, or
+            contradicts another.
+        """
+        if entries.get("model_type", "gpt2") != "gpt2":
+            raise ValueError(f"model_type is {entries['model_type']!r}; expected 'gpt2'")
+        for name, (accepted, why) in _FIXED.items():
+            if name in entries and entries[name] not in accepted:
+                raise ValueError(f"{name} is {entries[name]!r}; {why}")
+        n_ctx = entries.get("n_positions", entries.get("n_ctx", cls.n_ctx))
+        if entries.get("n_ctx", n_ctx) != n_ctx:
+            raise ValueError(f"n_positions is {n_ctx} and n_ctx is {entries['n_ctx']}; they must be equal")
+        eos = entries.get("eos_token_id", cls.eos_token_id)
+        n_vocab = entries.get("vocab_size", cls.n_vocab)
+        if isinstance(eos, list):  # as transformers writes several
+            eos = eos[0] if eos else None
+        known = eos if isinstance(eos, int) and isinstance(n_vocab, int) and 0 <= eos < n_vocab else None
+        return cls(
+            n_vocab=n_vocab,
+            n_ctx=n_ctx,
+            eos_token_id=known,
+            **{name: entries[name] for name in _SAME_NAME if name in entries},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of a Hugging Face ``config.json`` that describe this configuration."""
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "vocab_size": self.n_vocab,
+            "n_positions": self.n_ctx,
+            "bos_token_id": self.eos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "tie_word_embeddings": True,
+            **{name: getattr(self, name) for name in _SAME_NAME},
+        }
+
+
+_SAME_NAME = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "n_inner",
+    "layer_norm_epsilon",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+)
+
+_PUBLISHED = {
+    ("124M", "gpt2"): (12, 12, 768),
+    ("355M", "gpt2-medium"): (24, 16, 1024),
+    ("774M", "gpt2-large"): (36, 20, 1280),
+    ("1558M", "gpt2-xl"): (48, 25, 1600),
+}
+
+# The tanh form of GELU goes by several names; the plain "gelu" is the form by erf.
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
+
+# Entries whose other values would be another model: what is accepted, and what to say of the rest.
+_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "activation_function": (_TANH_GELU, f"GPT-2 uses the tanh form of GELU, known as {' or '.join(_TANH_GELU)}"),
+    "add_cross_attention": ((False, None), "cross-attention is not a part of GPT-2: give a decoder-only checkpoint"),
+    "tie_word_embeddings": ((True, None), "GPT-2's logits use wte: a separate lm_head is not supported yet"),
+    "reorder_and_upcast_attn": ((False, True, None), "expected true or false (attention is in float32 in any case)"),
+    "pruned_heads": (({}, None), "pruned attention heads are not supported"),
+    "quantization_config": ((None,), "quantized weights are not supported: save the model without quantization"),
+    "is_encoder_decoder": ((False, None), "GPT-2 is a decoder"),
+}

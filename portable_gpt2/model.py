@@ -1,0 +1,231 @@
+"""GPT-2 out of the ops: pure functions of parameters and arrays, in order of dependency.
+
+Parameters are a nested dict (`params`), a sub-tree of which is splatted into the function that uses it. The cache of
+keys and values is a dict too: ``{"position": 5, "h0": {"k": ..., "v": ...}, ...}``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .backend import backend_of
+from .config import GPT2Config
+from .ops import attention, conv1d, embed, gelu, layer_norm, unembed
+from .params import Params
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
+    from jaxtyping import Bool, Float, Int
+
+    Array = Any
+
+Cache = dict[str, Any]
+
+
+def split_heads(x: Float[Array, "batch seq n"], n_head: int) -> Float[Array, "batch heads seq d"]:
+    """Cut the last axis into heads and put them before the sequence."""
+    backend = backend_of(x)
+    batch, seq, n = backend.shape(x)
+    return backend.xp.permute_dims(backend.xp.reshape(x, (batch, seq, n_head, n // n_head)), (0, 2, 1, 3))
+
+
+def merge_heads(x: Float[Array, "batch heads seq d"]) -> Float[Array, "batch seq n"]:
+    """Undo `split_heads`."""
+    backend = backend_of(x)
+    batch, n_head, seq, d = backend.shape(x)
+    return backend.xp.reshape(backend.xp.permute_dims(x, (0, 2, 1, 3)), (batch, seq, n_head * d))
+
+
+def attn(
+    x: Float[Array, "batch seq n"],
+    c_attn: Params,
+    c_proj: Params,
+    *,
+    n_head: int,
+    scale: float,
+    mask: Bool[Array, "seq keys"],
+    position: Any = 0,
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "batch seq n"], Cache | None]:
+    """Let every position look at itself and at those before it, the cached ones included."""
+    backend = backend_of(x)
+    n = backend.shape(x)[-1]
+    c = conv1d(x, **c_attn)
+    # Cut before reshaping into heads: an axis that is sharded could not be cut afterwards.
+    q, k, v = (split_heads(c[..., i * n : (i + 1) * n], n_head) for i in range(3))
+    if cache is not None:
+        cache = {"k": backend.write(cache["k"], k, position), "v": backend.write(cache["v"], v, position)}
+        keys = backend.shape(mask)[-1]
+        k, v = cache["k"][..., :keys, :], cache["v"][..., :keys, :]
+    a = attention(q, k, v, mask, scale=scale)
+    return conv1d(merge_heads(a), **c_proj), cache
+
+
+def mlp(x: Float[Array, "batch seq n"], c_fc: Params, c_proj: Params) -> Float[Array, "batch seq n"]:
+    """Widen, bend, narrow."""
+    return conv1d(gelu(conv1d(x, **c_fc)), **c_proj)
+
+
+def block(
+    x: Float[Array, "batch seq n"], params: Params, *, eps: float, **attn_options: Any
+) -> tuple[Float[Array, "batch seq n"], Cache | None]:
+    """Add to the residual stream what attention says of it, then what the mlp does."""
+    a, cache = attn(layer_norm(x, **params["ln_1"], eps=eps), **params["attn"], **attn_options)
+    x = x + a
+    return x + mlp(layer_norm(x, **params["ln_2"], eps=eps), **params["mlp"]), cache
+
+
+def transformer(
+    params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config, cache: Cache | None = None
+) -> tuple[Float[Array, "batch seq n"], Cache | None]:
+    """Return the last hidden states, [batch, seq, n_embd]: `gpt2` without the logits' product."""
+    backend = backend_of(tokens)
+    _, seq = backend.shape(tokens)
+    position = 0 if cache is None else cache["position"]
+    keys = _check_length(position, seq, config, cache)
+    positions = position + backend.arange(seq, like=tokens)
+    mask = positions[:, None] >= backend.arange(keys, like=tokens)[None, :]
+    x = embed(tokens, params["wte"]) + embed(positions, params["wpe"])
+    grown: Cache = {"position": position + seq}
+    for i in range(config.n_layer):
+        x, grown[f"h{i}"] = block(
+            x,
+            params[f"h{i}"],
+            eps=config.layer_norm_epsilon,
+            n_head=config.n_head,
+            scale=config.attention_scale(i),
+            mask=mask,
+            position=position,
+            cache=None if cache is None else cache[f"h{i}"],
+        )
+    x = layer_norm(x, **params["ln_f"], eps=config.layer_norm_epsilon)
+    return x, None if cache is None else grown
+
+
+def gpt2(
+    params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config, cache: Cache | None = None
+) -> tuple[Float[Array, "batch seq vocab"], Cache | None]:
+    """Compute the logits of the token that follows each token.
+
+    Parameters
+    ----------
+    params : dict
+        As `init_params` makes them, or ``GPT2.load(...).params``.
+    tokens : int array [batch, seq]
+        Token ids from 0 to n_vocab - 1, of the parameters' framework, on their device. They are trusted: ids from
+        outside are for `GPT2.logits`, which checks them.
+    config : GPT2Config
+        The model's shape; static under ``jax.jit``.
+    cache : dict, optional
+        As `new_cache` makes it, or the one returned with earlier tokens of the same texts.
+
+    Returns
+    -------
+    logits : float array [batch, seq, n_vocab]
+    cache : dict or None
+        The cache extended by these tokens; None if none was given. The one that was given may have been overwritten:
+        do not use it again.
+
+    Raises
+    ------
+    TypeError
+        If tokens and parameters belong to different frameworks, or tokens are not integers.
+    ValueError
+        If the text is longer than n_ctx or than the cache. A position that is not known while tracing is not checked.
+
+    Notes
+    -----
+    Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; ``model`` of OpenAI's
+    ``src/model.py``. A cache whose position is an int is read as far as it is filled; where the position is traced,
+    all of it is, with the rest masked.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
+    >>> params = pg.init_params(config, backend="numpy")
+    >>> logits, _ = pg.gpt2(params, np.asarray([[1, 2, 3]]), config)
+    >>> logits.shape
+    (1, 3, 16)
+    """
+    h, cache = transformer(params, tokens, config, cache)
+    return unembed(h, params["wte"]), cache
+
+
+def new_cache(params: Params, config: GPT2Config, *, batch: int = 1, capacity: int | None = None) -> Cache:
+    """Return an empty cache for `gpt2`, on the parameters' device and of their dtype.
+
+    Parameters
+    ----------
+    params : dict
+        The parameters that it will be used with.
+    config : GPT2Config
+        The model's shape.
+    batch : int
+        How many texts it holds.
+    capacity : int, optional
+        How many tokens of each; n_ctx unless given.
+
+    Returns
+    -------
+    dict
+        ``position`` (0) and, for each layer, ``k`` and ``v``: [batch, n_head, capacity, head_size].
+
+    Raises
+    ------
+    ValueError
+        If capacity is not from 1 to n_ctx.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
+    >>> params = pg.init_params(config, backend="numpy")
+    >>> cache = pg.new_cache(params, config)
+    >>> for token in [1, 2, 3]:
+    ...     logits, cache = pg.gpt2(params, np.asarray([[token]]), config, cache)
+    >>> logits.shape, cache["position"]
+    ((1, 1, 16), 3)
+    """
+    capacity = config.n_ctx if capacity is None else capacity
+    if not 1 <= capacity <= config.n_ctx:
+        raise ValueError(f"capacity is {capacity}; expected 1 to n_ctx = {config.n_ctx}")
+    wte = params["wte"]
+    zeros = backend_of(wte).zeros
+    shape = (batch, config.n_head, capacity, config.head_size)
+    layers = {f"h{i}": {"k": zeros(shape, like=wte), "v": zeros(shape, like=wte)} for i in range(config.n_layer)}
+    return {"position": 0, **layers}
+
+
+def grow_cache(cache: Cache, capacity: int) -> Cache:
+    """Return the cache with room for capacity tokens."""
+
+    def grow(buffer: Any) -> Any:
+        backend = backend_of(buffer)
+        batch, n_head, _, d = backend.shape(buffer)
+        return backend.write(backend.zeros((batch, n_head, capacity, d), like=buffer), buffer, 0)
+
+    return {
+        name: value if name == "position" else {key: grow(buffer) for key, buffer in value.items()}
+        for name, value in cache.items()
+    }
+
+
+def _check_length(position: Any, seq: Any, config: GPT2Config, cache: Cache | None) -> Any:
+    """Return how many keys there are to look at; refuse a text that is too long, as far as that is known here."""
+    if cache is None:
+        if isinstance(seq, int) and seq > config.n_ctx:
+            raise ValueError(f"{seq} tokens were given; the model has n_ctx = {config.n_ctx} positions")
+        return seq
+    buffer = cache["h0"]["k"]
+    capacity = backend_of(buffer).shape(buffer)[-2]
+    if not isinstance(position, int):  # traced: the shape of what is read cannot depend on it
+        return capacity
+    if position + seq > capacity:
+        raise ValueError(
+            f"{seq} tokens were given at position {position}; the cache has room for {capacity} "
+            f"(grow_cache makes room, up to n_ctx = {config.n_ctx})"
+        )
+    return position + seq

@@ -1,0 +1,115 @@
+"""From logits to a token: temperature, top-k, top-p, and the one random stream, on the host in float64.
+
+The same seed draws the same token whichever framework computed the logits. A draw is the argmax of logits / T + G, with
+one Gumbel variate G an entry of the vocabulary, so that it changes only where the two best sums lie closer together
+than the frameworks' logits do. Filters only mask entries; they do not shift the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .params import check_seed
+
+
+def check_options(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> None:
+    """Refuse options that make no sense.
+
+    Raises
+    ------
+    ValueError
+        If temperature is not a finite number of at least 0, top_k not None or an int of at least 0, top_p not None or
+        a number above 0 and at most 1, or seed not an int from 0 to 2^64 - 1.
+    """
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; expected a number of at least 0 (0 is greedy)")
+    if top_k is not None and (not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or top_k < 0):
+        raise ValueError(f"top_k is {top_k!r}; expected an int of at least 0 (0 or None is off)")
+    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p is {top_p!r}; expected a number above 0 and at most 1 (None is off)")
+    check_seed(seed)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
+
+
+def sample(
+    logits: np.ndarray,
+    position: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = 40,
+    top_p: float | None = None,
+    seed: int = 0,
+    index: int = 0,
+) -> int:
+    """Draw the token at a position from the logits that the model computed for it.
+
+    Parameters
+    ----------
+    logits : float array [n_vocab]
+        Of one text, on the host.
+    position : int
+        The token's position in the whole text, the prompt included.
+    temperature : float
+        What the logits are divided by; 0 takes the largest.
+    top_k : int, optional
+        Keep the k largest logits, and what equals the smallest of them; 0 or None keeps all.
+    top_p : float, optional
+        Of what top_k left, keep the fewest entries whose probabilities reach top_p, the one that crosses it included
+        (Hugging Face's rule; OpenAI's code leaves that one out). None keeps all.
+    seed, index : int
+        Name the random stream: the seed, and which of several samples of one text this is.
+
+    Returns
+    -------
+    int
+        A token id. Of equal sums, the smallest id.
+
+    Raises
+    ------
+    ValueError
+        If the logits hold a NaN.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_gpt2.sampling import sample
+    >>> sample(np.asarray([0.0, 3.0, 1.0]), 5, temperature=0)
+    1
+    """
+    if np.isnan(logits).any():
+        raise ValueError("the logits hold a NaN: the model's weights do, or its dtype overflowed (float32 may not)")
+    if temperature == 0:
+        return int(np.argmax(logits))
+    x = logits.astype(np.float64)
+    kept = np.arange(x.size) if not top_k or top_k >= x.size else np.flatnonzero(x >= np.partition(x, -top_k)[-top_k])
+    # The largest is subtracted first: divided by a tiny temperature, the logits themselves would overflow.
+    scaled = (x[kept] - x[kept].max()) / temperature
+    if top_p is not None and top_p < 1:
+        nucleus = _nucleus(scaled, top_p)
+        kept, scaled = kept[nucleus], scaled[nucleus]
+    return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, seed, index))])
+
+
+def _nucleus(scaled: np.ndarray, top_p: float) -> np.ndarray:
+    """Return the indices, ascending, of the fewest entries whose probabilities reach top_p."""
+    order = np.argsort(-scaled, kind="stable")
+    weights = np.exp(scaled[order])
+    before = np.cumsum(weights) - weights
+    return np.sort(order[before < top_p * weights.sum()])
+
+
+def gumbel(kept: np.ndarray, n_vocab: int, position: int, seed: int, index: int = 0) -> np.ndarray:
+    """Return the standard Gumbel variates of some entries of the vocabulary at a position, float64 [len(kept)].
+
+    They are -log(-log u), with u from the raw words of ``numpy.random.Philox`` (whose stream is stable by promise),
+    keyed by the seed and the sample's index, at the counter of the position, one word an entry.
+    """
+    words = np.random.Philox(key=[seed, index], counter=[0, position, 0, 0]).random_raw(n_vocab)[kept]
+    u = ((words >> np.uint64(12)) + 0.5) * 2.0**-52  # strictly between 0 and 1
+    return np.asarray(-np.log(-np.log(u)))

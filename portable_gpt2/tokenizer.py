@@ -1,0 +1,150 @@
+"""Byte-level BPE: text to token ids and back, one id at a time where text streams."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE = "vocab.json", "merges.txt", "tokenizer.json"
+
+
+class Tokenizer:
+    """GPT-2's tokenizer, on the tokenizers package.
+
+    Text that spells a special token is text. Any ids decode: bytes that are not UTF-8 become U+FFFD.
+
+    Parameters
+    ----------
+    tokenizer : tokenizers.Tokenizer
+        A byte-level BPE; `Tokenizer.load` reads one from its files.
+
+    Raises
+    ------
+    ValueError
+        If it is not a byte-level BPE.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        if not isinstance(tokenizer.model, models.BPE) or "ByteLevel" not in repr(tokenizer.pre_tokenizer):
+            raise ValueError(f"expected a byte-level BPE, as GPT-2's is; got a {type(tokenizer.model).__name__}")
+        tokenizer.encode_special_tokens = True  # as text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Tokenizer | None:
+        """Read ``vocab.json`` and ``merges.txt``, or else ``tokenizer.json``; None where there is neither.
+
+        Raises
+        ------
+        ValueError
+            If a file is malformed. The message names it.
+        """
+        directory = Path(directory)
+        vocab, merges, whole = (directory / name for name in (VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE))
+        try:
+            if vocab.is_file() and merges.is_file():
+                file = vocab
+                tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+                tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+                return cls(tokenizer)
+            if whole.is_file():
+                file = whole
+                return cls(tokenizers.Tokenizer.from_file(str(whole)))
+        except Exception as error:  # the package raises no class of its own
+            raise ValueError(f"{file}: {error}") from error
+        return None
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``vocab.json`` and ``merges.txt`` into an existing directory."""
+        self._tokenizer.model.save(str(directory))
+
+    def __len__(self) -> int:
+        """Return the number of entries of the vocabulary."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id of ``<|endoftext|>``, if the vocabulary has one."""
+        return self._tokenizer.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text.
+
+        Raises
+        ------
+        TypeError
+            If it is no str.
+        ValueError
+            If it holds a lone surrogate, which is half a character.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"expected text as a str; got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"character {error.start} of the text, {text[error.start]!r}, is a lone surrogate, which has no UTF-8 "
+                f"form: decode the text with errors='replace' where it is read"
+            ) from None
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of some ids.
+
+        Raises
+        ------
+        ValueError
+            If an id is not in the vocabulary.
+        """
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def decoder(self) -> Callable[[int | None], str]:
+        """Return a function from the next id to the text that it completes; None at the end gives what is left over.
+
+        A character whose bytes are split over tokens is held back until it is whole, so that the pieces joined are
+        what `decode` returns for all ids at once.
+        """
+        incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+        def step(token: int | None) -> str:
+            return incremental.decode(b"" if token is None else self.token_bytes(token), final=token is None)
+
+        return step
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that an id stands for.
+
+        Raises
+        ------
+        ValueError
+            If it is not in the vocabulary.
+        """
+        spelled = self._tokenizer.id_to_token(token) if token >= 0 else None
+        if spelled is None:
+            raise ValueError(f"token id {token} is not in the tokenizer's vocabulary of {len(self)}")
+        if token in self._added:
+            return spelled.encode()
+        return b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in spelled)
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+
+def _printable_bytes() -> dict[str, bytes]:
+    """Return the byte of each printable stand-in: bytes that do not print as themselves move to 256 and on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [b for b in range(256) if b not in plain]
+    return {chr(b): bytes([b]) for b in plain} | {chr(256 + i): bytes([b]) for i, b in enumerate(moved)}
+
+
+_BYTES = _printable_bytes()
