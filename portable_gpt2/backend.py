@@ -103,10 +103,12 @@ class Backend:
                 f"backend {self.name!r} has no floating dtype {name!r}; choose one of {', '.join(self._dtypes)}"
             ) from None
 
-    def host_dtype(self, name: str) -> np.dtype:
-        """Return NumPy's dtype of that name, ml_dtypes' bfloat16 included; ValueError as in `dtype`."""
-        self.dtype(name)
-        return np.dtype(getattr(ml_dtypes, name, None) or name)
+    def host_array(self, a: np.ndarray, dtype: str | None = None) -> np.ndarray:
+        """Return a in native byte order, converted to the dtype of that name; a itself where it is so already."""
+        if dtype is None:
+            return a.astype(a.dtype.newbyteorder("="), copy=False)
+        self.dtype(dtype)  # refuses a name that this framework does not know
+        return a.astype(getattr(ml_dtypes, dtype, None) or dtype, copy=False)
 
     def dtype_name(self, x: Any) -> str | None:
         """Return the name of x's floating dtype, or None if it is not one of float16 to float64."""
@@ -288,16 +290,20 @@ def _load(name: str) -> Backend:
     if point is None:
         raise BackendNotInstalled(f"unknown backend {name!r}; the known backends are {', '.join(known_backends())}")
     if not _is_importable(name):
+        wanted = f"'portable-gpt2[{name}]'" if point.value.startswith("portable_gpt2_backends.") else name
         raise BackendNotInstalled(
-            f"backend {name!r} is known, but {name} is not installed: pip install 'portable-gpt2[{name}]' "
+            f"backend {name!r} is known, but {name} is not installed: pip install {wanted} "
             f"(installed here: {', '.join(available_backends())})"
         )
     try:
         backend: Backend = point.load()()
-    except ImportError as error:
-        raise BackendNotInstalled(f"backend {name!r} could not be imported: {error}") from error
+        types = dict.fromkeys(backend.array_types, backend)
+    except Exception as error:  # whatever a third party's adapter raises: it must not take the others down with it
+        raise BackendNotInstalled(
+            f"backend {name!r} could not be loaded from {point.value}: {type(error).__name__}: {error}"
+        ) from error
     _LOADED[name] = backend
-    _BACKEND_OF_TYPE.update(dict.fromkeys(backend.array_types, backend))
+    _BACKEND_OF_TYPE.update(types)
     return backend
 
 

@@ -213,8 +213,8 @@ class GPT2:
     def stream(self, prompt: str, *, stop: int | Iterable[int] | None = None, **options: Any) -> Iterator[str]:
         """Return an iterator over the text that continues a prompt, in pieces as they come.
 
-        A piece is the text of one token; a character that is split over tokens comes with the last of them. The text
-        ends at ``<|endoftext|>``, or at a token of ``stop``. An empty prompt starts from ``<|endoftext|>``.
+        There is a piece for each token, empty while a character that is split over tokens is not whole. The text ends
+        at ``<|endoftext|>``, or at a token of ``stop``. An empty prompt starts from ``<|endoftext|>``.
 
         Parameters
         ----------
@@ -288,7 +288,6 @@ def _until(tokens: Iterator[int], ends: set[int]) -> Iterator[int]:
 def _pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     decode = tokenizer.decoder()
     for token in tokens:
-        if piece := decode(token):
-            yield piece
+        yield decode(token)
     if rest := decode(None):
         yield rest

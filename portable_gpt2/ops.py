@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import numbers
 import re
 import sys
 from collections.abc import Callable
@@ -66,15 +67,38 @@ def op(definition: Callable[..., Any]) -> Op:
     arrays = {name: argument for name, argument in read.items() if argument is not None}
     name, names = definition.__name__, tuple(read)
     floats = frozenset(key for key, argument in arrays.items() if argument.kind == "Float")
+    parameters = signature.parameters.values()
+    scalars = frozenset(p.name for p in parameters if p.annotation in ("float", "float | None"))
+    optional = frozenset(p.name for p in parameters if p.default is None)
+
+    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by name; refuse one that is missing or unknown in the op's name, not its kernel's."""
+        try:
+            return signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+            raise TypeError(f"{name}: {error}; expected {name}{inspect.Signature(plain)}") from None
 
     def check_types(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Backend:
-        """Refuse arrays of different backends, and floats of different dtypes or none. It runs on every call."""
+        """Refuse arrays of different backends, and floats of different dtypes or none. It runs on every call.
+
+        A NumPy number among kwargs becomes Python's, which does not widen what it is multiplied with.
+        """
         owner = dtype = None
         first = floating = ""
         for key, x in chain(zip(names, args, strict=False), kwargs.items()) if kwargs else zip(names, args, strict=False):
-            if x is None or key not in arrays:
+            if x is None and key in optional:
                 continue
-            backend = backend_of(x)
+            if key not in arrays:
+                if key in scalars and type(x) is not float:
+                    if not isinstance(x, numbers.Real) or isinstance(x, bool):
+                        raise TypeError(f"{name}: {key} is {x!r}; expected a number")
+                    kwargs[key] = float(x)
+                continue
+            try:
+                backend = backend_of(x)
+            except TypeError as error:
+                raise TypeError(f"{name}: {key}: {error}") from None
             if owner is None:
                 owner, first = backend, key
             elif backend is not owner:
@@ -90,7 +114,7 @@ def op(definition: Callable[..., Any]) -> Op:
                 elif x.dtype != dtype:
                     raise TypeError(f"{name}: {floating} has dtype {dtype} and {key} has {x.dtype}; convert one of them")
         if owner is None:
-            signature.bind(*args, **kwargs)  # what is missing is named in Python's own words
+            bind(args, kwargs)
             raise TypeError(f"{name}: expected an array")
         return owner
 
@@ -107,7 +131,7 @@ def op(definition: Callable[..., Any]) -> Op:
                 raise TypeError(f"{name}: {key} has dtype {x.dtype}; expected {argument.kind.lower()}")
             shape = backend.shape(x)
             if not any(_match(pattern, shape, sizes) for pattern in argument.shapes):
-                needed = {d for pattern in argument.shapes for d in pattern} & sources.keys()
+                needed = {d.replace("#", "") for pattern in argument.shapes for d in pattern} & sources.keys()
                 because = ", ".join(
                     f"{d} = {_show(sizes[d]) if d[0] == '*' else _show(sizes[d])[1:-1]} "
                     f"from {sources[d][0]} of shape {_show(sources[d][1])}"
@@ -115,6 +139,7 @@ def op(definition: Callable[..., Any]) -> Op:
                 )
                 raise ValueError(
                     f"{name}: {key} has shape {_show(shape)}, expected {argument}{because and ', with ' + because}"
+                    f"{'; # may be 1, or missing in front' if '#' in str(argument) else ''}"
                 )
             for d in sizes:
                 sources.setdefault(d, (key, shape))
@@ -122,7 +147,7 @@ def op(definition: Callable[..., Any]) -> Op:
     @functools.wraps(definition)
     def reference(*args: Any, **kwargs: Any) -> Any:
         backend = check_types(args, kwargs)
-        given = signature.bind(*args, **kwargs).arguments
+        given = bind(args, kwargs)
         check_shapes(backend, given)
         narrow = [key for key in given if key in floats and backend.dtype_name(given[key]) in ("bfloat16", "float16")]
         if not narrow:
@@ -136,7 +161,11 @@ def op(definition: Callable[..., Any]) -> Op:
         backend = check_types(args, kwargs)
         kernel = backend.kernels.get(name)
         if kernel is not None:
-            result = kernel(*args, **kwargs)
+            try:
+                result = kernel(*args, **kwargs)
+            except TypeError:
+                bind(args, kwargs)
+                raise
             if result is not NotImplemented:
                 return result
         return reference(*args, **kwargs)
@@ -150,9 +179,12 @@ def _show(shape: tuple[Any, ...]) -> str:
 
 
 def _match(pattern: list[str], shape: tuple[Any, ...], sizes: dict[str, tuple[Any, ...]]) -> bool:
-    """Match a shape with a pattern such as ``*batch nx``; on success, remember what each name stood for."""
+    """Match a shape with a pattern such as ``*batch nx``; on success, remember what each name stood for.
+
+    ``*#batch`` broadcasts to what ``*batch`` stood for: its lengths may be 1, and the first of them missing.
+    """
     rest = len(shape) - len(pattern)
-    variadic = next((i for i, d in enumerate(pattern) if d[0] in "*."), None)
+    variadic = next((i for i, d in enumerate(pattern) if d[0] == "*"), None)
     if rest != 0 and (variadic is None or rest < -1):
         return False
     found = dict(sizes)
@@ -163,13 +195,14 @@ def _match(pattern: list[str], shape: tuple[Any, ...], sizes: dict[str, tuple[An
             lengths = shape[i : i + rest + 1]
         else:
             lengths = (shape[i + rest],)
-        if d == "...":
-            continue
-        expected = (int(d),) if d.isdigit() else found.setdefault(d, tuple(lengths))
+        broadcasts = "#" in d
+        expected = (int(d),) if d.isdigit() else found.setdefault(d.replace("#", ""), tuple(lengths))
+        if broadcasts:
+            expected = expected[len(expected) - len(lengths) :]
         if len(expected) != len(lengths):
             return False
-        pairs = zip(expected, lengths, strict=True)
-        if any(m != n for m, n in pairs if isinstance(m, int) and isinstance(n, int)):
+        known = [(m, n) for m, n in zip(expected, lengths, strict=True) if isinstance(m, int) and isinstance(n, int)]
+        if any(m != n and not (broadcasts and n == 1) for m, n in known):
             return False
     sizes.update(found)
     return True
@@ -373,7 +406,7 @@ def attention(
     q: Float[Array, "*batch queries d"],
     k: Float[Array, "*batch keys d"],
     v: Float[Array, "*batch keys dv"],
-    mask: Bool[Array, "... queries keys"] | None = None,
+    mask: Bool[Array, "*#batch queries keys"] | None = None,
     *,
     scale: float | None = None,
 ) -> Float[Array, "*batch queries dv"]:
@@ -388,7 +421,7 @@ def attention(
     v : float array [*batch, keys, dv]
         The values.
     mask : bool array [..., queries, keys], optional
-        True where a query sees a key; its leading axes broadcast. Every query must see at least one key.
+        True where a query sees a key; its leading axes broadcast to q's. Every query must see at least one key.
     scale : float, optional
         What the products are multiplied by; 1/sqrt(d) unless given.
 

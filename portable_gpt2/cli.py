@@ -1,0 +1,127 @@
+"""The ``portable-gpt2`` command: text on stdout, everything else on stderr, wrong use in one line with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from .backend import BackendNotInstalled, available_backends, get_backend, known_backends
+from .gpt2 import GPT2
+
+USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _number_or_off(text: str) -> float | None:
+    return None if text == "off" else float(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="portable-gpt2", description="GPT-2, written once, on the array framework of your choice.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text",
+        description="Write a prompt and its continuation to stdout, as it is drawn.",
+    )
+    add = generate.add_argument
+    add("prompt", help="the text to continue")
+    add("--model", required=True, metavar="DIR", help="a checkpoint: config.json, model.safetensors, vocab.json ...")
+    add("--backend", metavar="NAME", help="what computes (default: $PORTABLE_GPT2_BACKEND, else numpy)")
+    add("--device", help="where: cpu, cuda, cuda:1 ... (default: the framework's)")
+    add("--dtype", help="float32 (default), float64, bfloat16, float16")
+    add("-n", "--max-new-tokens", type=int, default=100, metavar="N", help="draw at most N tokens (default: 100)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="divide the logits by T; 0 is greedy (default: 1)")
+    add("--top-k", type=int, default=40, metavar="K", help="draw from the K likeliest; 0 is off (default: 40)")
+    add("--top-p", type=_number_or_off, metavar="P", help="draw from the fewest that reach probability P (default: off)")
+    add("--seed", type=int, help="the same seed draws the same text on every backend (default: one is drawn)")
+    generate.set_defaults(run=_generate)
+
+    backends = commands.add_parser("backends", help="list the array frameworks and their devices")
+    backends.set_defaults(run=_backends)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush would complain
+        return PIPE_CLOSED
+    except (ValueError, TypeError, OSError, BackendNotInstalled) as error:
+        print(f"portable-gpt2: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    model = GPT2.load(
+        arguments.model,
+        backend=arguments.backend,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        progress=_progress,
+    )
+    seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
+    pieces = model.stream(
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=seed,
+    )
+    print(f"{model!r}, seed {seed}", file=sys.stderr, flush=True)
+    _write(arguments.prompt)
+    start, drawn = time.perf_counter(), 0
+    for drawn, piece in enumerate(pieces, 1):  # noqa: B007 - counted for the last line
+        _write(piece)
+    seconds = time.perf_counter() - start
+    _write("\n")
+    print(f"{drawn} tokens in {seconds:.2f} s, {drawn / seconds:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _progress(tensors: Iterable[Any]) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(tensors, desc="loading", unit=" tensors", delay=1, leave=False)
+
+
+def _backends(arguments: argparse.Namespace) -> int:
+    rows = [("backend", "version", "devices")]
+    for name in known_backends():
+        try:
+            if name not in available_backends():
+                rows.append((name, "-", f"not installed: pip install 'portable-gpt2[{name}]'"))
+                continue
+            devices = get_backend(name).devices()
+            rows.append((name, str(getattr(sys.modules[name], "__version__", "?")), ", ".join(devices)))
+        except BackendNotInstalled as error:
+            rows.append((name, "-", " ".join(str(error).split())))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    for first, second, last in rows:
+        print(f"{first:{widths[0]}}  {second:{widths[1]}}  {last}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
