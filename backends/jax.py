@@ -18,6 +18,8 @@ from portable_gpt2.backend import Backend
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 _jit_softmax = jax.jit(jax.nn.softmax, static_argnames=("axis",))
 _jit_gelu = jax.jit(functools.partial(jax.nn.gelu, approximate=True))
+# Uncompiled, it would make start an array of the default device.
+_write = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnames=("axis",), inline=True)
 
 
 def _is_wide(x: Any) -> bool:
@@ -62,8 +64,7 @@ class JaxBackend(Backend):
         return ", ".join(sorted(_device_name(device) for device in x.devices()))
 
     def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
-        if dtype is not None:
-            a = a.astype(self.host_dtype(dtype), copy=False)
+        a = self.host_array(a, dtype)
         if jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype:
             raise TypeError(
                 f"backend 'jax' would narrow {a.dtype} to {jax.dtypes.canonicalize_dtype(a.dtype)}; convert the array, "
@@ -79,10 +80,16 @@ class JaxBackend(Backend):
         return jnp.arange(n, device=_replicated(like))
 
     def zeros(self, shape: tuple[int, ...], *, like: Any) -> Any:
-        return jnp.zeros(shape, dtype=like.dtype, device=_replicated(like))
+        if isinstance(like, jax.core.Tracer):
+            return jnp.zeros(shape, like.dtype)
+        # Not jnp.zeros(device=): that fills them on the default device and copies.
+        return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=_replicated(like))(shape, like.dtype)
+
+    def placement(self, x: Any) -> Any:
+        return _replicated(x)
 
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, value, start, axis=-2)
+        return _write(buffer, value, start, axis=-2)
 
     def compile(
         self,

@@ -1,9 +1,9 @@
-"""NumPy: an array-API namespace already; the kernels work in place and in blocks of one row less memory traffic."""
+"""NumPy: an array-API namespace already; the kernels allocate one array each and work in place."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +13,7 @@ from portable_gpt2.backend import Backend
 
 def _is_wide(x: Any) -> bool:
     """Return whether NumPy computes in x's dtype; 16-bit floats are storage, and left to the definition."""
-    return x.dtype in (np.float32, np.float64)
+    return x.dtype.char in "fd"
 
 
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
@@ -45,23 +45,52 @@ def _gelu(x: Any) -> Any:
     y *= math.sqrt(2 / math.pi)
     np.tanh(y, out=y)
     y += 1
+    y *= 0.5  # before x, which may be so large that twice of it is infinite
     y *= x
-    y *= 0.5
     return y
 
 
 def _layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5) -> Any:
-    if not _is_wide(x) or not x.size or not (g.shape == b.shape == x.shape[-1:]):
+    if not _is_wide(x) or not x.size or not x.ndim or not (g.shape == b.shape == x.shape[-1:]):
         return NotImplemented
     n = x.shape[-1]
-    y = x - np.add.reduce(x, axis=-1, keepdims=True) / n
+    m = np.add.reduce(x, axis=-1, keepdims=True)
+    m /= n
+    y = x - m
     s = np.add.reduce(y * y, axis=-1, keepdims=True)
     s /= n
     s += eps
-    y /= np.sqrt(s)
+    y /= np.sqrt(s, out=s)
     y *= g
     y += b
     return y
+
+
+def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
+    if not _is_wide(q) or q.ndim < 2 or k.ndim < 2 or not q.size or not k.size:
+        return NotImplemented
+    *batch, queries, d = q.shape
+    keys = k.shape[-2]
+    if k.shape != (*batch, keys, d) or v.shape[:-1] != k.shape[:-1]:
+        return NotImplemented
+    scores = q @ k.mT
+    scores *= d**-0.5 if scale is None else scale
+    if mask is not None:
+        if mask.dtype.char != "?" or mask.shape[-2:] != (queries, keys) or mask.ndim > q.ndim:
+            return NotImplemented
+        if any(m not in (1, n) for m, n in zip(mask.shape[-3::-1], q.shape[-3::-1], strict=False)):
+            return NotImplemented
+        np.copyto(scores, np.finfo(scores.dtype).min, where=~mask)
+    scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= np.add.reduce(scores, axis=-1, keepdims=True)
+    return scores @ v
+
+
+def _unembed(x: Any, w: Any) -> Any:
+    if not _is_wide(x) or w.ndim != 2 or w.shape[1:] != x.shape[-1:]:
+        return NotImplemented
+    return (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w.T).reshape(*x.shape[:-1], len(w))
 
 
 def _embed(ids: Any, w: Any) -> Any:
@@ -77,8 +106,16 @@ class NumpyBackend(Backend):
 
     name = "numpy"
     array_types = (np.ndarray, np.generic)
-    xp = np
-    kernels = {"conv1d": _conv1d, "softmax": _softmax, "gelu": _gelu, "layer_norm": _layer_norm, "embed": _embed}
+    xp: ClassVar[Any] = np
+    kernels = {
+        "conv1d": _conv1d,
+        "softmax": _softmax,
+        "gelu": _gelu,
+        "layer_norm": _layer_norm,
+        "attention": _attention,
+        "embed": _embed,
+        "unembed": _unembed,
+    }
     _dtypes = {
         "float32": np.dtype(np.float32),
         "float64": np.dtype(np.float64),
@@ -98,7 +135,7 @@ class NumpyBackend(Backend):
     def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
         if device is not None:
             self.find_device(device)
-        return a if dtype is None else a.astype(self.dtype(dtype), copy=False)
+        return self.host_array(a, dtype)
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x)

@@ -13,38 +13,45 @@ import tensorflow as tf
 from portable_gpt2.backend import Backend
 
 _FLOATS = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16, "float16": tf.float16}
+_Axis = int | tuple[int, ...] | None
 
 
 class _Namespace:
     """The array-API functions that portable code uses, over tf.Tensor."""
 
     float32 = tf.float32
-    exp, tanh, sqrt, astype, reshape = tf.exp, tf.tanh, tf.sqrt, tf.cast, tf.reshape
-    where, matrix_transpose = tf.where, tf.linalg.matrix_transpose
+    exp, tanh, sqrt, where, reshape = tf.exp, tf.tanh, tf.sqrt, tf.where, tf.reshape
+    matrix_transpose = tf.linalg.matrix_transpose
 
     @staticmethod
-    def max(x: Any, /, *, axis: int, keepdims: bool = False) -> Any:
+    def max(x: Any, /, *, axis: _Axis = None, keepdims: bool = False) -> Any:
         return tf.reduce_max(x, axis, keepdims)
 
     @staticmethod
-    def sum(x: Any, /, *, axis: int, keepdims: bool = False) -> Any:
-        return tf.reduce_sum(x, axis, keepdims)
+    def sum(x: Any, /, *, axis: _Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
+        return tf.reduce_sum(x if dtype is None else tf.cast(x, dtype), axis, keepdims)
 
     @staticmethod
-    def mean(x: Any, /, *, axis: int, keepdims: bool = False) -> Any:
+    def mean(x: Any, /, *, axis: _Axis = None, keepdims: bool = False) -> Any:
         return tf.reduce_mean(x, axis, keepdims)
 
     @staticmethod
     def matmul(x: Any, y: Any, /) -> Any:
-        return tf.linalg.matmul(x, y)
+        vectors = x.shape.rank == 1 or y.shape.rank == 1
+        return tf.experimental.numpy.matmul(x, y) if vectors else tf.linalg.matmul(x, y)
 
     @staticmethod
     def permute_dims(x: Any, /, axes: tuple[int, ...]) -> Any:
         return tf.transpose(x, axes)
 
     @staticmethod
-    def take(x: Any, indices: Any, /, *, axis: int) -> Any:
-        return tf.gather(x, indices, axis=axis)
+    def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
+        indices = indices if indices.dtype in (tf.int32, tf.int64) else tf.cast(indices, tf.int64)
+        return tf.gather(x, indices, axis=axis or 0)
+
+    @staticmethod
+    def astype(x: Any, dtype: Any, /, *, copy: bool = True) -> Any:
+        return tf.cast(x, dtype)
 
     @staticmethod
     def finfo(dtype: Any) -> Any:
@@ -63,14 +70,18 @@ def _is_wide(x: Any) -> bool:
 
 
 def _softmax(x: Any, *, axis: int = -1) -> Any:
-    if not _is_wide(x) or type(axis) is not int or x.shape.rank is None or not -x.shape.rank <= axis < x.shape.rank:
+    rank = x.shape.rank
+    if not _is_wide(x) or type(axis) is not int or rank is None or not -rank <= axis < rank:
+        return NotImplemented
+    if rank > 5:  # refused on a CPU, by oneDNN
         return NotImplemented
     y = tf.nn.softmax(x, axis)
     return y + 0 * tf.reduce_sum(y, axis, keepdims=True)  # it leaves zeros beside a NaN: the whole row becomes NaN
 
 
 def _gelu(x: Any) -> Any:
-    return tf.nn.gelu(x, approximate=True) if _is_wide(x) else NotImplemented
+    # In float64 its 0.044715 is one of float32.
+    return tf.nn.gelu(x, approximate=True) if x.dtype == tf.float32 else NotImplemented
 
 
 class TensorflowBackend(Backend):
@@ -113,10 +124,8 @@ class TensorflowBackend(Backend):
         return contextlib.nullcontext() if device is None else tf.device(self.find_device(device))
 
     def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
-        if dtype is not None:
-            a = a.astype(self.host_dtype(dtype), copy=False)
         with self.on(self.default_device if device is None else device):
-            return tf.identity(tf.convert_to_tensor(a))
+            return tf.identity(tf.convert_to_tensor(self.host_array(a, dtype)))
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x.numpy())

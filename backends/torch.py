@@ -21,6 +21,7 @@ _FLOATS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_Axis = int | tuple[int, ...] | None
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -29,18 +30,18 @@ class _Namespace:
 
     float32 = torch.float32
     exp, tanh, sqrt, matmul, finfo = torch.exp, torch.tanh, torch.sqrt, torch.matmul, torch.finfo
-    where, reshape, permute_dims, arange, zeros = torch.where, torch.reshape, torch.permute, torch.arange, torch.zeros
+    where, reshape, arange, zeros = torch.where, torch.reshape, torch.arange, torch.zeros
 
     @staticmethod
-    def max(x: Any, /, *, axis: int, keepdims: bool = False) -> Any:
-        return torch.amax(x, axis, keepdim=keepdims)
+    def max(x: Any, /, *, axis: _Axis = None, keepdims: bool = False) -> Any:
+        return torch.amax(x, () if axis is None else axis, keepdim=keepdims)
 
     @staticmethod
-    def sum(x: Any, /, *, axis: int, keepdims: bool = False) -> Any:
-        return torch.sum(x, axis, keepdim=keepdims)
+    def sum(x: Any, /, *, axis: _Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
+        return torch.sum(x, axis, keepdim=keepdims, dtype=dtype)
 
     @staticmethod
-    def mean(x: Any, /, *, axis: int, keepdims: bool = False) -> Any:
+    def mean(x: Any, /, *, axis: _Axis = None, keepdims: bool = False) -> Any:
         return torch.mean(x, axis, keepdim=keepdims)
 
     @staticmethod
@@ -48,12 +49,17 @@ class _Namespace:
         return x.mT
 
     @staticmethod
-    def take(x: Any, indices: Any, /, *, axis: int) -> Any:
-        return torch.index_select(x, axis, indices)
+    def permute_dims(x: Any, /, axes: tuple[int, ...]) -> Any:
+        return torch.permute(x, axes)
 
     @staticmethod
-    def astype(x: Any, dtype: Any, /) -> Any:
-        return x.to(dtype)
+    def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
+        indices = indices if indices.dtype in (torch.int32, torch.int64) else indices.long()
+        return torch.index_select(x, axis or 0, indices)
+
+    @staticmethod
+    def astype(x: Any, dtype: Any, /, *, copy: bool = True) -> Any:
+        return x.to(dtype, copy=copy)
 
     @staticmethod
     def isdtype(dtype: Any, kind: str) -> bool:
@@ -63,7 +69,7 @@ class _Namespace:
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
     if w.ndim == 3 and w.shape[0] == 1:
         w = w[0]
-    if w.ndim != 2 or w.shape[0] != x.shape[-1] or w.shape[1:] != b.shape:
+    if w.ndim != 2 or w.shape[:1] != x.shape[-1:] or w.shape[1:] != b.shape:
         return NotImplemented
     *start, nx = x.shape
     return torch.addmm(b, x.reshape(math.prod(start), nx), w).reshape(*start, w.shape[1])
@@ -72,6 +78,8 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
 def _softmax(x: Any, *, axis: int = -1) -> Any:
     if type(axis) is not int or not -x.ndim <= axis < x.ndim:
         return NotImplemented
+    if x.dtype not in (torch.float32, torch.float64) and axis not in (-1, x.ndim - 1):
+        return NotImplemented  # on a CPU it rounds to 16 bits more than once, except over the last axis
     return torch.softmax(x, axis)
 
 
@@ -80,7 +88,7 @@ def _gelu(x: Any) -> Any:
 
 
 def _layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5) -> Any:
-    if not g.shape == b.shape == x.shape[-1:] or not x.numel():
+    if not x.ndim or not g.shape == b.shape == x.shape[-1:] or not x.numel():
         return NotImplemented
     return F.layer_norm(x, g.shape, g, b, eps)
 
@@ -89,10 +97,13 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
     # In 16 bits it rounds the weights before they meet the values, which the definition does not.
     if q.dtype not in (torch.float32, torch.float64) or _is_distributed(q) or not q.numel() or not k.numel():
         return NotImplemented
-    if q.ndim < 2 or q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
+    if q.ndim < 2 or k.ndim < 2 or k.shape != (*q.shape[:-2], k.shape[-2], q.shape[-1]) or k.shape[:-1] != v.shape[:-1]:
         return NotImplemented
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[-2:] != (q.shape[-2], k.shape[-2])):
-        return NotImplemented
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape[-2:] != (q.shape[-2], k.shape[-2]) or mask.ndim > q.ndim:
+            return NotImplemented
+        if any(m not in (1, n) for m, n in zip(mask.shape[-3::-1], q.shape[-3::-1], strict=False)):
+            return NotImplemented
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
@@ -110,7 +121,7 @@ class TorchBackend(Backend):
     """PyTorch, eager, on whatever accelerator it reports."""
 
     name = "torch"
-    array_types = (torch.Tensor,)
+    array_types = (torch.Tensor, torch.nn.Parameter)
     xp = _Namespace
     kernels = {
         "conv1d": _conv1d,
@@ -124,8 +135,9 @@ class TorchBackend(Backend):
 
     def devices(self) -> list[str]:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        count = 0 if accelerator is None else torch.accelerator.device_count()
-        return ["cpu", *(f"{accelerator.type}:{i}" for i in range(count))]
+        if accelerator is None:
+            return ["cpu"]
+        return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
 
     def _find_device(self, device: Any) -> Any:
         try:
@@ -141,9 +153,7 @@ class TorchBackend(Backend):
         return str(x.device)
 
     def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
-        if dtype is not None:
-            a = a.astype(self.host_dtype(dtype), copy=False)
-        a = np.asarray(a, dtype=a.dtype.newbyteorder("="))
+        a = np.asarray(self.host_array(a, dtype))
         if not a.flags.writeable or any(stride < 0 for stride in a.strides):  # torch can share neither
             a = a.copy()
         if a.dtype == ml_dtypes.bfloat16:

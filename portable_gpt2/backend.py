@@ -73,6 +73,7 @@ class Backend:
 
     def __init__(self, device: Any = None) -> None:
         self.default_device = None if device is None else self.find_device(device)
+        self._dtype_names = {dtype: name for name, dtype in self._dtypes.items()}
 
     def __repr__(self) -> str:
         where = "" if self.default_device is None else f", device={str(self.default_device)!r}"
@@ -118,10 +119,6 @@ class Backend:
         """Return whether x is of a floating dtype that the portable code computes with."""
         return x.dtype in self._dtype_names
 
-    @functools.cached_property
-    def _dtype_names(self) -> dict[Any, str]:
-        return {dtype: name for name, dtype in self._dtypes.items()}
-
     # Devices
 
     def devices(self) -> list[str]:
@@ -150,6 +147,10 @@ class Backend:
     def device(self, x: Any) -> str:
         """Return where x lives, as one of the strings of `devices`."""
         raise NotImplementedError
+
+    def placement(self, x: Any) -> Any:
+        """Return where to put what goes with x, as `find_device` takes it: where x lives, whole on each such device."""
+        return self.find_device(self.device(x))
 
     def on(self, device: Any) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which everything computed lives on device (None: wherever its inputs live).
@@ -216,8 +217,8 @@ class Backend:
         return functools.partial(fn, bound)
 
 
-# The one dispatch table: from an array's type to the backend that owns it. It holds the framework's own classes from the
-# moment an adapter is loaded, and every tracer or subclass once it was met.
+# The one dispatch table: from an array's type to the backend that owns it. It holds the framework's own classes once
+# the backend was asked for or met, and every tracer or subclass once it was met.
 _BACKEND_OF_TYPE: dict[type, Backend] = {}
 _LOADED: dict[str, Backend] = {}
 _DEFAULT: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("portable_gpt2_backend", default=None)
@@ -277,9 +278,12 @@ def get_backend(name: str | Backend | None = None, device: Any = None) -> Backen
     'numpy'
     """
     if name is None:
-        backend = _DEFAULT.get() or _load(os.environ.get(DEFAULT_VARIABLE) or "numpy")
+        name = _DEFAULT.get() or os.environ.get(DEFAULT_VARIABLE) or "numpy"
+    if isinstance(name, Backend):
+        backend = name
     else:
-        backend = name if isinstance(name, Backend) else _load(name)
+        backend = _load(name)
+        _own(backend.array_types, backend)
     return backend if device is None else type(backend)(device)
 
 
@@ -297,14 +301,12 @@ def _load(name: str) -> Backend:
         )
     try:
         backend: Backend = point.load()()
-        types = dict.fromkeys(backend.array_types, backend)
+        isinstance(None, backend.array_types)  # an adapter that cannot answer is broken too
     except Exception as error:  # whatever a third party's adapter raises: it must not take the others down with it
         raise BackendNotInstalled(
             f"backend {name!r} could not be loaded from {point.value}: {type(error).__name__}: {error}"
         ) from error
-    _LOADED[name] = backend
-    _BACKEND_OF_TYPE.update(types)
-    return backend
+    return _LOADED.setdefault(name, backend)  # of two threads, the first
 
 
 @contextlib.contextmanager
@@ -349,20 +351,38 @@ def backend_of(x: Any) -> Backend:
 
 
 def _find_owner(x: Any) -> Backend:
-    for name in known_backends():
-        if name in sys.modules and name not in _LOADED:
-            try:
-                _load(name)
-            except BackendNotInstalled as error:
-                warnings.warn(f"skipped a backend that cannot be loaded: {error}", RuntimeWarning, stacklevel=3)
-    for backend in list(_LOADED.values()):
+    from . import backend as this_module
+
+    for backend in this_module.loaded.values():
         if isinstance(x, backend.array_types):
-            _BACKEND_OF_TYPE[type(x)] = backend
+            _own((type(x), *backend.array_types), backend)
             return backend
     raise TypeError(
         f"expected an array of one of the backends {', '.join(known_backends())}; got {type(x).__module__}."
         f"{type(x).__qualname__}. Make it an array of the framework that you use, such as numpy.asarray(x)"
     )
+
+
+def _own(types: tuple[type, ...], backend: Backend) -> None:
+    for each in types:
+        _BACKEND_OF_TYPE[each] = backend
+
+
+def __getattr__(name: str) -> dict[str, Backend]:
+    """Compute the attribute `loaded`: the backends of the frameworks that the program has imported so far.
+
+    It is an attribute and no function because torch.compile evaluates the one and traces the other, and the loading of
+    an adapter cannot be traced; so the first op of a program may be a compiled one.
+    """
+    if name != "loaded":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for known in known_backends():
+        if known in sys.modules and known not in _LOADED:
+            try:
+                _load(known)
+            except BackendNotInstalled as error:  # one that is broken does not take the others down with it
+                warnings.warn(f"skipped a backend that cannot be loaded: {error}", RuntimeWarning, stacklevel=4)
+    return _LOADED
 
 
 def to_numpy(x: Any) -> np.ndarray:

@@ -30,6 +30,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PREFIX = "transformer."
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 _LEAVES = {"w": "weight", "g": "weight", "b": "bias"}
+_OTHER_FILES = (".bin", ".safetensors", ".index.json", ".h5", ".msgpack", ".index")  # weights that are not read here
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -83,7 +84,7 @@ def _read_config(file: Path) -> GPT2Config:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; a checkpoint holds {CONFIG_FILE} and {WEIGHTS_FILE}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file}: expected a JSON object")
@@ -95,13 +96,15 @@ def _read_config(file: Path) -> GPT2Config:
 
 def _map_tensors(file: Path, config: GPT2Config) -> dict[str, np.ndarray]:
     if not file.is_file():
-        others = sorted(p.name for p in file.parent.glob("*") if p.suffix in (".bin", ".index.json", ".safetensors"))
+        others = sorted(p.name for p in file.parent.iterdir() if p.name.endswith(_OTHER_FILES))
         there = f" (there are {', '.join(others)})" if others else ""
         raise CheckpointError(
             f"{file}: no such file{there}; save the model as one safetensors file, as transformers' "
             f"save_pretrained does for models under its max_shard_size"
         )
     found = _map_safetensors(file)
+    if config.n_layer > len(found):  # before a list of what so many layers should hold is made
+        raise CheckpointError(f"{file}: holds {len(found)} tensors; {CONFIG_FILE} says n_layer = {config.n_layer}")
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in found) else ""
     expected = {f"{prefix}{hugging_face_name(path)}": (path, shape) for path, shape in shapes(config).items()}
 

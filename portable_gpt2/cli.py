@@ -1,8 +1,9 @@
-"""The ``portable-gpt2`` command: text on stdout, everything else on stderr, wrong use in one line with exit status 2."""
+"""The ``portable-gpt2`` command: text on stdout, all else on stderr, wrong use in one line with exit status 2."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import secrets
 import sys
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-n", "--max-new-tokens", type=int, default=100, metavar="N", help="draw at most N tokens (default: 100)")
     add("--temperature", type=float, default=1.0, metavar="T", help="divide the logits by T; 0 is greedy (default: 1)")
     add("--top-k", type=int, default=40, metavar="K", help="draw from the K likeliest; 0 is off (default: 40)")
-    add("--top-p", type=_number_or_off, metavar="P", help="draw from the fewest that reach probability P (default: off)")
+    add("--top-p", type=_number_or_off, metavar="P", help="draw from the fewest that reach P together (default: off)")
     add("--seed", type=int, help="the same seed draws the same text on every backend (default: one is drawn)")
     generate.set_defaults(run=_generate)
 
@@ -55,8 +56,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
-        arguments = _parser().parse_args(argv)
-        return int(arguments.run(arguments))
+        try:
+            arguments = _parser().parse_args(argv)
+            return int(arguments.run(arguments))
+        finally:
+            _write("")  # a pipe that is closed shows here, and not when the interpreter ends
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -84,20 +88,22 @@ def _generate(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=seed,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console of few characters must not end the text
     print(f"{model!r}, seed {seed}", file=sys.stderr, flush=True)
     _write(arguments.prompt)
     start, drawn = time.perf_counter(), 0
     for drawn, piece in enumerate(pieces, 1):  # noqa: B007 - counted for the last line
         _write(piece)
     seconds = time.perf_counter() - start
+    drawn = min(drawn, arguments.max_new_tokens)  # a text that ends within a character has a piece more
     _write("\n")
     print(f"{drawn} tokens in {seconds:.2f} s, {drawn / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(text, end="", flush=True)
 
 
 def _progress(tensors: Iterable[Any]) -> Iterable[Any]:

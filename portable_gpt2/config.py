@@ -62,12 +62,14 @@ class GPT2Config:
                 raise ValueError(f"{name} is {value!r}; expected a positive int")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide")
-        if not isinstance(self.layer_norm_epsilon, int | float) or not 0 <= self.layer_norm_epsilon < float("inf"):
+        eps = self.layer_norm_epsilon
+        if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 <= eps < float("inf"):
             raise ValueError(f"layer_norm_epsilon is {self.layer_norm_epsilon!r}; expected a number of at least 0")
         for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
-        if self.eos_token_id is not None and self.eos_token_id not in range(self.n_vocab):
+        eos = self.eos_token_id
+        if eos is not None and (not isinstance(eos, int) or isinstance(eos, bool) or not 0 <= eos < self.n_vocab):
             raise ValueError(f"eos_token_id is {self.eos_token_id!r}; the vocabulary has ids 0 to {self.n_vocab - 1}")
 
     @property
@@ -124,18 +126,21 @@ class GPT2Config:
         for name, (accepted, why) in _FIXED.items():
             if name in entries and entries[name] not in accepted:
                 raise ValueError(f"{name} is {entries[name]!r}; {why}")
-        n_ctx = entries.get("n_positions", entries.get("n_ctx", cls.n_ctx))
-        if entries.get("n_ctx", n_ctx) != n_ctx:
-            raise ValueError(f"n_positions is {n_ctx} and n_ctx is {entries['n_ctx']}; they must be equal")
+        for alias, name in _ALIASES.items():
+            if entries.get(alias) is not None:
+                if entries.get(name, entries[alias]) != entries[alias]:
+                    raise ValueError(f"{name} is {entries[name]} and {alias} is {entries[alias]}; they must be equal")
+                entries = {**entries, name: entries[alias]}
         eos = entries.get("eos_token_id", cls.eos_token_id)
         n_vocab = entries.get("vocab_size", cls.n_vocab)
         if isinstance(eos, list):  # as transformers writes several
             eos = eos[0] if eos else None
-        known = eos if isinstance(eos, int) and isinstance(n_vocab, int) and 0 <= eos < n_vocab else None
+        if isinstance(eos, int) and isinstance(n_vocab, int) and not 0 <= eos < n_vocab:
+            eos = None  # a small vocabulary beside the default's id
         return cls(
             n_vocab=n_vocab,
-            n_ctx=n_ctx,
-            eos_token_id=known,
+            n_ctx=entries.get("n_positions", cls.n_ctx),
+            eos_token_id=eos,
             **{name: entries[name] for name in _SAME_NAME if name in entries},
         )
 
@@ -163,6 +168,15 @@ _SAME_NAME = (
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
 )
+
+# Other names that transformers reads as these.
+_ALIASES = {
+    "n_ctx": "n_positions",
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 _PUBLISHED = {
     ("124M", "gpt2"): (12, 12, 768),

@@ -57,7 +57,8 @@ class Decoder:
         """
         n, start = len(tokens), cache["position"]
         if n > 1 and self.backend.recompiles:
-            tokens = tokens + [0] * (padded_length(n, self.config.n_ctx) - n)
+            room = self.backend.shape(cache["h0"]["k"])[-2] - start
+            tokens = tokens + [0] * (min(padded_length(n, self.config.n_ctx), room) - n)
         with self.backend.on(self.device):
             logits, grown = self._step(self._ints([tokens]), self._ints([n - 1]), cache)
         return self.backend.to_numpy(logits)[0, 0], {**grown, "position": start + n}

@@ -14,7 +14,7 @@ from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from .config import GPT2Config
 from .generate import Decoder, padded_length
 from .model import gpt2
-from .params import Params, flatten, nest
+from .params import Params, flatten, nest, shapes
 from .sampling import check_options
 from .tokenizer import Tokenizer
 
@@ -30,6 +30,11 @@ class GPT2:
         Its parameters, arrays of one backend on one device, as `init_params` makes them.
     tokenizer : Tokenizer, optional
         Without one, the model works by token ids.
+
+    Raises
+    ------
+    ValueError
+        If the parameters are not those of the configuration: one is missing, too many, or of another shape.
 
     Attributes
     ----------
@@ -50,10 +55,11 @@ class GPT2:
     """
 
     def __init__(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
+        _check_params(params, config)
         self.config, self.tokenizer = config, tokenizer
         self.backend: Backend = backend_of(params["wte"])
         self.device = self.backend.device(params["wte"])
-        self._device = self.backend.find_device(self.device)
+        self._device = self.backend.placement(params["wte"])
         with self.backend.on(self._device):
             self.params: Params = self.backend.prepare(params)
         self._decoder = Decoder(self.backend, self.params, config, self._device)
@@ -149,7 +155,7 @@ class GPT2:
             If they are not of two axes, one is not in the vocabulary, or there are more than n_ctx in a row.
         """
         tokens = self._check_ids(token_ids, axes=2)
-        batch, seq = tokens.shape
+        _, seq = tokens.shape
         if seq > self.config.n_ctx:
             raise ValueError(f"{seq} tokens were given; the model has n_ctx = {self.config.n_ctx} positions")
         padding = padded_length(seq, self.config.n_ctx) - seq if self.backend.recompiles else 0
@@ -193,7 +199,7 @@ class GPT2:
             All is checked at the call, before anything is computed.
         """
         prompt = self._check_ids(ids, axes=1).tolist()
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        if not _is_int(max_new_tokens) or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected an int of at least 0")
         room = self.config.n_ctx - len(prompt)
         if max_new_tokens > room:
@@ -257,6 +263,10 @@ class GPT2:
             ids = np.asarray(given if isinstance(given, list | tuple | range) else backend_of(given).to_numpy(given))
         except ValueError as error:
             raise ValueError(f"token ids are ragged; expected int {expected}, rows of equal length") from error
+        except TypeError as error:
+            raise TypeError(
+                f"token ids are of type {type(given).__name__}; expected int {expected}, as a list or an array"
+            ) from error
         if ids.ndim != axes or 0 in ids.shape:
             raise ValueError(f"token ids have shape {list(ids.shape)}; expected int {expected}, none of them 0")
         if ids.dtype.kind not in "iu":
@@ -269,13 +279,28 @@ class GPT2:
     def _check_stop(self, stop: int | Iterable[int] | None) -> set[int]:
         if stop is None:
             return set()
-        ids = {stop} if isinstance(stop, int) else set(stop)
+        ids = list(stop) if isinstance(stop, Iterable) else [stop]
         for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            if not _is_int(token):
                 raise TypeError(f"stop names {token!r}; expected token ids")
             if not 0 <= token < self.config.n_vocab:
                 raise ValueError(f"stop names {token}, which is not in the vocabulary of {self.config.n_vocab}")
-        return ids
+        return set(ids)
+
+
+def _check_params(params: Params, config: GPT2Config) -> None:
+    """Refuse parameters of another model: one block too many or too few would compute something else in silence."""
+    expected, found = shapes(config), dict(flatten(params))
+    for verb, paths in (("lack", expected.keys() - found.keys()), ("hold", found.keys() - expected.keys())):
+        if paths:
+            raise ValueError(f"the parameters {verb} {', '.join(sorted(paths)[:3])}; config says {config}")
+    for path, x in found.items():
+        if (shape := backend_of(x).shape(x)) != expected[path]:
+            raise ValueError(f"{path} has shape {list(shape)}; config makes it {list(expected[path])}")
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def _until(tokens: Iterator[int], ends: set[int]) -> Iterator[int]:

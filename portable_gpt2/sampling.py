@@ -73,7 +73,7 @@ def sample(
     Raises
     ------
     ValueError
-        If the logits hold a NaN.
+        If the logits hold a NaN, or the largest of them is not finite.
 
     Examples
     --------
@@ -82,18 +82,32 @@ def sample(
     >>> sample(np.asarray([0.0, 3.0, 1.0]), 5, temperature=0)
     1
     """
-    if np.isnan(logits).any():
-        raise ValueError("the logits hold a NaN: the model's weights do, or its dtype overflowed (float32 may not)")
+    x = np.asarray(logits, np.float64)
+    largest = x.max()  # a NaN, if there is one
+    if not np.isfinite(largest):
+        raise ValueError(
+            f"the logits hold a NaN or an infinity (the largest is {largest}): the model's weights do, or its dtype "
+            f"overflowed (float32 may not)"
+        )
     if temperature == 0:
-        return int(np.argmax(logits))
-    x = logits.astype(np.float64)
-    kept = np.arange(x.size) if not top_k or top_k >= x.size else np.flatnonzero(x >= np.partition(x, -top_k)[-top_k])
-    # The largest is subtracted first: divided by a tiny temperature, the logits themselves would overflow.
-    scaled = (x[kept] - x[kept].max()) / temperature
+        return int(np.argmax(x))
+    kept, scaled = survivors(x, temperature, top_k, top_p)
+    return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, seed, index))])
+
+
+def survivors(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids that the filters keep, ascending, and their logits over the temperature, the largest of them 0."""
+    kept = np.arange(logits.size)
+    if top_k and top_k < logits.size:
+        kept = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+    with np.errstate(over="ignore"):  # by a tiny temperature: to -inf, as the largest is subtracted first
+        scaled = (logits[kept] - logits.max()) / temperature
     if top_p is not None and top_p < 1:
         nucleus = _nucleus(scaled, top_p)
         kept, scaled = kept[nucleus], scaled[nucleus]
-    return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, seed, index))])
+    return kept, scaled
 
 
 def _nucleus(scaled: np.ndarray, top_p: float) -> np.ndarray:
@@ -110,6 +124,7 @@ def gumbel(kept: np.ndarray, n_vocab: int, position: int, seed: int, index: int 
     They are -log(-log u), with u from the raw words of ``numpy.random.Philox`` (whose stream is stable by promise),
     keyed by the seed and the sample's index, at the counter of the position, one word an entry.
     """
-    words = np.random.Philox(key=[seed, index], counter=[0, position, 0, 0]).random_raw(n_vocab)[kept]
+    key = np.asarray([seed, index], np.uint64)  # of a plain list, NumPy would make float64 where one is 2^63 or more
+    words = np.random.Philox(key=key, counter=[0, position, 0, 0]).random_raw(n_vocab)[kept]
     u = ((words >> np.uint64(12)) + 0.5) * 2.0**-52  # strictly between 0 and 1
     return np.asarray(-np.log(-np.log(u)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import operator
 import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -33,11 +34,17 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         if not isinstance(tokenizer.model, models.BPE) or "ByteLevel" not in repr(tokenizer.pre_tokenizer):
-            raise ValueError(f"expected a byte-level BPE, as GPT-2's is; got a {type(tokenizer.model).__name__}")
+            raise ValueError(
+                f"expected a byte-level BPE, as GPT-2's is; got the model {type(tokenizer.model).__name__} behind the "
+                f"pre-tokenizer {type(tokenizer.pre_tokenizer).__name__}"
+            )
+        if END_OF_TEXT in (token.content for token in tokenizer.get_added_tokens_decoder().values()):
+            tokenizer.add_special_tokens([END_OF_TEXT])  # it may have been added as a word
         tokenizer.encode_special_tokens = True  # as text
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._files = [TOKENIZER_FILE]
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer | None:
@@ -52,20 +59,31 @@ class Tokenizer:
         vocab, merges, whole = (directory / name for name in (VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE))
         try:
             if vocab.is_file() and merges.is_file():
-                file = vocab
+                file = f"{vocab} and {MERGES_FILE}"
                 tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
                 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-                return cls(tokenizer)
+                loaded = cls(tokenizer)
+                loaded._files = [VOCAB_FILE, MERGES_FILE]
+                return loaded
             if whole.is_file():
-                file = whole
+                file = str(whole)
                 return cls(tokenizers.Tokenizer.from_file(str(whole)))
-        except Exception as error:  # the package raises no class of its own
+        except BaseException as error:  # the package raises Exception itself, or panics, which is not even that
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise ValueError(f"{file}: {error}") from error
         return None
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``vocab.json`` and ``merges.txt`` into an existing directory."""
-        self._tokenizer.model.save(str(directory))
+        """Write it into an existing directory, in the files that it came from.
+
+        ``vocab.json`` and ``merges.txt`` cannot hold all of a ``tokenizer.json``: tokens that were added beside the
+        vocabulary would be lost, ``<|endoftext|>`` often among them.
+        """
+        if self._files == [TOKENIZER_FILE]:
+            self._tokenizer.save(str(Path(directory, TOKENIZER_FILE)))
+        else:
+            self._tokenizer.model.save(str(directory))
 
     def __len__(self) -> int:
         """Return the number of entries of the vocabulary."""
@@ -84,17 +102,23 @@ class Tokenizer:
         TypeError
             If it is no str.
         ValueError
-            If it holds a lone surrogate, which is half a character.
+            If it holds a lone surrogate, which is half a character, or one that the vocabulary cannot spell.
         """
         if not isinstance(text, str):
             raise TypeError(f"expected text as a str; got {type(text).__name__}")
         try:
-            text.encode()
+            spelled = text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"character {error.start} of the text, {text[error.start]!r}, is a lone surrogate, which has no UTF-8 "
                 f"form: decode the text with errors='replace' where it is read"
             ) from None
+        if not self._lacking.isdisjoint(spelled):
+            i, c = next((i, c) for i, c in enumerate(text) if not self._lacking.isdisjoint(c.encode()))
+            raise ValueError(
+                f"the vocabulary cannot spell character {i} of the text, {c!r}: it lacks {len(self._lacking)} of the "
+                f"256 bytes, all of which a byte-level BPE should have"
+            )
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -128,12 +152,18 @@ class Tokenizer:
         ValueError
             If it is not in the vocabulary.
         """
-        spelled = self._tokenizer.id_to_token(token) if token >= 0 else None
+        token = operator.index(token)
+        spelled = self._tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
         if spelled is None:
             raise ValueError(f"token id {token} is not in the tokenizer's vocabulary of {len(self)}")
         if token in self._added:
             return spelled.encode()
         return b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in spelled)
+
+    @cached_property
+    def _lacking(self) -> frozenset[int]:
+        """The bytes that have no token: the package would drop them in silence."""
+        return frozenset(b[0] for c, b in _BYTES.items() if self._tokenizer.token_to_id(c) is None)
 
     @cached_property
     def _added(self) -> frozenset[int]:
