@@ -13,17 +13,36 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("ARRAY_API_STRICT_API_VERSION", "2024.12")
+# On an accelerator, none of them takes all of its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 # Two devices where there is no accelerator, so that a leak to the default one can be seen.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 
+import bounds
 import hypothesis
 import pytest
 
 import portable_gpt2 as pg
 
 BACKENDS = ["numpy", "tensorflow", "jax", "torch", "array_api_strict"]
+DTYPES = ["float32", "float64", "bfloat16", "float16"]
+LACKING = {("array_api_strict", "bfloat16"), ("array_api_strict", "float16")}  # the standard does not know them
 REQUIRED = os.environ.get("PORTABLE_GPT2_REQUIRE", "")
 X64 = os.environ.get("JAX_ENABLE_X64") == "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="take a test that is skipped for a failure")
+    parser.addoption("--backends", default=",".join(BACKENDS), help="those that the fixture `backend` is to go through")
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--no-skips") and reporter.stats.get("skipped"):
+        reporter.write_line("\nSkipped tests are failures here (--no-skips).", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 hypothesis.settings.register_profile("fast", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
@@ -45,22 +64,62 @@ def pytest_configure(config):
 
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        tf.config.experimental.enable_tensor_float_32_execution(False)  # float32 on a GPU is meant to be float32
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep jax in float64 to the process that has its switch, and everything else out of it."""
+    """Keep jax in float64 to the process that has its switch, and everything else out of it.
 
-    def is_x64(item):
+    What a backend has no dtype for is left out too, and what is of other backends than --backends names.
+    """
+    backends = [None, *config.getoption("--backends").split(",")]
+
+    def is_run(item):
         params = getattr(getattr(item, "callspec", None), "params", {})
-        return "x64" in item.keywords or (params.get("backend") == "jax" and params.get("dtype") == "float64")
+        choice = params.get("backend"), params.get("dtype")
+        is_x64 = "x64" in item.keywords or choice == ("jax", "float64")
+        return is_x64 == X64 and choice not in LACKING and choice[0] in backends
 
-    left = [item for item in items if is_x64(item) != X64]
+    left = [item for item in items if not is_run(item)]
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if is_x64(item) == X64]
+        items[:] = [item for item in items if is_run(item)]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=BACKENDS, scope="module")
 def backend(request):
     """A backend; the test runs on every one of them."""
     return load(request.param)
+
+
+@pytest.fixture(params=DTYPES, scope="module")
+def dtype(request):
+    """A floating dtype by name; the test runs in every one that the backend has."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tf():
+    """TensorFlow itself, for a test that is of it alone."""
+    load("tensorflow")
+    return pytest.importorskip("tensorflow")
+
+
+@pytest.fixture(scope="module")
+def jax():
+    """JAX itself, for a test that is of it alone."""
+    load("jax")
+    return pytest.importorskip("jax")
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """PyTorch itself, for a test that is of it alone."""
+    load("torch")
+    return pytest.importorskip("torch")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if lines := bounds.table():
+        terminalreporter.section("worst error, in units of its bound")
+        terminalreporter.write("\n".join([*lines, ""]))

@@ -31,8 +31,8 @@ class StrictBackend(Backend):
         return {xp.Device(key): name for key, name in _DEVICES.items()}[x.device]
 
     def from_numpy(self, a, dtype=None, device=None):
-        a = a if dtype is None else a.astype(self.host_dtype(dtype), copy=False)
-        return xp.asarray(a, device=self.default_device if device is None else self.find_device(device))
+        device = self.default_device if device is None else self.find_device(device)
+        return xp.asarray(self.host_array(a, dtype), device=device)
 
     def to_numpy(self, x):
         return np.asarray(xp.asarray(x, device=xp.Device("CPU_DEVICE")))

@@ -1,0 +1,69 @@
+"""One small call of every op that is well-formed, for tests that ask the same of all ops."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from bounds import FORMATS
+
+import portable_gpt2 as pg
+
+UNIT = {dtype: format.unit for dtype, format in FORMATS.items()}  # the unit round-off
+
+
+class Case(NamedTuple):
+    """An op, its arrays by name (floats in float64, of order 1), and what else it is given."""
+
+    op: Any
+    arrays: dict[str, np.ndarray]
+    options: dict[str, Any]
+
+    def floats(self):
+        """Return the names of the arrays that can be differentiated."""
+        return [name for name, a in self.arrays.items() if a.dtype == np.float64]
+
+    def reference(self, **replaced):
+        """Return the definition's result in NumPy float64, with some of the arrays replaced."""
+        return self.op.reference(**{**self.arrays, **replaced}, **self.options)
+
+    def on(self, backend, dtype, **options):
+        """Return the arrays on a backend, floats in that dtype and integers in int32."""
+        return {
+            name: backend.from_numpy(a, dtype, **options) if a.dtype == np.float64 else backend.from_numpy(a, **options)
+            for name, a in self.arrays.items()
+        }
+
+
+def _normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+_CAUSAL = np.tril(np.ones((3, 3), np.bool_))
+_QKV = {"q": _normal(2, 3, 5), "k": _normal(2, 3, 5, seed=1), "v": _normal(2, 3, 4)}
+
+CASES = {
+    "conv1d": Case(pg.conv1d, {"x": _normal(2, 3, 5), "w": _normal(5, 4), "b": _normal(4)}, {}),
+    "conv1d_width_1": Case(pg.conv1d, {"x": _normal(2, 3, 5), "w": _normal(1, 5, 4), "b": _normal(4)}, {}),
+    "softmax": Case(pg.softmax, {"x": _normal(2, 3, 5)}, {}),
+    "softmax_axis_-2": Case(pg.softmax, {"x": _normal(2, 3, 5)}, {"axis": -2}),
+    "gelu": Case(pg.gelu, {"x": _normal(2, 3, 5)}, {}),
+    "layer_norm": Case(pg.layer_norm, {"x": _normal(2, 3, 5), "g": _normal(5), "b": _normal(5, seed=1)}, {}),
+    "attention": Case(pg.attention, _QKV, {}),
+    "attention_masked": Case(pg.attention, {**_QKV, "mask": _CAUSAL}, {}),
+    "embed": Case(pg.embed, {"ids": np.asarray([[1, 5, 1], [0, 2, 5]], np.int32), "w": _normal(6, 5)}, {}),
+    "unembed": Case(pg.unembed, {"x": _normal(2, 3, 5), "w": _normal(6, 5)}, {}),
+}
+FORMS = ("kernel", "reference")
+
+
+def form_of(op, form):
+    """Return an op as it is called, which runs its backend's kernel, or its definition."""
+    return {"kernel": op, "reference": op.reference}[form]
+
+
+def assert_agrees(result, expected, dtype):
+    """Hold a result against float64: quantities of order 1 that pass through at most 64 roundings."""
+    assert result.shape == expected.shape
+    assert result.dtype.name == dtype
+    bound = 64 * UNIT[dtype] * (1 + np.abs(expected))
+    error = np.abs(result.astype(np.float64) - expected)
+    assert np.all(error <= bound), f"off by {np.max(error / bound):.3g} times the bound"

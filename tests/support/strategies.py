@@ -1,0 +1,93 @@
+"""Arrays as the ops meet them: every number of axes, empty ones too, every magnitude, every layout in memory."""
+
+import bounds
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import pytest
+
+# JAX and TensorFlow compile for each new shape: a fast run meets these, a thorough one any.
+_SHAPES = [(), (1,), (5,), (0,), (3, 4), (1, 17), (4, 0), (2, 3, 2), (2, 1, 0, 3), (1, 2, 2, 3), (2, 1, 2, 1, 3)]
+_IS_THOROUGH = hypothesis.settings.get_current_profile_name() == "thorough"
+
+# For what follows from a bound that is tested in full.
+fewer = hypothesis.settings(max_examples=max(1, hypothesis.settings.default.max_examples * 2 // 5))
+
+# For a test of all backends together: float64 is for the process in which JAX knows it.
+SHARED_DTYPES = ["float32", "bfloat16", "float16", pytest.param("float64", marks=pytest.mark.x64)]
+
+# For a test of what the others are computed in.
+wide_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+LAYOUTS = ["C", "Fortran", "transposed", "strided", "reversed", "read-only"]
+
+
+def shapes(*, least: int = 0, most: int = 5) -> st.SearchStrategy[tuple[int, ...]]:
+    """Return shapes of some number of axes, of which any may be empty."""
+    few = [shape for shape in _SHAPES if least <= len(shape) <= most]
+    return cases(few, hnp.array_shapes(min_dims=least, max_dims=most, min_side=0, max_side=4))
+
+
+def lengths(few: list[int], *, most: int, least: int = 0) -> st.SearchStrategy[int]:
+    """Return one of these lengths, or in a thorough run any up to the largest."""
+    return cases(few, st.integers(least, most))
+
+
+def cases(few: list, rest: st.SearchStrategy) -> st.SearchStrategy:
+    """Return one of a few cases, or in a thorough run any of the rest."""
+    return st.sampled_from(few) | rest if _IS_THOROUGH else st.sampled_from(few)
+
+
+@st.composite
+def floats(draw, shape: tuple[int, ...], dtype: str, *, largest: float | None = None) -> np.ndarray:
+    """Return finite numbers up to a magnitude, the dtype's largest unless given; zeros and subnormals among them.
+
+    Drawn one by one, or by a seed: as a normal distribution of some width about some mean, or with exponents that are
+    uniform over the dtype's.
+    """
+    host = bounds.host_dtype(dtype)
+    limits = ml_dtypes.finfo(host)
+    top = float(limits.max) if largest is None else min(largest, float(limits.max))
+    high = int(np.log2(top))
+    low = int(limits.minexp) - int(limits.nmant)
+    size = int(np.prod(shape))
+    kind = draw(st.sampled_from(["normal", "normal", "every exponent", "one by one"]))
+    if kind == "one by one" and size <= 24:
+        a = draw(hnp.arrays(np.float64, shape, elements=st.floats(-top, top)))
+    else:
+        random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        if kind == "every exponent":
+            a = random.choice([-1.0, 1.0], shape) * 2.0 ** random.uniform(low, high, shape)
+        else:
+            width = 2.0 ** draw(st.integers(max(-12, low), min(9, high - 3)))
+            mean = draw(st.sampled_from([0.0, 0.0, 1.0, -7.0, 100.0])) * width
+            a = random.normal(mean, width, shape)
+    return np.asarray(np.clip(a, -top, top)).astype(host)
+
+
+@st.composite
+def laid_out(draw, a: np.ndarray) -> np.ndarray:
+    """Return the same numbers, lying in memory in some other way, or not to be written to."""
+    layout = draw(st.sampled_from(LAYOUTS))
+    if layout == "Fortran":
+        a = np.asfortranarray(a)
+    elif layout == "transposed" and a.ndim:
+        a = np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 0, -1)), -1, 0)
+    elif layout == "strided" and a.ndim:
+        wide = np.ones((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
+        wide[..., ::2] = a
+        a = wide[..., ::2]
+    elif layout == "reversed" and a.ndim:
+        a = np.ascontiguousarray(a[::-1, ..., ::-1] if a.ndim > 1 else a[::-1])
+        a = a[::-1, ..., ::-1] if a.ndim > 1 else a[::-1]
+    elif layout == "read-only":
+        a = a.copy()
+        a.flags.writeable = False
+    return a
+
+
+def arrays(shape: tuple[int, ...], dtype: str, *, largest: float | None = None) -> st.SearchStrategy[np.ndarray]:
+    """Return `floats`, in some layout."""
+    return floats(shape, dtype, largest=largest).flatmap(laid_out)

@@ -1,0 +1,213 @@
+"""attention: each result within a derived bound of the exact one, and what follows from averaging the values."""
+
+from itertools import combinations
+
+import bounds
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given
+
+import portable_gpt2 as pg
+
+
+def bound(q, k, v, mask, backend, *, scale=None):
+    return bounds.attention(q, k, v, mask, scale=scale, c=bounds.exp_error(backend.name, q.dtype.name))
+
+
+@st.composite
+def masks(draw, batch, queries, keys):
+    """Return no mask, a causal one, or any in which every query sees a key; its leading axes may broadcast."""
+    kind = draw(st.sampled_from(["none", "causal", "any"]))
+    if kind == "none":
+        return None
+    if kind == "causal":
+        return np.arange(keys) <= np.arange(queries)[:, None]
+    leading = batch[draw(st.integers(0, len(batch))) :]
+    leading = tuple(draw(st.sampled_from([1, n])) for n in leading)
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    mask = random.random((*leading, queries, keys)) < 0.5
+    return mask | (np.arange(keys) == random.integers(0, keys, (*leading, queries, 1)))
+
+
+# The leading axes, and the numbers of queries, of keys, of q's and k's columns and of v's.
+SHAPES = [
+    ((), 3, 4, 8, 2),
+    ((), 1, 1, 1, 1),
+    ((2,), 1, 9, 8, 8),
+    ((2, 1), 5, 5, 3, 2),
+    ((1, 2, 2), 3, 4, 8, 2),
+    ((0,), 3, 4, 8, 2),
+    ((2,), 0, 4, 8, 2),
+    ((2,), 3, 4, 8, 0),
+]
+
+
+@st.composite
+def heads(draw, dtype, *, masked=False):
+    """Return q, k, v, a mask and a scale; the scores are within the range of what is computed in."""
+    some = st.integers(1, 9)
+    rest = st.tuples(strategies.shapes(most=3), st.integers(0, 9), some, some, st.integers(0, 9))
+    batch, queries, keys, d, dv = draw(strategies.cases(SHAPES, rest))
+    largest = min(draw(st.sampled_from([4.0, 64.0, np.inf])), bounds.FORMATS[dtype].largest ** 0.5 / 16)
+    q = draw(strategies.arrays((*batch, queries, d), dtype, largest=largest))
+    k = draw(strategies.arrays((*batch, keys, d), dtype, largest=largest))
+    v = draw(strategies.arrays((*batch, keys, dv), dtype, largest=bounds.FORMATS[dtype].largest / 32))
+    mask = draw(masks(batch, queries, keys).filter(lambda mask: mask is not None or not masked))
+    return q, k, v, mask, draw(st.sampled_from([None, None, 1.0, 0.3]))
+
+
+def normal(random, shape, dtype, width=1.0):
+    return random.normal(0, width, shape).astype(bounds.host_dtype(dtype))
+
+
+def head(random, batch, queries, keys, d, dtype, width=1.0):
+    """Return q, k and v of random numbers; the scores' standard deviation is the square of the width."""
+    q, k = (normal(random, (*batch, n, d), dtype, width) for n in (queries, keys))
+    return q, k, normal(random, (*batch, keys, d), dtype)
+
+
+@given(data=st.data())
+def test_attention_is_within_its_error_bound(backend, dtype, data):
+    """Catches a missing scale, a mask that leaks, weights rounded to 16 bits, and writing into the argument."""
+    q, k, v, mask, scale = data.draw(heads(dtype))
+    expected = bound(q, k, v, mask, backend, scale=scale)
+    for form, op in bounds.forms(pg.attention, backend).items():
+        computed = bounds.compute(op, backend, q, k, v, mask, scale=scale)
+        assert bounds.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
+
+
+def test_the_bound_of_attention_is_tight(backend, dtype):
+    """Catches a bound that would admit anything, and compilers that change what is computed; the scale is 1/sqrt(d)."""
+    random = np.random.default_rng(1)
+    q, k, v = head(random, (2, 3), 6, 10, 8, dtype)
+    mask = np.arange(10) <= np.arange(6)[:, None] + 4
+    expected = bound(q, k, v, mask, backend)
+    for form, op in bounds.forms(pg.attention, backend, compiled=True).items():
+        ratio = bounds.assert_within(
+            expected, bounds.compute(op, backend, q, k, v, mask), "attention", backend, dtype, form
+        )
+        assert ratio >= 0.01, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
+
+
+def test_attention_to_a_thousand_keys_is_within_its_error_bound(backend, dtype):
+    """Catches a fused kernel that goes wrong where it must take the keys in several blocks."""
+    random = np.random.default_rng(2)
+    queries, keys = (2, 600) if dtype == "float64" else (40, 1024)
+    q, k, v = head(random, (1, 2), queries, keys, 8, dtype, width=2.0)
+    mask = np.arange(keys) <= np.arange(queries)[:, None] + keys - queries
+    expected = bound(q, k, v, mask, backend)
+    for form, op in bounds.forms(pg.attention, backend).items():
+        computed = bounds.compute(op, backend, q, k, v, mask)
+        assert bounds.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
+
+
+@strategies.fewer
+@given(data=st.data())
+def test_masked_keys_have_no_influence(backend, dtype, data):
+    """Catches a mask that is an added number, from which enough can be added back.
+
+    The bound of attention counts no masked key, however large: it is the same for these keys and values and for those.
+    """
+    q, k, v, mask, scale = data.draw(heads(dtype, masked=True))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    unseen = ~np.broadcast_to(mask, (*q.shape[:-1], k.shape[-2])).any(axis=-2)[..., None]
+    other_k = np.where(unseen, normal(random, k.shape, dtype, 100), k)
+    other_v = np.where(unseen, normal(random, v.shape, dtype, 1e4), v)
+    error = sum(bound(q, *pair, mask, backend, scale=scale).error for pair in ((k, v), (other_k, other_v)))
+    for form, op in bounds.forms(pg.attention, backend).items():
+        one = bounds.compute(op, backend, q, k, v, mask, scale=scale)
+        other = bounds.compute(op, backend, q, other_k, other_v, mask, scale=scale)
+        with np.errstate(invalid="ignore"):
+            ratio = bounds.Bounded(bounds.exact(one), error).ratio(other)
+        assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
+
+
+@strategies.fewer
+@given(data=st.data())
+def test_results_are_between_the_values_that_are_seen(backend, dtype, data):
+    """Catches weights that do not sum to 1, and values of keys that are not seen.
+
+    Whatever the scores are, the weights are nonnegative and sum to 1 within gamma(n), and their product with the values
+    adds gamma(n + 1): the result is within gamma(2n + 1) max |v| of the hull, and s for each of n weights and products.
+    """
+    q, k, v, mask, scale = data.draw(heads(dtype))
+    n = k.shape[-2]
+    seen = np.broadcast_to(True if mask is None else mask, (*q.shape[:-1], n))[..., None]
+    wide = v.astype(np.float64)[..., None, :, :]
+    unit, smallest, _ = bounds.FORMATS[bounds.computed_in(dtype)]
+    magnitude = np.max(np.where(seen, abs(wide), 0), axis=-2)
+    margin = bounds.gamma(2 * n + 1, unit) * magnitude + n * smallest * (4 * magnitude + 2)
+    if dtype != bounds.computed_in(dtype):
+        stored = bounds.FORMATS[dtype]
+        margin += stored.unit * (magnitude + margin) + stored.smallest
+    low = np.min(np.where(seen, wide, np.inf), axis=-2) - margin
+    high = np.max(np.where(seen, wide, -np.inf), axis=-2) + margin
+    promised = np.isfinite(bound(q, k, v, mask, backend, scale=scale).error)
+    for form, op in bounds.forms(pg.attention, backend).items():
+        y = bounds.compute(op, backend, q, k, v, mask, scale=scale).astype(np.float64)
+        assert np.all(((low <= y) & (y <= high))[promised]), f"{form}: {y} is not between {low} and {high}"
+
+
+@strategies.fewer
+@given(data=st.data())
+def test_the_order_of_the_keys_does_not_matter(backend, dtype, data):
+    """Catches a mask that is applied to other keys than it names."""
+    q, k, v, mask, scale = data.draw(heads(dtype))
+    order = np.asarray(data.draw(st.permutations(range(k.shape[-2]))), int)
+    other = q, k[..., order, :], v[..., order, :], None if mask is None else mask[..., order]
+    error = 2 * bound(q, k, v, mask, backend, scale=scale).error
+    for form, op in bounds.forms(pg.attention, backend).items():
+        straight = bounds.compute(op, backend, q, k, v, mask, scale=scale)
+        permuted = bounds.compute(op, backend, *other, scale=scale)
+        with np.errstate(invalid="ignore"):
+            ratio = bounds.Bounded(bounds.exact(straight), error).ratio(permuted)
+        assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times twice the bound"
+
+
+def test_a_query_that_sees_one_key_returns_its_value_to_the_bit(backend, dtype):
+    """Catches a mask one column off, and weights of masked keys that are small but not 0."""
+    random = np.random.default_rng(3)
+    q, k, v = head(random, (2,), 7, 7, 8, dtype, width=3.0)
+    mask = np.eye(7, dtype=bool)[random.permutation(7)]
+    for form, op in bounds.forms(pg.attention, backend).items():
+        result = bounds.compute(op, backend, q, k, v, mask)
+        assert np.array_equal(result, v[..., mask.argmax(axis=-1), :]), form
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (3,), (2, 1), (2, 3)], ids=str)
+def test_the_leading_axes_of_a_mask_broadcast(backend, leading):
+    """Catches a kernel that takes a mask's leading axes for something else."""
+    random = np.random.default_rng(4)
+    q, k, v = head(random, (2, 3), 4, 5, 8, "float32")
+    mask = random.random((*leading, 4, 5)) < 0.5
+    mask[..., 0] = True
+    expected = bound(q, k, v, mask, backend)
+    for form, op in bounds.forms(pg.attention, backend).items():
+        computed = bounds.compute(op, backend, q, k, v, mask)
+        assert bounds.assert_within(expected, computed, "attention", backend, "float32", form) <= 1
+
+
+@pytest.mark.parametrize("dtype", strategies.SHARED_DTYPES)
+def test_backends_agree_on_attention(dtype):
+    """Catches two backends that are both near the truth by their own account, and not near each other."""
+    q, k, v = head(np.random.default_rng(5), (2, 2), 5, 12, 16, dtype, width=1.5)
+    mask = np.arange(12) <= np.arange(5)[:, None] + 7
+    results = bounds.compute_everywhere(pg.attention, dtype, q, k, v, mask)
+    errors = {name: bound(q, k, v, mask, pg.get_backend(name)).error for name in results}
+    for one, other in combinations(results, 2):
+        ratio = bounds.Bounded(bounds.exact(results[other]), errors[one] + errors[other]).ratio(results[one])
+        assert ratio <= 1, f"{one} and {other} differ by {ratio:.3g} times the sum of their bounds"
+
+
+@strategies.wide_dtypes
+@pytest.mark.parametrize("backend", ["numpy", "array_api_strict"], indirect=True)
+def test_attention_of_ordinary_numbers_raises_no_floating_point_flag(backend, dtype):
+    """Catches warnings that a user could do nothing about, as the smallest number less something could give."""
+    q, k, v = head(np.random.default_rng(6), (2,), 5, 5, 8, dtype, width=10.0)
+    mask = np.tri(5, dtype=bool)
+    for form in bounds.forms(pg.attention, backend).values():
+        with np.errstate(all="raise", under="ignore"):
+            computed = backend.to_numpy(form(*map(backend.from_numpy, (q, k, v, mask))))
+        assert np.isfinite(computed).all()

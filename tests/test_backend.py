@@ -1,0 +1,584 @@
+"""The abstract interface: how a backend is found, and what each adapter promises beside the array API's functions."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import os
+import threading
+
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import processes
+import pytest
+from hypothesis import given
+
+import portable_gpt2 as pg
+from portable_gpt2 import backend as backend_module
+
+X64 = os.environ.get("JAX_ENABLE_X64") == "1"
+FLOATS = ["float32", "float64", "bfloat16", "float16"]
+OTHERS = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+def host_dtype(name):
+    return np.dtype(getattr(ml_dtypes, name, name) if name == "bfloat16" else name)
+
+
+# By name, by array, by default
+
+
+def test_a_backend_is_found_by_name(backend):
+    """Catches a name that leads to another backend, and a second instance where there should be one."""
+    assert pg.get_backend(backend.name) is backend
+    assert pg.get_backend(backend) is backend
+    assert backend.name in pg.available_backends()
+
+
+def test_a_backend_is_found_by_array(backend):
+    """Catches an array whose owner is another, and subclasses and scalars that have none."""
+    x = backend.from_numpy(np.ones((2, 3), np.float32))
+    assert pg.backend_of(x) is backend
+    assert pg.backend_of(backend.xp.exp(x)) is backend
+    np.testing.assert_array_equal(pg.to_numpy(x), np.ones((2, 3)))
+
+
+def test_an_array_is_looked_up_in_one_table(backend, monkeypatch):
+    """Catches a look-up by isinstance, which takes a microsecond, on every call; after the first it is a dict's."""
+    x = backend.from_numpy(np.ones(3, np.float32))
+    pg.backend_of(x)
+    monkeypatch.setattr(backend_module, "_find_owner", None)
+    assert pg.backend_of(x) is backend
+
+
+class Scalar(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize(
+    "x", [np.float32(1), np.ones(2).view(Scalar), np.ma.masked_array([1.0])], ids=lambda x: type(x)
+)
+def test_subclasses_and_scalars_of_numpy_are_numpys(x):
+    """Catches a look-up by exact type."""
+    assert pg.backend_of(x).name == "numpy"
+
+
+@pytest.mark.parametrize("x", [[1.0], 1.0, None, "text", object(), {}], ids=repr)
+def test_what_is_no_array_is_refused(x):
+    """Catches a message that does not say what was given, what could be, and what to do."""
+    with pytest.raises(TypeError) as caught:
+        pg.backend_of(x)
+    assert f"{type(x).__module__}.{type(x).__qualname__}" in str(caught.value)
+    assert "numpy.asarray" in str(caught.value)
+    for name in backend_module.known_backends():
+        assert name in str(caught.value)
+
+
+def test_the_default_is_numpy(monkeypatch):
+    """Catches a default that depends on what happens to be installed."""
+    monkeypatch.delenv("PORTABLE_GPT2_BACKEND", raising=False)
+    assert pg.get_backend().name == "numpy"
+    monkeypatch.setenv("PORTABLE_GPT2_BACKEND", "")
+    assert pg.get_backend().name == "numpy"
+
+
+def test_the_environment_names_a_default(monkeypatch):
+    """Catches a variable that is read once and for all, or that outranks a choice made in the code."""
+    monkeypatch.setenv("PORTABLE_GPT2_BACKEND", "array_api_strict")
+    assert pg.get_backend().name == "array_api_strict"
+    with pg.use_backend("numpy"):
+        assert pg.get_backend().name == "numpy"
+    monkeypatch.setenv("PORTABLE_GPT2_BACKEND", "nonsense")
+    with pytest.raises(pg.BackendNotInstalled, match="nonsense"):
+        pg.get_backend()
+
+
+def test_defaults_nest():
+    """Catches a default that outlives its block, be it left by an exception."""
+    with pg.use_backend("array_api_strict") as outer:
+        assert pg.get_backend() is outer
+        with contextlib.suppress(KeyError), pg.use_backend("numpy", device="cpu") as inner:
+            assert pg.get_backend() is inner
+            assert inner.default_device == "cpu"
+            raise KeyError
+        assert pg.get_backend() is outer
+    assert pg.get_backend().name == "numpy"
+
+
+def test_threads_do_not_disturb_one_another():
+    """Catches a default that is global to the process."""
+    seen, turn = {}, threading.Barrier(2, timeout=10)
+
+    def work(name):
+        with pg.use_backend(name):
+            turn.wait()  # both have chosen
+            seen[name] = pg.get_backend().name
+            turn.wait()
+
+    threads = [threading.Thread(target=work, args=[name]) for name in ("numpy", "array_api_strict")]
+    with pg.use_backend("array_api_strict"):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == {"numpy": "numpy", "array_api_strict": "array_api_strict"}
+
+
+def test_asynchronous_tasks_do_not_disturb_one_another():
+    """Catches a default that is a thread's: tasks share one."""
+
+    async def work(name):
+        with pg.use_backend(name):
+            await asyncio.sleep(0)
+            return pg.get_backend().name
+
+    async def main():
+        return await asyncio.gather(*[work(name) for name in ("numpy", "array_api_strict") * 3])
+
+    assert asyncio.run(main()) == ["numpy", "array_api_strict"] * 3
+
+
+def test_threads_that_load_a_backend_at_once_share_one_instance(monkeypatch):
+    """Catches two instances of one backend, whose arrays would be refused as those of two."""
+    turn, found = threading.Barrier(2, timeout=10), []
+    monkeypatch.setattr(backend_module, "_LOADED", {})
+    monkeypatch.setattr(backend_module, "_BACKEND_OF_TYPE", {})
+    monkeypatch.setattr(backend_module, "_is_importable", lambda name: turn.wait() >= 0)  # neither was loaded till here
+    threads = [threading.Thread(target=lambda: found.append(pg.get_backend("numpy"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert found[0] is found[1] is pg.backend_of(np.ones(1))
+
+
+# What cannot be found
+
+
+def test_an_unknown_name_is_refused():
+    """Catches a message that does not say which names there are."""
+    with pytest.raises(pg.BackendNotInstalled, match="'pytorch'") as caught:
+        pg.get_backend("pytorch")
+    for name in ("numpy", "tensorflow", "jax", "torch", "array_api_strict"):
+        assert name in str(caught.value)
+    assert isinstance(caught.value, ImportError)
+
+
+BLOCK = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {name!r}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import portable_gpt2 as pg
+
+assert {name!r} not in pg.available_backends()
+try:
+    pg.get_backend({name!r})
+except pg.BackendNotInstalled as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "jax", "torch"])
+def test_a_framework_that_is_not_installed_is_named_with_its_extra(name):
+    """Catches an ImportError from ten frames down, which does not say what to install."""
+    message = processes.run(BLOCK.format(name=name))
+    assert f"pip install 'portable-gpt2[{name}]'" in message
+    assert "numpy" in message.partition("installed here")[2]
+
+
+def install(directory, name, adapter):
+    """Write a third party's framework, adapter and metadata, as pip would install them."""
+    (directory / f"{name}.py").write_text("class Array:\n    pass\n")
+    (directory / f"{name}_adapter.py").write_text(adapter)
+    metadata = directory / f"{name}_adapter-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-adapter\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[portable_gpt2.backends]\n{name} = {name}_adapter:Adapter\n")
+
+
+BROKEN = {
+    "raises_import_error": "import a_module_that_is_not_there",
+    "raises_another": "raise RuntimeError('of another version')",
+    "has_no_class": "",
+    "has_no_constructor": "class Adapter:\n    def __init__(self):\n        raise OSError('no device')",
+    "has_no_arrays": "class Adapter:\n    pass",
+}
+
+
+def test_a_broken_adapter_warns_and_is_skipped(tmp_path):
+    """Catches a third party's mistake that takes the other backends down with it, or that is hidden."""
+    for name, adapter in BROKEN.items():
+        install(tmp_path, name, adapter)
+    code = f"""
+        import warnings
+        import numpy as np
+        import portable_gpt2 as pg
+
+        for name in {list(BROKEN)}:
+            assert name in pg.available_backends()
+            framework = __import__(name)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert pg.softmax(np.ones(2))[0] == 0.5
+                try:
+                    pg.softmax(framework.Array())
+                except TypeError as error:
+                    assert name + ".Array" in str(error)
+            assert any(name in str(warning.message) for warning in caught), (name, caught)
+            try:
+                pg.get_backend(name)
+            except pg.BackendNotInstalled as error:
+                assert name in str(error) and error.__cause__ is not None
+            else:
+                raise AssertionError(name)
+    """
+    processes.run(code, path=[tmp_path])
+
+
+def test_a_third_partys_framework_that_is_not_installed_is_no_extra_of_ours(tmp_path):
+    """Catches advice to install an extra that does not exist."""
+    install(tmp_path, "elsewhere", "")
+    (tmp_path / "elsewhere.py").unlink()
+    code = """
+        import portable_gpt2 as pg
+        assert "elsewhere" not in pg.available_backends()
+        try:
+            pg.get_backend("elsewhere")
+        except pg.BackendNotInstalled as error:
+            print(error)
+    """
+    assert "pip install elsewhere " in processes.run(code, path=[tmp_path])
+
+
+def test_third_parties_are_found_by_entry_point():
+    """Catches a list of backends that is written down in the package."""
+    points = importlib.metadata.entry_points(group="portable_gpt2.backends")
+    assert {"numpy", "tensorflow", "jax", "torch", "array_api_strict"} <= {point.name for point in points}
+    assert {point.name for point in points} == set(backend_module.known_backends())
+
+
+# Devices
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cpu:7", "", 3.5], ids=repr)
+def test_an_unknown_device_is_refused(backend, device):
+    """Catches a device that is taken for another, and a message that does not list those that there are."""
+    x = np.ones(3, np.float32)
+    attempts = [
+        lambda: pg.get_backend(backend.name, device=device),
+        lambda: pg.use_backend(backend.name, device=device).__enter__(),
+        lambda: backend.from_numpy(x, device=device),
+        lambda: backend.find_device(device),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=f"{device!r}") as caught:
+            attempt()
+        for name in backend.devices():
+            assert name in str(caught.value)
+
+
+def test_every_device_is_found_by_its_name_and_by_itself(backend):
+    """Catches an array that is put somewhere else, and a device that `devices` and `device` call differently."""
+    assert "cpu" in backend.devices()
+    assert len(set(backend.devices())) == len(backend.devices())
+    for name in backend.devices():
+        found = backend.find_device(name)
+        assert backend.find_device(found) == found
+        for chosen in (pg.get_backend(backend.name, device=name), pg.get_backend(backend.name, device=found)):
+            assert name in repr(chosen) or str(found) in repr(chosen)
+            assert backend.device(chosen.from_numpy(np.ones(3, np.float32))) == name
+        x = backend.from_numpy(np.ones(3, np.float32), device=name)
+        assert backend.device(x) == name
+        assert backend.device(backend.arange(4, like=x)) == name
+        assert backend.device(backend.zeros((2, 2), like=x)) == name
+        with backend.on(found):
+            assert backend.device(pg.gelu(x)) == name
+        np.testing.assert_array_equal(backend.to_numpy(x), np.ones(3))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "tensorflow", "jax", "torch"], indirect=True)
+def test_the_first_cpu_has_two_names(backend):
+    """Catches `cpu:0`, which frameworks write too, as an unknown device."""
+    assert backend.device(backend.from_numpy(np.ones(3, np.float32), device="cpu:0")) == "cpu"
+
+
+# To and from the host
+
+
+def host_arrays(dtype):
+    """Yield arrays of one dtype in every layout that memory can have."""
+    base = (np.arange(24) % 2).reshape(2, 3, 4).astype(dtype)
+    read_only = base.copy()
+    read_only.flags.writeable = False
+    unaligned = np.frombuffer(b"?" + base.tobytes(), np.uint8)[1:].view(dtype).reshape(base.shape)
+    yield from {
+        "contiguous": base,
+        "empty": base[:, :0],
+        "scalar": base[0, 0, 1:2].reshape(()),
+        "read_only": read_only,
+        "reversed": base[::-1, :, ::-1],
+        "read_only_reversed": read_only[::-1],
+        "strided": base[:, ::2, 1:],
+        "transposed": base.T,
+        "fortran": np.asfortranarray(base),
+        "broadcast": np.broadcast_to(base[0], (2, 3, 4)),
+        "unaligned": unaligned,
+        "big_endian": base.astype(dtype.newbyteorder(">")),
+    }.items()
+
+
+@pytest.mark.parametrize("dtype", FLOATS + OTHERS)
+def test_arrays_come_back_from_a_backend_as_they_were(backend, dtype):
+    """Catches a dtype that is widened, narrowed or read in the wrong order of bytes; a layout that is misread.
+
+    What the framework would narrow is refused instead, with the name of its switch.
+    """
+    for layout, a in host_arrays(host_dtype(dtype)):
+        if backend.name == "jax" and a.dtype.itemsize == 8 and not X64:
+            with pytest.raises(TypeError, match=f"{dtype} .*jax_enable_x64"):
+                backend.from_numpy(a)
+            continue
+        before = a.tobytes()
+        x = backend.from_numpy(a)
+        back = backend.to_numpy(x)
+        assert pg.backend_of(x) is backend, layout
+        assert type(back) is np.ndarray, layout
+        assert back.dtype == host_dtype(dtype), layout
+        assert back.shape == a.shape, layout
+        assert np.array_equal(back, a), layout
+        assert a.tobytes() == before, layout
+        assert backend.is_floating(x) == (dtype in FLOATS), layout
+        assert backend.dtype_name(x) == (dtype if dtype in FLOATS else None), layout
+        assert backend.is_empty(x) == (layout == "empty"), layout
+
+
+def test_conversion_rounds_alike_on_every_backend(backend, dtype):
+    """Catches a conversion on the device, where a framework may round a tie, or what is subnormal, in its own way."""
+    rng = np.random.default_rng(0)
+    a = np.concatenate([rng.standard_normal(1000), [1 + 2**-8, 1 + 3 * 2**-8, 1e-40, 6e-8, 7e4, 1e39, np.inf, np.nan]])
+    with np.errstate(all="ignore"):
+        expected = a.astype(host_dtype(dtype))
+        x = backend.from_numpy(a, dtype)
+    assert x.dtype == backend.dtype(dtype)
+    assert backend.to_numpy(x).tobytes() == expected.tobytes()
+
+
+@pytest.mark.x64
+def test_jax_takes_64_bits_where_its_switch_is_on(jax):
+    """Catches a refusal that does not look at the switch."""
+    backend = pg.get_backend("jax")
+    for kind in ("float64", "int64", "uint64"):
+        assert backend.to_numpy(backend.from_numpy(np.arange(3).astype(kind))).dtype == kind
+
+
+def test_the_switch_of_jax_is_left_as_it_was(jax):
+    """Catches a backend that flips jax_enable_x64 for the whole program to have its way."""
+    backend = pg.get_backend("jax")
+    with pytest.raises(TypeError, match="jax_enable_x64"):
+        backend.from_numpy(np.ones(3, np.float32), "float64")
+    assert not jax.config.jax_enable_x64
+
+
+@pytest.mark.parametrize("backend", ["numpy", "jax", "torch"], indirect=True)
+def test_a_host_view_is_no_copy(backend):
+    """Catches a copy each time that an array of the CPU is looked at."""
+    x = backend.from_numpy(np.ones(3, np.float32))
+    assert np.shares_memory(backend.to_numpy(x), backend.to_numpy(x))
+
+
+@pytest.mark.parametrize("name", ["int32", "float8", "double", "", None, ["float32"]], ids=repr)
+def test_an_unknown_dtype_is_refused(backend, name):
+    """Catches a dtype that is guessed, and a message that does not list those that there are."""
+    with pytest.raises(ValueError, match="floating dtype") as caught:
+        backend.dtype(name)
+    assert repr(name) in str(caught.value)
+    assert "float32" in str(caught.value)
+    if name is not None:
+        with pytest.raises(ValueError, match="floating dtype"):
+            backend.from_numpy(np.ones(3, np.float32), name)
+
+
+# What the standard lacks
+
+
+def test_arange_and_zeros_are_made_like_an_array(backend):
+    """Catches indices that cannot index, and a dtype or a shape that is not what was asked for."""
+    like = backend.from_numpy(np.ones((2, 5), np.float32))
+    indices = backend.arange(4, like=like)
+    assert backend.xp.isdtype(indices.dtype, "integral")
+    np.testing.assert_array_equal(backend.to_numpy(indices), np.arange(4))
+    table = backend.from_numpy(np.eye(5, dtype=np.float32))
+    np.testing.assert_array_equal(backend.to_numpy(pg.embed(indices, table)), np.eye(5)[:4])
+    assert backend.shape(backend.arange(0, like=like)) == (0,)
+    zeros = backend.zeros((3, 1), like=like)
+    assert zeros.dtype == like.dtype
+    np.testing.assert_array_equal(backend.to_numpy(zeros), np.zeros((3, 1)))
+
+
+def test_shape_and_arange_of_what_is_unknown_while_tracing(tf):
+    """Catches None among the dimensions, which cannot be computed with, and a range whose end must be a number."""
+    backend = pg.get_backend("tensorflow")
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 5], tf.float32)])
+    def rows(x):
+        n, five = backend.shape(x)
+        assert five == 5
+        return backend.arange(n, like=x), backend.zeros((2, 2), like=x)
+
+    found, zeros = rows(tf.ones([3, 5]))
+    assert found.numpy().tolist() == [0, 1, 2]
+    assert zeros.shape == (2, 2)
+
+
+def test_a_tensor_of_unknown_rank_is_refused(tf):
+    """Catches None where there should be a tuple."""
+    with pytest.raises(ValueError, match="number of axes"):
+        tf.function(pg.gelu.reference, input_signature=[tf.TensorSpec(None, tf.float32)])(tf.ones([2]))
+
+
+@st.composite
+def blocks(draw):
+    """Draw a buffer's shape, how many rows are written, and where."""
+    leading = draw(st.sampled_from([(), (2,), (2, 3)]))
+    capacity, d = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    n = draw(st.integers(1, capacity))
+    return (*leading, capacity, d), n, draw(st.integers(0, capacity - n))
+
+
+def written(shape, n, start):
+    """Return a buffer, a block, and the buffer with the block in it."""
+    buffer = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    value = -1 - np.arange(np.prod(shape[:-2]) * n * shape[-1], dtype=np.float32).reshape(*shape[:-2], n, shape[-1])
+    expected = buffer.copy()
+    expected[..., start : start + n, :] = value
+    return buffer, value, expected
+
+
+@given(block=blocks(), traced=st.booleans())
+def test_write_replaces_one_block_and_nothing_else(backend, block, traced):
+    """Catches a block that is a row off, wraps around, or is clamped at the end; an index that must be a number."""
+    start = block[-1]
+    buffer, value, expected = written(*block)
+    x = backend.from_numpy(buffer.copy())
+    at = backend.arange(start + 1, like=x)[start] if traced else start
+    result = backend.write(x, backend.from_numpy(value), at)
+    assert result.dtype == backend.dtype("float32")
+    np.testing.assert_array_equal(backend.to_numpy(result), expected)
+
+
+# Compilation
+
+
+def counted():
+    """Return a function that writes into a cache, as a decoding step does, and a list of its traces."""
+    traces = []
+
+    def step(bound, cache, position, scale):
+        traces.append(1)
+        backend = pg.backend_of(bound["w"])
+        buffer = backend.write(cache["k"], bound["w"][None, :] * scale, cache["position"])
+        return {"k": buffer, "position": cache["position"] + position}
+
+    return step, traces
+
+
+def test_compiled_functions_compute_what_they_computed(backend):
+    """Catches arguments that are mixed up or lost on the way, an int that is fixed by its first value."""
+    step, traces = counted()
+    run = backend.compile(step, bound={"w": backend.from_numpy(np.ones(2, np.float32))}, static=("scale",))
+    cache = {"k": backend.from_numpy(np.zeros((8, 2), np.float32)), "position": 0}
+    for i in range(4):
+        cache = {**run(cache, 1, 2.0), "position": i + 1}
+    expected = np.repeat([2.0, 0.0], 4)[:, None] * np.ones(2)
+    np.testing.assert_array_equal(backend.to_numpy(cache["k"]), expected)
+    assert len(traces) == (1 if backend.recompiles else 4)
+
+
+def test_a_static_argument_is_a_python_value_and_compiles_anew(backend):
+    """Catches a static argument that reaches the function as an array, and one whose change is not noticed."""
+    seen = []
+
+    def repeat(bound, x, n):
+        seen.append(n)
+        for _ in range(n):
+            x = x + bound
+        return x
+
+    run = backend.compile(repeat, bound=backend.from_numpy(np.ones(2, np.float32)), static=("n",))
+    for n in (1, 3, 1):
+        result = run(backend.from_numpy(np.zeros(2, np.float32)), n)
+        assert backend.to_numpy(result).tolist() == [n, n]
+    assert all(type(n) is int for n in seen)
+    assert len(seen) == (2 if backend.recompiles else 3)
+
+
+def test_a_donated_argument_is_dead_and_its_memory_used(jax):
+    """Catches a cache that is copied for every token because its donation went lost."""
+    backend = pg.get_backend("jax")
+    run = backend.compile(lambda bound, cache: backend.write(cache, bound, 0), bound=jax.numpy.ones((1, 2)))
+    kept = jax.numpy.zeros((8, 2))
+    run(kept)
+    assert not kept.is_deleted()
+    run = backend.compile(
+        lambda bound, cache: backend.write(cache, bound, 0), bound=jax.numpy.ones((1, 2)), donate=("cache",)
+    )
+    donated = jax.numpy.zeros((8, 2))
+    at = donated.unsafe_buffer_pointer()
+    result = run(donated)
+    assert donated.is_deleted()
+    assert result.unsafe_buffer_pointer() == at
+
+
+def test_donation_changes_no_result(backend):
+    """Catches a donated buffer that is read after it was overwritten."""
+
+    def step(bound, cache):
+        return backend.write(cache, bound, 1), cache[..., :1, :] + bound
+
+    bound = backend.from_numpy(np.full((1, 2), 5, np.float32))
+    run = backend.compile(step, bound=bound, donate=("cache",))
+    buffer, read = run(backend.from_numpy(np.ones((3, 2), np.float32)))
+    assert backend.to_numpy(buffer).tolist() == [[1, 1], [5, 5], [1, 1]]
+    assert backend.to_numpy(read).tolist() == [[6, 6]]
+
+
+def test_prepare_keeps_names_shapes_and_values(backend):
+    """Catches a layout that shows: what is prepared is the same tree of the same numbers."""
+    rng = np.random.default_rng(0)
+    plain = {
+        "wte": rng.standard_normal((6, 4)),
+        "wpe": rng.standard_normal((3, 4)),
+        "h0": {"g": rng.standard_normal(4)},
+    }
+    put = lambda tree: {  # noqa: E731
+        key: put(value) if isinstance(value, dict) else backend.from_numpy(value, "float32")
+        for key, value in tree.items()
+    }
+    params = put(plain)
+    prepared = backend.prepare(params)
+    assert list(prepared) == list(params)
+    assert list(prepared["h0"]) == ["g"]
+    for key in ("wte", "wpe"):
+        np.testing.assert_array_equal(backend.to_numpy(prepared[key]), plain[key].astype(np.float32))
+        assert backend.device(prepared[key]) == backend.device(params[key])
+    x, ids = (
+        backend.from_numpy(rng.standard_normal((2, 4)), "float32"),
+        backend.from_numpy(np.asarray([5, 0], np.int32)),
+    )
+    np.testing.assert_array_equal(
+        backend.to_numpy(pg.embed(ids, prepared["wte"])), plain["wte"][[5, 0]].astype(np.float32)
+    )
+    np.testing.assert_allclose(
+        backend.to_numpy(pg.unembed(x, prepared["wte"])), backend.to_numpy(pg.unembed(x, params["wte"])), rtol=1e-5
+    )
+
+
+def test_a_backend_says_how_to_get_it(backend):
+    """Catches a repr that cannot be read back."""
+    assert eval(repr(backend), {"get_backend": pg.get_backend}) is backend

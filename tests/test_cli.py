@@ -1,0 +1,431 @@
+"""The command: text on stdout and nothing else, the rest on stderr, wrong use in one line and never a traceback."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+import portable_gpt2 as pg
+from portable_gpt2.backend import known_backends
+from portable_gpt2.cli import main
+from portable_gpt2.params import nest
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A directory of checkpoints: `it`, one that takes long, one that is broken, one without a tokenizer."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    tiny.write_tokenizer(path)
+    tokenizer, numpy = pg.Tokenizer.load(path), pg.get_backend("numpy")
+    tiny.model(numpy, tokenizer=tokenizer).save(path / "it")
+    tiny.model(numpy).save(path / "nameless")
+    endless = pg.GPT2Config(**{**vars(tiny.CONFIG), "n_ctx": 100_000, "eos_token_id": None})
+    tiny.model(numpy, endless, tokenizer=tokenizer).save(path / "endless")
+    broken = {**tiny.weights(), "ln_f/b": np.full(16, np.nan, np.float32)}
+    pg.GPT2(tiny.CONFIG, nest(broken), tokenizer).save(path / "broken")
+    return path
+
+
+@pytest.fixture
+def command(checkpoints, capsys, monkeypatch):
+    """Run the command in this process, among the checkpoints; return its exit status, stdout and stderr."""
+    monkeypatch.chdir(checkpoints)
+
+    def run(*args):
+        capsys.readouterr()
+        try:
+            status = main(list(args))
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def arguments(*args):
+    # -P: the installed package, and not what lies in the working directory
+    return [sys.executable, "-P", "-m", "portable_gpt2.cli", *args]
+
+
+@pytest.fixture
+def process(checkpoints):
+    """Run the command in a process of its own."""
+
+    def run(*args, **environment):
+        done = subprocess.run(
+            arguments(*args), cwd=checkpoints, env={**os.environ, **environment}, capture_output=True, encoding="utf-8"
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+# generate
+
+
+def test_the_prompt_and_its_continuation_go_to_stdout(command, backend, checkpoints):
+    """Catches a backend that writes another text, a prompt that is missing, and chatter among the text."""
+    args = ["--model", "it", "--backend", backend.name, "--seed", "7", "-n", "20"]
+    status, out, err = command("generate", "To be", *args)
+    expected = pg.GPT2.load(checkpoints / "it", backend="numpy").generate("To be", max_new_tokens=20, seed=7)
+    assert (status, out) == (0, f"To be{expected}\n")
+    first, last = err.splitlines()
+    assert first == (
+        "<GPT2 of 2 layers, 2 heads, 16 wide, context 64, vocabulary 384, "
+        f"on {backend.name}, {backend.devices()[0]}>, seed 7"
+    )
+    assert re.fullmatch(r"20 tokens in \d+\.\d\d s, \d+\.\d tokens/s", last)
+
+
+def test_the_same_in_a_process_of_its_own(process, checkpoints):
+    """Catches what works only where everything is imported already."""
+    status, out, err = process("generate", "Быть", "--model", "it", "--seed", "7", "--max-new-tokens", "20")
+    expected = pg.GPT2.load(checkpoints / "it", backend="numpy").generate("Быть", max_new_tokens=20, seed=7)
+    assert (status, out) == (0, f"Быть{expected}\n")
+    assert "on numpy, cpu>, seed 7" in err
+    assert "tokens/s" in err.splitlines()[-1]
+    assert len(err.splitlines()) == 2
+
+
+def test_the_command_is_installed_under_its_name():
+    """Catches an entry point that leads nowhere."""
+    [point] = importlib.metadata.entry_points(group="console_scripts", name="portable-gpt2")
+    assert point.load() is main
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ([], {}),
+        (["--temperature", "0"], {"temperature": 0}),
+        (["--temperature", "2.5", "--top-k", "0"], {"temperature": 2.5, "top_k": None}),
+        (["--top-k", "3"], {"top_k": 3}),
+        (["--top-p", "0.5"], {"top_p": 0.5}),
+        (["--top-p", "off"], {"top_p": None}),
+        (["--seed", str(2**64 - 1)], {"seed": 2**64 - 1}),
+        (["--dtype", "float64"], {}),
+        (["--device", "cpu"], {}),
+    ],
+    ids=" ".join,
+)
+def test_options_reach_the_model(command, checkpoints, args, options):
+    """Catches an option that is parsed and forgotten, and a default that is not the library's."""
+    model = pg.GPT2.load(checkpoints / "it", backend="numpy")
+    status, out, _ = command("generate", "To be", "--model", "it", "-n", "30", "--seed", "7", *args)
+    assert (status, out) == (0, f"To be{model.generate('To be', **{'max_new_tokens': 30, 'seed': 7, **options})}\n")
+
+
+def test_the_seed_that_was_drawn_draws_the_text_again(command):
+    """Catches a text that nobody can repeat."""
+    args = ["generate", "To be", "--model", "it", "-n", "30", "--top-k", "0"]
+    texts = {}
+    for _ in range(3):
+        _, out, err = command(*args)
+        texts[re.search(r", seed (\d+)$", err, re.MULTILINE)[1]] = out
+    assert len(set(texts.values())) == len(texts) == 3
+    for seed, text in texts.items():
+        assert command(*args, "--seed", seed)[1] == text
+
+
+def test_the_environment_names_the_backend(command, backend, monkeypatch):
+    """Catches a command that knows its own default only."""
+    monkeypatch.setenv("PORTABLE_GPT2_BACKEND", backend.name)
+    status, _, err = command("generate", "To be", "--model", "it", "-n", "1")
+    assert status == 0
+    assert f"on {backend.name}, " in err
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "-", "--model", "a\nb\n", "🙂 <|endoftext|>", "\x00\x1b"])
+def test_any_prompt_is_written_as_it_is(command, checkpoints, prompt):
+    """Catches a prompt that is stripped, escaped, or taken for an option."""
+    expected = pg.GPT2.load(checkpoints / "it", backend="numpy").generate(prompt, max_new_tokens=5, seed=7)
+    status, out, _ = command("generate", "--model", "it", "-n", "5", "--seed", "7", "--", prompt)
+    assert (status, out) == (0, f"{prompt}{expected}\n")
+
+
+def test_no_tokens_are_no_mistake(command):
+    """Catches a division by no time at all."""
+    status, out, err = command("generate", "To be", "--model", "it", "-n", "0")
+    assert (status, out) == (0, "To be\n")
+    assert err.splitlines()[-1].startswith("0 tokens in 0.00 s")
+
+
+def test_tokens_are_counted_where_the_text_ends_within_a_character(command, checkpoints):
+    """Catches the piece that is left over at the end being counted as a token."""
+    model = pg.GPT2.load(checkpoints / "it", backend="numpy")
+    half = next(
+        seed
+        for seed in range(100)
+        if model.generate("To be", max_new_tokens=7, seed=seed, top_k=None)[-1:] == "\ufffd"
+        and len(list(model.stream("To be", max_new_tokens=7, seed=seed, top_k=None))) == 8
+    )
+    _, _, err = command("generate", "To be", "--model", "it", "-n", "7", "--top-k", "0", "--seed", str(half))
+    assert err.splitlines()[-1].startswith("7 tokens in ")
+
+
+def test_a_console_of_few_characters_does_not_end_the_text(process):
+    """Catches a UnicodeEncodeError in the middle of a text, on a console that is not of UTF-8."""
+    args = ["generate", "é", "--model", "it", "--seed", "7", "-n", "30"]
+    status, out, err = process(*args, PYTHONIOENCODING="ascii")
+    assert status == 0
+    assert out.startswith("?")
+    assert len(err.splitlines()) == 2
+
+
+# Wrong use
+
+IT = ["--model", "it"]
+WRONG = [  # what follows `generate`, and what the message says
+    (["x"], "the following arguments are required: --model"),
+    (IT, "the following arguments are required: prompt"),
+    (["x", "--model"], "argument --model: expected one argument"),
+    (["x", *IT, "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["x", "y", *IT], "unrecognized arguments: y"),
+    (["x", "--model", "nowhere"], "nowhere: no such directory; give one that holds config.json and model.safetensors"),
+    (["x", "--model", "."], "config.json: no such file; a checkpoint holds config.json and model.safetensors"),
+    (["x", "--model", "nameless"], "the model has no tokenizer: its checkpoint had no vocab.json and merges.txt"),
+    (["x", *IT, "--backend", "keras"], "unknown backend 'keras'; the known backends are "),
+    (["x", *IT, "--backend", ""], "unknown backend ''; the known backends are "),
+    (["x", *IT, "--device", "cuda:77"], "backend 'numpy' has no device 'cuda:77'; the devices here are cpu"),
+    (["x", *IT, "--dtype", "int8"], "backend 'numpy' has no floating dtype 'int8'; choose one of float32"),
+    (["x", *IT, "-n", "-1"], "max_new_tokens is -1; expected an int of at least 0"),
+    (["x", *IT, "-n", "many"], "argument -n/--max-new-tokens: invalid int value: 'many'"),
+    (
+        ["x", *IT, "-n", "64"],
+        "a prompt of 1 tokens and max_new_tokens = 64 do not fit into n_ctx = 64: give at most 63",
+    ),
+    (["x " * 99, *IT], "do not fit into n_ctx = 64: shorten the prompt"),
+    (
+        ["x", *IT, "-n", "3", "--temperature", "-1"],
+        "temperature is -1.0; expected a number of at least 0 (0 is greedy)",
+    ),
+    (["x", *IT, "-n", "3", "--temperature", "nan"], "temperature is nan; expected a number of at least 0"),
+    (["x", *IT, "-n", "3", "--temperature", "inf"], "temperature is inf; expected a number of at least 0"),
+    (["x", *IT, "--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
+    (["x", *IT, "-n", "3", "--top-k", "-1"], "top_k is -1; expected an int of at least 0 (0 or None is off)"),
+    (["x", *IT, "--top-k", "0.5"], "argument --top-k: invalid int value: '0.5'"),
+    (["x", *IT, "-n", "3", "--top-p", "0"], "top_p is 0.0; expected a number above 0 and at most 1"),
+    (["x", *IT, "-n", "3", "--top-p", "nan"], "top_p is nan; expected a number above 0 and at most 1"),
+    (["x", *IT, "-n", "3", "--seed", "-1"], "seed is -1; expected an int from 0 to 2**64 - 1"),
+    (["x", *IT, "-n", "3", "--seed", str(2**64)], f"seed is {2**64}; expected an int from 0 to 2**64 - 1"),
+    (["x", *IT, "--seed", "7.5"], "argument --seed: invalid int value: '7.5'"),
+    (["a\udcff", *IT], "character 1 of the text, '\\udcff', is a lone surrogate"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_use_ends_with_one_line_and_status_2(command, args, message):
+    """Catches a traceback, a message without what is wrong, and text that was begun before the mistake was found."""
+    status, out, err = command("generate", *args)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("portable-gpt2")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("args", [[], ["frobnicate"], ["--frobnicate"], ["backends", "x"]], ids=" ".join)
+def test_what_is_no_command_ends_with_one_line_and_status_2(command, args):
+    """Catches argparse's usage, of several lines."""
+    status, out, err = command(*args)
+    assert (status, out) == (2, "")
+    assert err.startswith("portable-gpt2: ")
+    assert "--help" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_wrong_use_of_a_backend_ends_with_one_line_and_status_2(command, backend):
+    """Catches a framework's own error for a device or a dtype that it does not have."""
+    for option, value in (("--device", "cuda:77"), ("--dtype", "int8")):
+        status, out, err = command("generate", "x", *IT, "--backend", backend.name, option, value)
+        assert (status, out) == (2, "")
+        assert f"portable-gpt2: backend '{backend.name}' has no " in err
+        assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json"])
+def test_a_broken_checkpoint_ends_with_one_line_and_status_2(command, checkpoints, tmp_path, name):
+    """Catches a traceback where a file is at fault, and a line that does not name it."""
+    shutil.copytree(checkpoints / "it", tmp_path / "it")
+    content = (tmp_path / "it" / name).read_bytes()
+    (tmp_path / "it" / name).write_bytes(content[: len(content) // 2])
+    status, out, err = command("generate", "x", "--model", str(tmp_path / "it"))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"portable-gpt2: {tmp_path / 'it' / name}")
+    assert len(err.splitlines()) == 1
+
+
+def test_logits_that_are_nan_end_with_one_line_and_status_2(command):
+    """Catches weights that are broken going on as text, or ending in a traceback, after the prompt was written."""
+    status, out, err = command("generate", "x", "--model", "broken", "-n", "3")
+    assert (status, out) == (2, "x")
+    assert err.splitlines()[-1].startswith("portable-gpt2: the logits hold a NaN")
+    assert len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["generate", "x", "--model", "nowhere"], ["generate", "x", *IT, "--temperature", "nan", "-n", "3"], ["generate"]],
+    ids=" ".join,
+)
+def test_wrong_use_in_a_process_of_its_own(process, args):
+    """Catches an exit status that gets lost on the way out."""
+    status, out, err = process(*args)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert err.startswith("portable-gpt2")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["backends", "--help"]], ids=" ".join)
+def test_help_goes_to_stdout(command, args):
+    """Catches help that counts as an error."""
+    status, out, err = command(*args)
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: portable-gpt2")
+
+
+# Interrupted
+
+
+def start(checkpoints, *args):
+    """Start a generation that would take minutes, and wait for its first text."""
+    process = subprocess.Popen(
+        arguments("generate", "To be", "--model", "endless", "-n", "90000", "--top-k", "0", *args),
+        cwd=checkpoints,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.read(5) == b"To be"
+    return process
+
+
+def test_ctrl_c_ends_it_quietly(checkpoints):
+    """Catches a KeyboardInterrupt and its traceback, and an exit status that says that all was well."""
+    process = start(checkpoints)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    [status] = err.decode().splitlines()
+    assert status.startswith("<GPT2 of 2 layers")
+
+
+def test_ctrl_c_while_loading_ends_it_quietly(command, monkeypatch):
+    """Catches a handler that begins with the first token."""
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pg.GPT2, "load", interrupted)
+    assert command("generate", "x", *IT) == (130, "", "")
+
+
+def test_a_closed_pipe_ends_it_quietly(checkpoints):
+    """Catches a BrokenPipeError: `portable-gpt2 generate ... | head -c 5` is an ordinary thing to type."""
+    process = start(checkpoints)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 141
+    [status] = err.splitlines()
+    assert status.startswith("<GPT2 of 2 layers")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["generate", "x", *IT, "-n", "3", "--seed", "7"]], ids=" ".join)
+def test_a_pipe_that_is_closed_from_the_start_ends_it_quietly(checkpoints, args):
+    """Catches text that waits in a buffer until the interpreter ends, where it is too late to be quiet."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        arguments(*args), cwd=checkpoints, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 141
+    assert len(err.splitlines()) == (args != ["--help"])
+    assert "Error" not in err
+
+
+# While weights load
+
+
+def test_loading_that_is_quick_shows_no_progress_bar(command):
+    """Catches a bar that flickers."""
+    _, _, err = command("generate", "To be", *IT, "-n", "1")
+    assert "loading" not in err
+
+
+def test_loading_that_takes_longer_than_a_second_shows_a_progress_bar(command, monkeypatch):
+    """Catches a silence that looks like a hang."""
+    numpy = type(pg.get_backend("numpy"))
+    from_numpy = numpy.from_numpy
+
+    def slowly(*args, **options):
+        time.sleep(0.05)
+        return from_numpy(*args, **options)
+
+    monkeypatch.setattr(numpy, "from_numpy", slowly)
+    status, out, err = command("generate", "To be", *IT, "-n", "0")
+    assert (status, out) == (0, "To be\n")
+    assert re.search(r"loading: +\d+%.*/28 ", err)
+
+
+# backends
+
+
+def test_backends_lists_what_is_installed_and_how_to_get_the_rest(command):
+    """Catches a backend that is missing from the table, or stands there without its version and devices."""
+    status, out, _ = command("backends")
+    header, *rows = (line.split(maxsplit=2) for line in out.splitlines())
+    assert status == 0
+    assert header == ["backend", "version", "devices"]
+    assert [row[0] for row in rows] == known_backends()
+    for name, version, devices in rows:
+        if name in pg.available_backends():
+            assert version == sys.modules[name].__version__
+            assert devices == ", ".join(pg.get_backend(name).devices())
+        else:
+            assert (version, devices) == ("-", f"not installed: pip install 'portable-gpt2[{name}]'")
+
+
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tensorflow", "jax", "torch"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+from portable_gpt2.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_where_only_numpy_is_installed_it_works_and_says_what_to_install(checkpoints):
+    """Catches a command that needs a framework nobody asked for, and an advice that is missing."""
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "-P", "-c", BLOCKED, *args], cwd=checkpoints, capture_output=True, encoding="utf-8"
+        )
+
+    table = run("backends")
+    assert table.returncode == 0
+    for name in ("tensorflow", "jax", "torch"):
+        assert re.search(
+            rf"^{name} +- +not installed: pip install 'portable-gpt2\[{name}\]'$", table.stdout, re.MULTILINE
+        )
+    assert re.search(rf"^numpy +{re.escape(np.__version__)} +cpu$", table.stdout, re.MULTILINE)
+
+    text = run("generate", "To be", *IT, "-n", "3", "--seed", "7")
+    assert (text.returncode, text.stdout[:5]) == (0, "To be")
+
+    refused = run("generate", "To be", *IT, "--backend", "torch")
+    assert refused.returncode == 2
+    [line] = refused.stderr.splitlines()
+    assert "torch is not installed: pip install 'portable-gpt2[torch]' (installed here: numpy)" in line

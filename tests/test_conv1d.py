@@ -1,0 +1,142 @@
+"""conv1d: each result within a derived bound of the exact one, and equal to the convolution that it is named after."""
+
+from itertools import combinations
+
+import bounds
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given
+
+import portable_gpt2 as pg
+
+
+@st.composite
+def linear_layers(draw, dtype):
+    """Return x, w and b, large and small ones together; where they are too large, nothing is promised."""
+    shape, nf = draw(strategies.shapes(least=1)), draw(strategies.lengths([3, 0], most=9))
+    width = draw(st.sampled_from([(), (1,)]))
+    root = bounds.FORMATS[dtype].largest ** 0.5 / 8
+    largest = draw(st.sampled_from([root, None]))
+    x = draw(strategies.arrays(shape, dtype, largest=largest))
+    w = draw(strategies.arrays((*width, shape[-1], nf), dtype, largest=largest))
+    return x, w, draw(strategies.arrays((nf,), dtype))
+
+
+def normal(random, shape, dtype):
+    return random.normal(0, 1, shape).astype(bounds.host_dtype(dtype))
+
+
+@given(data=st.data())
+def test_conv1d_is_within_its_error_bound(backend, dtype, data):
+    """Catches a forgotten bias, a transposed weight, 16-bit or TF32 products, and writing into the argument."""
+    x, w, b = data.draw(linear_layers(dtype))
+    expected = bounds.linear(x, w, b)
+    for form, op in bounds.forms(pg.conv1d, backend).items():
+        computed = bounds.compute(op, backend, x, w, b)
+        assert bounds.assert_within(expected, computed, "conv1d", backend, dtype, form) <= 1
+
+
+def test_the_bound_of_conv1d_is_tight(backend, dtype):
+    """Catches a bound that would admit anything, and compilers that change what is computed."""
+    random = np.random.default_rng(1)
+    x, w, b = normal(random, (40, 12), dtype), normal(random, (12, 20), dtype), normal(random, (20,), dtype)
+    expected = bounds.linear(x, w, b)
+    for form, op in bounds.forms(pg.conv1d, backend, compiled=True).items():
+        ratio = bounds.assert_within(expected, bounds.compute(op, backend, x, w, b), "conv1d", backend, dtype, form)
+        assert ratio >= 0.01, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
+
+
+@pytest.mark.parametrize("depth", [1, 64, 768, 3072])
+def test_conv1d_of_random_numbers_errs_as_random_errors_add_up(backend, dtype, depth):
+    """Catches sums in too few bits at depths where the worst case, which grows as K and not as sqrt(K), is loose."""
+    random = np.random.default_rng(depth)
+    rows, columns = (2, 3) if dtype == "float64" else (16, 24)
+    x, w = normal(random, (rows, depth), dtype), normal(random, (depth, columns), dtype)
+    b = normal(random, (columns,), dtype)
+    expected = bounds.linear_at_random(x, w, b)
+    for form, op in bounds.forms(pg.conv1d, backend).items():
+        ratio = expected.ratio(bounds.compute(op, backend, x, w, b))
+        assert 0.01 <= ratio <= 1, f"{form}: the error is {ratio:.3g} times 4 sqrt(K + 1) u Q"
+
+
+def test_a_weight_with_a_leading_1_gives_the_same_bits(backend, dtype):
+    """Catches a second path for the shape that OpenAI's checkpoints have."""
+    random = np.random.default_rng(2)
+    x, w, b = normal(random, (3, 7, 33), dtype), normal(random, (33, 9), dtype), normal(random, (9,), dtype)
+    for form, op in bounds.forms(pg.conv1d, backend).items():
+        plain, leading = bounds.compute(op, backend, x, w, b), bounds.compute(op, backend, x, w[None], b)
+        assert plain.tobytes() == leading.tobytes(), form
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (6,), (3, 2), (1, 3, 2), (2, 1, 3, 1)], ids=str)
+def test_leading_axes_are_rows(backend, batch):
+    """Catches axes that are mixed up or lost, none included."""
+    random = np.random.default_rng(3)
+    x, w, b = (normal(random, shape, "float32") for shape in ((*batch, 5), (5, 3), (3,)))
+    for form, op in bounds.forms(pg.conv1d, backend).items():
+        result = bounds.compute(op, backend, x, w, b)
+        assert result.shape == (*batch, 3), form
+        assert result.tobytes() == bounds.compute(op, backend, x.reshape(-1, 5), w, b).tobytes(), form
+
+
+def convolve_in_tensorflow(x, w, b):
+    import tensorflow as tf
+
+    return tf.nn.conv1d(x, w, stride=1, padding="VALID") + b
+
+
+def convolve_in_jax(x, w, b):
+    import jax
+
+    layout = ("NWC", "WIO", "NWC")
+    highest = jax.lax.Precision.HIGHEST  # a GPU convolves float32 in TF32 by default
+    return jax.lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=layout, precision=highest) + b
+
+
+def convolve_in_torch(x, w, b):
+    import torch
+
+    return torch.nn.functional.conv1d(x.mT, w.permute(2, 1, 0), b).mT
+
+
+CONVOLUTIONS = {"tensorflow": convolve_in_tensorflow, "jax": convolve_in_jax, "torch": convolve_in_torch}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("backend", list(CONVOLUTIONS), indirect=True)
+def test_conv1d_is_a_convolution_of_width_1(backend, dtype):
+    """Catches a layer that is not what OpenAI named it after: each framework's own convolution, in channels last."""
+    random = np.random.default_rng(4)
+    for positions, nx, nf in ((1, 1, 1), (7, 24, 36)):
+        x, w, b = (normal(random, shape, dtype) for shape in ((2, positions, nx), (1, nx, nf), (nf,)))
+        convolved = bounds.compute(CONVOLUTIONS[backend.name], backend, x, w, b)
+        twice = bounds.Bounded(bounds.exact(convolved), 2 * bounds.linear(x, w, b).error)
+        for form, op in bounds.forms(pg.conv1d, backend).items():
+            ratio = twice.ratio(bounds.compute(op, backend, x, w, b))
+            assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
+
+
+@pytest.mark.parametrize("dtype", strategies.SHARED_DTYPES)
+def test_backends_agree_on_conv1d(dtype):
+    """Catches two backends that are both near the truth by their own account, and not near each other."""
+    random = np.random.default_rng(5)
+    x, w, b = normal(random, (2, 9, 48), dtype), normal(random, (48, 40), dtype), normal(random, (40,), dtype)
+    error = bounds.linear(x, w, b).error
+    results = bounds.compute_everywhere(pg.conv1d, dtype, x, w, b)
+    for one, other in combinations(results, 2):
+        ratio = bounds.Bounded(bounds.exact(results[other]), 2 * error).ratio(results[one])
+        assert ratio <= 1, f"{one} and {other} differ by {ratio:.3g} times the sum of their bounds"
+
+
+@strategies.wide_dtypes
+@pytest.mark.parametrize("backend", ["numpy", "array_api_strict"], indirect=True)
+def test_conv1d_of_ordinary_numbers_raises_no_floating_point_flag(backend, dtype):
+    """Catches warnings that a user could do nothing about."""
+    random = np.random.default_rng(6)
+    layer = [normal(random, shape, dtype) for shape in ((4, 33), (33, 5), (5,))]
+    for form in bounds.forms(pg.conv1d, backend).values():
+        with np.errstate(all="raise", under="ignore"):
+            computed = backend.to_numpy(form(*map(backend.from_numpy, layer)))
+        assert np.isfinite(computed).all()

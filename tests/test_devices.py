@@ -1,0 +1,221 @@
+"""What is put on a device stays there, and nothing lands on another.
+
+Without an accelerator every framework has a second device all the same: JAX and TensorFlow a second CPU (conftest
+splits it), array_api_strict one that refuses arithmetic with the first, and torch's ``meta``, which has shapes and no
+numbers. Where the frameworks report accelerators, the same tests run on each, marked ``gpu``.
+"""
+
+import contextlib
+import gc
+
+import numpy as np
+import pytest
+from plain_gpt2 import on_backend, random_weights, truth_and_error
+
+import portable_gpt2 as pg
+
+SECOND = {"tensorflow": "cpu:1", "jax": "cpu:1", "torch": "meta", "array_api_strict": "device1"}
+
+# More positions than 64, where a backend that compiles grows its cache.
+CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_vocab=53, n_ctx=80, eos_token_id=None)
+WEIGHTS = random_weights(CONFIG)
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.n_vocab, (2, 11)).astype(np.int32)
+
+
+def accelerators():
+    return [
+        (name, device)
+        for name in pg.available_backends()
+        if name != "array_api_strict"
+        for device in pg.get_backend(name).devices()
+        if not device.startswith("cpu")
+    ]
+
+
+PLACES = [pytest.param(*place, id="-".join(place)) for place in SECOND.items()]
+PLACES += [pytest.param(*place, id="-".join(place), marks=pytest.mark.gpu) for place in accelerators()]
+at_every_place = pytest.mark.parametrize(("backend", "device"), PLACES, indirect=["backend"])
+WITH_NUMBERS = [place for place in PLACES if place.id != "torch-meta"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint") / "model"
+    pg.GPT2(CONFIG, on_backend(pg.get_backend("numpy"), WEIGHTS)).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    """What NumPy continues, past the first size of a cache."""
+    model = pg.GPT2(CONFIG, on_backend(pg.get_backend("numpy"), WEIGHTS))
+    return list(model.stream_ids([1, 2], max_new_tokens=68, temperature=0))
+
+
+@contextlib.contextmanager
+def jax_strays(device):
+    """Collect what is alive on another device afterwards; a copy from device to device raises."""
+    import jax
+
+    before = jax.live_arrays()  # held, so that no address is used again
+    known = {id(x) for x in before}
+    strays = []
+    with jax.transfer_guard_device_to_device("disallow"):
+        yield strays
+    gc.collect()
+    backend = pg.get_backend("jax")
+    strays += [x.shape for x in jax.live_arrays() if id(x) not in known and backend.device(x) != device]
+
+
+@contextlib.contextmanager
+def tensorflow_strays(device):
+    """Collect every operation whose result lies on another device."""
+    from tensorflow.python.framework import op_callbacks
+
+    backend, strays = pg.get_backend("tensorflow"), []
+
+    def look(op_type, inputs, attributes, outputs, op_name=None, graph=None):
+        if graph is None:  # in a graph, the device is that of the call
+            placed = [
+                x for x in outputs if device.startswith("cpu") or x.dtype.is_floating
+            ]  # a GPU's int32 is on the host
+            strays.extend((op_type, x.device) for x in placed if backend.device(x) != device)
+
+    op_callbacks.add_op_callback(look)
+    try:
+        yield strays
+    finally:
+        op_callbacks.remove_op_callback(look)
+
+
+@contextlib.contextmanager
+def torch_strays(device):
+    """Collect every operation whose result lies on another device, but for copies from and to the host."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    strays = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            copies = function in (torch.ops.aten._to_copy.default, torch.ops.aten.lift_fresh.default)
+            if isinstance(result, torch.Tensor) and str(result.device) != device and not copies:
+                strays.append((str(function), str(result.device)))
+            return result
+
+    with Look():
+        yield strays
+
+
+@contextlib.contextmanager
+def strict_strays(device):
+    """Collect nothing: arithmetic between devices raises."""
+    yield []
+
+
+STRAYS = {
+    "jax": jax_strays,
+    "tensorflow": tensorflow_strays,
+    "torch": torch_strays,
+    "array_api_strict": strict_strays,
+}
+
+
+def leaves(tree):
+    return [x for path, x in pg.params.flatten(tree) if path != "position"]
+
+
+@pytest.mark.parametrize("backend", SECOND, indirect=True)
+def test_strays_are_seen(backend):
+    """Catches a watch that sees nothing: what is computed on the first device must show."""
+    device = SECOND[backend.name]
+    first = backend.from_numpy(np.ones(3, np.float32), device="cpu")
+    with STRAYS[backend.name](device) as strays:
+        kept = first + first
+    second = backend.from_numpy(np.ones(3, np.float32), device=device)
+    if backend.name == "array_api_strict":
+        with pytest.raises(ValueError, match="different devices"):
+            kept + second
+    else:
+        assert len(strays) == 1
+
+
+@at_every_place
+def test_what_is_made_on_a_device_is_there(backend, device, checkpoint):
+    """Catches a device that is dropped on the way: by name, by a backend that holds it, by a default."""
+    with STRAYS[backend.name](device) as strays:
+        made = [
+            *leaves(pg.GPT2.load(checkpoint, backend=backend, device=device).params),
+            *leaves(pg.GPT2.load(checkpoint, backend=pg.get_backend(backend, device)).params),
+            *leaves(pg.init_params(CONFIG, backend=backend, device=device)),
+            *leaves(pg.init_conv1d("x", 3, 4, backend=backend, device=device)),
+            backend.from_numpy(TOKENS, device=device),
+            pg.get_backend(backend, device).from_numpy(TOKENS),
+        ]
+        with pg.use_backend(backend, device):
+            made += [*leaves(pg.GPT2.load(checkpoint).params), *leaves(pg.init_params(CONFIG))]
+    assert not strays
+    assert {backend.device(x) for x in made} == {device}
+
+
+@at_every_place
+def test_the_model_computes_where_its_parameters_are(backend, device):
+    """Catches positions, a mask, a cache or its growth made on the framework's default device."""
+    params = on_backend(backend, WEIGHTS, device=device)
+    ids = backend.from_numpy(TOKENS, device=device)
+    truth, error = truth_and_error(WEIGHTS, TOKENS, CONFIG)
+
+    with STRAYS[backend.name](device) as strays, backend.on(device):
+        logits = pg.GPT2(CONFIG, params).logits(TOKENS)
+        cache = pg.new_cache(params, CONFIG, batch=2, capacity=8)
+        first, cache = pg.gpt2(params, ids[:, :8], CONFIG, cache)
+        cache = pg.grow_cache(cache, 11)
+        second, cache = pg.gpt2(params, ids[:, 8:], CONFIG, cache)
+
+    assert not strays
+    assert {backend.device(x) for x in [logits, first, second, *leaves(cache)]} == {device}
+    if device != "meta":
+        for found, expected in ((logits, truth), (first, truth[:, :8]), (second, truth[:, 8:])):
+            assert abs(pg.to_numpy(found) - expected).max() <= 4 * error
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_NUMBERS, indirect=["backend"])
+def test_generation_runs_where_the_parameters_are(backend, device, greedy):
+    """Catches a compiled step that runs elsewhere and whose results are copied back."""
+    model = pg.GPT2(CONFIG, on_backend(backend, WEIGHTS, device=device))
+    with STRAYS[backend.name](device) as strays:
+        found = list(model.stream_ids([1, 2], max_new_tokens=68, temperature=0))
+    assert not strays
+    assert found == greedy
+    assert model.device == device
+    assert device in repr(model)
+
+
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_model_on_several_devices_of_a_mesh_generates(backend, sharded, greedy, tmp_path):
+    """Catches what is made on one device only: parameters whole on each of two devices, or each cut in two."""
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.asarray(jax.devices("cpu")[:2]), ("x",))
+
+    def put(path, a):
+        specs = {"wte": (None, "x"), "w": (None, "x")} if sharded else {}
+        spec = PartitionSpec(*specs.get(path.rpartition("/")[2], ()))
+        return backend.from_numpy(a, "float32", NamedSharding(mesh, spec))
+
+    params = pg.params.nest({path: put(path, a) for path, a in WEIGHTS.items()})
+    model = pg.GPT2(CONFIG, params)
+    truth, error = truth_and_error(WEIGHTS, TOKENS, CONFIG)
+
+    assert model.device == "cpu, cpu:1"
+    assert list(model.stream_ids([1, 2], max_new_tokens=68, temperature=0)) == greedy
+    assert abs(pg.to_numpy(model.logits(TOKENS)) - truth).max() <= 4 * error
+    logits, _ = pg.gpt2(params, jax.device_put(TOKENS, NamedSharding(mesh, PartitionSpec("x"))), CONFIG)
+    assert abs(pg.to_numpy(logits) - truth).max() <= 4 * error
+    model.save(tmp_path / "saved")
+    saved = pg.GPT2.load(tmp_path / "saved", backend="numpy").params
+    for path, a in pg.params.flatten(saved):
+        np.testing.assert_array_equal(a, WEIGHTS[path].astype(np.float32))

@@ -1,0 +1,115 @@
+"""embed and unembed: rows to the bit, and logits within a derived bound of the exact ones."""
+
+from itertools import combinations
+
+import bounds
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given
+
+import portable_gpt2 as pg
+
+
+def integer_dtypes(backend):
+    """Return the dtypes of ids that the backend takes: JAX has no int64 without its x64 switch."""
+
+    def takes(dtype):
+        try:
+            backend.from_numpy(np.zeros(1, dtype))
+        except TypeError:
+            return False
+        return True
+
+    return [dtype for dtype in ("int8", "uint8", "int32", "int64") if takes(dtype)]
+
+
+def normal(random, shape, dtype):
+    return random.normal(0, 1, shape).astype(bounds.host_dtype(dtype))
+
+
+@given(data=st.data())
+def test_embed_returns_the_rows_of_the_table_to_the_bit(backend, dtype, data):
+    """Catches rows of a neighbour, arithmetic on what need only be copied, and writing into the argument."""
+    vocab, d = data.draw(strategies.cases([(7, 3), (1, 1), (2, 0)], st.tuples(st.integers(1, 9), st.integers(0, 9))))
+    w = data.draw(strategies.arrays((vocab, d), dtype))
+    kind = data.draw(st.sampled_from(integer_dtypes(backend)))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    ids = random.integers(0, vocab, data.draw(strategies.shapes())).astype(kind)
+    ids = data.draw(strategies.laid_out(np.asarray(ids)))
+    expected = np.asarray(w)[ids]
+    for form, op in bounds.forms(pg.embed, backend).items():
+        computed = bounds.compute(op, backend, ids, w)
+        assert computed.dtype == w.dtype, form
+        assert computed.shape == expected.shape, form
+        assert computed.tobytes() == expected.tobytes(), f"{form}: {computed} is not {expected}"
+
+
+def test_compiled_embed_returns_the_same_bits(backend, dtype):
+    """Catches a compiler that gathers by a product with ones and zeros."""
+    random = np.random.default_rng(1)
+    w, ids = normal(random, (50, 8), dtype), random.integers(0, 50, (3, 4)).astype(np.int32)
+    for form, op in bounds.forms(pg.embed, backend, compiled=True).items():
+        assert bounds.compute(op, backend, ids, w).tobytes() == w[ids].tobytes(), form
+
+
+@given(data=st.data())
+def test_unembed_is_within_its_error_bound(backend, dtype, data):
+    """Catches a table that is not transposed, 16-bit or TF32 products, and writing into the argument."""
+    shape, vocab = data.draw(strategies.shapes(least=1)), data.draw(strategies.lengths([3, 0], most=9))
+    largest = data.draw(st.sampled_from([bounds.FORMATS[dtype].largest ** 0.5 / 8, None]))
+    x = data.draw(strategies.arrays(shape, dtype, largest=largest))
+    w = data.draw(strategies.arrays((vocab, shape[-1]), dtype, largest=largest))
+    expected = bounds.linear(x, w.T)
+    for form, op in bounds.forms(pg.unembed, backend).items():
+        computed = bounds.compute(op, backend, x, w)
+        assert bounds.assert_within(expected, computed, "unembed", backend, dtype, form) <= 1
+
+
+def test_the_bound_of_unembed_is_tight(backend, dtype):
+    """Catches a bound that would admit anything, and compilers that change what is computed."""
+    random = np.random.default_rng(2)
+    x, w = normal(random, (30, 12), dtype), normal(random, (40, 12), dtype)
+    expected = bounds.linear(x, w.T)
+    for form, op in bounds.forms(pg.unembed, backend, compiled=True).items():
+        ratio = bounds.assert_within(expected, bounds.compute(op, backend, x, w), "unembed", backend, dtype, form)
+        assert ratio >= 0.01, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
+
+
+def test_a_table_that_was_prepared_means_the_same(backend, dtype):
+    """Catches a layout that `prepare` likes and an op does not: the rows are the same, the logits within the bound."""
+    random = np.random.default_rng(3)
+    x, w, ids = normal(random, (4, 24), dtype), normal(random, (70, 24), dtype), np.asarray([[69, 0], [7, 7]], np.int32)
+    table = backend.prepare({"wte": backend.from_numpy(w)})["wte"]
+    for form, op in bounds.forms(pg.embed, backend).items():
+        assert backend.to_numpy(op(backend.from_numpy(ids), table)).tobytes() == w[ids].tobytes(), form
+    for form, op in bounds.forms(pg.unembed, backend).items():
+        computed = backend.to_numpy(op(backend.from_numpy(x), table))
+        assert bounds.assert_within(bounds.linear(x, w.T), computed, "unembed", backend, dtype, form) <= 1
+
+
+def test_unembed_is_conv1d_with_the_table_transposed(backend, dtype):
+    """Catches a scale or a bias that slipped into the logits."""
+    random = np.random.default_rng(4)
+    x, w = normal(random, (2, 3, 16), dtype), normal(random, (9, 16), dtype)
+    b = np.zeros(9, w.dtype)
+    layer = bounds.compute(pg.conv1d, backend, x, np.ascontiguousarray(w.T), b)
+    error = bounds.linear(x, w.T).error + bounds.linear(x, w.T, b).error
+    for form, op in bounds.forms(pg.unembed, backend).items():
+        ratio = bounds.Bounded(bounds.exact(layer), error).ratio(bounds.compute(op, backend, x, w))
+        assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
+
+
+@pytest.mark.parametrize("dtype", strategies.SHARED_DTYPES)
+def test_backends_agree_on_embed_and_unembed(dtype):
+    """Catches two backends that are both near the truth by their own account, and not near each other."""
+    random = np.random.default_rng(5)
+    x, w, ids = normal(random, (3, 32), dtype), normal(random, (90, 32), dtype), np.arange(89, -1, -7, dtype=np.int32)
+    rows = bounds.compute_everywhere(pg.embed, dtype, ids, w)
+    logits = bounds.compute_everywhere(pg.unembed, dtype, x, w)
+    error = 2 * bounds.linear(x, w.T).error
+    for one, other in combinations(rows, 2):
+        assert rows[one].tobytes() == rows[other].tobytes(), f"{one} and {other}"
+        ratio = bounds.Bounded(bounds.exact(logits[other]), error).ratio(logits[one])
+        assert ratio <= 1, f"{one} and {other} differ by {ratio:.3g} times the sum of their bounds"

@@ -1,0 +1,131 @@
+"""layer_norm: each result within a derived bound of the exact one, and what follows from a mean of 0, a variance of 1."""
+
+from itertools import combinations
+
+import bounds
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given
+
+import portable_gpt2 as pg
+
+
+@st.composite
+def layers(draw, dtype):
+    """Return x, g and b; the squares of x are within the range of what is computed in."""
+    shape = draw(strategies.shapes(least=1))
+    largest = bounds.FORMATS[bounds.computed_in(dtype)].largest ** 0.5 / 16
+    x = draw(strategies.arrays(shape, dtype, largest=largest))
+    return x, *(draw(strategies.arrays(shape[-1:], dtype, largest=2.0**10)) for _ in range(2))
+
+
+def normal(random, shape, dtype):
+    """Return rows of several widths and means, as the residual stream has them, a wide one and one large outlier."""
+    widths = random.choice([0.01, 1, 30], (*shape[:-1], 1))
+    x = random.normal(random.choice([0, 0.3, 4], (*shape[:-1], 1)) * widths, widths, shape)
+    x[..., 0] *= 20
+    return x.astype(bounds.host_dtype(dtype))
+
+
+def arguments(random, shape, dtype):
+    g, b = (random.normal(mean, 0.3, shape[-1:]).astype(bounds.host_dtype(dtype)) for mean in (1, 0))
+    return normal(random, shape, dtype), g, b
+
+
+@given(data=st.data())
+def test_layer_norm_is_within_its_error_bound(backend, dtype, data):
+    """Catches an eps of 1e-3, a variance in one pass or over n - 1, sums in 16 bits, and writing into the argument."""
+    x, g, b = data.draw(layers(dtype))
+    eps = data.draw(st.sampled_from([1e-5, 1e-5, 1e-3, 1e-12]))
+    expected = bounds.layer_norm(x, g, b, eps=eps)
+    for form, op in bounds.forms(pg.layer_norm, backend).items():
+        computed = bounds.compute(op, backend, x, g, b, eps=eps)
+        assert bounds.assert_within(expected, computed, "layer_norm", backend, dtype, form) <= 1
+
+
+def test_the_bound_of_layer_norm_is_tight(backend, dtype):
+    """Catches a bound that would admit anything, and compilers that change what is computed; eps is the default."""
+    random = np.random.default_rng(1)
+    x, g, b = arguments(random, (40, 12), dtype)
+    expected = bounds.layer_norm(x, g, b)
+    for form, op in bounds.forms(pg.layer_norm, backend, compiled=True).items():
+        ratio = bounds.assert_within(expected, bounds.compute(op, backend, x, g, b), "layer_norm", backend, dtype, form)
+        assert ratio >= 0.01, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
+
+
+def test_layer_norm_of_random_numbers_errs_as_random_errors_add_up(backend, dtype):
+    """Catches sums in too few bits at GPT-2's width, where the worst case, which grows as n, is loose."""
+    x, g, b = arguments(np.random.default_rng(2), (3 if dtype == "float64" else 30, 768), dtype)
+    expected = bounds.layer_norm(x, g, b, gamma=bounds.gamma_at_random)
+    for form, op in bounds.forms(pg.layer_norm, backend).items():
+        ratio = expected.ratio(bounds.compute(op, backend, x, g, b))
+        assert 0.01 <= ratio <= 1, f"{form}: the error is {ratio:.3g} times what random errors add up to"
+
+
+@strategies.fewer
+@given(data=st.data())
+def test_layer_norm_does_not_change_when_a_constant_is_added(backend, dtype, data):
+    """Catches a mean that is not subtracted. Integers up to 128 and their sums are exact in every dtype."""
+    shape = data.draw(strategies.shapes(least=1))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    x, constant = random.integers(-64, 65, shape), data.draw(st.integers(-64, 64))
+    host = bounds.host_dtype(dtype)
+    g, b = np.ones(shape[-1:], host), np.zeros(shape[-1:], host)
+    error = sum(bounds.layer_norm(a.astype(host), g, b).error for a in (x, x + constant))
+    for form, op in bounds.forms(pg.layer_norm, backend).items():
+        straight, shifted = (bounds.compute(op, backend, a.astype(host), g, b) for a in (x, x + constant))
+        ratio = bounds.Bounded(bounds.exact(straight), error).ratio(shifted)
+        assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
+
+
+@strategies.fewer
+@given(data=st.data())
+def test_layer_norm_without_gain_and_bias_has_mean_0_and_variance_up_to_1(backend, dtype, data):
+    """Catches a mean or a variance over another axis. Each may be off by as much as the results' own bounds allow."""
+    shape = data.draw(strategies.shapes(least=1).filter(lambda shape: shape[-1] > 0))
+    largest = bounds.FORMATS[bounds.computed_in(dtype)].largest ** 0.5 / 16
+    x = data.draw(strategies.arrays(shape, dtype, largest=largest))
+    g, b = np.ones(shape[-1:], x.dtype), np.zeros(shape[-1:], x.dtype)
+    error = bounds.layer_norm(x, g, b).error
+    variance = x.astype(np.longdouble).var(axis=-1)
+    for form, op in bounds.forms(pg.layer_norm, backend).items():
+        y = bounds.compute(op, backend, x, g, b).astype(np.longdouble)
+        judged = np.isfinite(error).all(axis=-1)
+        off = abs(y.mean(axis=-1))[judged] - error.mean(axis=-1)[judged]
+        assert np.all(off <= 1e-15), f"{form}: the mean is {off.max(initial=0)} beyond the bound"
+        # mean((N + e)^2) - mean(N^2) = mean(e (2N + e)), and |N| <= |y| + |e|
+        allowed = (error * (2 * abs(y) + 3 * error)).mean(axis=-1)[judged]
+        off = abs((y * y).mean(axis=-1) - variance / (variance + 1e-5))[judged] - allowed
+        assert np.all(off <= 1e-15), f"{form}: the variance is {off.max(initial=0)} beyond the bound"
+
+
+def test_layer_norm_of_one_number_is_the_bias(backend, dtype):
+    """Catches a variance over n - 1, which is 0/0 here."""
+    host = bounds.host_dtype(dtype)
+    x, g, b = np.linspace(-9, 9, 7, dtype=np.float32).astype(host)[:, None], np.full(1, 3, host), np.full(1, 0.25, host)
+    for form, op in bounds.forms(pg.layer_norm, backend).items():
+        assert np.array_equal(bounds.compute(op, backend, x, g, b), np.full((7, 1), 0.25, host)), form
+
+
+@pytest.mark.parametrize("dtype", strategies.SHARED_DTYPES)
+def test_backends_agree_on_layer_norm(dtype):
+    """Catches two backends that are both near the truth by their own account, and not near each other."""
+    x, g, b = arguments(np.random.default_rng(3), (5, 8, 48), dtype)
+    error = bounds.layer_norm(x, g, b).error
+    results = bounds.compute_everywhere(pg.layer_norm, dtype, x, g, b)
+    for one, other in combinations(results, 2):
+        ratio = bounds.Bounded(bounds.exact(results[other]), 2 * error).ratio(results[one])
+        assert ratio <= 1, f"{one} and {other} differ by {ratio:.3g} times the sum of their bounds"
+
+
+@strategies.wide_dtypes
+@pytest.mark.parametrize("backend", ["numpy", "array_api_strict"], indirect=True)
+def test_layer_norm_of_ordinary_numbers_raises_no_floating_point_flag(backend, dtype):
+    """Catches warnings that a user could do nothing about."""
+    layer = arguments(np.random.default_rng(4), (16, 33), dtype)
+    for form in bounds.forms(pg.layer_norm, backend).values():
+        with np.errstate(all="raise", under="ignore"):
+            computed = backend.to_numpy(form(*map(backend.from_numpy, layer)))
+        assert np.isfinite(computed).all()

@@ -1,0 +1,490 @@
+"""The model as a whole, on every backend, against GPT-2 in plain NumPy (`plain_gpt2`).
+
+The bound is the yardstick: a backend's largest error is at most 4 times that of the plain formula in float32. In
+another dtype, the yardstick is scaled by the ratio of the unit round-offs, to which an error is proportional; in
+float64 the truth, which is computed in it too, adds one yardstick of its own.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bounds
+import numpy as np
+import pytest
+from plain_gpt2 import U, on_backend, plain_gpt2, random_weights, truth_and_error
+from safetensors.numpy import save_file
+
+import portable_gpt2 as pg
+
+CONFIGS = {
+    "plain": pg.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_vocab=101, n_ctx=48, eos_token_id=None),
+    "one head": pg.GPT2Config(
+        n_layer=1, n_head=1, n_embd=24, n_vocab=50, n_ctx=33, n_inner=40, layer_norm_epsilon=0.02, eos_token_id=None
+    ),
+    "scores unscaled": pg.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, n_vocab=70, n_ctx=40, scale_attn_weights=False, eos_token_id=None
+    ),
+    "scaled by layer": pg.GPT2Config(
+        n_layer=3, n_head=3, n_embd=24, n_vocab=64, n_ctx=40, scale_attn_by_inverse_layer_idx=True, eos_token_id=None
+    ),
+}
+PLAIN = CONFIGS["plain"]
+
+
+def some_tokens(config, batch=2, seq=None, seed=1):
+    return np.random.default_rng(seed).integers(0, config.n_vocab, (batch, seq or config.n_ctx)).astype(np.int32)
+
+
+def params_and_tokens(backend, config, tokens, dtype="float32"):
+    """Return random weights and tokens on a backend; every op on them lives on that backend's default device."""
+    return on_backend(backend, random_weights(config), dtype), backend.from_numpy(tokens)
+
+
+def largest_error(logits, truth):
+    return float(abs(pg.to_numpy(logits).astype(np.float64) - truth).max())
+
+
+# The logits
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_logits_are_as_near_to_the_truth_as_a_plain_implementation_is(backend, case):
+    """Catches any mistake in the mathematics or in the wiring of the model: GELU by erf, another epsilon, a scale, a
+    bias, q, k and v confused, a residual, ln_f or wpe left out, a mask one column off.
+    """
+    config = CONFIGS[case]
+    tokens = some_tokens(config)
+    truth, error = truth_and_error(random_weights(config), tokens, config)
+    params, ids = params_and_tokens(backend, config, tokens)
+
+    logits, cache = pg.gpt2(params, ids, config)
+
+    ratio = largest_error(logits, truth) / (4 * error)
+    bounds.record("gpt2", backend.name, "float32", ratio)
+    assert ratio <= 1
+    assert cache is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_logits_in_other_dtypes_are_as_exact_as_the_dtype(backend, dtype):
+    """Catches a constant or an intermediate result of lower precision in float64, 16-bit arithmetic that accumulates
+    in 16 bits, and a mask or a score that overflows float16.
+    """
+    tokens = some_tokens(PLAIN)
+    truth, error = truth_and_error(random_weights(PLAIN), tokens, PLAIN)
+    error *= U[dtype] / U["float32"] * (1.25 if dtype == "float64" else 1)
+    params, ids = params_and_tokens(backend, PLAIN, tokens, dtype)
+
+    logits, _ = pg.gpt2(params, ids, PLAIN)
+
+    ratio = largest_error(logits, truth) / (4 * error)
+    bounds.record("gpt2", backend.name, dtype, ratio)
+    assert ratio <= 1
+    assert backend.dtype_name(logits) == dtype
+
+
+def test_a_checkpoint_loads_into_the_model_that_its_names_say(backend, tmp_path):
+    """Catches a tensor read under another's name, a square matrix transposed, an entry of config.json ignored: the
+    file is written here name by name, not by `save`.
+    """
+    config = pg.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, n_vocab=41, n_ctx=20, n_inner=24, layer_norm_epsilon=0.01, eos_token_id=None
+    )
+    flat = random_weights(config)
+    tensors = {"wte.weight": flat["wte"], "wpe.weight": flat["wpe"]}
+    tensors |= {"ln_f.weight": flat["ln_f/g"], "ln_f.bias": flat["ln_f/b"]}
+    for i in range(2):
+        for scope in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
+            name = f"h.{i}.{scope.replace('/', '.')}"
+            tensors |= {f"{name}.weight": flat[f"h{i}/{scope}/w"], f"{name}.bias": flat[f"h{i}/{scope}/b"]}
+        for scope in ("ln_1", "ln_2"):
+            name = f"h.{i}.{scope}"
+            tensors |= {f"{name}.weight": flat[f"h{i}/{scope}/g"], f"{name}.bias": flat[f"h{i}/{scope}/b"]}
+    save_file({name: a.astype(np.float32) for name, a in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 41, "n_positions": 20, '
+        '"n_inner": 24, "layer_norm_epsilon": 0.01}'
+    )
+    tokens = some_tokens(config)
+    truth, error = truth_and_error(flat, tokens, config)
+
+    model = pg.GPT2.load(tmp_path, backend=backend)
+
+    ratio = largest_error(model.logits(tokens), truth) / (4 * error)
+    bounds.record("GPT2.logits", backend.name, "float32", ratio)
+    assert ratio <= 1
+
+
+# The cache
+
+
+def test_cached_logits_are_as_near_to_the_truth_as_uncached_ones(backend):
+    """Catches a position that is off by one, rows written in the wrong place, keys that are masked or missing: the
+    same texts, read in pieces.
+    """
+    config = CONFIGS["scaled by layer"]
+    tokens = some_tokens(config, seq=9)
+    truth, error = truth_and_error(random_weights(config), tokens, config)
+    params, ids = params_and_tokens(backend, config, tokens)
+
+    cache, pieces, start = pg.new_cache(params, config, batch=2, capacity=9), [], 0
+    for n in (4, 1, 1, 3):
+        logits, cache = pg.gpt2(params, ids[:, start : start + n], config, cache)
+        pieces.append(pg.to_numpy(logits))
+        start += n
+
+    ratio = largest_error(np.concatenate(pieces, axis=1), truth) / (4 * error)
+    bounds.record("gpt2 cached", backend.name, "float32", ratio)
+    assert ratio <= 1
+    assert cache["position"] == 9
+
+
+def test_a_grown_cache_holds_what_it_held(backend):
+    """Catches rows lost or moved when the buffers are copied into longer ones."""
+    tokens = some_tokens(PLAIN, seq=9)
+    truth, error = truth_and_error(random_weights(PLAIN), tokens, PLAIN)
+    params, ids = params_and_tokens(backend, PLAIN, tokens)
+
+    _, cache = pg.gpt2(params, ids[:, :5], PLAIN, pg.new_cache(params, PLAIN, batch=2, capacity=5))
+    cache = pg.grow_cache(cache, 9)
+    logits, cache = pg.gpt2(params, ids[:, 5:], PLAIN, cache)
+
+    assert cache["position"] == 9
+    assert backend.shape(cache["h1"]["v"]) == (2, 4, 9, 8)
+    assert largest_error(logits, truth[:, 5:]) <= 4 * error
+
+
+def test_new_cache_is_empty_and_of_the_parameters_kind(backend):
+    """Catches another capacity, dtype or number of layers than the model's."""
+    params = on_backend(backend, random_weights(PLAIN))
+    cache = pg.new_cache(params, PLAIN, batch=3)
+    assert set(cache) == {"position", "h0", "h1"}
+    assert cache["position"] == 0
+    for layer in (cache["h0"], cache["h1"]):
+        assert set(layer) == {"k", "v"}
+        for buffer in layer.values():
+            assert backend.shape(buffer) == (3, 4, 48, 8)
+            assert backend.dtype_name(buffer) == "float32"
+            assert not pg.to_numpy(buffer).any()
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 49])
+def test_a_cache_that_the_model_cannot_fill_is_refused(backend, capacity):
+    """Catches positions beyond wpe, which JAX would clamp."""
+    params = on_backend(backend, random_weights(PLAIN))
+    with pytest.raises(ValueError, match=rf"capacity is {capacity}; expected 1 to n_ctx = 48"):
+        pg.new_cache(params, PLAIN, capacity=capacity)
+
+
+def test_more_tokens_than_there_is_room_for_are_refused(backend):
+    """Catches a silent clamp at n_ctx or at the end of the cache, where JAX overwrites the last rows."""
+    params, ids = params_and_tokens(backend, PLAIN, some_tokens(PLAIN, seq=49))
+    with pytest.raises(ValueError, match="49 tokens were given; the model has n_ctx = 48"):
+        pg.gpt2(params, ids, PLAIN)
+    _, cache = pg.gpt2(params, ids[:, :3], PLAIN, pg.new_cache(params, PLAIN, batch=2, capacity=4))
+    with pytest.raises(ValueError, match="2 tokens were given at position 3; the cache has room for 4"):
+        pg.gpt2(params, ids[:, :2], PLAIN, cache)
+
+
+# What does not depend on what
+
+
+def test_no_token_sees_those_behind_it(backend):
+    """Catches a mask that lets the future through: the logits before a token that changes stay the same to the bit,
+    those from it on do not.
+    """
+    tokens = some_tokens(PLAIN, seq=12)
+    changed = tokens.copy()
+    changed[:, 7] = (tokens[:, 7] + 1) % PLAIN.n_vocab
+    params = on_backend(backend, random_weights(PLAIN))
+
+    before, after = (pg.to_numpy(pg.gpt2(params, backend.from_numpy(t), PLAIN)[0]) for t in (tokens, changed))
+
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert (before[:, 7:] != after[:, 7:]).any(axis=-1).all()
+
+
+def test_the_texts_of_a_batch_do_not_see_each_other(backend):
+    """Catches batch and heads confused in a reshape: a text's logits stay the same to the bit when another changes."""
+    tokens = some_tokens(PLAIN, batch=3, seq=12)
+    changed = tokens.copy()
+    changed[1] = some_tokens(PLAIN, batch=1, seq=12, seed=9)
+    params = on_backend(backend, random_weights(PLAIN))
+
+    before, after = (pg.to_numpy(pg.gpt2(params, backend.from_numpy(t), PLAIN)[0]) for t in (tokens, changed))
+
+    np.testing.assert_array_equal(before[[0, 2]], after[[0, 2]])
+    assert (before[1] != after[1]).any()
+
+
+def test_attention_scale_follows_the_configuration():
+    """Catches the two switches confused, or the layer counted from 1."""
+    switched = {
+        (first, second): pg.GPT2Config(scale_attn_weights=first, scale_attn_by_inverse_layer_idx=second)
+        for first in (True, False)
+        for second in (True, False)
+    }
+    assert [switched[True, False].attention_scale(i) for i in range(3)] == [1 / 8] * 3  # the head size is 64
+    assert [switched[False, False].attention_scale(i) for i in range(3)] == [1.0] * 3
+    assert [switched[True, True].attention_scale(i) for i in range(3)] == [1 / 8, 1 / 16, 1 / 24]
+    assert [switched[False, True].attention_scale(i) for i in range(3)] == [1, 1 / 2, 1 / 3]
+
+
+# The parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
+def test_the_published_sizes_have_the_published_numbers_of_parameters(name, parameters):
+    """Catches a parameter too many, one missing, or a wrong size."""
+    config = pg.GPT2Config.published(name)
+    assert pg.params.count(config) == parameters
+    assert (config.n_ctx, config.n_vocab, config.head_size) == (1024, 50257, 64)
+
+
+def test_nest_undoes_flatten():
+    """Catches a path that is cut or joined in the wrong place."""
+    flat = random_weights(PLAIN)
+    assert list(pg.params.flatten(pg.params.nest(flat))) == list(flat.items())
+    assert set(pg.params.nest(flat)["h1"]["attn"]) == {"c_attn", "c_proj"}
+
+
+INITIAL = pg.GPT2Config(n_layer=2, n_head=2, n_embd=64, n_vocab=500, n_ctx=64, eos_token_id=None)
+
+
+def test_the_same_seed_initialises_to_the_same_bits_everywhere(backend, dtype):
+    """Catches a conversion that rounds on the device, and a random stream that is the framework's own."""
+    expected = dict(pg.params.flatten(pg.init_params(INITIAL, seed=3, backend="numpy", dtype=dtype)))
+    found = dict(pg.params.flatten(pg.init_params(INITIAL, seed=3, backend=backend, dtype=dtype)))
+    assert list(found) == list(pg.params.shapes(INITIAL))
+    for path, x in found.items():
+        a = pg.to_numpy(x)
+        assert backend.dtype_name(x) == dtype, path
+        assert (a.dtype, a.shape) == (expected[path].dtype, pg.params.shapes(INITIAL)[path]), path
+        assert a.tobytes() == expected[path].tobytes(), path
+
+
+def test_initial_values_are_those_of_every_release():
+    """Catches a change of the random stream: a seed names the same model from one release to the next."""
+    params = pg.init_params(INITIAL, seed=7, backend="numpy")
+    assert params["wte"][0, :3].tolist() == WTE_OF_SEED_7
+    assert params["h1"]["mlp"]["c_proj"]["w"][-1, :3].tolist() == C_PROJ_OF_SEED_7
+
+
+WTE_OF_SEED_7 = [0.006465276703238487, -0.004039030522108078, 0.022698024287819862]
+C_PROJ_OF_SEED_7 = [-0.0023413854651153088, 0.010263457894325256, 0.010073518380522728]
+
+
+def test_initial_values_are_drawn_as_openai_drew_them():
+    """Catches a wrong standard deviation, a distribution that is not normal (a uniform one has another fourth moment,
+    truncation no tail), and numbers that depend on each other. Each statistic is within 5 of its standard errors.
+    """
+    for path, a in pg.params.flatten(pg.init_params(INITIAL, seed=1, backend="numpy", dtype="float64")):
+        leaf = path.rpartition("/")[2]
+        if leaf in ("b", "g"):
+            assert (a == (leaf == "g")).all(), path
+            continue
+        x, n = a.ravel() / (0.01 if leaf == "wpe" else 0.02), a.size
+        assert abs(x.mean()) < 5 / math.sqrt(n), path
+        assert abs((x**2).mean() - 1) < 5 * math.sqrt(2 / n), path
+        assert abs((x**4).mean() - 3) < 5 * math.sqrt(96 / n), path
+        assert abs((x > 3).mean() - 0.00135) < 5 * math.sqrt(0.00135 / n), path
+        for y in (x[n // 2 :], x[1:]):  # the other half of Box and Muller's transform; the neighbour
+            assert abs((x[: y.size] * y).mean()) < 5 / math.sqrt(y.size), path
+
+
+def test_every_parameter_is_drawn_from_a_stream_of_its_own():
+    """Catches two parameters, or two seeds, with the same numbers, and values that depend on what else there is."""
+    one = dict(pg.params.flatten(pg.init_params(INITIAL, seed=0, backend="numpy")))
+    other = dict(pg.params.flatten(pg.init_params(INITIAL, seed=1, backend="numpy")))
+    drawn = [path for path in one if path.rpartition("/")[2] not in ("b", "g")]
+    firsts = {flat[path].flat[0] for flat in (one, other) for path in drawn}
+    assert len(firsts) == 2 * len(drawn) == 20
+
+    deeper = pg.GPT2Config(n_layer=3, n_head=4, n_embd=64, n_vocab=600, n_ctx=64, eos_token_id=None)
+    deep = dict(pg.params.flatten(pg.init_params(deeper, seed=0, backend="numpy")))
+    for path in one.keys() - {"wte"}:
+        np.testing.assert_array_equal(deep[path], one[path])
+
+
+def test_init_conv1d_draws_what_init_params_does(backend):
+    """Catches a layer that is initialised alone, in the portable way, to other values than within the model."""
+    layer = pg.init_conv1d("h1/mlp/c_fc", 64, 256, seed=5, backend=backend)
+    model = pg.init_params(INITIAL, seed=5, backend="numpy")["h1"]["mlp"]["c_fc"]
+    np.testing.assert_array_equal(pg.to_numpy(layer["w"]), model["w"])
+    np.testing.assert_array_equal(pg.to_numpy(layer["b"]), model["b"])
+
+
+# Under the frameworks' own transformations
+
+
+def jax_gradients(params, ids, cotangent):
+    import jax
+
+    def loss(params):
+        return (pg.gpt2(params, ids, PLAIN)[0] * cotangent).sum()
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+def torch_gradients(params, ids, cotangent):
+    flat = {path: x.requires_grad_() for path, x in pg.params.flatten(params)}
+    (pg.gpt2(pg.params.nest(flat), ids, PLAIN)[0] * cotangent).sum().backward()
+    return pg.params.nest({path: x.grad for path, x in flat.items()})
+
+
+def tensorflow_gradients(params, ids, cotangent):
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(params)
+        loss = tf.reduce_sum(pg.gpt2(params, ids, PLAIN)[0] * cotangent)
+    return tf.nest.map_structure(tf.convert_to_tensor, tape.gradient(loss, params))  # wte's rows are sparse
+
+
+GRADIENTS = {"jax": jax_gradients, "torch": torch_gradients, "tensorflow": tensorflow_gradients}
+
+
+def plain_slope(flat, direction, tokens, cotangent, dtype, step):
+    """Return the derivative along a direction, by a complex step: as exact as the arithmetic, with no difference."""
+    shifted = {path: (a + 1j * step * direction.get(path, 0)).astype(dtype) for path, a in flat.items()}
+    return float((plain_gpt2(shifted, tokens, PLAIN) * cotangent).sum().imag) / step
+
+
+@pytest.mark.parametrize("backend", GRADIENTS, indirect=True)
+def test_gradients_are_as_near_to_the_truth_as_those_of_a_plain_implementation(backend):
+    """Catches an op that stops the gradient, a parameter that none reaches, and a kernel with a gradient of another
+    function. The slope along a random direction in each parameter is compared with that of `plain_gpt2`.
+    """
+    rng = np.random.default_rng(0)
+    tokens, flat = some_tokens(PLAIN, seq=9), random_weights(PLAIN)
+    cotangent = rng.standard_normal((2, 9, PLAIN.n_vocab)).astype(np.float32)
+    params, ids = params_and_tokens(backend, PLAIN, tokens)
+
+    gradients = dict(pg.params.flatten(GRADIENTS[backend.name](params, ids, backend.from_numpy(cotangent))))
+
+    errors, yardsticks = {}, {}
+    for path, a in flat.items():
+        direction = rng.standard_normal(a.shape)
+        direction /= np.linalg.norm(direction)
+        truth = plain_slope(flat, {path: direction}, tokens, cotangent, np.complex128, 1e-30)
+        errors[path] = abs(np.vdot(pg.to_numpy(gradients[path]).astype(np.float64), direction) - truth)
+        yardsticks[path] = abs(plain_slope(flat, {path: direction}, tokens, cotangent, np.complex64, 2.0**-40) - truth)
+    ratio = max(errors.values()) / (4 * max(yardsticks.values()))
+    bounds.record("gpt2 slope", backend.name, "float32", ratio)
+    assert ratio <= 1, max(errors, key=errors.get)
+
+
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+def test_runs_under_jax_jit_with_a_static_configuration(backend):
+    """Catches a configuration that is no hashable static argument, a branch on a traced value, and a traced position:
+    with and without a cache, whose position is then part of the traced tree.
+    """
+    import jax
+
+    tokens = some_tokens(PLAIN, seq=10)
+    truth, error = truth_and_error(random_weights(PLAIN), tokens, PLAIN)
+    params, ids = params_and_tokens(backend, PLAIN, tokens)
+    step = jax.jit(pg.gpt2, static_argnames="config", donate_argnames="cache")
+
+    assert largest_error(step(params, ids, config=PLAIN)[0], truth) <= 4 * error
+    cache = pg.new_cache(params, PLAIN, batch=2, capacity=12)
+    first, cache = step(params, ids[:, :6], config=PLAIN, cache=cache)
+    second, cache = step(params, ids[:, 6:], config=PLAIN, cache=cache)
+    assert largest_error(first, truth[:, :6]) <= 4 * error
+    assert largest_error(second, truth[:, 6:]) <= 4 * error
+    assert int(cache["position"]) == 10
+
+
+@pytest.mark.parametrize("backend", ["tensorflow"], indirect=True)
+@pytest.mark.parametrize("xla", [False, True])
+def test_runs_in_tf_function_with_unknown_batch_and_length(backend, xla):
+    """Catches a reshape to None, and a Python branch on a symbolic length; one trace serves every shape."""
+    import tensorflow as tf
+
+    flat = random_weights(PLAIN)
+    params = on_backend(backend, flat)
+    traces = []
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int32)], jit_compile=xla, autograph=False)
+    def logits(ids):
+        traces.append(ids.shape)
+        return pg.gpt2(params, ids, PLAIN)[0]
+
+    for batch, seq in ((2, 10), (1, 1), (3, 48)):
+        tokens = some_tokens(PLAIN, batch=batch, seq=seq)
+        truth, error = truth_and_error(flat, tokens, PLAIN)
+        assert largest_error(logits(tf.constant(tokens)), truth) <= 4 * error
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_torch_compile_takes_the_model_as_one_graph(backend):
+    """Catches a graph break (in the look-up of a backend, in the checks of an op, in the cache) and a graph for each
+    length or position: torch makes one for the first and one for all others.
+    """
+    import torch
+
+    tokens = some_tokens(PLAIN, seq=10)
+    truth, error = truth_and_error(random_weights(PLAIN), tokens, PLAIN)
+    params, ids = params_and_tokens(backend, PLAIN, tokens)
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(pg.gpt2, fullgraph=True, backend=count)
+
+    for seq in (10, 7, 4):
+        logits, _ = compiled(params, ids[:, :seq].contiguous(), PLAIN)
+        assert largest_error(logits, truth[:, :seq]) <= 4 * error
+    assert len(graphs) == 2
+
+    cache = pg.new_cache(params, PLAIN, batch=2, capacity=10)
+    for start in range(10):
+        logits, cache = compiled(params, ids[:, start : start + 1].contiguous(), PLAIN, cache)
+        assert largest_error(logits, truth[:, start : start + 1]) <= 4 * error
+    assert len(graphs) <= 2 + 3  # torch always makes one for 0, and may for 1
+
+
+HOOKED = """
+import sys
+from jaxtyping import TypeCheckError, install_import_hook
+
+with install_import_hook("portable_gpt2", "beartype.beartype"):
+    import portable_gpt2 as pg
+    from portable_gpt2.model import split_heads
+
+import numpy as np
+
+config = pg.GPT2Config(n_layer=2, n_head=2, n_embd=8, n_vocab=16, n_ctx=66, eos_token_id=None)
+for name in pg.available_backends():
+    model = pg.GPT2(config, pg.init_params(config, backend=name))
+    params, ids = model.params, model.backend.from_numpy(np.asarray([[1, 2], [3, 4]], np.int32))
+    pg.gpt2(params, ids, config)
+    pg.gpt2(params, ids, config, pg.grow_cache(pg.new_cache(params, config, batch=2, capacity=1), 2))
+    model.logits([[1, 2, 3]])
+    list(model.stream_ids([1, 2, 3], max_new_tokens=63))
+    try:
+        split_heads(model.backend.from_numpy(np.ones((2, 4), np.float32)), 2)
+    except TypeCheckError:
+        print(name)
+"""
+
+
+def test_every_shape_in_a_signature_is_what_runs():
+    """Catches an annotation that no longer says what passes: all of them are checked while the whole model runs, on
+    every backend. That they are checked at all shows in the last lines, where an axis is missing.
+    """
+    support = Path(__file__).parent / "third_party"
+    environment = {**os.environ, "PYTHONPATH": f"{support}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    run = subprocess.run([sys.executable, "-c", HOOKED], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == pg.available_backends()

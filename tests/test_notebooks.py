@@ -1,0 +1,122 @@
+"""The two notebooks of 2019 that this project began as, "Softmax function" and "1D Convolution": all that they print.
+
+They ran TensorFlow 1 in float32. What they print is compared as it is printed; what follows from it, and is not
+printed, is held to its bound.
+"""
+
+import bounds
+import numpy as np
+import pytest
+
+import portable_gpt2 as pg
+
+X = {
+    "x": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]],
+    "innermost max": [[3.0], [6.0], [9.0]],
+    "x2": [[-2.0, -1.0, 0.0]] * 3,
+    "ex": [[0.13533528, 0.36787945, 1.0]] * 3,
+    "softmax": [[0.09003057, 0.24472848, 0.66524094]] * 3,
+}
+Y = {
+    "x": [[1.0, 1.0], [3.0, 2.0], [5.0, 9.0]],
+    "innermost max": [[1.0], [3.0], [9.0]],
+    "x2": [[0.0, 0.0], [0.0, -1.0], [-4.0, 0.0]],
+    "ex": [[1.0, 1.0], [1.0, 0.36787945], [0.01831564, 1.0]],
+    "softmax": [[0.5, 0.5], [0.7310586, 0.26894143], [0.01798621, 0.98201376]],
+}
+T1 = [
+    [[14.639416, 12.471731], [6.287172, -10.907554], [-29.439354, -0.95316064]],
+    [[-15.58526, 6.7059565], [48.06688, -12.80599], [30.347822, 25.95503]],
+    [[3.0517344, 5.536769], [6.2067804, 19.347296], [-24.396057, 19.345951]],
+    [[31.135847, -21.138882], [4.2857533, -42.758995], [-52.921906, 16.973293]],
+]
+CONV_X = [  # the first ten rows of a [10, 5, 2, 5] array
+    [0.07658765, 0.04895405, 0.124433, -0.05023674, 0.04844861],
+    [0.12777634, 0.12834941, -0.01176266, 0.00315703, 0.04139599],
+    [0.06210099, -0.11199301, 0.04728961, 0.0943329, -0.06406869],
+    [-0.07931602, 0.00194503, 0.10381359, 0.12318434, -0.059056],
+    [0.10104392, 0.05950567, 0.05337623, 0.1072495, -0.06844246],
+    [-0.06089064, 0.00720017, -0.09416069, 0.04207127, 0.06000267],
+    [-0.0563634, 0.06557035, 0.04362001, -0.07150251, -0.08896986],
+    [-0.06255972, 0.07716727, -0.00532429, -0.01867719, 0.07079968],
+    [0.10159498, -0.0923056, -0.02886729, 0.08614555, 0.06152003],
+    [-0.1159213, 0.00027074, -0.12597306, 0.04455833, -0.07581854],
+]
+CONV_W = [
+    [-0.07940796, 0.00197585, 0.00018248],
+    [-0.00122991, 0.0344775, -0.01567264],
+    [0.00232023, 0.0014641, 0.00430911],
+    [0.01905786, 0.04127663, -0.00423453],
+    [-0.00066937, 0.00336457, 0.02230392],
+]
+
+
+def as_printed(a):
+    """Return what the notebook's printing, with NumPy's eight digits, makes of a float32 array."""
+    assert a.dtype == np.float32
+    return np.array2string(a, precision=8)
+
+
+def assert_prints(result, printed, ulps=0):
+    """Hold a float32 result to the printed digits, and to a few units in the last place of what was computed there."""
+    printed = np.asarray(printed, np.float32)
+    if ulps == 0:
+        assert as_printed(result) == as_printed(printed)
+    allowed = ulps * np.spacing(np.abs(printed))
+    assert np.all(np.abs(result - printed) <= allowed)
+
+
+@pytest.mark.parametrize("table", [X, Y], ids=["x", "y"])
+def test_every_step_of_softmax_prints_what_the_notebook_prints(backend, table):
+    """Catches a namespace whose max, difference or exp is not the notebook's, or that reduces the wrong axis.
+
+    Exp is given one unit in the last place: the notebook's own was one of several.
+    """
+    xp = backend.xp
+    x = backend.from_numpy(np.asarray(table["x"], np.float32))
+    largest = xp.max(x, axis=-1, keepdims=True)
+    shifted = x - largest
+    assert_prints(backend.to_numpy(largest), table["innermost max"])
+    assert_prints(backend.to_numpy(shifted), table["x2"])
+    assert_prints(backend.to_numpy(xp.exp(shifted)), table["ex"], ulps=1)
+
+
+@pytest.mark.parametrize("table", [X, Y], ids=["x", "y"])
+def test_softmax_prints_what_the_notebook_prints(backend, table):
+    """Catches any other function; the exact values and ours each lie within a unit in the last place of the printed."""
+    x = backend.from_numpy(np.asarray(table["x"], np.float32))
+    for form in bounds.forms(pg.softmax, backend).values():
+        assert_prints(backend.to_numpy(form(x)), table["softmax"], ulps=1)
+
+
+@pytest.mark.parametrize("table", [X, Y], ids=["x", "y"])
+def test_all_equal(backend, table):
+    """Catches a definition that is not its four lines: the notebook compares them, and prints True throughout."""
+    xp = backend.xp
+    x = backend.from_numpy(np.asarray(table["x"], np.float32))
+    ex = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+    by_hand = backend.to_numpy(ex / xp.sum(ex, axis=-1, keepdims=True))
+    np.testing.assert_array_equal(backend.to_numpy(pg.softmax.reference(x)), by_hand)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 2), (36, 10, 4, 3, 2)], ids=["t1", "t2"])
+def test_softmax_of_the_larger_tensors(backend, shape):
+    """Catches axes that are mixed up beyond two of them; a spread, of 70 in t1, that over- or underflows."""
+    t2 = np.random.default_rng(2019).normal(0, 20, (36, 10, 4, 3, 2)).astype(np.float32)
+    t = np.asarray(T1, np.float32) if shape == (4, 3, 2) else t2
+    assert t.shape == shape
+    bound = bounds.softmax(t, c=bounds.exp_error(backend.name, "float32"))
+    for name, form in bounds.forms(pg.softmax, backend).items():
+        bounds.assert_within(bound, bounds.compute(form, backend, t), "softmax", backend, "float32", name)
+
+
+def test_conv1d_of_the_notebook(backend):
+    """Catches a weight that is transposed, or axes that are flattened in another order than they are restored."""
+    x = np.random.default_rng(2019).uniform(-0.13, 0.13, (10, 5, 2, 5)).astype(np.float32)
+    x.reshape(100, 5)[:10] = CONV_X
+    w, b = np.asarray(CONV_W, np.float32), np.zeros(3, np.float32)
+    bound = bounds.linear(x, w, b)
+    for name, form in bounds.forms(pg.conv1d, backend).items():
+        result = bounds.compute(form, backend, x, w, b)
+        assert result.shape == (10, 5, 2, 3)
+        bounds.assert_within(bound, result, "conv1d", backend, "float32", name)

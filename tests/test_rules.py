@@ -1,0 +1,316 @@
+"""The rules of the house: portable code knows no framework, an adapter computes with its own, and importing is lazy.
+
+The files are those of the installed packages. Every rule that reads code has a test that shows what it finds.
+"""
+
+import ast
+import importlib.util
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import array_api_strict
+import numpy as np
+import processes
+import pytest
+
+from portable_gpt2 import ops
+
+ADAPTERS = "portable_gpt2_backends"
+FRAMEWORKS = {"tensorflow", "jax", "torch"}
+NAMED = FRAMEWORKS | {"array_api_strict", "eagertensor", "tracer"}
+FORBIDDEN = FRAMEWORKS | {ADAPTERS, "jaxlib", "keras", "flax", "functorch", "array_api_compat", "cupy"}
+CONVERSIONS = {"numpy", "__array__", "tolist", "item", "device_get", "eval_numpy", "make_ndarray", "as_numpy_iterator"}
+NO_CONVERSIONS = {"ndarray", "int32", "dtype", "finfo"}  # of NumPy: what converts no array
+ARRAY_ATTRIBUTES = (set(dir(np.ndarray)) | {"numpy", "detach", "cpu", "cuda", "to", "at", "set_shape"}) - {"dtype"}
+WHO_IT_IS = re.compile(r"\b(backend|owner)\w*(\(.*\))?\.(name|__class__)\b|\btype\((\w+\.)*(backend|owner)\w*\)")
+NOT_ARRAYS = re.compile(
+    r"(xp|backend|math|self)(\.\w+)*|backend_of\(\w+\)|(\w+\.)*finfo\(.*\)|f?['\"].*['\"]", re.DOTALL
+)
+
+
+def files(package):
+    """Return the source files of an installed package."""
+    return sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
+
+
+def portable(name):
+    return Path(importlib.util.find_spec(f"portable_gpt2.{name}").origin)
+
+
+PORTABLE = files("portable_gpt2")
+# Where portable code handles arrays of a backend; elsewhere it handles NumPy's, on the host.
+OF_ARRAYS = [portable("dispatch"), portable("ops"), portable("model")]
+OTHER_ADAPTERS = [path for path in files(ADAPTERS) if path.stem not in ("__init__", "numpy")]
+by_name = {"ids": lambda path: path.stem}
+
+
+def docstrings(tree):
+    """Return the ids of the nodes that are docstrings."""
+    bodies = [getattr(node, "body", None) for node in ast.walk(tree)]
+    first = [body[0] for body in bodies if isinstance(body, list) and body]
+    return {id(statement.value) for statement in first if isinstance(statement, ast.Expr)}
+
+
+# The rules: each takes a tree and yields what breaks it.
+
+
+def imports_of_frameworks(tree):
+    """Yield imports of a framework or an adapter, at any depth, by statement or by function."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+            "import_module",
+            "__import__",
+        ):
+            names = [a.value for a in node.args if isinstance(a, ast.Constant)] or ["?"]
+        for name in names:
+            if name.partition(".")[0] in FORBIDDEN or name == "?":
+                yield f"line {node.lineno}: imports {name}"
+
+
+def names_of_frameworks(tree):
+    """Yield strings that are a framework's name, and comparisons with a backend's name or type.
+
+    ``numpy`` may be named where the default is chosen; it may not be compared with.
+    """
+    skipped = docstrings(tree)
+    for node in ast.walk(tree):
+        compared = []
+        match node:
+            case ast.Constant(value=str(text)) if text.lower() in NAMED and id(node) not in skipped:
+                yield f"line {node.lineno}: names {text}"
+            case ast.Call(func=ast.Name("isinstance"), args=[_, kind]) if re.search(r"\wBackend\b", ast.unparse(kind)):
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+            case ast.Compare():
+                compared = [node.left, *node.comparators]
+            case ast.Match(subject=subject):
+                compared = [subject]
+            case ast.Subscript(slice=index):
+                compared = [index]
+            case ast.Call(func=ast.Attribute(value, "startswith" | "endswith" | "get")):
+                compared = [value, *node.args]
+        for side in compared:
+            if WHO_IT_IS.search(ast.unparse(side)) or (isinstance(side, ast.Constant) and side.value == "numpy"):
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def functions_outside_the_standard(tree):
+    """Yield what is taken from an array namespace and is not in the standard."""
+    for node in ast.walk(tree):
+        of_namespace = isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] == "xp"
+        if of_namespace and (node.attr.startswith("_") or not hasattr(array_api_strict, node.attr)):
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def attributes_of_arrays(tree):
+    """Yield what arrays have, `dtype` excepted, wherever it is asked of anything but a module, a backend or a text."""
+    for node in ast.walk(tree):
+        asked = isinstance(node, ast.Attribute) and node.attr in ARRAY_ATTRIBUTES
+        if asked and not NOT_ARRAYS.fullmatch(ast.unparse(node.value)):
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def conversions_to_numpy(tree):
+    """Yield what takes an array through NumPy, outside `from_numpy`, `to_numpy` and `read_checkpoint`."""
+    if isinstance(tree, ast.FunctionDef) and tree.name in ("from_numpy", "to_numpy", "read_checkpoint"):
+        return
+    match tree:
+        case ast.Call(func=ast.Attribute(attr=method)) if method in CONVERSIONS:
+            yield f"line {tree.lineno}: {ast.unparse(tree)}"
+        case ast.Call(func=ast.Name("memoryview")):
+            yield f"line {tree.lineno}: {ast.unparse(tree)}"
+        case ast.Attribute(value=ast.Name("np" | "numpy"), attr=name) if name not in NO_CONVERSIONS:
+            yield f"line {tree.lineno}: {ast.unparse(tree)}"
+    for child in ast.iter_child_nodes(tree):
+        yield from conversions_to_numpy(child)
+
+
+def broken(rule, path):
+    return list(rule(ast.parse(path.read_text("utf-8"))))
+
+
+def found(rule, code):
+    return list(rule(ast.parse(code)))
+
+
+@pytest.mark.parametrize("path", PORTABLE, **by_name)
+def test_portable_code_imports_no_framework(path):
+    """Catches the first `import torch` in portable code, however deep it stands."""
+    assert broken(imports_of_frameworks, path) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch",
+        "import numpy, jax.numpy as jnp",
+        "def f():\n    if x:\n        from tensorflow import function",
+        "if TYPE_CHECKING:\n    import torch",
+        "from portable_gpt2_backends.jax import JaxBackend",
+        "importlib.import_module('torch.nn')",
+        "__import__('jax')",
+        "importlib.import_module(name)",
+    ],
+)
+def test_an_import_of_a_framework_is_found(code):
+    """Catches a rule that has gone blind."""
+    assert found(imports_of_frameworks, code)
+
+
+@pytest.mark.parametrize("path", PORTABLE, **by_name)
+def test_portable_code_asks_no_backend_who_it_is(path):
+    """Catches `if backend.name == "jax"`: a difference between frameworks belongs in an adapter."""
+    assert broken(names_of_frameworks, path) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if backend.name == 'jax': pass",
+        "if backend.name == default: pass",
+        "fast = backend.name in names",
+        "if 'numpy' != backend.name: pass",
+        "match backend.name:\n    case 'torch': pass",
+        "step = {'tensorflow': 1}.get(kind)",
+        "step = steps[backend.name]",
+        "if self.backend.name.startswith('t'): pass",
+        "if type(backend) is type(other): pass",
+        "if backend.__class__ is NumpyBackend: pass",
+        "isinstance(backend, JaxBackend)",
+        "isinstance(x, JaxBackend)",
+        "if kind == 'numpy': pass",
+    ],
+)
+def test_a_question_who_a_backend_is_is_found(code):
+    """Catches a rule that has gone blind."""
+    assert found(names_of_frameworks, code)
+
+
+@pytest.mark.parametrize("path", PORTABLE, **by_name)
+def test_portable_code_stays_within_the_array_api_standard(path):
+    """Catches `xp.einsum`: a function that the frameworks at hand have, and the standard has not."""
+    assert broken(functions_outside_the_standard, path) == []
+
+
+@pytest.mark.parametrize("code", ["xp.einsum('ij', x)", "backend.xp.split(x, 3)", "self.backend.xp.float16", "xp._x"])
+def test_a_function_outside_the_standard_is_found(code):
+    """Catches a rule that has gone blind."""
+    assert found(functions_outside_the_standard, code)
+
+
+@pytest.mark.parametrize("path", OF_ARRAYS, **by_name)
+def test_portable_code_asks_arrays_for_nothing_but_their_dtype(path):
+    """Catches `x.shape`, which holds None in TensorFlow; `x.T`, `x.sum()` and the rest that some arrays lack."""
+    assert broken(attributes_of_arrays, path) == []
+
+
+@pytest.mark.parametrize("code", ["x.shape", "x.T", "f(x).sum()", "w[0].reshape(2)", "x.at[0]", "x.device", "-x.real"])
+def test_an_attribute_of_an_array_is_found(code):
+    """Catches a rule that has gone blind."""
+    assert found(attributes_of_arrays, code)
+    assert not found(attributes_of_arrays, "x.dtype, backend.shape(x), xp.sum(x), ', '.join(y), x[..., 1:]")
+
+
+@pytest.mark.parametrize("path", OTHER_ADAPTERS, **by_name)
+def test_adapters_compute_with_their_own_framework(path):
+    """Catches an adapter that takes the way through NumPy: off the device, out of the graph, without a gradient."""
+    assert broken(conversions_to_numpy, path) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def write(buffer, value):\n    return np.asarray(buffer)",
+        "def _embed(ids, w):\n    return w[ids.numpy()]",
+        "np.take(x, i)",
+        "x = jax.device_get(x)",
+        "y = f(np.exp)",
+        "n = x.item()",
+        "memoryview(x)",
+        "class A:\n    def arange(self, n):\n        return tf.constant(np.arange(n))",
+    ],
+)
+def test_a_conversion_to_numpy_is_found(code):
+    """Catches a rule that has gone blind; what stands in `to_numpy` and `from_numpy` is no finding."""
+    assert found(conversions_to_numpy, code)
+    assert not found(conversions_to_numpy, "def to_numpy(self, x):\n" + textwrap.indent(code, "    "))
+
+
+def test_the_rules_read_every_file():
+    """Catches a file that the rules pass over."""
+    assert {path.stem for path in PORTABLE} >= {"backend", "ops", "model", "gpt2", "cli"}
+    assert {path.stem for path in OTHER_ADAPTERS} == FRAMEWORKS
+
+
+def parameters(fn):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(fn).parameters.values()]
+
+
+def test_kernels_are_named_after_ops_and_take_what_they_take(backend):
+    """Catches a misspelt kernel, which would never run; one of a block or the model; a default that differs."""
+    known = {name: op for name, op in vars(ops).items() if hasattr(op, "reference")}
+    assert {"conv1d", "softmax"} <= set(known)
+    assert set(backend.kernels) <= set(known)
+    for name, kernel in backend.kernels.items():
+        assert parameters(kernel) == parameters(known[name]), name
+
+
+# Laziness, in processes of its own
+
+
+def modules_after(code, path=()):
+    """Return the top-level modules that a fresh interpreter holds after some code."""
+    report = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    return set(processes.run(f"{code}\n{report}", path=path).split())
+
+
+def test_importing_imports_no_framework():
+    """Catches an import that each user would wait for, whatever they use."""
+    after = modules_after("import portable_gpt2")
+    assert "portable_gpt2" in after
+    assert not after & (FORBIDDEN - {ADAPTERS} | {"jaxtyping", "beartype", "tqdm", "transformers", "scipy", "pandas"})
+
+
+def test_importing_is_quick():
+    """Catches an import that takes more than 0.15 s of processor time beyond NumPy's."""
+    code = "import numpy, time; t = time.process_time(); import portable_gpt2; print(time.process_time() - t)"
+    assert min(float(processes.run(code)) for _ in range(3)) < 0.15
+
+
+def test_choosing_a_backend_imports_what_its_framework_imports_alone(backend):
+    """Catches an adapter that drags in more than its framework: TensorFlow itself imports JAX where it finds one."""
+    name = backend.name
+    path = [Path(sys.modules[type(backend).__module__].__file__).parent] if name == "array_api_strict" else []
+    alone = modules_after(f"import {name}") | modules_after("import portable_gpt2")
+    after = modules_after(f"import portable_gpt2 as pg; pg.get_backend({name!r})", path)
+    assert name in after
+    assert after - alone <= {ADAPTERS, "portable_gpt2_strict"}
+
+
+def test_an_array_is_looked_up_without_importing_a_framework():
+    """Catches a search for an array's owner that imports the candidates."""
+    code = """if True:
+        import numpy as np
+        import portable_gpt2 as pg
+        pg.softmax(np.ones(3))
+        pg.available_backends()
+        try:
+            pg.softmax([1.0])
+        except TypeError as error:
+            assert "got builtins.list" in str(error)"""
+    assert not modules_after(code) & FRAMEWORKS
+
+
+def test_known_backends_are_told_without_importing_them():
+    """Catches a list of backends that is made by importing them; the entry points say it."""
+    code = "from portable_gpt2.backend import known_backends; import sys; print(*known_backends(), *sys.modules)"
+    told = processes.run(code).split()
+    assert set(told[:4]) == FRAMEWORKS | {"numpy"}
+    assert not set(told[4:]) & FRAMEWORKS
