@@ -246,6 +246,12 @@ def available_backends() -> list[str]:
     return [name for name in known_backends() if _is_importable(name)]
 
 
+def how_to_install(name: str) -> str:
+    """Return the command that installs a known backend's framework: an extra of ours, or a third party's framework."""
+    ours = _entry_points()[name].value.startswith("portable_gpt2_backends.")
+    return f"pip install 'portable-gpt2[{name}]'" if ours else f"pip install {name}"
+
+
 def _is_importable(module: str) -> bool:
     try:
         return module in sys.modules or importlib.util.find_spec(module) is not None
@@ -294,9 +300,8 @@ def _load(name: str) -> Backend:
     if point is None:
         raise BackendNotInstalled(f"unknown backend {name!r}; the known backends are {', '.join(known_backends())}")
     if not _is_importable(name):
-        wanted = f"'portable-gpt2[{name}]'" if point.value.startswith("portable_gpt2_backends.") else name
         raise BackendNotInstalled(
-            f"backend {name!r} is known, but {name} is not installed: pip install {wanted} "
+            f"backend {name!r} is known, but {name} is not installed: {how_to_install(name)} "
             f"(installed here: {', '.join(available_backends())})"
         )
     try:

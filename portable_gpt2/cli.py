@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from .backend import BackendNotInstalled, available_backends, get_backend, known_backends
+from .backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends
 from .gpt2 import GPT2
 
 USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
@@ -117,7 +117,7 @@ def _backends(arguments: argparse.Namespace) -> int:
     for name in known_backends():
         try:
             if name not in available_backends():
-                rows.append((name, "-", f"not installed: pip install 'portable-gpt2[{name}]'"))
+                rows.append((name, "-", f"not installed: {how_to_install(name)}"))
                 continue
             devices = get_backend(name).devices()
             rows.append((name, str(getattr(sys.modules[name], "__version__", "?")), ", ".join(devices)))

@@ -135,12 +135,15 @@ class Tokenizer:
         """Return a function from the next id to the text that it completes; None at the end gives what is left over.
 
         A character whose bytes are split over tokens is held back until it is whole, so that the pieces joined are
-        what `decode` returns for all ids at once.
+        what `decode` returns for all ids at once. An id beyond the vocabulary, which a model padded to a rounder size
+        may draw, becomes U+FFFD.
         """
         incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
         def step(token: int | None) -> str:
-            return incremental.decode(b"" if token is None else self.token_bytes(token), final=token is None)
+            if token is None:
+                return incremental.decode(b"", final=True)
+            return incremental.decode("\ufffd".encode() if token >= len(self) else self.token_bytes(token))
 
         return step
 

@@ -160,6 +160,12 @@ def test_what_is_left_of_a_character_comes_at_the_end(tokenizer):
     assert tokenizer.decode(half) == "\ufffd"
 
 
+def test_an_id_beyond_the_vocabulary_does_not_end_a_stream(tokenizer):
+    """Catches an error in the midst of a text: a model whose vocabulary was padded may draw an id without text."""
+    step = tokenizer.decoder()
+    assert [step(len(tokenizer) + 5), *map(step, tokenizer.encode("a")), step(None)] == ["\ufffd", "a", ""]
+
+
 def test_ids_may_be_numpy_s(tokenizer):
     """Catches a table or a range check that knows Python's ints only."""
     ids = tokenizer.encode("To be")
@@ -236,7 +242,7 @@ def test_what_is_no_text_is_refused(tokenizer, text):
 @pytest.mark.parametrize("token", [-1, 384, 2**31, 2**32, 2**64])
 def test_an_id_that_is_not_in_the_vocabulary_is_refused(tokenizer, token):
     """Catches an OverflowError, a token that is skipped in silence, or one counted from the end."""
-    for call in (tokenizer.token_bytes, tokenizer.decoder(), lambda token: tokenizer.decode([1, token])):
+    for call in (tokenizer.token_bytes, lambda token: tokenizer.decode([1, token])):
         with pytest.raises(ValueError, match=f"token id {token} is not in the tokenizer's vocabulary of 384"):
             call(token)
 
