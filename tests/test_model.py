@@ -359,7 +359,7 @@ def plain_slope(flat, direction, tokens, cotangent, dtype, step):
 @pytest.mark.parametrize("backend", GRADIENTS, indirect=True)
 def test_gradients_are_as_near_to_the_truth_as_those_of_a_plain_implementation(backend):
     """Catches an op that stops the gradient, a parameter that none reaches, and a kernel with a gradient of another
-    function. The slope along a random direction in each parameter is compared with that of `plain_gpt2`.
+    function. The slopes along random directions in each parameter are compared with those of `plain_gpt2`.
     """
     rng = np.random.default_rng(0)
     tokens, flat = some_tokens(PLAIN, seq=9), random_weights(PLAIN)
@@ -369,12 +369,14 @@ def test_gradients_are_as_near_to_the_truth_as_those_of_a_plain_implementation(b
     gradients = dict(pg.params.flatten(GRADIENTS[backend.name](params, ids, backend.from_numpy(cotangent))))
 
     errors, yardsticks = {}, {}
-    for path, a in flat.items():
+    for path, a in [*flat.items()] * 16:  # of fewer directions, the worst is a matter of luck
         direction = rng.standard_normal(a.shape)
         direction /= np.linalg.norm(direction)
         truth = plain_slope(flat, {path: direction}, tokens, cotangent, np.complex128, 1e-30)
-        errors[path] = abs(np.vdot(pg.to_numpy(gradients[path]).astype(np.float64), direction) - truth)
-        yardsticks[path] = abs(plain_slope(flat, {path: direction}, tokens, cotangent, np.complex64, 2.0**-40) - truth)
+        plain = plain_slope(flat, {path: direction}, tokens, cotangent, np.complex64, 2.0**-40)
+        slope = np.vdot(pg.to_numpy(gradients[path]).astype(np.float64), direction)
+        errors[path] = max(errors.get(path, 0), abs(slope - truth))
+        yardsticks[path] = max(yardsticks.get(path, 0), abs(plain - truth))
     ratio = max(errors.values()) / (4 * max(yardsticks.values()))
     bounds.record("gpt2 slope", backend.name, "float32", ratio)
     assert ratio <= 1, max(errors, key=errors.get)
