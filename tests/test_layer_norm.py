@@ -1,4 +1,4 @@
-"""layer_norm: each result within a derived bound of the exact one, and what follows from a mean of 0, a variance of 1."""
+"""layer_norm: each result within a derived bound of the exact one, and what follows from mean 0, variance 1."""
 
 from itertools import combinations
 

@@ -241,8 +241,9 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded
 def linear_at_random(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Bounded:
     """Bound y = x w + b for fixed random inputs of mean 0: 4 sqrt(K + 1) u Q.
 
-    Let the K products and b be independent, of mean 0, and Q^2 the sum of their squares. A partial sum has a mean square
-    of at most Q^2, so that rounding it has a variance of at most u^2 Q^2: K of these, and u^2 Q^2 for the products, make
+    Let the K products and b be independent, of mean 0, and Q^2 the sum of their squares. A partial sum has a mean
+    square of at most Q^2, so that rounding it has a variance of at most u^2 Q^2: K of these, and u^2 Q^2 for the
+    products, make
     (K + 1) u^2 Q^2. The 4 is explained at `gamma_at_random`. Q, a 2-norm, is less than the A of `linear`, a 1-norm, by
     a factor of about sqrt(K): this implies 4 sqrt(K + 1) u A.
     """
@@ -335,7 +336,7 @@ def layer_norm(
         E += 2 * u * (N + E)
         error = g * E + u * (g * N + _float(abs(y))) + s * (g + N + 3)
         in_range = ((size + D_j) ** 2).sum(axis=-1, keepdims=True) * (1 + 2 * n * u) <= largest
-        in_range = in_range & (sums * (1 + 2 * n * u) <= largest) & (R < r)
+        in_range = in_range & (sums * (1 + 2 * n * u) <= largest) & (r > R)
         in_range = in_range & (g * (N + E) + b <= largest / 2)
         error = np.where(in_range, error, np.inf)
     return _stored(y, error, dtype)
@@ -355,7 +356,8 @@ def attention(
     - A score is a linear layer without bias, of depth d, times a rounded scale: two roundings more, or four where q and
       k are each multiplied by a rounded square root of it. With A = |scale| |q| |k|^T it errs by
       f = gamma(d + 4) A + s (|scale| (sum |q| + sum |k| + d) + 3).
-    - If the scores change by at most f_j, then the weight w_j = exp(S_j) / sum_k exp(S_k) changes by a factor of at most
+    - If the scores change by at most f_j, then the weight w_j = exp(S_j) / sum_k exp(S_k) changes by a factor of at
+      most
       exp(f_j + L), with L = log(sum_k w_k exp(f_k)).
     - The softmax of the changed scores errs as in `softmax`. There, the distance of S_j to the maximum is at most
       d_j + f_j + max f, and sum_k w_k d_k, which is the entropy of w plus log(max w), at most log(n):

@@ -1,4 +1,4 @@
-"""A backend from a package of its own: array_api_strict, which refuses all that the array API standard does not promise.
+"""A backend from a package of its own: array_api_strict, which refuses what the array API standard does not promise.
 
 It stands on the import path beside its own metadata, as an installed third party's would, so that the tests find it
 through the entry-point group like any other. Its devices do not mix: a leak from one to another raises.
