@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -221,6 +221,8 @@ class Backend:
 # the backend was asked for or met, and every tracer or subclass once it was met.
 _BACKEND_OF_TYPE: dict[type, Backend] = {}
 _LOADED: dict[str, Backend] = {}
+if TYPE_CHECKING:
+    loaded: dict[str, Backend]  # computed by __getattr__, below
 _DEFAULT: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("portable_gpt2_backend", default=None)
 
 
@@ -373,7 +375,7 @@ def _own(types: tuple[type, ...], backend: Backend) -> None:
         _BACKEND_OF_TYPE[each] = backend
 
 
-def __getattr__(name: str) -> dict[str, Backend]:
+def __getattr__(name: str) -> Any:
     """Compute the attribute `loaded`: the backends of the frameworks that the program has imported so far.
 
     It is an attribute and no function because torch.compile evaluates the one and traces the other, and the loading of

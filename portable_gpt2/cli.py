@@ -109,7 +109,8 @@ def _write(text: str) -> None:
 def _progress(tensors: Iterable[Any]) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(tensors, desc="loading", unit=" tensors", delay=1, leave=False)
+    bar: Iterable[Any] = tqdm(tensors, desc="loading", unit=" tensors", delay=1, leave=False)
+    return bar
 
 
 def _backends(arguments: argparse.Namespace) -> int:
