@@ -57,10 +57,13 @@ def tests(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def equivalence(session: nox.Session) -> None:
-    """Test all frameworks in one process, against each other too; a test that is skipped is a failure."""
+    """Test all frameworks in one process, against each other too; a test that is skipped is a failure.
+
+    Each property has had its examples on each framework alone, in `tests`: here it gets fewer.
+    """
     install(session, "all", "test")
     args = ["-m", "not gpu", f"--ignore-glob={PARITY}", "--no-skips"]
-    run_pytest(session, *args, x64=True, PORTABLE_GPT2_REQUIRE="all")
+    run_pytest(session, *args, x64=True, PORTABLE_GPT2_REQUIRE="all", HYPOTHESIS_PROFILE="brief")
 
 
 @nox.session
