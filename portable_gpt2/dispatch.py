@@ -74,11 +74,13 @@ def op(definition: Callable[..., Any]) -> Op:
 
         A NumPy number among kwargs becomes Python's, which does not widen what it is multiplied with.
         """
-        owner = dtype = None
+        owner = dtype = kind = None
         first = floating = ""
         for key, x in (
             chain(zip(names, args, strict=False), kwargs.items()) if kwargs else zip(names, args, strict=False)
         ):
+            if type(x) is kind and key in floats and x.dtype is dtype:  # as the one before: nearly always
+                continue
             if x is None and key in optional:
                 continue
             if key not in arrays:
@@ -100,7 +102,7 @@ def op(definition: Callable[..., Any]) -> Op:
                 )
             if key in floats:
                 if dtype is None:
-                    dtype, floating = x.dtype, key
+                    dtype, kind, floating = x.dtype, type(x), key
                     if not backend.is_floating(x):
                         raise TypeError(f"{name}: {key} has dtype {dtype}; expected {' or '.join(backend._dtypes)}")
                 elif x.dtype != dtype:
