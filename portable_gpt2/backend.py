@@ -403,3 +403,8 @@ def to_numpy(x: Any) -> np.ndarray:
     array([0.5, 0.5])
     """
     return backend_of(x).to_numpy(x)
+
+
+# What the program has imported already is entered now: a table that changes later makes torch.compile compile anew.
+for _backend in __getattr__("loaded").values():
+    _own(_backend.array_types, _backend)
