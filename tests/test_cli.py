@@ -299,8 +299,14 @@ def test_help_goes_to_stdout(command, args):
 
 def start(checkpoints, *args):
     """Start a generation that would take minutes, and wait for its first text."""
+    # Whoever runs the tests in the background may have had SIGINT ignored, which a child inherits.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from portable_gpt2.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    options = ["--model", "endless", "-n", "90000", "--top-k", "0", *args]
     process = subprocess.Popen(
-        arguments("generate", "To be", "--model", "endless", "-n", "90000", "--top-k", "0", *args),
+        [sys.executable, "-P", "-c", code, "generate", "To be", *options],
         cwd=checkpoints,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
