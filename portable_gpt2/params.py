@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.random import Philox
 
 from .backend import Backend, get_backend
 from .config import GPT2Config
@@ -196,7 +197,7 @@ def _normal(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     scope = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
     key = np.asarray([check_seed(seed), scope], np.uint64)  # a plain list of the two would pass through float64
     n = math.prod(shape)
-    words = np.random.Philox(key=key).random_raw(2 * ((n + 1) // 2)).reshape(2, -1)
+    words = Philox(key=key).random_raw(2 * ((n + 1) // 2)).reshape(2, -1)
     u, v = ((words >> np.uint64(12)) + 0.5) * 2.0**-52  # strictly between 0 and 1
     radius = np.sqrt(-2 * np.log(u))
     return np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)])[:n].reshape(shape)

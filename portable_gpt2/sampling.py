@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.random import Philox  # now: imported at the first draw, it would swallow a Ctrl-C
 
 from .params import check_seed
 
@@ -125,6 +126,6 @@ def gumbel(kept: np.ndarray, n_vocab: int, position: int, seed: int, index: int 
     keyed by the seed and the sample's index, at the counter of the position, one word an entry.
     """
     key = np.asarray([seed, index], np.uint64)  # of a plain list, NumPy would make float64 where one is 2^63 or more
-    words = np.random.Philox(key=key, counter=[0, position, 0, 0]).random_raw(n_vocab)[kept]
+    words = Philox(key=key, counter=[0, position, 0, 0]).random_raw(n_vocab)[kept]
     u = ((words >> np.uint64(12)) + 0.5) * 2.0**-52  # strictly between 0 and 1
     return np.asarray(-np.log(-np.log(u)))
