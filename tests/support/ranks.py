@@ -1,10 +1,11 @@
 """One of two processes that run the ops on distributed tensors of PyTorch: ``python ranks.py STORE RANK``."""
 
+import os
 import sys
 
 import torch
 from cases import CASES, FORMS, UNIT, form_of
-from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed import barrier, destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -55,8 +56,10 @@ def main(store, rank):
             like = backend.arange(3, like=a), backend.zeros((2, 2), like=a)
             assert all(x.device_mesh == mesh and x.placements == (WHOLE,) for x in like), key
             assert (backend.to_numpy(a) == backend.to_numpy(plain[key])).all()
+    barrier()
     destroy_process_group()
-    print(f"compared {compared}")
+    print(f"compared {compared}", flush=True)
+    os._exit(0)  # all is compared: gloo's threads may still abort an interpreter that ends in its own way
 
 
 if __name__ == "__main__":
