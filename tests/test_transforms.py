@@ -28,7 +28,7 @@ def call(case, form):
     return lambda *arrays: op(*arrays, **case.options)
 
 
-def check(result, case, dtype="float32"):
+def assert_matches(result, case, dtype="float32"):
     assert_agrees(pg.to_numpy(result), case.reference(), dtype)
 
 
@@ -137,7 +137,7 @@ def test_ops_under_transforms_of_jax(jax, name, form, transform):
     """Catches what a tracer cannot do: become a Python number or a NumPy array, or be looked up by its exact type."""
     case = CASES[name]
     fn = jax_transforms(jax, case)[transform](call(case, form))
-    check(fn(*case.on(pg.get_backend("jax"), "float32").values()), case)
+    assert_matches(fn(*case.on(pg.get_backend("jax"), "float32").values()), case)
 
 
 @every_op
@@ -174,7 +174,7 @@ def test_ops_on_sharded_arrays_of_jax(jax, name, form, sharded):
     ]
     for fn in (call(case, form), jax.jit(call(case, form))):
         result = fn(*arrays)
-        check(result, case)
+        assert_matches(result, case)
         if set(sharded) & set(case.arrays):
             assert not result.sharding.is_fully_replicated
 
@@ -202,7 +202,7 @@ def test_ops_in_tf_function(tf, name, form, known, jit_compile):
     arrays = case.on(pg.get_backend("tensorflow"), "float32")
     signature = [tf.TensorSpec(SIGNATURES[known](a.shape), a.dtype) for a in arrays.values()]
     traced = tf.function(call(case, form), signature, jit_compile=jit_compile)
-    check(traced(*arrays.values()), case)
+    assert_matches(traced(*arrays.values()), case)
     if known == "none":
         fewer = {key: a[:1] if key in BATCHED else a for key, a in case.arrays.items()}
         result = traced(*case._replace(arrays=fewer).on(pg.get_backend("tensorflow"), "float32").values())
@@ -226,8 +226,8 @@ def test_ops_on_tf_variables(tf, name, form):
     case = CASES[name]
     arrays = case.on(pg.get_backend("tensorflow"), "float32").values()
     variables = [tf.Variable(a) for a in arrays]
-    check(call(case, form)(*variables), case)
-    check(tf.function(lambda: call(case, form)(*variables))(), case)
+    assert_matches(call(case, form)(*variables), case)
+    assert_matches(tf.function(lambda: call(case, form)(*variables))(), case)
 
 
 # PyTorch
@@ -258,7 +258,7 @@ def test_torch_compile_neither_breaks_nor_recompiles(compiled, name, form, dynam
     fn = compiled(call(case, form), dynamic=dynamic)
     arrays = case.on(pg.get_backend("torch"), "float32").values()
     for _ in range(2):
-        check(fn(*arrays), case)
+        assert_matches(fn(*arrays), case)
     assert compiled.counter.frame_count == 1
 
 
@@ -309,7 +309,7 @@ def test_torch_compile_with_inductor(torch):
     case = CASES["attention_masked"]
     arrays = list(case.on(pg.get_backend("torch"), "float32").values())
     torch._dynamo.reset()
-    check(torch.compile(call(case, "reference"), fullgraph=True)(*arrays), case)
+    assert_matches(torch.compile(call(case, "reference"), fullgraph=True)(*arrays), case)
 
 
 def torch_transforms(torch, case):
@@ -347,7 +347,7 @@ def test_ops_under_transforms_of_torch(torch, name, form, transform):
     """Catches an op that knows plain tensors only, or writes into one."""
     case = CASES[name]
     fn = torch_transforms(torch, case)[transform](call(case, form))
-    check(fn(*case.on(pg.get_backend("torch"), "float32").values()), case)
+    assert_matches(fn(*case.on(pg.get_backend("torch"), "float32").values()), case)
 
 
 @every_op
