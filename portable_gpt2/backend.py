@@ -61,8 +61,9 @@ class Backend:
     """The framework's own implementations of portable ops, by the op's name and with its signature.
 
     The arrays that reach a kernel belong to this backend and their float dtypes are equal; nothing else has been
-    checked. A kernel returns NotImplemented for a shape, dtype or axis that it does not take, malformed ones
-    included, and the definition, with its checks, runs instead.
+    checked, of an op of one array not even that it is of floats. A kernel returns NotImplemented for a shape, dtype or
+    axis that it does not take, malformed ones included, and the definition, with its checks, runs instead. Where it
+    fails, the checks run before its exception goes on.
     """
 
     recompiles: ClassVar[bool] = False
@@ -197,9 +198,12 @@ class Backend:
         buffer[..., start : start + self.shape(value)[-2], :] = value
         return buffer
 
-    def prepare(self, params: Any) -> Any:
-        """Return the parameter tree in the memory layout that this backend likes best; names and shapes stay."""
-        return params
+    def prepare(self, path: str, x: Any) -> Any:
+        """Return a parameter in the memory layout that this backend likes best; its shape and values stay.
+
+        What is prepared already is returned as it is. path is the parameter's name, such as ``h3/attn/c_attn/w``.
+        """
+        return x
 
     def compile(
         self,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from .backend import Backend, backend_of
+from .backend import _BACKEND_OF_TYPE, Backend, backend_of
 
 
 @runtime_checkable
@@ -25,6 +25,7 @@ class Op(Protocol):
 
 
 _KINDS = {"Int": "integral", "Bool": "bool"}
+_PLAIN = (float, int, type(None))
 
 
 class _Argument(NamedTuple):
@@ -47,8 +48,8 @@ def op(definition: Callable[..., Any]) -> Op:
     """Let the arrays' backend supply a kernel for a definition, and check what the definition is given.
 
     The checks are read from the definition's own annotations: arrays of one backend, floats of one dtype, integers
-    where it says Int, and shapes, of which the same name means the same length. A kernel runs once the backend and
-    the dtypes have been checked; the shapes are checked when it declines.
+    where it says Int, and shapes, of which the same name means the same length. A kernel runs once it is known that
+    arrays of one backend do not differ in dtype; all else is checked when it declines, or fails.
 
     The definition computes in float32 at least: 16-bit arrays are widened before and the result is rounded once.
     """
@@ -70,17 +71,13 @@ def op(definition: Callable[..., Any]) -> Op:
             raise TypeError(f"{name}: {error}; expected {name}{inspect.Signature(plain)}") from None
 
     def check_types(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Backend:
-        """Refuse arrays of different backends, and floats of different dtypes or none. It runs on every call.
+        """Refuse arrays of different backends, and floats of different dtypes or none.
 
         A NumPy number among kwargs becomes Python's, which does not widen what it is multiplied with.
         """
-        owner = dtype = kind = None
+        owner = dtype = None
         first = floating = ""
-        for key, x in (
-            chain(zip(names, args, strict=False), kwargs.items()) if kwargs else zip(names, args, strict=False)
-        ):
-            if type(x) is kind and key in floats and x.dtype is dtype:  # as the one before: nearly always
-                continue
+        for key, x in chain(zip(names, args, strict=False), kwargs.items()):
             if x is None and key in optional:
                 continue
             if key not in arrays:
@@ -102,7 +99,7 @@ def op(definition: Callable[..., Any]) -> Op:
                 )
             if key in floats:
                 if dtype is None:
-                    dtype, kind, floating = x.dtype, type(x), key
+                    dtype, floating = x.dtype, key
                     if not backend.is_floating(x):
                         raise TypeError(f"{name}: {key} has dtype {dtype}; expected {' or '.join(backend._dtypes)}")
                 elif x.dtype != dtype:
@@ -152,19 +149,52 @@ def op(definition: Callable[..., Any]) -> Op:
         wide = {key: backend.xp.astype(given[key], backend.xp.float32) for key in narrow}
         return backend.xp.astype(definition(**{**given, **wide}), dtype)
 
+    are_floats = tuple(key in floats for key in arrays)
+    is_alone = len(arrays) == 1
+
+    def are_alike(backend: Backend, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether all arrays are of one type, floats of one dtype, and all else is plain: nearly always."""
+        dtype = None
+        for x, is_float in zip(args, are_floats, strict=False):
+            if type(x) is not kind:
+                if x is None:
+                    continue
+                return False
+            if is_float:
+                if dtype is None:
+                    dtype = x.dtype
+                elif x.dtype is not dtype:
+                    return False
+        for key, x in kwargs.items():
+            if key not in arrays:
+                if type(x) not in _PLAIN:
+                    return False
+            elif type(x) is not kind:
+                return False
+            elif key in floats:
+                if dtype is None:
+                    dtype = x.dtype
+                elif x.dtype is not dtype:
+                    return False
+        return dtype in backend._dtype_names
+
     @functools.wraps(definition)
     def dispatch(*args: Any, **kwargs: Any) -> Any:
-        backend = check_types(args, kwargs)
+        kind = type(args[0]) if args else None
+        backend = _BACKEND_OF_TYPE.get(kind)
+        if backend is None or not ((is_alone and not kwargs) or are_alike(backend, kind, args, kwargs)):
+            backend = check_types(args, kwargs)
         kernel = backend.kernels.get(name)
-        if kernel is not None:
-            try:
-                result = kernel(*args, **kwargs)
-            except TypeError:
-                bind(args, kwargs)
-                raise
-            if result is not NotImplemented:
-                return result
-        return reference(*args, **kwargs)
+        if kernel is None:
+            return reference(*args, **kwargs)
+        try:
+            result = kernel(*args, **kwargs)
+        except Exception:
+            check_shapes(
+                check_types(args, kwargs), bind(args, kwargs)
+            )  # says it in the op's words, if it was the input
+            raise
+        return reference(*args, **kwargs) if result is NotImplemented else result
 
     dispatch.reference = reference  # type: ignore[attr-defined]
     return dispatch  # type: ignore[return-value]

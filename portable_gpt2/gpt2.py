@@ -61,7 +61,7 @@ class GPT2:
         self.device = self.backend.device(params["wte"])
         self._device = self.backend.placement(params["wte"])
         with self.backend.on(self._device):
-            self.params: Params = self.backend.prepare(params)
+            self.params: Params = nest({path: self.backend.prepare(path, x) for path, x in flatten(params)})
         self._decoder = Decoder(self.backend, self.params, config, self._device)
         self._logits = self.backend.compile(lambda params, tokens: gpt2(params, tokens, config)[0], bound=self.params)
 
@@ -120,7 +120,8 @@ class GPT2:
             raise CheckpointError(
                 f"{os.fspath(source)}: the tokenizer has {len(tokenizer)} entries and the model {config.n_vocab}"
             )
-        params = {path: owner.from_numpy(tensors.pop(path), dtype) for path in progress(list(tensors))}
+        with owner.on(owner.default_device):  # one tensor at a time: each is let go before the next is read
+            params = {p: owner.prepare(p, owner.from_numpy(tensors.pop(p), dtype)) for p in progress(list(tensors))}
         return cls(config, nest(params), tokenizer)
 
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -548,32 +548,22 @@ def test_donation_changes_no_result(backend):
     assert backend.to_numpy(read).tolist() == [[6, 6]]
 
 
-def test_prepare_keeps_names_shapes_and_values(backend):
-    """Catches a layout that shows: what is prepared is the same tree of the same numbers."""
+def test_prepare_keeps_shapes_and_values(backend):
+    """Catches a layout that shows: what is prepared is the same numbers, and what was prepared is left alone."""
     rng = np.random.default_rng(0)
-    plain = {
-        "wte": rng.standard_normal((6, 4)),
-        "wpe": rng.standard_normal((3, 4)),
-        "h0": {"g": rng.standard_normal(4)},
-    }
-    put = lambda tree: {  # noqa: E731
-        key: put(value) if isinstance(value, dict) else backend.from_numpy(value, "float32")
-        for key, value in tree.items()
-    }
-    params = put(plain)
-    prepared = backend.prepare(params)
-    assert list(prepared) == list(params)
-    assert list(prepared["h0"]) == ["g"]
-    for key in ("wte", "wpe"):
-        np.testing.assert_array_equal(backend.to_numpy(prepared[key]), plain[key].astype(np.float32))
-        assert backend.device(prepared[key]) == backend.device(params[key])
+    plain = {"wte": (60, 4), "wpe": (3, 4), "h0/mlp/c_proj/w": (16, 4), "h0/ln_1/g": (4,)}
+    plain = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in plain.items()}
+    params = {path: backend.from_numpy(a) for path, a in plain.items()}
+    prepared = {path: backend.prepare(path, x) for path, x in params.items()}
+    for path, x in prepared.items():
+        np.testing.assert_array_equal(backend.to_numpy(x), plain[path])
+        assert backend.device(x) == backend.device(params[path])
+        assert backend.prepare(path, x) is x
     x, ids = (
         backend.from_numpy(rng.standard_normal((2, 4)), "float32"),
         backend.from_numpy(np.asarray([5, 0], np.int32)),
     )
-    np.testing.assert_array_equal(
-        backend.to_numpy(pg.embed(ids, prepared["wte"])), plain["wte"][[5, 0]].astype(np.float32)
-    )
+    np.testing.assert_array_equal(backend.to_numpy(pg.embed(ids, prepared["wte"])), plain["wte"][[5, 0]])
     np.testing.assert_allclose(
         backend.to_numpy(pg.unembed(x, prepared["wte"])), backend.to_numpy(pg.unembed(x, params["wte"])), rtol=1e-5
     )
