@@ -66,13 +66,64 @@ class _Namespace:
         return dtype in {"bool": (torch.bool,), "integral": _INTEGERS, "real floating": _FLOATS.values()}[kind]
 
 
+_LARGE = 1 << 18
+"""From how many entries on a weight is read in blocks: what is smaller stays in the caches."""
+
+
+def _blocks(x: Any, w: Any) -> int:
+    """Return into how many blocks to cut the product of rows x [n, nx] with w [nx, nf]; 0 leaves it whole.
+
+    On a CPU, MKL does not use the threads well where there are few rows: it reads w at 0.6 of the memory's speed. Of
+    a batch of products each thread takes whole ones, and streams. Two blocks a thread were as good as any number.
+    Gradients would gain nothing; rows cut in 16 bits would be rounded block by block; a compiler has its own mind.
+    """
+    if w.numel() < _LARGE or w.device.type != "cpu" or w.dtype not in (torch.float32, torch.float64):
+        return 0
+    if torch.compiler.is_compiling() or _is_distributed(w) or _is_distributed(x) or not w.is_contiguous():
+        return 0
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        return 0
+    return min(2 * torch.get_num_threads(), 16)
+
+
+def _sum_of_blocks(x: Any, w: Any, blocks: int) -> Any:
+    """Return x w, with both cut along nx: a block of w is one piece of memory."""
+    n, nx = x.shape
+    nf = w.shape[1]
+    return torch.bmm(x.reshape(n, blocks, -1).transpose(0, 1), w.view(blocks, nx // blocks, nf)).sum(0)
+
+
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
     if w.ndim == 3 and w.shape[0] == 1:
         w = w[0]
     if w.ndim != 2 or w.shape[:1] != x.shape[-1:] or w.shape[1:] != b.shape:
         return NotImplemented
     *start, nx = x.shape
-    return torch.addmm(b, x.reshape(math.prod(start), nx), w).reshape(*start, w.shape[1])
+    n, nf = math.prod(start), w.shape[1]
+    rows = x.reshape(n, nx)
+    blocks = _blocks(rows, w)
+    # Time of the four products of a 124M block against addmm, 2 threads: 0.66 for 1 row, 0.60 for 2 (cut along nx);
+    # 0.56 for 4, 0.8 for 8 to 32, 0.93 for 128 and 512 (cut along nf).
+    if blocks and n < 4 and nx % blocks == 0:
+        y = _sum_of_blocks(rows, w, blocks) + b
+    elif blocks and n >= 4 and nf % blocks == 0:
+        columns = w.view(nx, blocks, nf // blocks).transpose(0, 1)
+        y = torch.baddbmm(b.view(blocks, 1, nf // blocks), rows.expand(blocks, n, nx), columns).transpose(0, 1)
+    else:
+        y = torch.addmm(b, rows, w)
+    return y.reshape(*start, nf)
+
+
+def _unembed(x: Any, w: Any) -> Any:
+    if w.ndim != 2 or x.shape[-1:] != w.shape[1:]:
+        return NotImplemented
+    *start, d = x.shape
+    n, w = math.prod(start), w.mT
+    rows = x.reshape(n, d)
+    blocks = _blocks(rows, w)  # none unless w was prepared
+    # The blocks' sums pay while they are small beside w: 0.55 of the time of x w^T for 1 row, 0.9 for 32.
+    fits = blocks and d % blocks == 0 and 6 * blocks * n <= d
+    return (_sum_of_blocks(rows, w, blocks) if fits else torch.matmul(rows, w)).reshape(*start, w.shape[1])
 
 
 def _softmax(x: Any, *, axis: int = -1) -> Any:
@@ -130,6 +181,7 @@ class TorchBackend(Backend):
         "layer_norm": _layer_norm,
         "attention": _attention,
         "embed": _embed,
+        "unembed": _unembed,
     }
     _dtypes = _FLOATS
 
