@@ -61,6 +61,25 @@ def test_conv1d_of_random_numbers_errs_as_random_errors_add_up(backend, dtype, d
         assert 0.01 <= ratio <= 1, f"{form}: the error is {ratio:.3g} times 4 sqrt(K + 1) u Q"
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 32, 300])
+def test_a_product_with_a_large_weight_is_within_its_error_bound(backend, rows):
+    """Catches a weight that is read in blocks and put together wrongly: adapters do so where rows are few.
+
+    The logits' product stands here beside conv1d: its table is laid out as a model's is.
+    """
+    random = np.random.default_rng(rows)
+    x, w, b = (normal(random, shape, "float32") for shape in ((rows, 768), (768, 1536), (1536,)))
+    table = backend.prepare(pg.params.nest({"wte": backend.from_numpy(w.T.copy())}))["wte"]
+    for product, layer in (
+        (bounds.linear_at_random(x, w, b), (x, w, b)),
+        (bounds.linear_at_random(x, w, np.zeros_like(b)), (x, table)),
+    ):
+        op = pg.conv1d if len(layer) == 3 else pg.unembed
+        arrays = [backend.from_numpy(a) if isinstance(a, np.ndarray) else a for a in layer]
+        ratio = product.ratio(backend.to_numpy(op(*arrays)))
+        assert 0.01 <= ratio <= 1, f"{op.__name__}: the error is {ratio:.3g} times 4 sqrt(K + 1) u Q"
+
+
 def test_a_weight_with_a_leading_1_gives_the_same_bits(backend, dtype):
     """Catches a second path for the shape that OpenAI's checkpoints have."""
     random = np.random.default_rng(2)

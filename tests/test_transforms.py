@@ -365,6 +365,34 @@ def test_torch_func_grad(torch, name, form):
         torch.testing.assert_close(gradient, arrays[i].grad, rtol=64 * UNIT["float32"], atol=64 * UNIT["float32"])
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_large_weight_under_transforms_of_torch(torch, rows):
+    """Catches a product that is cut into blocks and then cannot be differentiated, mapped or compiled.
+
+    Of two sums of K products of normal numbers each errs by at most 4 sqrt(K + 1) u Q (see `bounds.linear_at_random`),
+    with Q below 1.5 sqrt(K); a derivative along both arguments is two such sums.
+    """
+    generator = torch.Generator().manual_seed(rows)
+    x, w, b = (torch.randn(shape, generator=generator) for shape in ((rows, 768), (768, 384), (384,)))
+    table = w.mT  # laid out as `prepare` does
+    plain = x @ w
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=24 * 768 * UNIT["float32"])
+    for fn, expected in ((lambda x, w: pg.conv1d(x, w, b), plain + b), (lambda x, w: pg.unembed(x, w.mT), plain)):
+        close(fn(x, w), expected)
+        close(torch.compile(fn, fullgraph=True, backend="eager")(x, w), expected)
+        close(torch.func.vmap(fn, (0, None))(x[:, None], w)[:, 0], expected)
+        close(torch.func.vmap(fn, (None, 0))(x, w[None])[0], expected)
+        close(torch.func.jvp(fn, (x, w), (x, w))[1], 2 * plain)
+        close(fn(x, w.as_subclass(type("Subclass", (torch.Tensor,), {}))).as_subclass(torch.Tensor), expected)
+        gradient = torch.func.grad(lambda w, fn=fn: fn(x, w).sum())(w)
+        close(gradient, x.sum(0)[:, None].expand_as(w))
+        parameter = torch.nn.Parameter(w.clone())
+        fn(x, parameter).sum().backward()
+        close(parameter.grad, gradient)
+    with torch.inference_mode():
+        close(pg.unembed(x, table), plain)
+
+
 @every_op
 @each_form
 def test_ops_need_no_data(torch, name, form):
