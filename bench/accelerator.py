@@ -23,23 +23,25 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
         try:
             with Worker() as worker:
                 devices = worker.ask("model:accelerators", backend=backend)
-                if not devices:
+                if devices:
+                    yield _decode(run, backend, devices[0], worker, row)
+                else:
                     yield row.failed("no accelerator here that the framework reports")
-                    continue
-                device = devices[0]
-                model = {"backend": backend, "directory": run.checkpoint("124M"), "prompt": PROMPT, "device": device}
-                sides = {
-                    "GB/s": lambda: worker.ask("model:device_bandwidth", backend=backend, device=device),
-                    "first": lambda: worker.ask("model:generate", **model, new=1),
-                    "whole": lambda: worker.ask("model:generate", **model, new=1 + NEW),
-                }
-                failures: dict[str, str] = {}
-                samples = in_turn(run.rounds, sides, failures)
-                if failures:
-                    raise WorkerError("; ".join(failures.values()))
         except WorkerError as error:
             yield row.failed(str(error))
-            continue
-        value = (min(samples["whole"]) - min(samples["first"])) / NEW * 1e3
-        limit = weight_bytes("124M") / max(samples["GB/s"]) / 1e6
-        yield row.measured(value, limit, "weights read once", samples=samples, note=device)
+
+
+def _decode(run: Run, backend: str, device: str, worker: Worker, row: Row) -> Row:
+    model = {"backend": backend, "directory": run.checkpoint("124M"), "prompt": PROMPT, "device": device}
+    sides = {
+        "GB/s": lambda: worker.ask("model:device_bandwidth", backend=backend, device=device),
+        "1 token": lambda: worker.ask("model:generate", **model, new=1),
+        "all": lambda: worker.ask("model:generate", **model, new=1 + NEW),
+    }
+    failures: dict[str, str] = {}
+    samples = in_turn(run.rounds, sides, failures)
+    if failures:
+        return row.failed("; ".join(failures.values()))
+    value = (min(samples["all"]) - min(samples["1 token"])) / NEW * 1e3
+    limit = weight_bytes("124M") / max(samples["GB/s"]) / 1e6
+    return row.measured(value, limit, "weights read once", samples=samples, note=device)

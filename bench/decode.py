@@ -47,7 +47,7 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
 
 
 def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
-    """Greedy from position 128 to 192; a token's time is the difference of two lengths, for every side alike."""
+    """Measure positions 128 to 192, greedy: a token's time is the difference of two lengths, for every side alike."""
     new = 16 if run.quick else NEW
     model = {"backend": backend, "directory": run.checkpoint("124M"), "prompt": PROMPT}
     failures: dict[str, str] = {}
@@ -104,7 +104,7 @@ def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]
 
 
 def _positions(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
-    """The twelve tokens after prompts of three lengths."""
+    """Measure the twelve tokens after prompts of three lengths."""
     model = {"backend": backend, "directory": run.checkpoint("124M"), "new": WINDOW}
     failures: dict[str, str] = {}
     with Worker() as ours:
@@ -130,7 +130,7 @@ def _positions(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
 
 
 def _larger(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
-    """The 355M shape beside its own limit, from position 128."""
+    """Measure the 355M shape beside its own limit, from position 128."""
     model = {"backend": backend, "directory": run.checkpoint("355M"), "position": PROMPT, "new": NEW // 2}
     failures: dict[str, str] = {}
     with Worker() as machine, Worker() as ours:

@@ -45,6 +45,11 @@ class Framework:
         """Return x w + b by a matrix product, [..., nx] to [..., nf]."""
         raise NotImplementedError
 
+    @property
+    def linears(self) -> dict[str, Function]:
+        """The ways that users write `linear`, by name."""
+        return {"x w + b": self.linear}
+
     def convolution(self, x: Any, w: Any, b: Any) -> Any:
         """Return the same for x [batch, width, nx] by the framework's convolution, of width 1."""
         raise NotImplementedError
@@ -113,6 +118,10 @@ class Torch(Framework):
     def linear(self, x: Any, w: Any, b: Any) -> Any:
         return self.torch.addmm(b, x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
 
+    @property
+    def linears(self) -> dict[str, Function]:
+        return {"addmm": self.linear, "F.linear": lambda x, w, b: self.torch.nn.functional.linear(x, w.mT, b)}
+
     def convolution(self, x: Any, w: Any, b: Any) -> Any:
         return self.torch.nn.functional.conv1d(x.mT, w.mT[..., None], b).mT  # its channels stand before the width
 
@@ -180,6 +189,10 @@ class Tensorflow(Framework):
     def linear(self, x: Any, w: Any, b: Any) -> Any:
         rows = self.tf.reshape(x, [-1, x.shape[-1]])
         return self.tf.reshape(self.tf.nn.bias_add(self.tf.matmul(rows, w), b), [*x.shape[:-1], w.shape[-1]])
+
+    @property
+    def linears(self) -> dict[str, Function]:
+        return {"matmul of rows": self.linear, "matmul": lambda x, w, b: self.tf.matmul(x, w) + b}
 
     def convolution(self, x: Any, w: Any, b: Any) -> Any:
         return self.tf.nn.bias_add(self.tf.nn.conv1d(x, w[None], 1, "VALID"), b)

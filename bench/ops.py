@@ -68,12 +68,14 @@ def measure_one(name: str, row: str, quick: bool) -> dict[str, Any]:
     if title in SOFTMAX_TITLES:
         arrays = [own.array((20 * random.standard_normal(SOFTMAX_TITLES[title])).astype(np.float32))]
         ours, definition, theirs = pg.softmax, pg.softmax.reference, own.softmax
+        ways = {"own": own.softmax}
     else:
         x, w = CONV1D_TITLES[title]
         if question == PRODUCT:  # a convolution takes [batch, width, channels]
             x = (math.prod(x[:-2]), *x[-2:])
         arrays = [own.array(random.standard_normal(shape, np.float32)) for shape in (x, w, w[-1:])]
         ours, definition, theirs = pg.conv1d, pg.conv1d.reference, own.linear
+        ways = own.linears
 
     if question == UNDER_JIT:
         run = own.compiled()
@@ -86,7 +88,8 @@ def measure_one(name: str, row: str, quick: bool) -> dict[str, Any]:
         calls = {"product": theirs, "convolution": own.convolution}
         value, others = "product", ["convolution"]
     else:
-        calls = {"ours": ours, **{f"own, {mode}": run(theirs) for mode, run in own.modes.items()}}
+        forms = {f"{way}, {mode}": run(f) for way, f in ways.items() for mode, run in own.modes.items()}
+        calls = {"ours": ours, **forms}
         value, others = "ours", list(calls)[1:]
     return _compare(own, calls, arrays, value, others, quick)
 

@@ -117,7 +117,7 @@ def _ops(found: Found, out: Path) -> None:
 
 
 def _questions(found: Found, out: Path) -> None:
-    """The two questions of the notebooks, answered for every framework."""
+    """Answer the two questions of the notebooks for every framework."""
     titles = [*(BUILT_IN + title for title in SOFTMAX_TITLES), *(PRODUCT + title for title in CONV1D_TITLES)]
     labels = [_wrapped(title.rpartition("? ")[2]) for title in titles]
     figure, axes = _axes(10.0)

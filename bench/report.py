@@ -73,8 +73,8 @@ class Report:
         lines = [
             "# Benchmarks",
             "",
-            "Written by `nox -s bench`; each side in turn, the best of several. A ratio is the value over what it stands",
-            "beside: below 1, ours is faster or smaller. Absolute figures wander with the machine; ratios less.",
+            "Written by `nox -s bench`: the sides in turn, the best of several. A ratio is the value over what it",
+            "stands beside; below 1, ours is faster or smaller. Absolute figures wander with the machine, ratios less.",
             "",
             f"Of {len(with_bound)} bounds {met} are met and {missed} missed; {len(with_bound) - met - missed} were not "
             f"measured.{' Quick mode: few samples.' if self.quick else ''}",

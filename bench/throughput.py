@@ -31,13 +31,14 @@ def prefill(run: Run, backend: str) -> Iterator[Row]:
             "attention": lambda: worker.ask("products:attention_seconds", **shape, seq=SEQ),
         }
         samples = in_turn(run.rounds, sides, failures)
+        form = "" if failures else worker.ask("products:form", **shape, rows=SEQ, last=1)
     for row in plan_prefill(backend):
         if failures:
             yield row.failed("; ".join(failures.values()))
             continue
         counted = ("linear", "attention") if row.name == ALL else ("linear",)
         reference = sum(min(samples[side]) for side in counted)
-        yield row.measured(min(samples["ours"]) * 1e3, reference * 1e3, "bare products", samples=samples)
+        yield row.measured(min(samples["ours"]) * 1e3, reference * 1e3, "bare products", samples=samples, note=form)
 
 
 def plan_batches(backend: str) -> list[Row]:
@@ -62,7 +63,8 @@ def batches(run: Run, backend: str) -> Iterator[Row]:
                 "ours": lambda step=step: worker.ask("model:batch_seconds", **step),
                 "products": lambda products=products: worker.ask("products:linear_seconds", **products),
             }
-            samples = in_turn(run.rounds, sides, failures)
+            samples = in_turn(min(run.rounds, 3), sides, failures)
+            form = "" if failures else worker.ask("products:form", **products)
         if failures:
             yield row.failed("; ".join(failures.values()))
             continue
@@ -72,7 +74,7 @@ def batches(run: Run, backend: str) -> Iterator[Row]:
             "bare products": min(samples["products"]),
         }
         reference = max(limits, key=limits.get)
-        yield row.measured(min(samples["ours"]) * 1e3, limits[reference] * 1e3, reference, samples=samples)
+        yield row.measured(min(samples["ours"]) * 1e3, limits[reference] * 1e3, reference, samples=samples, note=form)
 
 
 def weight_bytes(shape: str) -> int:

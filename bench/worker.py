@@ -28,7 +28,7 @@ class Worker:
     """A Python process that calls functions of this package: ``worker.ask("machine:bandwidth", megabytes=600)``."""
 
     def __init__(self, **environment: str) -> None:
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker"],
             stdin=subprocess.PIPE,
