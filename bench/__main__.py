@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -54,6 +55,7 @@ def main() -> int:
             report.add(*(row if wanted else row.failed("not chosen in this run") for row in plan(backend)))
 
     began = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was measured is written, and drawn
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as directory:
             run = Run(Path(directory), quick=chosen.quick)

@@ -129,6 +129,7 @@ class Torch(Framework):
         return x.mT
 
     def compiled(self) -> Callable[[Function], Function]:
+        self.torch.compiler.reset()  # or a second shape would make it compile for unknown ones
         return functools.partial(self.torch.compile, fullgraph=True)
 
 

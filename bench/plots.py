@@ -37,9 +37,11 @@ def _axes(width: float = 8.0, height: float = 4.5) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, file: Path) -> None:
+    """Write a plot, if there is something in it."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(file, dpi=120)
+    if any(axes.patches or axes.get_legend() for axes in figure.axes):
+        figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
@@ -85,7 +87,7 @@ def _positions(found: Found, out: Path) -> None:
         axes.set(xlabel="position (tokens before the one that is drawn)", ylabel="milliseconds a token")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
-        axes.set_title("A token late in the text costs about what an early one does (GPT-2 124M, one text)")
+        axes.set_title("What a token costs as the text grows (GPT-2 124M, float32, one text)")
     _save(figure, out / "positions.png")
 
 
@@ -124,6 +126,7 @@ def _questions(found: Found, out: Path) -> None:
     pairs = zip(labels, titles, strict=True)
     _grouped(axes, {label: [found.get(("ops", title, b)) for b in BACKENDS] for label, title in pairs})
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("time / time of the alternative (log)")
     axes.set_title("Below 1: built-in softmax beats the written-out one; the matrix product beats a convolution")
     _save(figure, out / "questions.png")
@@ -144,7 +147,7 @@ def _grouped(axes: Any, groups: Mapping[str, list[Row | None]]) -> None:
                 continue
             x = place + (i - (len(BACKENDS) - 1) / 2) * width
             bar = axes.bar(x, row.ratio, width * 0.9, color=COLOURS[backend], label=label)
-            axes.bar_label(bar, fmt="%.2g", fontsize=7, padding=2)
+            axes.bar_label(bar, fmt="%.3g", fontsize=7, padding=4)
             label = None  # once in the legend
             if row.bound is not None:
                 most = row.bound.times + row.bound.plus / row.reference
