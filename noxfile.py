@@ -4,6 +4,7 @@
 What stands after ``--`` goes to pytest: ``nox -s "tests(jax)" -- -k softmax``.
 """
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -87,6 +88,20 @@ def gpu(session: nox.Session) -> None:
     """Test every accelerator that the frameworks report; where there is none, fail."""
     install(session, "all,jax-cuda,tensorflow-cuda", "test")
     run_pytest(session, "-m", "gpu", f"--ignore-glob={PARITY}", "--no-skips")
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure all frameworks beside the libraries that a user would pick instead: half an hour on two idle cores.
+
+    The table and the plots go to docs/benchmarks; ``nox -s bench -- --quick`` and choices of ``--backends`` or
+    ``--rows``, to docs/benchmarks/partial.
+    """
+    install(session, "all", "bench")
+    room = Path(session.create_tmp())  # beside the checkout, python -m would import the checkout
+    shutil.copytree(ROOT / "bench", room / "bench", dirs_exist_ok=True)
+    session.chdir(room)
+    session.run("python", "-m", "bench", "--out", str(ROOT / "docs" / "benchmarks"), *session.posargs)
 
 
 @nox.session(default=False)

@@ -1,0 +1,54 @@
+"""Checkpoints of random weights, made on the spot: nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "124M": {},
+    "355M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    # of the shape of a model that someone trained on Shakespeare's plays
+    "small": {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ctx": 256, "n_vocab": 2048, "eos_token_id": None},
+    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_vocab": 64, "eos_token_id": None},
+}
+
+
+def config(name: str) -> Any:
+    """Return the configuration of one of SHAPES."""
+    import portable_gpt2 as pg
+
+    return pg.GPT2Config(**SHAPES[name])
+
+
+def make(name: str, directory: str) -> None:
+    """Write a checkpoint into a directory, by NumPy; a small one gets a tokenizer trained on this package's text."""
+    import portable_gpt2 as pg
+    from portable_gpt2.params import nest, shapes
+
+    random = np.random.default_rng(0)
+    tensors = {}
+    for path, shape in shapes(config(name)).items():
+        if path.endswith(("/b", "/g")):
+            tensors[path] = np.full(shape, float(path.endswith("g")), np.float32)
+        else:
+            tensors[path] = random.standard_normal(shape, np.float32)
+            tensors[path] *= 0.02
+    pg.GPT2(config(name), nest(tensors)).save(directory)
+    if name == "small":
+        _train_tokenizer(config(name).n_vocab).model.save(directory)
+
+
+def _train_tokenizer(n_vocab: int) -> Any:
+    import tokenizers
+
+    import portable_gpt2 as pg
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=n_vocab, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train([str(file) for file in sorted(Path(pg.__file__).parent.glob("*.py"))], trainer)
+    return tokenizer

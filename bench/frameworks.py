@@ -1,0 +1,219 @@
+"""What each framework does without us: its own functions, bare, in the form that it is fastest in.
+
+One small class a framework, all with the same members. Nothing here imports portable_gpt2, and nowhere else in this
+package is a framework's function called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Function = Callable[..., Any]
+
+
+class Framework:
+    """The members that the measurements use."""
+
+    name: str
+    modes: Mapping[str, Callable[[Function], Function]]
+    """The ways to run a function, by name."""
+    matmul: Function
+
+    @property
+    def fast_modes(self) -> dict[str, Callable[[Function], Function]]:
+        """The modes that are worth trying for many products at once: those that compile, where there are such."""
+        return {mode: run for mode, run in self.modes.items() if mode != "eager"} or dict(self.modes)
+
+    def array(self, a: np.ndarray) -> Any:
+        """Return a NumPy array as the framework's own."""
+        raise NotImplementedError
+
+    def wait(self, y: Any) -> Any:
+        """Return y, or a tuple of them, once computed."""
+        return y
+
+    def softmax(self, x: Any) -> Any:
+        """Return the framework's own softmax over the last axis."""
+        raise NotImplementedError
+
+    def linear(self, x: Any, w: Any, b: Any) -> Any:
+        """Return x w + b by a matrix product, [..., nx] to [..., nf]."""
+        raise NotImplementedError
+
+    @property
+    def linears(self) -> dict[str, Function]:
+        """The ways that users write `linear`, by name."""
+        return {"x w + b": self.linear}
+
+    def convolution(self, x: Any, w: Any, b: Any) -> Any:
+        """Return the same for x [batch, width, nx] by the framework's convolution, of width 1."""
+        raise NotImplementedError
+
+    def transpose(self, x: Any) -> Any:
+        """Return a view with the last two axes exchanged."""
+        raise NotImplementedError
+
+    def bind(self, run: Callable[[Function], Function], f: Function, weights: Any) -> Function:
+        """Return x -> f(x, weights), run in a mode, with the weights where they cost least."""
+        g = run(f)
+        return lambda x: g(x, weights)
+
+    def compiled(self) -> Callable[[Function], Function] | None:
+        """Return what compiles a function for `the definition under jit`, if something does."""
+        return None
+
+
+class Numpy(Framework):
+    """NumPy; its softmax is scipy's."""
+
+    name = "numpy"
+
+    def __init__(self) -> None:
+        self.modes = {"eager": lambda f: f}
+        self.matmul = np.matmul
+
+    def array(self, a: np.ndarray) -> Any:
+        return a
+
+    def softmax(self, x: Any) -> Any:
+        from scipy.special import softmax  # imported by the first call, which warms up
+
+        return softmax(x, axis=-1)
+
+    def linear(self, x: Any, w: Any, b: Any) -> Any:
+        return x @ w + b
+
+    def convolution(self, x: Any, w: Any, b: Any) -> Any:
+        # NumPy has none over channels: this is the textbook's, a contraction of windows (of width 1) with the kernel.
+        windows = np.lib.stride_tricks.sliding_window_view(x, 1, axis=-2)
+        return np.einsum("...cw,wcf->...f", windows, w[None], optimize=True) + b
+
+    def transpose(self, x: Any) -> Any:
+        return np.swapaxes(x, -1, -2)
+
+
+class Torch(Framework):
+    """PyTorch, eager; torch.compile takes half a minute a function and is tried for the ops alone."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch = torch
+        self.modes = {"eager": lambda f: f}
+        self.matmul = torch.matmul
+
+    def array(self, a: np.ndarray) -> Any:
+        return self.torch.from_numpy(a)
+
+    def softmax(self, x: Any) -> Any:
+        return self.torch.softmax(x, -1)
+
+    def linear(self, x: Any, w: Any, b: Any) -> Any:
+        return self.torch.addmm(b, x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
+
+    @property
+    def linears(self) -> dict[str, Function]:
+        return {"addmm": self.linear, "F.linear": lambda x, w, b: self.torch.nn.functional.linear(x, w.mT, b)}
+
+    def convolution(self, x: Any, w: Any, b: Any) -> Any:
+        return self.torch.nn.functional.conv1d(x.mT, w.mT[..., None], b).mT  # its channels stand before the width
+
+    def transpose(self, x: Any) -> Any:
+        return x.mT
+
+    def compiled(self) -> Callable[[Function], Function]:
+        self.torch.compiler.reset()  # or a second shape would make it compile for unknown ones
+        return functools.partial(self.torch.compile, fullgraph=True)
+
+
+class Jax(Framework):
+    """JAX: dispatched one by one, or compiled."""
+
+    name = "jax"
+
+    def __init__(self) -> None:
+        import jax
+
+        self.jax, self.numpy = jax, jax.numpy
+        self.modes = {"eager": lambda f: f, "jit": jax.jit}
+        self.matmul = jax.numpy.matmul
+
+    def array(self, a: np.ndarray) -> Any:
+        return self.numpy.asarray(a)
+
+    def wait(self, y: Any) -> Any:
+        return self.jax.block_until_ready(y)
+
+    def softmax(self, x: Any) -> Any:
+        return self.jax.nn.softmax(x)
+
+    def linear(self, x: Any, w: Any, b: Any) -> Any:
+        return x @ w + b
+
+    def convolution(self, x: Any, w: Any, b: Any) -> Any:
+        layout = ("NWC", "WIO", "NWC")
+        return self.jax.lax.conv_general_dilated(x, w[None], (1,), "VALID", dimension_numbers=layout) + b
+
+    def transpose(self, x: Any) -> Any:
+        return self.numpy.swapaxes(x, -1, -2)
+
+    def compiled(self) -> Callable[[Function], Function]:
+        return self.jax.jit
+
+
+class Tensorflow(Framework):
+    """TensorFlow: eager, as a graph, or compiled by XLA."""
+
+    name = "tensorflow"
+
+    def __init__(self) -> None:
+        import tensorflow as tf
+
+        self.tf = tf
+        graph = functools.partial(tf.function, autograph=False)
+        self.modes = {"eager": lambda f: f, "tf.function": graph, "XLA": functools.partial(graph, jit_compile=True)}
+        self.matmul = tf.linalg.matmul
+
+    def array(self, a: np.ndarray) -> Any:
+        return self.tf.constant(a)
+
+    def softmax(self, x: Any) -> Any:
+        return self.tf.nn.softmax(x)
+
+    def linear(self, x: Any, w: Any, b: Any) -> Any:
+        rows = self.tf.reshape(x, [-1, x.shape[-1]])
+        return self.tf.reshape(self.tf.nn.bias_add(self.tf.matmul(rows, w), b), [*x.shape[:-1], w.shape[-1]])
+
+    @property
+    def linears(self) -> dict[str, Function]:
+        return {"matmul of rows": self.linear, "matmul": lambda x, w, b: self.tf.matmul(x, w) + b}
+
+    def convolution(self, x: Any, w: Any, b: Any) -> Any:
+        return self.tf.nn.bias_add(self.tf.nn.conv1d(x, w[None], 1, "VALID"), b)
+
+    def transpose(self, x: Any) -> Any:
+        return self.tf.linalg.matrix_transpose(x)
+
+    def bind(self, run: Callable[[Function], Function], f: Function, weights: Any) -> Function:
+        return run(lambda x: f(x, weights))  # captured; as arguments, many tensors cost milliseconds a call
+
+    def compiled(self) -> Callable[[Function], Function]:
+        return self.modes["XLA"]
+
+
+@functools.cache
+def get(name: str) -> Framework:
+    """Return the framework of that name."""
+    return {each.name: each for each in (Numpy, Torch, Jax, Tensorflow)}[name]()
+
+
+def installed(name: str) -> bool:
+    """Return whether a module can be imported here, without importing it."""
+    return importlib.util.find_spec(name) is not None

@@ -1,0 +1,109 @@
+"""The machine's own limits: how fast memory is read, and how fast each framework multiplies matrices."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from . import frameworks
+from .clock import repeated, seconds
+from .rows import Row
+from .run import Run
+from .worker import Worker, WorkerError
+
+SHAPE = 768, 3072
+ROWS, MATRICES = 512, 60  # 566 MB of weights: no cache holds them
+PACKAGES = ("numpy", "scipy", "torch", "jax", "jaxlib", "tensorflow", "keras", "transformers", "keras-hub")
+
+
+def plan(backend: str) -> list[Row]:
+    """Return the rows of this file for one framework; the machine's own come with NumPy's."""
+    shared = [Row("machine", "-", "read bandwidth", "GB/s")] if backend == "numpy" else []
+    return [
+        *shared,
+        Row("machine", backend, f"matrix product [{ROWS}, 768] x [768, 3072]", "GFLOP/s"),
+        Row("machine", backend, "matrix-vector products [1, 768] x [768, 3072]", "GB/s"),
+    ]
+
+
+def measure(run: Run, backend: str) -> Iterator[Row]:
+    """Measure the rows of this file on one framework."""
+    with Worker() as worker:
+        for row in plan(backend):
+            try:
+                if row.backend == "-":
+                    rates = {"GB/s": [worker.ask("machine:bandwidth") for _ in range(3 * run.rounds)]}
+                else:
+                    rows = 1 if "vector" in row.name else ROWS
+                    rates = worker.ask("machine:product_rates", name=backend, rows=rows, rounds=run.rounds)
+                best = max(rates, key=lambda name: max(rates[name]))
+                yield row.measured(
+                    max(rates[best]), samples=rates, best_of=max, note=f"best of {', '.join(rates)}: {best}"
+                )
+            except WorkerError as error:
+                yield row.failed(str(error))
+
+
+@functools.cache
+def _numbers() -> tuple[np.ndarray, Any]:
+    numbers = np.random.default_rng(0).standard_normal(150_000_000, np.float32)
+    if not frameworks.installed("torch"):
+        return numbers, None
+    import torch
+
+    return numbers, torch.from_numpy(numbers)
+
+
+def bandwidth() -> float:
+    """Return the GB/s at which 600 MB are read: the best of three sums by NumPy, on all threads, and by torch."""
+    numbers, tensor = _numbers()
+    parts = np.array_split(numbers, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(len(parts)) as pool:
+        sums = [lambda: list(pool.map(np.sum, parts))] + ([tensor.sum] if tensor is not None else [])
+        return numbers.nbytes / min(seconds(each) for each in sums for _ in range(3)) / 1e9
+
+
+def product_rates(name: str, rows: int, rounds: int) -> dict[str, list[float]]:
+    """Return the rate of x w by mode and layout of w: GFLOP/s, or the GB/s of w where x is a single row."""
+    own = frameworks.get(name)
+    random = np.random.default_rng(0)
+    x = own.array(random.standard_normal((rows, SHAPE[0]), np.float32))
+    number = MATRICES if rows == 1 else 6
+    calls = {}
+    for layout, shape in (("x w", SHAPE), ("x w^T", SHAPE[::-1])):
+        weights = [own.array(random.standard_normal(shape, np.float32)) for _ in range(number)]
+
+        def products(x: Any, weights: list[Any], turned: bool = layout == "x w^T") -> list[Any]:
+            return [own.matmul(x, own.transpose(w) if turned else w) for w in weights]
+
+        for mode, run in own.fast_modes.items():
+            calls[f"{mode} {layout}"] = lambda f=own.bind(run, products, weights): own.wait(f(x))
+    samples = repeated(calls, rounds=rounds, at_least=0.0)
+    amount = number * SHAPE[0] * SHAPE[1] * (4 if rows == 1 else 2 * rows) / 1e9
+    return {call: [amount / each for each in times] for call, times in samples.items()}
+
+
+def describe(threads: int) -> dict[str, str]:
+    """Return what the figures were measured on and with."""
+    found = {"processor": _processor(), "threads": str(threads), "Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

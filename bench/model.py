@@ -1,0 +1,126 @@
+"""Our GPT-2, in a worker: what a user calls, timed."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import numpy as np
+
+import portable_gpt2 as pg
+
+from . import frameworks
+
+
+@functools.cache
+def load(backend: str, directory: str, device: str | None = None) -> pg.GPT2:
+    """Return a checkpoint's model; the call that loads it keeps it."""
+    return pg.GPT2.load(directory, backend=backend, device=device)
+
+
+def parameters(backend: str, directory: str) -> int:
+    """Load a model and return the number of its parameters."""
+    return pg.params.count(load(backend, directory).config)
+
+
+def generate(
+    backend: str, directory: str, prompt: int, new: int, sampled: bool = False, device: str | None = None
+) -> float:
+    """Return the seconds that new tokens take after a prompt of so many ids: greedy, or top_k 40 and top_p 0.95."""
+    model = load(backend, directory, device)
+    options = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 7} if sampled else {"temperature": 0}
+    ids = list(range(prompt))
+    start = time.perf_counter()
+    for _ in model.stream_ids(ids, max_new_tokens=new, **options):
+        pass
+    return time.perf_counter() - start
+
+
+def token_seconds(backend: str, directory: str, position: int, new: int) -> float:
+    """Return the mean seconds of each of new tokens after a prompt that ends at a position, the first left out."""
+    stream = load(backend, directory).stream_ids(list(range(position)), max_new_tokens=1 + new, temperature=0)
+    next(stream)
+    start = time.perf_counter()
+    for _ in stream:
+        pass
+    return (time.perf_counter() - start) / new
+
+
+@functools.cache
+def _step(backend: str, directory: str) -> Any:
+    """Return ``step(tokens, cache)``: `pg.gpt2`, compiled as the backend compiles."""
+    model = load(backend, directory)
+
+    def step(params: Any, tokens: Any, cache: Any) -> Any:
+        return pg.gpt2(params, tokens, model.config, cache)
+
+    return model.backend.compile(step, bound=model.params, donate=("cache",))
+
+
+def batch_seconds(backend: str, directory: str, batch: int, prompt: int, new: int) -> float:
+    """Return the mean seconds of a decode step of a batch, by `pg.gpt2`, after prompts of equal length.
+
+    The prompts are not read: their rows of the cache are drawn at random, and written, so that they are in memory.
+    """
+    model, step, own = load(backend, directory), _step(backend, directory), frameworks.get(backend)
+    c, from_numpy = model.config, model.backend.from_numpy
+    random = np.random.default_rng(0)
+    columns = [from_numpy(random.integers(0, c.n_vocab, (batch, 1), np.int32)) for _ in range(new)]
+    rows = from_numpy(random.standard_normal((batch, c.n_head, prompt, c.head_size), np.float32))
+    cache = pg.new_cache(model.params, c, batch=batch, capacity=prompt + new)
+    for layer in cache.values():
+        if isinstance(layer, dict):
+            layer.update({name: own.wait(model.backend.write(buffer, rows, 0)) for name, buffer in layer.items()})
+    start = time.perf_counter()
+    for position, column in enumerate(columns, prompt):
+        if position == prompt + 1:  # the first may compile
+            start = time.perf_counter()
+        logits, cache = step(column, {**cache, "position": position})
+        own.wait(logits)
+    return (time.perf_counter() - start) / (new - 1)
+
+
+def first_pass(backend: str, directory: str) -> float:
+    """Return the seconds to load a model and compute the logits of one token; the framework is imported before."""
+    pg.get_backend(backend)
+    start = time.perf_counter()
+    model = pg.GPT2.load(directory, backend=backend)
+    pg.to_numpy(model.logits([[0]]))
+    return time.perf_counter() - start
+
+
+def peak_bytes(backend: str, directory: str, prompt: int, new: int) -> int:
+    """Return by how many bytes the resident memory peaks while a model is loaded and generates, in a fresh process."""
+    pg.to_numpy(pg.get_backend(backend).from_numpy(np.zeros(1, np.float32)))
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # VmHWM starts anew: what the import peaked at is not counted
+    before = _status("VmRSS")
+    generate(backend, directory, prompt, new)
+    return _status("VmHWM") - before
+
+
+def _status(entry: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry))
+
+
+def accelerators(backend: str) -> list[str]:
+    """Return the backend's devices that are no CPU."""
+    return [device for device in pg.get_backend(backend).devices() if device != "cpu" and not device.startswith("cpu:")]
+
+
+def device_bandwidth(backend: str, device: str) -> float:
+    """Return the GB/s at which a device reads 600 MB, by the framework's own sum."""
+    owner = pg.get_backend(backend)
+    numbers = np.ones(150_000_000, np.float32)
+    x = owner.from_numpy(numbers, device=device)
+    best = np.inf
+    with owner.on(owner.find_device(device)):
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(8):
+                total = owner.xp.sum(x)
+            owner.to_numpy(total)
+            best = min(best, (time.perf_counter() - start) / 8)
+    return numbers.nbytes / best / 1e9

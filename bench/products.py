@@ -1,0 +1,98 @@
+"""The bare matrix products of a model, on one framework, in the fastest of the forms that are tried.
+
+Each weight is an array of its own, so that no cache holds more of them than it would of a model's. Tried are the modes
+that compile (where the framework has such), the weights as checkpoints store them and transposed, and one call for
+the whole or one a layer, which returns less at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import frameworks
+from .checkpoints import config
+from .clock import fastest, repeated, seconds
+
+LAYOUTS = {"x w": False, "x w^T": True}  # by name, whether a weight is stored transposed
+
+Form = tuple[str, Callable[[], Any]]
+"""What a form is called, and a function that computes all of its products."""
+
+
+def linear_seconds(name: str, shape: str, rows: int, last: int) -> float:
+    """Return the seconds of the products of all linear layers with rows, and of the logits' with the last few."""
+    layers, logits = _layers(name, shape, rows), _logits(name, shape, last)
+    return seconds(layers[1]) + seconds(logits[1])
+
+
+def form(name: str, shape: str, rows: int, last: int) -> str:
+    """Return which form of the layers' products and of the logits' was the fastest."""
+    return f"{_layers(name, shape, rows)[0]}; logits {_logits(name, shape, last)[0]}"
+
+
+def attention_seconds(name: str, shape: str, seq: int) -> float:
+    """Return the seconds of attention's two products of all layers, the whole squares of a prefill's."""
+    return seconds(_attention(name, shape, seq)[1])
+
+
+@functools.cache
+def _layers(name: str, shape: str, rows: int) -> Form:
+    own, c, random = frameworks.get(name), config(shape), np.random.default_rng(0)
+    d, hidden = c.n_embd, c.n_hidden
+    x = tuple(own.array(random.standard_normal((rows, width), np.float32)) for width in (d, hidden))
+    calls = {}
+    for layout, turned in LAYOUTS.items():
+
+        def layer(x: Any, weights: Any, turned: bool = turned) -> list[Any]:
+            widths = [0, 0, 0, 1]  # which x each weight multiplies
+            return [own.matmul(x[i], own.transpose(w) if turned else w) for i, w in zip(widths, weights, strict=True)]
+
+        def whole(x: Any, weights: Any, layer: Any = layer) -> list[Any]:
+            return [layer(x, each) for each in weights]
+
+        kinds = [(d, 3 * d), (d, d), (d, hidden), (hidden, d)]
+        kinds = [kind[::-1] if turned else kind for kind in kinds]
+        weights = [[own.array(random.standard_normal(k, np.float32)) for k in kinds] for _ in range(c.n_layer)]
+        for mode, run in own.fast_modes.items():
+            calls[f"{mode}, {layout}, in one call"] = [own.bind(run, whole, weights)]
+            calls[f"{mode}, {layout}, a call a layer"] = [own.bind(run, layer, each) for each in weights]
+    return _fastest({how: lambda fs=fs: [own.wait(f(x)) for f in fs] and None for how, fs in calls.items()})
+
+
+@functools.cache
+def _logits(name: str, shape: str, rows: int) -> Form:
+    own, c, random = frameworks.get(name), config(shape), np.random.default_rng(0)
+    x = own.array(random.standard_normal((rows, c.n_embd), np.float32))
+    calls = {}
+    for layout, turned in LAYOUTS.items():
+        kind = (c.n_vocab, c.n_embd) if turned else (c.n_embd, c.n_vocab)
+        w = own.array(random.standard_normal(kind, np.float32))
+
+        def product(x: Any, w: Any, turned: bool = turned) -> Any:
+            return own.matmul(x, own.transpose(w) if turned else w)
+
+        for mode, run in own.fast_modes.items():
+            calls[f"{mode}, {layout}"] = lambda f=own.bind(run, product, w): own.wait(f(x)) is None
+    return _fastest(calls)
+
+
+@functools.cache
+def _attention(name: str, shape: str, seq: int) -> Form:
+    own, c, random = frameworks.get(name), config(shape), np.random.default_rng(0)
+    q, k, v = (own.array(random.standard_normal((c.n_head, seq, c.head_size), np.float32)) for _ in range(3))
+
+    def products(q: Any, weights: Any) -> Any:
+        k, v = weights
+        return own.matmul(own.matmul(q, own.transpose(k)), v)
+
+    modes = {mode: own.bind(run, products, (k, v)) for mode, run in own.fast_modes.items()}
+    return _fastest({mode: lambda f=f: [own.wait(f(q)) for _ in range(c.n_layer)] for mode, f in modes.items()})
+
+
+def _fastest(calls: dict[str, Callable[[], Any]]) -> Form:
+    best = fastest(repeated(calls, rounds=3, at_least=0.0))
+    return best, calls[best]

@@ -1,0 +1,105 @@
+"""The table, in Markdown and JSON, written anew after every row so that a run that is cut short leaves what it has."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from .rows import Row
+
+TITLES = {
+    "machine": "The machine's limits",
+    "ops": "Latency of ops, beside the framework's own function",
+    "prefill": "Prefill, beside the bare matrix products",
+    "decode": "Decode, one text",
+    "batches": "A decode step of a batch, position 128 to 192",
+    "compilations": "Compilations",
+    "start": "Start",
+    "memory": "Memory beyond the imported framework",
+    "accelerator": "On an accelerator",
+}
+HEADER = "| backend | row | value | beside | ratio | bound | |\n| --- | --- | --- | --- | --- | --- | --- |"
+FILE = "README"  # .md, which a forge shows with the folder
+
+
+class Report:
+    """The rows of one run, by key: a row that is added replaces the one that was planned."""
+
+    def __init__(self, out: Path, about: dict[str, str], *, quick: bool) -> None:
+        self.out, self.about, self.quick = out, about, quick
+        self.planned: dict[tuple[str, str, str], Row] = {}
+        self.took: dict[str, float] = {}
+        out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows, in the order planned."""
+        return list(self.planned.values())
+
+    def add(self, *rows: Row) -> None:
+        """Enter rows, and write the files if one was measured or failed."""
+        for row in rows:
+            self.planned[row.key] = row
+        self.write()
+        if len(rows) == 1 and rows[0].value is not None:
+            print("  ", *_cells(rows[0]), sep="  ", file=sys.stderr, flush=True)
+
+    def write(self, seconds: float | None = None) -> None:
+        """Write both files; how long the run took, once it is over."""
+        self._replace(".json", json.dumps(self._everything(seconds), indent=1) + "\n")
+        self._replace(".md", self._markdown(seconds))
+
+    def _replace(self, suffix: str, text: str) -> None:
+        file = self.out / (("benchmarks" if suffix == ".json" else FILE) + suffix)
+        draft = file.with_suffix(".draft")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(file)
+
+    def _everything(self, seconds: float | None) -> dict[str, Any]:
+        return {
+            "measured_with": self.about,
+            "quick": self.quick,
+            "seconds": seconds,
+            "seconds_by_part": self.took,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+    def _markdown(self, seconds: float | None) -> str:
+        with_bound = [row for row in self.rows if row.bound is not None]
+        met, missed = (sum(row.met is verdict for row in with_bound) for verdict in (True, False))
+        lines = [
+            "# Benchmarks",
+            "",
+            "Written by `nox -s bench`: the sides in turn, the best of several. A ratio is the value over what it",
+            "stands beside; below 1, ours is faster or smaller. Absolute figures wander with the machine, ratios less.",
+            "",
+            f"Of {len(with_bound)} bounds {met} are met and {missed} missed; {len(with_bound) - met - missed} were not "
+            f"measured.{' Quick mode: few samples.' if self.quick else ''}",
+            "",
+            ", ".join(f"{name} {version}" for name, version in self.about.items()) + ".",
+        ]
+        lines += ["", f"The run took {seconds / 60:.0f} minutes."] if seconds is not None else []
+        for group, rows in groupby(self.rows, lambda row: row.group):
+            lines += ["", f"## {TITLES[group]}", "", HEADER, *(f"| {' | '.join(_cells(row))} |" for row in rows)]
+        return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row) -> list[str]:
+    name = row.name + (f" ({row.note})" if row.note else "")
+    bound = str(row.bound or "")
+    if row.value is None:
+        return [row.backend, name, f"not measured: {row.reason.replace('|', '/')}", "", "", bound, ""]
+    beside = "" if row.reference is None else f"{_number(row.reference)} {row.reference_name}"
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    return [row.backend, name, f"{_number(row.value)} {row.unit}", beside, ratio, bound, _verdict(row)]
+
+
+def _verdict(row: Row) -> str:
+    return {None: "", True: "met", False: "**missed**"}[row.met]
+
+
+def _number(x: float) -> str:
+    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"

@@ -1,0 +1,79 @@
+"""A row of the table: a figure of ours, what it stands beside, and whether it is what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from . import bounds
+
+
+@dataclass
+class Row:
+    """One figure. Planned without a value, so that what is not measured is in the table too, with the reason."""
+
+    group: str
+    backend: str
+    name: str
+    unit: str
+    value: float | None = None
+    reference: float | None = None
+    reference_name: str = ""
+    samples: Mapping[str, list[float]] = field(default_factory=dict)
+    """All that the value and the reference were computed from, in the order measured; in seconds unless named."""
+    best_of: Callable[[list[float]], float] = min
+    """Which of its samples is a side's best: the largest, where they are rates."""
+    note: str = ""
+    reason: str = "not run"
+    """Why there is no value."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What no two rows share."""
+        return self.group, self.name, self.backend
+
+    @property
+    def ratio(self) -> float | None:
+        """The value as a multiple of the reference."""
+        return None if self.value is None or not self.reference else self.value / self.reference
+
+    @property
+    def bound(self) -> bounds.Bound | None:
+        """What the issue demands, if it demands something of this row."""
+        return bounds.find(self.group, self.name, self.backend)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bound holds; None where there is none, or where a side of it was not measured."""
+        bound = self.bound
+        if bound is None or self.value is None or (bound.times and self.reference is None):
+            return None
+        return self.value <= bound.times * (self.reference or 0.0) + bound.plus
+
+    def measured(self, value: float, reference: float | None = None, reference_name: str = "", **more: Any) -> Row:
+        """Return the row with its figures."""
+        return replace(self, value=value, reference=reference, reference_name=reference_name, reason="", **more)
+
+    def failed(self, reason: str) -> Row:
+        """Return the row with the reason why it was not measured."""
+        return replace(self, reason=reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it for JSON."""
+        return {
+            "group": self.group,
+            "backend": self.backend,
+            "row": self.name,
+            "unit": self.unit,
+            "value": self.value,
+            "reference": self.reference,
+            "reference_name": self.reference_name,
+            "ratio": self.ratio,
+            "bound": None if self.bound is None else {"times": self.bound.times, "plus": self.bound.plus},
+            "met": self.met,
+            "best": {name: self.best_of(times) for name, times in self.samples.items() if times},
+            "samples": dict(self.samples),
+            "note": self.note,
+            "not_measured": self.reason or None,
+        }

@@ -1,0 +1,25 @@
+"""What one run of the benchmark shares: how thorough it is, and the checkpoints that it makes when they are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .worker import Worker
+
+LEFT_OUT = "left out in quick mode"
+
+
+class Run:
+    """One run; its checkpoints live in a directory that the caller removes."""
+
+    def __init__(self, directory: Path, *, quick: bool = False) -> None:
+        self.directory, self.quick = directory, quick
+        self.rounds = 2 if quick else 5
+
+    def checkpoint(self, name: str) -> str:
+        """Return the directory of a checkpoint of `checkpoints.SHAPES`, made at the first call."""
+        directory = self.directory / name
+        if not directory.exists():
+            with Worker() as worker:
+                worker.ask("checkpoints:make", name=name, directory=str(directory))
+        return str(directory)
