@@ -149,33 +149,20 @@ def op(definition: Callable[..., Any]) -> Op:
         wide = {key: backend.xp.astype(given[key], backend.xp.float32) for key in narrow}
         return backend.xp.astype(definition(**{**given, **wide}), dtype)
 
-    are_floats = tuple(key in floats for key in arrays)
     is_alone = len(arrays) == 1
 
     def are_alike(backend: Backend, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether all arrays are of one type, floats of one dtype, and all else is plain: nearly always."""
-        dtype = None
-        for x, is_float in zip(args, are_floats, strict=False):
-            if type(x) is not kind:
-                if x is None:
-                    continue
+        """Return whether all arrays are floats of one type and dtype and all else is plain: nearly always."""
+        dtype = args[0].dtype
+        for x in args:
+            if type(x) is not kind or x.dtype is not dtype:
                 return False
-            if is_float:
-                if dtype is None:
-                    dtype = x.dtype
-                elif x.dtype is not dtype:
-                    return False
         for key, x in kwargs.items():
-            if key not in arrays:
-                if type(x) not in _PLAIN:
+            if key in floats:
+                if type(x) is not kind or x.dtype is not dtype:
                     return False
-            elif type(x) is not kind:
+            elif type(x) not in _PLAIN and not (key in arrays and type(x) is kind):
                 return False
-            elif key in floats:
-                if dtype is None:
-                    dtype = x.dtype
-                elif x.dtype is not dtype:
-                    return False
         return dtype in backend._dtype_names
 
     @functools.wraps(definition)
@@ -190,9 +177,7 @@ def op(definition: Callable[..., Any]) -> Op:
         try:
             result = kernel(*args, **kwargs)
         except Exception:
-            check_shapes(
-                check_types(args, kwargs), bind(args, kwargs)
-            )  # says it in the op's words, if it was the input
+            reference(*args, **kwargs)  # which says what is wrong, if the input is
             raise
         return reference(*args, **kwargs) if result is NotImplemented else result
 

@@ -57,7 +57,7 @@ def attn(
         cache = {"k": backend.write(cache["k"], k, position), "v": backend.write(cache["v"], v, position)}
         keys = backend.shape(mask)[-1]
         k, v = cache["k"][..., :keys, :], cache["v"][..., :keys, :]
-    a = attention(q, k, v, mask, scale=scale)
+    a = attention(q, k, v, mask=mask, scale=scale)
     return conv1d(merge_heads(a), **c_proj), cache
 
 

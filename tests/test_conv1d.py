@@ -69,7 +69,7 @@ def test_a_product_with_a_large_weight_is_within_its_error_bound(backend, rows):
     """
     random = np.random.default_rng(rows)
     x, w, b = (normal(random, shape, "float32") for shape in ((rows, 768), (768, 1536), (1536,)))
-    table = backend.prepare(pg.params.nest({"wte": backend.from_numpy(w.T.copy())}))["wte"]
+    table = backend.prepare("wte", backend.from_numpy(w.T.copy()))
     for product, layer in (
         (bounds.linear_at_random(x, w, b), (x, w, b)),
         (bounds.linear_at_random(x, w, np.zeros_like(b)), (x, table)),
