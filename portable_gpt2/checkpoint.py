@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -148,11 +149,22 @@ def _map_safetensors(file: Path) -> dict[str, np.ndarray]:
             if _MASK_BUFFER.fullmatch(name.removeprefix(_PREFIX)):
                 continue
             raise CheckpointError(f"{file}: {name} is of dtype {entry['dtype']}; expected {' or '.join(_DTYPES)}")
-        flat = np.frombuffer(
-            memory, _DTYPES[entry["dtype"]], math.prod(entry["shape"]), offset=8 + size + entry["data_offsets"][0]
-        )
+        start, end = (8 + size + offset for offset in entry["data_offsets"])
+        flat = np.frombuffer(memory, _DTYPES[entry["dtype"]], math.prod(entry["shape"]), offset=start)
+        weakref.finalize(flat, _release, memory, start, end).atexit = False
         tensors[name] = np.require(flat, requirements="A").reshape(entry["shape"])
     return tensors
+
+
+def _release(memory: mmap.mmap, start: int, end: int) -> None:
+    """Give back the pages of a tensor that nothing refers to any more: what was copied would be in memory twice.
+
+    Only whole pages: what a neighbour has written to its part of a page it would lose.
+    """
+    page = mmap.ALLOCATIONGRANULARITY
+    start, end = -(-start // page) * page, end // page * page
+    if end > start and hasattr(mmap, "MADV_DONTNEED"):
+        memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def _some(names: list[str]) -> str:

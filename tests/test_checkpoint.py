@@ -1,10 +1,12 @@
 """Checkpoints: read as they stand in the file, written whole or not at all, refused by the name of what is wrong."""
 
+import gc
 import json
 import math
 import mmap
 import os
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -144,6 +146,29 @@ def test_what_is_written_to_a_tensor_does_not_reach_the_file(tmp_path):
     for a in tensors.values():
         a[...] = 0
     assert (directory / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the system does not say what is resident")
+def test_a_tensor_that_is_let_go_leaves_memory(tmp_path):
+    """Catches weights that are in memory twice, copied and mapped; a neighbour that loses what was written to it."""
+    config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=64, n_vocab=8000, n_ctx=8000, eos_token_id=None)
+    pg.GPT2(config, pg.init_params(config, backend="numpy")).save(tmp_path / "model")
+    _, tensors = read_checkpoint(tmp_path / "model")
+
+    def resident():
+        """Return the kilobytes of the file that are in memory."""
+        entries = Path("/proc/self/smaps").read_text().split(str(tmp_path / "model" / "model.safetensors"))[1:]
+        return sum(int(entry.split("Rss:")[1].split()[0]) for entry in entries)
+
+    for tensor in tensors.values():
+        tensor += 1
+    kept = {path: tensor.copy() for path, tensor in tensors.items()}
+    before = resident()
+    del tensor, tensors["wte"]
+    gc.collect()
+    assert before - resident() > 0.9 * 8000 * 64 * 4 / 1024
+    for path, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, kept[path])
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
