@@ -72,7 +72,7 @@ def parity(session: nox.Session) -> None:
     """Test the whole model, on all frameworks, against Hugging Face transformers."""
     install(session, "all", "test", "parity")
     paths = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(PARITY))
-    run_pytest(session, "-m", "not gpu", "--no-skips", *paths, PORTABLE_GPT2_REQUIRE="all")
+    run_pytest(session, "-m", "not gpu", "--no-skips", *paths, x64=True, PORTABLE_GPT2_REQUIRE="all")
 
 
 @nox.session(default=False)

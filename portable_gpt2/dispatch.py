@@ -151,7 +151,7 @@ def op(definition: Callable[..., Any]) -> Op:
 
     is_alone = len(arrays) == 1
 
-    def are_alike(backend: Backend, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def are_alike(backend: Backend, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether all arrays are floats of one type and dtype and all else is plain: nearly always."""
         dtype = args[0].dtype
         for x in args:
@@ -167,7 +167,7 @@ def op(definition: Callable[..., Any]) -> Op:
 
     @functools.wraps(definition)
     def dispatch(*args: Any, **kwargs: Any) -> Any:
-        kind = type(args[0]) if args else None
+        kind: Any = type(args[0]) if args else None
         backend = _BACKEND_OF_TYPE.get(kind)
         if backend is None or not ((is_alone and not kwargs) or are_alike(backend, kind, args, kwargs)):
             backend = check_types(args, kwargs)
