@@ -1,4 +1,4 @@
-"""What issue 3 demands of each row, in one table."""
+"""What is demanded of each row, in one table."""
 
 from __future__ import annotations
 

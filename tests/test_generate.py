@@ -133,6 +133,44 @@ def test_a_full_length_generation_compiles_once_for_each_size_of_the_cache(backe
         assert traces == [(1, 3)] + [(1, 1)] * 146
 
 
+def test_few_compilations_serve_every_length(backend, monkeypatch):
+    """Catches a compilation for each length of a prompt: on a context of 1024, a generation of its whole length takes
+    at most 7, and prompts of every length from 1 to 1000 at most 6 more.
+    """
+    if not backend.recompiles:
+        assert backend.compile(pg.gpt2, bound=1).func is pg.gpt2  # nothing is compiled: there is nothing to count
+        return
+    traces = []
+
+    def traced(params, tokens, *args):
+        traces.append(backend.shape(tokens))
+        return transformer(params, tokens, *args)
+
+    transformer = generate.transformer
+    monkeypatch.setattr(generate, "transformer", traced)
+    config = pg.GPT2Config(n_layer=1, n_head=1, n_embd=4, n_vocab=7, n_ctx=1024, eos_token_id=None)
+    model = pg.GPT2(config, on_backend(backend, random_weights(config)))
+
+    list(model.stream_ids([1, 2, 3], max_new_tokens=1021))
+    assert 1 < len(traces) <= 7
+    full = len(traces)
+    for n in range(1, 1001):
+        list(model.stream_ids([1] * n, max_new_tokens=1))
+    assert len(traces) - full <= 6
+
+
+def test_a_compiled_step_needs_no_room_for_a_second_cache(jax):
+    """Catches a cache that is copied to be written: XLA does so where the copy is fused with what reads it."""
+    backend = pg.get_backend("jax")
+    config = pg.GPT2Config(n_layer=3, n_head=2, n_embd=32, n_vocab=61, n_ctx=1024, eos_token_id=None)
+    model = pg.GPT2(config, on_backend(backend, random_weights(config)))
+    cache = pg.new_cache(model.params, config)
+    step = model._decoder._step
+    ids = jax.numpy.asarray([[1]]), jax.numpy.asarray([0])
+    memory = step.func.lower(*step.args, *ids, cache).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < cache["h0"]["k"].nbytes
+
+
 def test_generation_enters_the_models_device(backend, monkeypatch):
     """Catches a step, a cache or its growth that is left to the framework's default device."""
     entered = []
