@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from portable_gpt2.backend import Backend
@@ -85,8 +83,9 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
     (*start, nx), (*one, nf) = x.shape, w.shape[1:] if w.shape.rank == 3 and w.shape[0] == 1 else w.shape
     if one != [nx] or b.shape[0] != nf or math.prod(start) != 1 or nx % _PARTS or not _in_xla():
         return NotImplemented
-    # A vector's product is computed by one thread, and fused with the bias. The depth in parts, summed with the bias
-    # afterwards, takes both: 28 GB/s against 24 for a chain of 48 products, and a decode step of 23.4 ms against 27.5.
+    # As one product of a vector it uses the second core little. In four parts of the depth, summed with the bias after,
+    # a chain of 48 products read 28 GB/s, as one 20 to 24; on one core alone 18 and 17. The gain of a whole decode step
+    # was 7 to 15% on a quiet machine, and none on a loaded one.
     parts = tf.matmul(tf.reshape(x, (_PARTS, 1, nx // _PARTS)), tf.reshape(w, (_PARTS, nx // _PARTS, nf)))
     return tf.reshape(tf.reduce_sum(parts, 0) + b, (*start, nf))
 
@@ -161,11 +160,10 @@ class TensorflowBackend(Backend):
             return tf.zeros(shape, like.dtype)
 
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
-        written = dynamic_update_slice(buffer, value, [0] * (len(buffer.shape) - 2) + [start, 0])
-        if isinstance(buffer, tf.Variable):
-            buffer.assign(written)
-            return buffer
-        return written
+        n, capacity = self.shape(value)[-2], self.shape(buffer)[-2]
+        rows = tf.range(capacity) - start
+        taken = tf.gather(value, tf.clip_by_value(rows, 0, n - 1), axis=-2)
+        return tf.where(((rows >= 0) & (rows < n))[:, None], taken, buffer)
 
     def compile(
         self,
@@ -175,69 +173,15 @@ class TensorflowBackend(Backend):
         static: tuple[str, ...] = (),
         donate: tuple[str, ...] = (),
     ) -> Callable[..., Any]:
-        # Parameters are captured: as arguments, 148 of them cost 2.5 to 4.3 ms a call; captured, 0.3. To find the trace
-        # for a cache of 12 layers takes tf.function 0.8 ms a call, so they are found, and kept, here.
+        # Parameters are captured: as arguments, 148 of them cost 2.5 to 4.3 ms a call; captured, 0.4.
+        compiled = tf.function(lambda *args: fn(bound, *args), jit_compile=True, autograph=False)
         names = list(inspect.signature(fn).parameters)[1:]
-        traces: dict[Any, _Trace] = {}
 
         def call(*args: Any) -> Any:
-            given = [
-                a if name in static else tf.nest.map_structure(_as_variable if name in donate else _as_traced, a)
-                for name, a in zip(names, args, strict=False)
-            ]
-            traced = [a for name, a in zip(names, given, strict=False) if name not in static]
-            leaves = tf.nest.flatten(traced)
-            key = tuple(a if name in static else _signature(a) for name, a in zip(names, given, strict=False))
-            if key not in traces:
-                traces[key] = _Trace(functools.partial(fn, bound), given, [name in static for name in names], leaves)
-            return traces[key](leaves)
+            pairs = zip(names, args, strict=False)
+            return compiled(*(a if name in static else tf.nest.map_structure(_as_traced, a) for name, a in pairs))
 
         return call
-
-
-class _Trace:
-    """A function compiled for arguments of one structure, their shapes and their devices.
-
-    What it returns of the variables among its arguments are these variables themselves: as results of tf.function they
-    would be copied.
-    """
-
-    def __init__(self, fn: Callable[..., Any], args: list[Any], fixed: list[bool], leaves: list[Any]) -> None:
-        def flat(*leaves: Any) -> list[Any]:
-            rest = iter(leaves)
-            result = fn(
-                *(a if f else tf.nest.map_structure(lambda _: next(rest), a) for a, f in zip(args, fixed, strict=False))
-            )
-            places = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Variable)}
-            results = tf.nest.flatten(result)
-            self._places = [places.get(id(x)) for x in results]
-            self._structure = tf.nest.map_structure(lambda _: None, result)
-            return [x for x, place in zip(results, self._places, strict=True) if place is None]
-
-        self._compiled = tf.function(flat, jit_compile=True, autograph=False).get_concrete_function(*leaves)
-
-    def __call__(self, leaves: list[Any]) -> Any:
-        results = iter(self._compiled(*leaves))
-        return tf.nest.pack_sequence_as(
-            self._structure, [next(results) if place is None else leaves[place] for place in self._places]
-        )
-
-
-def _signature(tree: Any) -> Any:
-    """Return what must be equal for two arguments to share a trace, as something hashable."""
-    if isinstance(tree, dict):
-        return tuple((key, _signature(value)) for key, value in tree.items())
-    if isinstance(tree, list | tuple):
-        return type(tree), *map(_signature, tree)
-    if isinstance(tree, tf.Tensor | tf.Variable):
-        return type(tree), tree.dtype, tuple(tree.shape), tree.device
-    return type(tree), getattr(tree, "dtype", tree)
-
-
-def _as_variable(leaf: Any) -> Any:
-    """Return a donated tensor as a variable, the one thing that compiled code can write to in place."""
-    writable = tf.executing_eagerly() and isinstance(leaf, tf.Tensor) and leaf.shape.rank
-    return tf.Variable(leaf) if writable else _as_traced(leaf)
 
 
 def _as_traced(leaf: Any) -> Any:
