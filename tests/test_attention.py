@@ -184,14 +184,20 @@ def test_the_order_of_the_keys_does_not_matter(backend, dtype, data):
         assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times twice the bound"
 
 
-def test_a_query_that_sees_one_key_returns_its_value_to_the_bit(backend, dtype):
-    """Catches a mask one column off, and weights of masked keys that are small but not 0."""
+def test_a_query_that_sees_one_key_gives_it_all_its_weight(backend, dtype):
+    """Catches a mask one column off, and weights of masked keys that are small but not 0.
+
+    With a unit matrix of values the result is the weights. The one that should be 1 may miss it by softmax's bound, as
+    it does where exp(0) is not quite 1 (oneDNN's, on some processors); the others are 0 to the bit.
+    """
     random = np.random.default_rng(3)
-    q, k, v = head(random, (2,), 7, 7, 8, dtype, width=3.0)
+    q, k, _ = head(random, (2,), 7, 7, 8, dtype, width=3.0)
+    v = np.broadcast_to(np.eye(7, dtype=k.dtype), (2, 7, 7)).copy()
     mask = np.eye(7, dtype=bool)[random.permutation(7)]
     for form, op in bounds.forms(pg.attention, backend).items():
-        result = bounds.compute(op, backend, q, k, v, mask)
-        assert np.array_equal(result, v[..., mask.argmax(axis=-1), :]), form
+        weights = bounds.compute(op, backend, q, k, v, mask)
+        assert not weights[:, ~mask].any(), form
+        assert bound(q, k, v, mask, backend).ratio(weights) <= 1, form
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (3,), (2, 1), (2, 3)], ids=str)
