@@ -14,7 +14,7 @@ class Run:
 
     def __init__(self, directory: Path, *, quick: bool = False) -> None:
         self.directory, self.quick = directory, quick
-        self.rounds = 2 if quick else 5
+        self.rounds = 2 if quick else 3
 
     def checkpoint(self, name: str) -> str:
         """Return the directory of a checkpoint of `checkpoints.SHAPES`, made at the first call."""
