@@ -13,7 +13,7 @@ from .checkpoint import CheckpointError
 from .config import GPT2Config
 from .gpt2 import GPT2
 from .model import gpt2, grow_cache, new_cache
-from .ops import attention, conv1d, embed, gelu, layer_norm, softmax, unembed
+from .ops import attention, attention_weights, conv1d, embed, gelu, layer_norm, softmax, unembed
 from .params import init_conv1d, init_params
 from .tokenizer import Tokenizer
 
@@ -25,6 +25,7 @@ __all__ = [
     "GPT2Config",
     "Tokenizer",
     "attention",
+    "attention_weights",
     "available_backends",
     "backend_of",
     "conv1d",

@@ -1,4 +1,4 @@
-"""Token after token: prefill, then decode over cached keys and values.
+"""Token after token: prefill, then decode over cached keys and values, of one text or several at once.
 
 Where a new shape costs a compilation (`Backend.recompiles`), prompts are padded and caches sized to 64, 128, 256 ... so
 that a whole generation compiles a handful of times; elsewhere the cache is allocated once, at its final size.
@@ -6,7 +6,8 @@ that a whole generation compiles a handful of times; elsewhere the cache is allo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,27 @@ from .sampling import sample
 _SMALLEST = 64
 
 
+@dataclass(eq=False)
+class Text:
+    """A text that grows.
+
+    Parameters
+    ----------
+    tokens : list of int
+        The prompt, of at least one token, and what was drawn after it.
+    index : int
+        Which of several samples of one prompt it is.
+    ended : bool
+        Whether it is complete: no token is drawn any more.
+    """
+
+    tokens: list[int]
+    index: int = 0
+    ended: bool = False
+
+
 class Decoder:
-    """A model made ready to produce one row of logits at a time.
+    """A model made ready to produce one row of logits for each text at a time.
 
     Parameters
     ----------
@@ -40,7 +60,7 @@ class Decoder:
         self.backend, self.params, self.config, self.device = backend, params, config, device
 
         def step(params: Params, tokens: Any, row: Any, cache: Cache) -> tuple[Any, Cache | None]:
-            """Read tokens [1, seq]; return the logits [1, 1, n_vocab] after row [1] of them, and the cache."""
+            """Read tokens [batch, seq]; return the logits [batch, 1, n_vocab] after row [1] of them, and the cache."""
             h, cache_ = transformer(params, tokens, config, cache)
             return unembed(backend.xp.take(h, row, axis=1), params["wte"]), cache_
 
@@ -50,37 +70,60 @@ class Decoder:
         """Return how many tokens a buffer should hold now for a text of this length that may grow to its final one."""
         return padded_length(length, self.config.n_ctx) if self.backend.recompiles else final
 
-    def read(self, tokens: list[int], cache: Cache) -> tuple[np.ndarray, Cache]:
-        """Extend the cache by tokens; return the logits [n_vocab] that follow the last of them, on the host.
+    def read(self, rows: Sequence[list[int]], cache: Cache) -> tuple[np.ndarray, Cache]:
+        """Extend the cache by rows of equal length; return the logits [batch, n_vocab] after each, on the host.
 
         Tokens may be padded behind: the cache's rows for them are masked until they are overwritten.
         """
-        n, start = len(tokens), cache["position"]
+        n, start = len(rows[0]), cache["position"]
         if n > 1 and self.backend.recompiles:
             room = self.backend.shape(cache["h0"]["k"])[-2] - start
-            tokens = tokens + [0] * (min(padded_length(n, self.config.n_ctx), room) - n)
+            behind = [0] * (min(padded_length(n, self.config.n_ctx), room) - n)
+            rows = [row + behind for row in rows]
         with self.backend.on(self.device):
-            logits, grown = self._step(self._ints([tokens]), self._ints([n - 1]), cache)
-        return self.backend.to_numpy(logits)[0, 0], {**grown, "position": start + n}
+            logits, grown = self._step(self._ints(rows), self._ints([n - 1]), cache)
+        return self.backend.to_numpy(logits)[:, 0], {**grown, "position": start + n}
 
     def _ints(self, values: Any) -> Any:
         return self.backend.from_numpy(np.asarray(values, np.int32), device=self.device)
 
-    def stream(self, prompt: list[int], max_new_tokens: int, **options: Any) -> Iterator[int]:
-        """Yield new tokens, each drawn by `sampling.sample` with these options; the prompt has at least one token."""
-        final = len(prompt) + max_new_tokens
-        capacity = self.capacity(len(prompt), final)
+    def stream(self, texts: Sequence[Text], max_new_tokens: int, **options: Any) -> Iterator[Text]:
+        """Draw new tokens, each by `sampling.sample` with these options; yield a text whenever one was added to it.
+
+        Whoever finds a text complete marks it so. A text that fills n_ctx goes on from its last n_ctx // 2 tokens;
+        texts of several lengths must not come to that, as the longest would cut the others.
+        """
+        n_ctx = self.config.n_ctx
+        while max_new_tokens > 0 and not all(text.ended for text in texts):
+            length = max(len(text.tokens) for text in texts)
+            read = length if length < n_ctx else n_ctx // 2
+            drawn = min(max_new_tokens, n_ctx - read)
+            yield from self._fill(texts, read, read + drawn, options)
+            max_new_tokens -= drawn
+
+    def _fill(self, texts: Sequence[Text], read: int, final: int, options: Any) -> Iterator[Text]:
+        """Read the last tokens of each text, and draw until the longest is of its final length."""
+        unread = [text.tokens[-read:] for text in texts]
+        padding = [read - len(tokens) for tokens in unread]
+        unread = [[0] * n + tokens for n, tokens in zip(padding, unread, strict=True)]
+        capacity = self.capacity(read, final)
         with self.backend.on(self.device):
-            cache = new_cache(self.params, self.config, capacity=capacity)
-        unread = prompt
-        for position in range(len(prompt), final):
+            ragged = padding if any(padding) else None
+            cache = new_cache(self.params, self.config, batch=len(texts), capacity=capacity, padding=ragged)
+        for position in range(read, final):
             if position > capacity:
                 capacity = self.capacity(position, final)
                 with self.backend.on(self.device):
                     cache = grow_cache(cache, capacity)
             logits, cache = self.read(unread, cache)
-            unread = [sample(logits, position, **options)]
-            yield unread[0]
+            for text, row in zip(texts, logits, strict=True):
+                if not text.ended:
+                    seen = text.tokens
+                    text.tokens.append(sample(row, len(seen), seen=seen, index=text.index, **options))
+                    yield text
+            if all(text.ended for text in texts):
+                return
+            unread = [text.tokens[-1:] for text in texts]
 
 
 def padded_length(n: int, n_ctx: int) -> int:

@@ -2,16 +2,22 @@
 
 Parameters are a nested dict (`params`), a sub-tree of which is splatted into the function that uses it. The cache of
 keys and values is a dict too: ``{"position": 5, "h0": {"k": ..., "v": ...}, ...}``.
+
+Where a function takes `observe`, it calls it with the scope path and the array of what it computes on the way, such as
+``observe("h3/attn/weights", weights)``; what is not observed costs nothing.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .backend import backend_of
 from .config import GPT2Config
-from .ops import attention, conv1d, embed, gelu, layer_norm, unembed
+from .ops import attention, attention_weights, conv1d, embed, gelu, layer_norm, unembed
 from .params import Params
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
@@ -20,6 +26,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
     Array = Any
 
 Cache = dict[str, Any]
+Observe = Callable[[str, Any], None]
 
 
 def split_heads(x: Float[Array, "batch seq n"], n_head: int) -> Float[Array, "batch heads seq d"]:
@@ -43,9 +50,10 @@ def attn(
     *,
     n_head: int,
     scale: float,
-    mask: Bool[Array, "seq keys"],
+    mask: Bool[Array, "*#batch seq keys"],
     position: Any = 0,
     cache: Cache | None = None,
+    observe: Observe | None = None,
 ) -> tuple[Float[Array, "batch seq n"], Cache | None]:
     """Let every position look at itself and at those before it, the cached ones included."""
     backend = backend_of(x)
@@ -57,6 +65,8 @@ def attn(
         cache = {"k": backend.write(cache["k"], k, position), "v": backend.write(cache["v"], v, position)}
         keys = backend.shape(mask)[-1]
         k, v = cache["k"][..., :keys, :], cache["v"][..., :keys, :]
+    if observe is not None:  # beside attention itself, of which a kernel makes no weights and observing changes nothing
+        observe("attn/weights", attention_weights(q, k, mask=mask, scale=scale))
     a = attention(q, k, v, mask=mask, scale=scale)
     return conv1d(merge_heads(a), **c_proj), cache
 
@@ -75,8 +85,16 @@ def block(
     return x + mlp(layer_norm(x, **params["ln_2"], eps=eps), **params["mlp"]), cache
 
 
+def _at(scope: str, observe: Observe | None) -> Observe | None:
+    return None if observe is None else lambda name, x: observe(f"{scope}/{name}", x)
+
+
 def transformer(
-    params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config, cache: Cache | None = None
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    config: GPT2Config,
+    cache: Cache | None = None,
+    observe: Observe | None = None,
 ) -> tuple[Float[Array, "batch seq n"], Cache | None]:
     """Return the last hidden states, [batch, seq, n_embd]: `gpt2` without the logits' product."""
     backend = backend_of(tokens)
@@ -84,9 +102,15 @@ def transformer(
     position = 0 if cache is None else cache["position"]
     keys = _check_length(position, seq, config, cache)
     positions = position + backend.arange(seq, like=tokens)
-    mask = positions[:, None] >= backend.arange(keys, like=tokens)[None, :]
-    x = embed(tokens, params["wte"]) + embed(positions, params["wpe"])
+    columns = backend.arange(keys, like=tokens)
+    mask = positions[:, None] >= columns[None, :]
     grown: Cache = {"position": position + seq}
+    if cache is not None and "padding" in cache:
+        grown["padding"] = padding = cache["padding"]
+        positions, mask = _behind_padding(positions, columns, mask, padding)
+    x = embed(tokens, params["wte"]) + embed(positions, params["wpe"])
+    if observe is not None:
+        observe("embedding", x)
     for i in range(config.n_layer):
         x, grown[f"h{i}"] = block(
             x,
@@ -97,13 +121,36 @@ def transformer(
             mask=mask,
             position=position,
             cache=None if cache is None else cache[f"h{i}"],
+            observe=_at(f"h{i}", observe),
         )
+        if observe is not None:
+            observe(f"h{i}/residual", x)
     x = layer_norm(x, **params["ln_f"], eps=config.layer_norm_epsilon)
+    if observe is not None:
+        observe("ln_f", x)
     return x, None if cache is None else grown
 
 
+def _behind_padding(
+    positions: Int[Array, "seq"],
+    columns: Int[Array, "keys"],
+    mask: Bool[Array, "seq keys"],
+    padding: Int[Array, "batch"],
+) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch 1 seq keys"]]:
+    """Return each text's own positions, and a mask that hides its padding; what is padding sees itself alone."""
+    xp = backend_of(positions).xp
+    start = xp.astype(padding, positions.dtype)[:, None]
+    itself = positions[:, None] == columns[None, :]
+    mask = (mask[None, :, :] & (columns[None, :] >= start)[:, None, :]) | itself[None, :, :]
+    return xp.where(positions[None, :] >= start, positions[None, :] - start, 0), mask[:, None, :, :]
+
+
 def gpt2(
-    params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config, cache: Cache | None = None
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    config: GPT2Config,
+    cache: Cache | None = None,
+    observe: Observe | None = None,
 ) -> tuple[Float[Array, "batch seq vocab"], Cache | None]:
     """Compute the logits of the token that follows each token.
 
@@ -118,6 +165,10 @@ def gpt2(
         The model's shape; static under ``jax.jit``.
     cache : dict, optional
         As `new_cache` makes it, or the one returned with earlier tokens of the same texts.
+    observe : callable, optional
+        Called as ``observe(name, array)`` with what is computed on the way: ``embedding``, [batch, seq, n_embd]; for
+        each layer ``h3/attn/weights``, [batch, n_head, seq, keys], and ``h3/residual``, the stream that leaves it,
+        [batch, seq, n_embd]; ``ln_f``; ``logits``. Under a compiler they are tracers.
 
     Returns
     -------
@@ -149,11 +200,21 @@ def gpt2(
     >>> logits.shape
     (1, 3, 16)
     """
-    h, cache = transformer(params, tokens, config, cache)
-    return unembed(h, params["wte"]), cache
+    h, cache = transformer(params, tokens, config, cache, observe)
+    logits = unembed(h, params["wte"])
+    if observe is not None:
+        observe("logits", logits)
+    return logits, cache
 
 
-def new_cache(params: Params, config: GPT2Config, *, batch: int = 1, capacity: int | None = None) -> Cache:
+def new_cache(
+    params: Params,
+    config: GPT2Config,
+    *,
+    batch: int = 1,
+    capacity: int | None = None,
+    padding: Sequence[int] | None = None,
+) -> Cache:
     """Return an empty cache for `gpt2`, on the parameters' device and of their dtype.
 
     Parameters
@@ -166,16 +227,20 @@ def new_cache(params: Params, config: GPT2Config, *, batch: int = 1, capacity: i
         How many texts it holds.
     capacity : int, optional
         How many tokens of each; n_ctx unless given.
+    padding : ints, optional
+        How many tokens before each text, [batch], are padding, where texts of several lengths are to end together: any
+        ids, which no token of the text will see.
 
     Returns
     -------
     dict
-        ``position`` (0) and, for each layer, ``k`` and ``v``: [batch, n_head, capacity, head_size].
+        ``position`` (0), ``padding`` if it was given and, for each layer, ``k`` and ``v``: [batch, n_head, capacity,
+        head_size].
 
     Raises
     ------
     ValueError
-        If capacity is not from 1 to n_ctx.
+        If capacity is not from 1 to n_ctx, or padding is not one int of at least 0 for each text.
 
     Examples
     --------
@@ -193,10 +258,14 @@ def new_cache(params: Params, config: GPT2Config, *, batch: int = 1, capacity: i
     if not 1 <= capacity <= config.n_ctx:
         raise ValueError(f"capacity is {capacity}; expected 1 to n_ctx = {config.n_ctx}")
     wte = params["wte"]
-    zeros = backend_of(wte).zeros
-    shape = (batch, config.n_head, capacity, config.head_size)
-    layers = {f"h{i}": {"k": zeros(shape, like=wte), "v": zeros(shape, like=wte)} for i in range(config.n_layer)}
-    return {"position": 0, **layers}
+    backend = backend_of(wte)
+    zeros, shape = backend.zeros, (batch, config.n_head, capacity, config.head_size)
+    cache = {f"h{i}": {"k": zeros(shape, like=wte), "v": zeros(shape, like=wte)} for i in range(config.n_layer)}
+    if padding is not None:
+        if len(padding) != batch or min(padding) < 0:
+            raise ValueError(f"padding is {list(padding)}; expected {batch} ints of at least 0, one for each text")
+        cache["padding"] = backend.from_numpy(np.asarray(padding, np.int32), device=backend.placement(wte))
+    return {"position": 0, **cache}
 
 
 def grow_cache(cache: Cache, capacity: int) -> Cache:
@@ -208,7 +277,7 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
         return backend.write(backend.zeros((batch, n_head, capacity, d), like=buffer), buffer, 0)
 
     return {
-        name: value if name == "position" else {key: grow(buffer) for key, buffer in value.items()}
+        name: {key: grow(buffer) for key, buffer in value.items()} if isinstance(value, dict) else value
         for name, value in cache.items()
     }
 

@@ -202,6 +202,64 @@ def layer_norm(
 
 
 @op
+def attention_weights(
+    q: Float[Array, "*batch queries d"],
+    k: Float[Array, "*batch keys d"],
+    mask: Bool[Array, "*#batch queries keys"] | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Array, "*batch queries keys"]:
+    """Return how much each query weighs each key: the softmax of their products.
+
+    Parameters
+    ----------
+    q : float array [*batch, queries, d]
+        The queries. Heads, like examples, are leading axes.
+    k : float array [*batch, keys, d]
+        The keys.
+    mask : bool array [..., queries, keys], optional
+        True where a query sees a key; its leading axes broadcast to q's. Every query must see at least one key.
+    scale : float, optional
+        What the products are multiplied by; 1/sqrt(d) unless given.
+
+    Returns
+    -------
+    float array [*batch, queries, keys]
+        Each row sums to 1.
+
+    Raises
+    ------
+    TypeError
+        If the arrays belong to different frameworks, or q and k are not floats of one dtype, or mask not a bool.
+    ValueError
+        If the shapes do not fit.
+
+    Notes
+    -----
+    Where the mask is False the score is the smallest finite number, not something added to it: OpenAI's -1e10 overflows
+    float16.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> q = np.ones((2, 4))
+    >>> pg.attention_weights(q, q, np.asarray([[True, False], [True, True]]))
+    array([[1. , 0. ],
+           [0.5, 0.5]])
+    """
+    backend = backend_of(q)
+    xp = backend.xp
+    if scale is None:
+        d = backend.shape(q)[-1]
+        scale = (d if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
+    scores = xp.matmul(q, xp.matrix_transpose(k)) * scale
+    if mask is not None:
+        scores = xp.where(mask, scores, xp.finfo(scores.dtype).min)
+    return softmax(scores)
+
+
+@op
 def attention(
     q: Float[Array, "*batch queries d"],
     k: Float[Array, "*batch keys d"],
@@ -238,8 +296,7 @@ def attention(
 
     Notes
     -----
-    Vaswani et al., "Attention Is All You Need", 2017, equation 1. Where the mask is False the score is the smallest
-    finite number, not something added to it: OpenAI's -1e10 overflows float16.
+    Vaswani et al., "Attention Is All You Need", 2017, equation 1.
 
     Examples
     --------
@@ -250,15 +307,7 @@ def attention(
     array([[1.],
            [2.]])
     """
-    backend = backend_of(q)
-    xp = backend.xp
-    if scale is None:
-        d = backend.shape(q)[-1]
-        scale = (d if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
-    scores = xp.matmul(q, xp.matrix_transpose(k)) * scale
-    if mask is not None:
-        scores = xp.where(mask, scores, xp.finfo(scores.dtype).min)
-    return xp.matmul(softmax(scores), v)
+    return backend_of(q).xp.matmul(attention_weights(q, k, mask=mask, scale=scale), v)
 
 
 @op

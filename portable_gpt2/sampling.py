@@ -1,4 +1,6 @@
-"""From logits to a token: temperature, top-k, top-p, and the one random stream, on the host in float64.
+"""From logits to a token: repetition penalty, temperature, top-k, top-p, min-p, in this order, and a random stream.
+
+All of it is on the host in float64.
 
 The same seed draws the same token whichever framework computed the logits. A draw is the argmax of logits / T + G, with
 one Gumbel variate G an entry of the vocabulary, so that it changes only where the two best sums lie closer together
@@ -8,6 +10,7 @@ than the frameworks' logits do. Filters only mask entries; they do not shift the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,21 +19,27 @@ from numpy.random import Philox  # now: imported at the first draw, it would swa
 from .params import check_seed
 
 
-def check_options(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> None:
+def check_options(
+    temperature: Any, top_k: Any, top_p: Any, seed: Any, min_p: Any = None, repetition_penalty: Any = 1.0
+) -> None:
     """Refuse options that make no sense.
 
     Raises
     ------
     ValueError
-        If temperature is not a finite number of at least 0, top_k not None or an int of at least 0, top_p not None or
-        a number above 0 and at most 1, or seed not an int from 0 to 2^64 - 1.
+        If temperature is not a finite number of at least 0, top_k not None or an int of at least 0, top_p or min_p not
+        None or a number above 0 and at most 1, repetition_penalty not a finite number above 0, or seed not an int from
+        0 to 2^64 - 1.
     """
     if not _is_number(temperature) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}; expected a number of at least 0 (0 is greedy)")
     if top_k is not None and (not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or top_k < 0):
         raise ValueError(f"top_k is {top_k!r}; expected an int of at least 0 (0 or None is off)")
-    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
-        raise ValueError(f"top_p is {top_p!r}; expected a number above 0 and at most 1 (None is off)")
+    for name, share in (("top_p", top_p), ("min_p", min_p)):
+        if share is not None and (not _is_number(share) or not 0 < share <= 1):
+            raise ValueError(f"{name} is {share!r}; expected a number above 0 and at most 1 (None is off)")
+    if not _is_number(repetition_penalty) or not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty is {repetition_penalty!r}; expected a number above 0 (1 is off)")
     check_seed(seed)
 
 
@@ -45,6 +54,9 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = 40,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seen: Sequence[int] = (),
     seed: int = 0,
     index: int = 0,
 ) -> int:
@@ -63,6 +75,13 @@ def sample(
     top_p : float, optional
         Of what top_k left, keep the fewest entries whose probabilities reach top_p, the one that crosses it included
         (Hugging Face's rule; OpenAI's code leaves that one out). None keeps all.
+    min_p : float, optional
+        Of what top_p left, keep the entries that are at least min_p times as probable as the likeliest. None keeps all.
+    repetition_penalty : float
+        Divides the positive logits of the tokens in seen, and multiplies the negative ones: above 1 they become less
+        likely, 1 changes nothing. Greedy choice is changed too.
+    seen : ints
+        The token ids of the text so far, the prompt included.
     seed, index : int
         Name the random stream: the seed, and which of several samples of one text this is.
 
@@ -90,14 +109,28 @@ def sample(
             f"the logits hold a NaN or an infinity (the largest is {largest}): the model's weights do, or its dtype "
             f"overflowed (float32 may not)"
         )
+    if repetition_penalty != 1 and len(seen):
+        x = penalised(x, seen, repetition_penalty)
     if temperature == 0:
         return int(np.argmax(x))
-    kept, scaled = survivors(x, temperature, top_k, top_p)
+    kept, scaled = survivors(x, temperature, top_k, top_p, min_p)
     return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, seed, index))])
 
 
+def penalised(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:
+    """Return the logits with those of the tokens in seen made less likely, however often they occur.
+
+    Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation", 2019, with the rule for
+    negative logits that is in use since: to divide one would raise it.
+    """
+    x = logits.copy()
+    ids = np.unique(seen)
+    x[ids] = np.where(x[ids] > 0, x[ids] / penalty, x[ids] * penalty)
+    return x
+
+
 def survivors(
-    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids that the filters keep, ascending, and their logits over the temperature, the largest of them 0."""
     kept = np.arange(logits.size)
@@ -108,6 +141,9 @@ def survivors(
     if top_p is not None and top_p < 1:
         nucleus = _nucleus(scaled, top_p)
         kept, scaled = kept[nucleus], scaled[nucleus]
+    if min_p is not None:
+        likely = np.exp(scaled) >= min_p
+        kept, scaled = kept[likely], scaled[likely]
     return kept, scaled
 
 

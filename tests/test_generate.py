@@ -104,7 +104,7 @@ def test_a_text_may_be_read_in_pieces(model, backend):
     truth, error = truth_and_error(WEIGHTS, np.asarray([text]), CONFIG)
     cache, start = pg.new_cache(model.params, CONFIG, capacity=66), 0
     for n in (30, 34, 2):
-        logits, cache = model._decoder.read(text[start : start + n], cache)
+        logits, cache = model._decoder.read([text[start : start + n]], cache)
         start += n
         assert abs(logits - truth[0, start - 1]).max() <= 4 * error
     assert cache["position"] == 66

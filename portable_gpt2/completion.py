@@ -1,0 +1,78 @@
+"""From drawn tokens to text: whole characters, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt.
+
+    Parameters
+    ----------
+    prompt : str
+        The prompt.
+    text : str
+        The continuation only.
+    tokens : list of int
+        The ids that were drawn, without the one of ``stop`` that ended them.
+    index : int
+        Which of several samples of the prompt it is, from 0.
+    finish_reason : str
+        ``stop`` if it ended by itself, ``length`` if max_new_tokens did it.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    index: int
+    finish_reason: str
+
+
+class Reader:
+    """The text of tokens that come one by one.
+
+    Of what was read, `read` returns what is certain: a character that is split over tokens, and what may be the
+    beginning of a stop string, are held back. The text ends before the stop string that is complete first.
+
+    Parameters
+    ----------
+    decode : callable
+        A `Tokenizer.decoder`.
+    stops : strs
+        Strings that end the text and are not part of it.
+
+    Attributes
+    ----------
+    ended : bool
+        Whether a stop string was read. There is no more text then.
+
+    Examples
+    --------
+    >>> from portable_gpt2.completion import Reader
+    >>> words = {0: "one t", 1: "wo", 2: " three"}
+    >>> reader = Reader(lambda token: "" if token is None else words[token], ["two"])
+    >>> [reader.read(token) for token in (0, 1)], reader.ended
+    (['one ', ''], True)
+    """
+
+    def __init__(self, decode: Callable[[int | None], str], stops: Sequence[str] = ()) -> None:
+        self._decode, self._stops, self._held, self.ended = decode, stops, "", False
+
+    def read(self, token: int | None) -> str:
+        """Return the text that is certain after one more token; None, after the last, gives what is left."""
+        text = self._held + self._decode(token)
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            self.ended, self._held = True, ""
+            return text[: min(found)[1]]
+        certain = len(text) if token is None else len(text) - max(map(self._begun(text), self._stops), default=0)
+        self._held = text[certain:]
+        return text[:certain]
+
+    @staticmethod
+    def _begun(text: str) -> Callable[[str], int]:
+        """Return how many characters at the end of the text may be the beginning of a stop string."""
+        return lambda stop: next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,97 @@
+"""How likely a model finds a text: log-probabilities of its tokens, accumulated in float64 on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+_ROWS = 64  # of logits that are widened at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """The log-probability of each token of a text, given those before it.
+
+    Parameters
+    ----------
+    tokens : list of int
+        The text's token ids.
+    log_probs : float64 array [len(tokens)]
+        Natural logarithms. The first is NaN unless the text was scored as the beginning of a document: nothing comes
+        before it.
+    n_bytes : int
+        How many bytes of UTF-8 the tokens that have a log-probability stand for.
+    """
+
+    tokens: list[int]
+    log_probs: np.ndarray
+    n_bytes: int
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens have a log-probability."""
+        return int(np.count_nonzero(~np.isnan(self.log_probs)))
+
+    @property
+    def total(self) -> float:
+        """The sum of the log-probabilities."""
+        return math.fsum(self.log_probs[~np.isnan(self.log_probs)])
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of minus the mean log-probability of a token; NaN if none has one."""
+        return _perplexity(self.total, self.n_tokens)
+
+    @property
+    def byte_perplexity(self) -> float:
+        """The exponential of minus the mean log-probability of a byte, which compares models across tokenizers."""
+        return _perplexity(self.total, self.n_bytes)
+
+
+def _perplexity(total: float, n: int) -> float:
+    return math.exp(-total / n) if n else math.nan
+
+
+def windows(n: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, first, end): what a model of n_ctx positions reads of n tokens, and from where on it scores them.
+
+    Each window starts stride tokens after the one before it, and scores what that one has not read. So every token is
+    conditioned on all tokens before it or, from the second window on, on at least n_ctx - stride of them.
+
+    Examples
+    --------
+    >>> from portable_gpt2.score import windows
+    >>> list(windows(10, n_ctx=6, stride=3))
+    [(0, 1, 6), (3, 6, 9), (6, 9, 10)]
+    """
+    start, first = 0, 1
+    while first < n:
+        end = min(start + n_ctx, n)
+        yield start, first, end
+        start, first = start + stride, end
+
+
+def log_probs(logits_of: Callable[[list[int]], np.ndarray], tokens: list[int], n_ctx: int, stride: int) -> np.ndarray:
+    """Return the log-probability of each token given those before it, float64 [len(tokens)]; the first is NaN.
+
+    Parameters
+    ----------
+    logits_of : callable
+        From at most n_ctx tokens to their logits [seq, n_vocab] on the host.
+    tokens : list of int
+        The text.
+    n_ctx, stride : int
+        See `windows`; stride is from 1 to n_ctx - 1.
+    """
+    found = np.full(len(tokens), math.nan)
+    for start, first, end in windows(len(tokens), n_ctx, stride):
+        logits = logits_of(tokens[start:end])
+        for i in range(first, end, _ROWS):
+            j = min(i + _ROWS, end)
+            rows = logits[i - 1 - start : j - 1 - start].astype(np.float64)
+            rows -= rows.max(axis=-1, keepdims=True)
+            found[i:j] = rows[np.arange(j - i), tokens[i:j]] - np.log(np.exp(rows).sum(axis=-1))
+    return found
