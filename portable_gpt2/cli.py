@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
+import json
+import math
 import os
 import secrets
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from .backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends
+from .backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
+from .completion import Completion
 from .gpt2 import GPT2
 
 USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
@@ -26,27 +31,66 @@ def _number_or_off(text: str) -> float | None:
     return None if text == "off" else float(text)
 
 
+def _index_or_all(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="portable-gpt2", description="GPT-2, written once, on the array framework of your choice.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     generate = commands.add_parser(
         "generate",
-        help="continue a text",
-        description="Write a prompt and its continuation to stdout, as it is drawn.",
+        help="continue a text, or several",
+        description="Write a prompt and its continuation to stdout, as it is drawn; of several, one after the other. "
+        "Without a prompt the text starts from <|endoftext|>.",
     )
     add = generate.add_argument
-    add("prompt", help="the text to continue")
-    add("--model", required=True, metavar="DIR", help="a checkpoint: config.json, model.safetensors, vocab.json ...")
-    add("--backend", metavar="NAME", help="what computes (default: $PORTABLE_GPT2_BACKEND, else numpy)")
-    add("--device", help="where: cpu, cuda, cuda:1 ... (default: the framework's)")
-    add("--dtype", help="float32 (default), float64, bfloat16, float16")
+    add("prompt", nargs="*", help="a text to continue")
+    add("--prompt-file", action="append", default=[], metavar="FILE", help="a file to continue, whole; - is stdin")
+    _add_model(generate)
     add("-n", "--max-new-tokens", type=int, default=100, metavar="N", help="draw at most N tokens (default: 100)")
     add("--temperature", type=float, default=1.0, metavar="T", help="divide the logits by T; 0 is greedy (default: 1)")
     add("--top-k", type=int, default=40, metavar="K", help="draw from the K likeliest; 0 is off (default: 40)")
     add("--top-p", type=_number_or_off, metavar="P", help="draw from the fewest that reach P together (default: off)")
+    add("--min-p", type=_number_or_off, metavar="P", help="and are P times as likely as the likeliest (default: off)")
+    add(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="make what was used less likely (default: 1)"
+    )
     add("--seed", type=int, help="the same seed draws the same text on every backend (default: one is drawn)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given several times")
+    add("--num-samples", type=int, default=1, metavar="N", help="continue each prompt N times (default: 1)")
+    add("--batch-size", type=int, default=8, metavar="N", help="compute N texts at a time (default: 8)")
+    add("--sliding", action="store_true", help="go on from the last half of the context where it is full")
+    add("--allow-special", action="store_true", help="let <|endoftext|> in a prompt be the special token")
+    add("--json", action="store_true", help="write a JSON object a text, one on each line")
     generate.set_defaults(run=_generate)
+
+    score = commands.add_parser(
+        "score",
+        help="say how likely a model finds a text",
+        description="Write the log-probability and the perplexity of texts.",
+    )
+    add = score.add_argument
+    add("file", nargs="+", help="a text, in UTF-8; - is stdin")
+    _add_model(score)
+    add("--stride", type=int, metavar="N", help="move the window by N tokens (default: half of the context)")
+    add("--bos", action="store_true", help="put <|endoftext|> before each text, and score its first token too")
+    add("--json", action="store_true", help="write a JSON object a text, with each token's log-probability")
+    score.set_defaults(run=_score)
+
+    attend = commands.add_parser(
+        "attend",
+        help="draw what attention looks at",
+        description="Draw the attention weights of a text: rows look at columns.",
+    )
+    add = attend.add_argument
+    add("text", help="a text")
+    _add_model(attend)
+    add("--layer", type=_index_or_all, default="all", metavar="N", help="a layer, from 0, or all (default)")
+    add("--head", type=_index_or_all, default="all", metavar="N", help="a head, from 0, or all (default)")
+    add("-o", "--output", required=True, metavar="FILE", help="what to write: attention.png, .svg, .pdf ...")
+    attend.set_defaults(run=_attend)
 
     backends = commands.add_parser("backends", help="list the array frameworks and their devices")
     backends.set_defaults(run=_backends)
@@ -66,40 +110,126 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush would complain
         return PIPE_CLOSED
-    except (ValueError, TypeError, OSError, BackendNotInstalled) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"portable-gpt2: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    model = GPT2.load(
+def _add_model(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", required=True, metavar="DIR", help="a checkpoint: config.json, model.safetensors, vocab.json ...")
+    add("--backend", metavar="NAME", help="what computes (default: $PORTABLE_GPT2_BACKEND, else numpy)")
+    add("--device", help="where: cpu, cuda, cuda:1 ... (default: the framework's)")
+    add("--dtype", help="float32 (default), float64, bfloat16, float16")
+
+
+def _load(arguments: argparse.Namespace) -> GPT2:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console of few characters must not end the text
+    return GPT2.load(
         arguments.model,
         backend=arguments.backend,
         device=arguments.device,
         dtype=arguments.dtype,
         progress=_progress,
     )
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompts = [*arguments.prompt, *map(_read, arguments.prompt_file)] or [""]
+    model = _load(arguments)
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
-    pieces = model.stream(
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=seed,
-    )
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console of few characters must not end the text
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "sliding")
+    options = {name: getattr(arguments, name) for name in (*names, "allow_special")}
+    alone = len(prompts) == arguments.num_samples == 1 and not arguments.json
+    if alone:
+        pieces = model.stream(prompts[0], seed=seed, **options)
+    else:
+        many = {"num_samples": arguments.num_samples, "batch_size": arguments.batch_size}
+        completions = model.complete(prompts, seed=seed, **many, **options)
     print(f"{model!r}, seed {seed}", file=sys.stderr, flush=True)
-    _write(arguments.prompt)
-    start, drawn = time.perf_counter(), 0
-    for drawn, piece in enumerate(pieces, 1):  # noqa: B007 - counted for the last line
-        _write(piece)
+    start = time.perf_counter()
+    if alone:
+        _write(prompts[0])
+        drawn = 0
+        for drawn, piece in enumerate(pieces, 1):  # noqa: B007 - counted for the last line
+            _write(piece)
+        drawn = min(drawn, arguments.max_new_tokens)  # a text that ends within a character has a piece more
+        _write("\n")
+    else:
+        drawn = _write_all(completions, arguments, seed)
     seconds = time.perf_counter() - start
-    drawn = min(drawn, arguments.max_new_tokens)  # a text that ends within a character has a piece more
-    _write("\n")
     print(f"{drawn} tokens in {seconds:.2f} s, {drawn / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+def _write_all(completions: Iterable[Completion], arguments: argparse.Namespace, seed: int) -> int:
+    """Write texts as they are complete; return how many tokens they have."""
+    drawn = 0
+    for i, completion in enumerate(completions):
+        drawn += len(completion.tokens)
+        if arguments.json:
+            _write(json.dumps({**dataclasses.asdict(completion), "seed": seed}, ensure_ascii=False) + "\n")
+        else:
+            which = f"prompt {i // arguments.num_samples + 1}, sample {completion.index + 1}"
+            _write(f"{'=' * 20} {which} {'=' * 20}\n{completion.prompt}{completion.text}\n")
+    return drawn
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    texts = {name: _read(name) for name in arguments.file}
+    model = _load(arguments)
+    print(f"{model!r}", file=sys.stderr, flush=True)
+    for name, text in texts.items():
+        score = model.score(text, stride=arguments.stride, bos=arguments.bos)
+        if arguments.json:
+            log_probs = [None if math.isnan(p) else p for p in score.log_probs.tolist()]
+            entries = {"tokens": score.tokens, "log_probs": log_probs, "total": score.total, "n_bytes": score.n_bytes}
+            perplexities = {"perplexity": score.perplexity, "byte_perplexity": score.byte_perplexity}
+            known = {key: None if math.isnan(value) else value for key, value in perplexities.items()}
+            _write(json.dumps({"file": name, **entries, **known}, ensure_ascii=False) + "\n")
+        else:
+            _write(
+                f"{name}: perplexity {score.perplexity:.4f} per token, {score.byte_perplexity:.4f} per byte; "
+                f"log-probability {score.total:.4f} of {score.n_tokens} tokens, {score.n_bytes} bytes\n"
+            )
+    return 0
+
+
+def _attend(arguments: argparse.Namespace) -> int:
+    from . import plot
+
+    model = _load(arguments)
+    chosen = {}
+    for name, n in (("layer", model.config.n_layer), ("head", model.config.n_head)):
+        index = getattr(arguments, name)
+        if index != "all" and not 0 <= index < n:
+            raise ValueError(f"there is no {name} {index}; the model has {n}, from 0")
+        chosen[name] = range(n) if index == "all" else [index]
+    ids = model.tokenizer.encode(arguments.text) if model.tokenizer else []
+    traced = model.trace(arguments.text)
+    maps = {
+        f"layer {i}, head {j}": to_numpy(traced[f"h{i}/attn/weights"])[0, j]
+        for i in chosen["layer"]
+        for j in chosen["head"]
+    }
+    if len(maps) == 1:
+        ((name, weights),) = maps.items()
+        figure = plot.draw_attention(weights, [model.tokenizer.decode([token]) for token in ids], name)
+    else:
+        columns = len(chosen["head"]) if len(chosen["head"]) > 1 else math.isqrt(len(maps) - 1) + 1
+        figure = plot.draw_grid(maps, columns, arguments.text)
+    plot.save(figure, arguments.output)
+    print(f"wrote {arguments.output}", file=sys.stderr)
+    return 0
+
+
+def _read(file: str) -> str:
+    """Return the text of a file, or of stdin, as it is: no line ending is changed or removed."""
+    try:
+        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8: {error}") from error
 
 
 def _write(text: str) -> None:

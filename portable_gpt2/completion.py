@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+from .generate import Decoder, Text
+from .tokenizer import Tokenizer
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,58 @@ class Reader:
         self._held = text[certain:]
         return text[:certain]
 
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yield the text that each token makes certain, and what is left after the last, until the text has ended."""
+        for token in tokens:
+            yield self.read(token)
+            if self.ended:
+                return
+        if rest := self.read(None):
+            yield rest
+
     @staticmethod
     def _begun(text: str) -> Callable[[str], int]:
         """Return how many characters at the end of the text may be the beginning of a stop string."""
         return lambda stop: next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Row(NamedTuple):
+    """One text that is to be completed: its prompt, as text and as ids, and which of several samples it is."""
+
+    prompt: str
+    ids: list[int]
+    index: int
+
+
+def complete(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    ends: set[int],
+    stops: Sequence[str],
+    options: dict[str, Any],
+) -> Iterator[Completion]:
+    """Complete a batch; each row ends by itself, at a token of ends or before a string of stops."""
+    texts = [Text(list(row.ids), row.index) for row in rows]
+    readers = {text: Reader(tokenizer.decoder(), stops) for text in texts}
+    written: dict[Text, list[str]] = {text: [] for text in texts}
+    for text in decoder.stream(texts, max_new_tokens, **options):
+        if text.tokens[-1] in ends:
+            text.tokens.pop()
+            text.ended = True
+        else:
+            written[text].append(readers[text].read(text.tokens[-1]))
+            text.ended = readers[text].ended
+    for text, row in zip(texts, rows, strict=True):
+        if not readers[text].ended:
+            written[text].append(readers[text].read(None))
+        reason = "stop" if text.ended or readers[text].ended else "length"
+        yield Completion(row.prompt, "".join(written[text]), text.tokens[len(row.ids) :], row.index, reason)
+
+
+def batched(items: Iterable[_T], n: int) -> Iterator[list[_T]]:
+    """Yield lists of n items, the last of what is left."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, n)):
+        yield batch

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from typing import Any, overload
 
 import numpy as np
 
 from .backend import Backend, backend_of, get_backend
 from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from .completion import Completion, Reader
+from .checks import check_drawing, check_ids, check_length, check_params, check_room, check_stop, is_int
+from .completion import Completion, Reader, Row, batched, complete
 from .config import GPT2Config
 from .generate import Decoder, Text, padded_length
 from .model import gpt2
-from .params import Params, flatten, nest, shapes
-from .sampling import check_options
+from .params import Params, flatten, nest
 from .score import Score, log_probs
 from .tokenizer import Tokenizer
 
@@ -58,7 +57,7 @@ class GPT2:
     """
 
     def __init__(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
-        _check_params(params, config)
+        check_params(params, config)
         self.config, self.tokenizer = config, tokenizer
         self.backend: Backend = backend_of(params["wte"])
         self.device = self.backend.device(params["wte"])
@@ -158,9 +157,9 @@ class GPT2:
         ValueError
             If they are not of two axes, one is not in the vocabulary, or there are more than n_ctx in a row.
         """
-        tokens = self._check_ids(token_ids, axes=2)
+        tokens = check_ids(token_ids, self.config, axes=2)
         _, seq = tokens.shape
-        self._check_length(seq)
+        check_length(seq, self.config)
         padding = padded_length(seq, self.config.n_ctx) - seq if self.backend.recompiles else 0
         padded = np.pad(tokens, ((0, 0), (0, padding)))  # no token sees those behind it
         with self.backend.on(self._device):
@@ -208,14 +207,14 @@ class GPT2:
             If an id is not in the vocabulary, an option makes no sense, or the whole would not fit into n_ctx.
             All is checked at the call, before anything is computed.
         """
-        prompt = self._check_ids(ids, axes=1).tolist()
-        ends, strings = self._check_stop(stop)
+        prompt = check_ids(ids, self.config, axes=1).tolist()
+        ends, strings = check_stop(stop, self.config)
         if strings:
             raise TypeError(f"stop names {strings[0]!r}; expected token ids (stream and generate take strings)")
-        self._check_room([prompt], max_new_tokens, sliding)
-        options = _drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        check_room([prompt], max_new_tokens, self.config, sliding)
+        options = check_drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         drawn = self._decoder.stream([Text(prompt)], max_new_tokens, **options)
-        return _until((text.tokens[-1] for text in drawn), ends)
+        return takewhile(lambda token: token not in ends, (text.tokens[-1] for text in drawn))
 
     def stream(
         self,
@@ -249,9 +248,9 @@ class GPT2:
         """
         tokenizer = self._require_tokenizer()
         ids = self._prompt_ids(prompt, allow_special)
-        ends, strings = self._check_stop(stop)
+        ends, strings = check_stop(stop, self.config)
         drawn = self.stream_ids(ids, stop=ends | self._end_of_text(), **options)
-        return _pieces(Reader(tokenizer.decoder(), strings), drawn)
+        return Reader(tokenizer.decoder(), strings).pieces(drawn)
 
     def complete(
         self,
@@ -298,49 +297,25 @@ class GPT2:
         TypeError, ValueError
             As for `stream`. All prompts are checked at the call, before anything is computed.
         """
-        self._require_tokenizer()
+        tokenizer = self._require_tokenizer()
         if isinstance(prompts, str):
             raise TypeError(f"prompts is the text {prompts[:40]!r}; expected several, such as a list of one")
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if not _is_int(value) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected an int of at least 1")
         prompts = list(prompts)
         ids = [self._prompt_ids(prompt, allow_special) for prompt in prompts]
-        ends, strings = self._check_stop(stop)
-        self._check_room(ids, max_new_tokens, sliding)
-        options = _drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        rows = [(p, t, k) for p, t in zip(prompts, ids, strict=True) for k in range(num_samples)]
+        ends, strings = check_stop(stop, self.config)
+        check_room(ids, max_new_tokens, self.config, sliding)
+        options = check_drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        rows = [Row(p, t, k) for p, t in zip(prompts, ids, strict=True) for k in range(num_samples)]
         # Where the window slides, the longest text would cut the others: only those of one length go together.
-        groups = groupby(rows, key=lambda row: len(row[1]) if sliding else 0)
-        batches = [batch for _, group in groups for batch in _batched(list(group), batch_size)]
+        groups = groupby(rows, key=lambda row: len(row.ids) if sliding else 0)
+        batches = (batch for _, group in groups for batch in batched(group, batch_size))
+        ends |= self._end_of_text()
         return chain.from_iterable(
-            self._complete(batch, max_new_tokens, ends | self._end_of_text(), strings, options) for batch in batches
+            complete(self._decoder, tokenizer, batch, max_new_tokens, ends, strings, options) for batch in batches
         )
-
-    def _complete(
-        self,
-        rows: list[tuple[str, list[int], int]],
-        max_new_tokens: int,
-        ends: set[int],
-        stops: list[str],
-        options: Any,
-    ) -> Iterator[Completion]:
-        tokenizer = self._require_tokenizer()
-        texts = [Text(list(ids), index) for _, ids, index in rows]
-        written = {text: (Reader(tokenizer.decoder(), stops), []) for text in texts}
-        for text in self._decoder.stream(texts, max_new_tokens, **options):
-            reader, pieces = written[text]
-            if text.tokens[-1] in ends:
-                text.tokens.pop()
-                text.ended = True
-            else:
-                pieces.append(reader.read(text.tokens[-1]))
-                text.ended = reader.ended
-        for text, (prompt, ids, index) in zip(texts, rows, strict=True):
-            reader, pieces = written[text]
-            rest = "" if reader.ended else reader.read(None)
-            reason = "stop" if text.ended or reader.ended else "length"
-            yield Completion(prompt, "".join(pieces) + rest, text.tokens[len(ids) :], index, reason)
 
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
@@ -354,9 +329,9 @@ class GPT2:
         The options are those of `complete`, which draws several samples of each prompt as well; `stream` gives the text
         as it comes.
         """
-        if isinstance(prompt, str):
-            return "".join(self.stream(prompt, **options))
-        return [completion.text for completion in self.complete(prompt, **options)]
+        if isinstance(prompt, list):
+            return [completion.text for completion in self.complete(prompt, **options)]
+        return "".join(self.stream(prompt, **options))
 
     def score(self, texts: str | Iterable[str], *, stride: int | None = None, bos: bool = False) -> Score | list[Score]:
         """Return the log-probability of every token of a text given those before it; of several texts, a list.
@@ -402,10 +377,10 @@ class GPT2:
         """
         n_ctx = self.config.n_ctx
         stride = n_ctx // 2 if stride is None else stride
-        if not _is_int(stride) or not 1 <= stride < n_ctx:
+        if not is_int(stride) or not 1 <= stride < n_ctx:
             raise ValueError(f"stride is {stride!r}; expected an int from 1 to n_ctx - 1 = {n_ctx - 1}")
-        tokens = [] if isinstance(ids, list) and not ids else self._check_ids(ids, axes=1).tolist()
-        start = [self._start()] if bos else []
+        tokens = [] if isinstance(ids, list) and not ids else check_ids(ids, self.config, axes=1).tolist()
+        start = [self._start("bos was asked for")] if bos else []
 
         def logits_of(window: list[int]) -> np.ndarray:
             return self.backend.to_numpy(self.logits([window]))[0]
@@ -445,8 +420,8 @@ class GPT2:
         (1, 2, 3, 3)
         """
         ids = self._require_tokenizer().encode(text) if isinstance(text, str) else text
-        tokens = self._check_ids(ids, axes=1)[None]
-        self._check_length(tokens.shape[1])
+        tokens = check_ids(ids, self.config, axes=1)[None]
+        check_length(tokens.shape[1], self.config)
         found: dict[str, Any] = {}
         with self.backend.on(self._device):
             tokens = self.backend.from_numpy(tokens, device=self._device)
@@ -467,122 +442,12 @@ class GPT2:
         end = self.config.eos_token_id if known is None else known
         return set() if end is None else {end}
 
-    def _start(self) -> int:
+    def _start(self, why: str) -> int:
         """Return the id that a text starts from where nothing comes before it."""
         for end in self._end_of_text():
             return end
-        raise ValueError("the vocabulary has no <|endoftext|> to start from; give a text that is not empty")
+        raise ValueError(f"{why}, and the vocabulary has no <|endoftext|> to start from")
 
     def _prompt_ids(self, prompt: str, allow_special: bool) -> list[int]:
-        return self._require_tokenizer().encode(prompt, allow_special=allow_special) or [self._start()]
-
-    def _check_length(self, seq: int) -> None:
-        if seq > self.config.n_ctx:
-            raise ValueError(f"{seq} tokens were given; the model has n_ctx = {self.config.n_ctx} positions")
-
-    def _check_room(self, prompts: list[list[int]], max_new_tokens: int, sliding: bool) -> None:
-        """Refuse prompts that do not fit into the context together with what is to be drawn."""
-        n_ctx = self.config.n_ctx
-        if not _is_int(max_new_tokens) or max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected an int of at least 0")
-        if sliding:
-            if n_ctx < 2:
-                raise ValueError("sliding needs a context of two tokens at least; the model has n_ctx = 1")
-            return
-        longest = max(map(len, prompts), default=0)
-        if longest + max_new_tokens > n_ctx:
-            room = n_ctx - longest
-            advice = f"give at most {room}" if room > 0 else "shorten the prompt"
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} do not fit into "
-                f"n_ctx = {n_ctx}: {advice}, or let the window slide (sliding=True)"
-            )
-
-    def _check_ids(self, given: Any, axes: int) -> np.ndarray:
-        """Return token ids from outside as int32 [seq] or [batch, seq] on the host."""
-        expected = "[seq]" if axes == 1 else "[batch, seq]"
-        try:
-            ids = np.asarray(given if isinstance(given, list | tuple | range) else backend_of(given).to_numpy(given))
-        except ValueError as error:
-            raise ValueError(f"token ids are ragged; expected int {expected}, rows of equal length") from error
-        except TypeError as error:
-            raise TypeError(
-                f"token ids are of type {type(given).__name__}; expected int {expected}, as a list or an array"
-            ) from error
-        if ids.ndim != axes or 0 in ids.shape:
-            raise ValueError(f"token ids have shape {list(ids.shape)}; expected int {expected}, none of them 0")
-        if ids.dtype.kind not in "iu":
-            raise TypeError(f"token ids have dtype {ids.dtype}; expected integers")
-        if ids.min() < 0 or ids.max() >= self.config.n_vocab:
-            bad = ids[(ids < 0) | (ids >= self.config.n_vocab)][0]
-            raise ValueError(f"token id {bad} is not in the vocabulary, which has ids 0 to {self.config.n_vocab - 1}")
-        return ids.astype(np.int32)
-
-    def _check_stop(self, stop: str | int | Iterable[str | int] | None) -> tuple[set[int], list[str]]:
-        """Return the token ids and the strings that end a text."""
-        ends: set[int] = set()
-        strings: list[str] = []
-        given = [] if stop is None else [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else stop
-        for each in given:
-            if isinstance(each, str):
-                if not each:
-                    raise ValueError("stop names an empty string, which every text begins with")
-                strings.append(each)
-            elif not _is_int(each):
-                raise TypeError(f"stop names {each!r}; expected token ids or strings")
-            elif not 0 <= each < self.config.n_vocab:
-                raise ValueError(f"stop names {each}, which is not in the vocabulary of {self.config.n_vocab}")
-            else:
-                ends.add(int(each))
-        return ends, strings
-
-
-def _check_params(params: Params, config: GPT2Config) -> None:
-    """Refuse parameters of another model: one block too many or too few would compute something else in silence."""
-    expected, found = shapes(config), dict(flatten(params))
-    for verb, paths in (("lack", expected.keys() - found.keys()), ("hold", found.keys() - expected.keys())):
-        if paths:
-            raise ValueError(f"the parameters {verb} {', '.join(sorted(paths)[:3])}; config says {config}")
-    for path, x in found.items():
-        if (shape := backend_of(x).shape(x)) != expected[path]:
-            raise ValueError(f"{path} has shape {list(shape)}; config makes it {list(expected[path])}")
-
-
-def _is_int(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
-def _until(tokens: Iterator[int], ends: set[int]) -> Iterator[int]:
-    for token in tokens:
-        if token in ends:
-            return
-        yield token
-
-
-def _pieces(reader: Reader, tokens: Iterator[int]) -> Iterator[str]:
-    for token in tokens:
-        yield reader.read(token)
-        if reader.ended:
-            return
-    if rest := reader.read(None):
-        yield rest
-
-
-def _batched(rows: list[Any], n: int) -> Iterator[list[Any]]:
-    return (rows[i : i + n] for i in range(0, len(rows), n))
-
-
-def _drawing(
-    temperature: Any, top_k: Any, top_p: Any, min_p: Any, repetition_penalty: Any, seed: int | None
-) -> dict[str, Any]:
-    """Return the options of `sampling.sample`, checked, with a seed."""
-    options = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": secrets.randbits(63) if seed is None else seed,
-    }
-    check_options(**options)
-    return options
+        ids = self._require_tokenizer().encode(prompt, allow_special=allow_special)
+        return ids or [self._start("the prompt is empty")]

@@ -124,7 +124,7 @@ def penalised(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.nda
     negative logits that is in use since: to divide one would raise it.
     """
     x = logits.copy()
-    ids = np.unique(seen)
+    ids = np.unique(np.asarray(seen, np.int64))
     x[ids] = np.where(x[ids] > 0, x[ids] / penalty, x[ids] * penalty)
     return x
 

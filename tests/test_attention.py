@@ -78,6 +78,18 @@ def test_attention_is_within_its_error_bound(backend, dtype, data):
         assert bounds.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
 
 
+@given(data=st.data())
+def test_attention_weights_are_within_their_error_bound(backend, dtype, data):
+    """Catches weights that are not those of attention, of which they are the result for the identity as values."""
+    q, k, _, mask, scale = data.draw(heads(dtype))
+    keys = k.shape[-2]
+    identity = np.broadcast_to(np.eye(keys, dtype=k.dtype), (*k.shape[:-2], keys, keys))
+    expected = bound(q, k, identity, mask, backend, scale=scale)
+    for form, op in bounds.forms(pg.attention_weights, backend).items():
+        computed = bounds.compute(op, backend, q, k, mask, scale=scale)
+        assert bounds.assert_within(expected, computed, "attention_weights", backend, dtype, form) <= 1
+
+
 def test_the_bound_of_attention_is_tight(backend, dtype):
     """Catches a bound that would admit anything, and compilers that change what is computed; the scale is 1/sqrt(d)."""
     random = np.random.default_rng(1)

@@ -188,10 +188,14 @@ def test_a_console_of_few_characters_does_not_end_the_text(process):
 IT = ["--model", "it"]
 WRONG = [  # what follows `generate`, and what the message says
     (["x"], "the following arguments are required: --model"),
-    (IT, "the following arguments are required: prompt"),
     (["x", "--model"], "argument --model: expected one argument"),
     (["x", *IT, "--frobnicate"], "unrecognized arguments: --frobnicate"),
-    (["x", "y", *IT], "unrecognized arguments: y"),
+    (["x", *IT, "--prompt-file", "nowhere.txt"], "nowhere.txt"),
+    (["x", *IT, "-n", "3", "--stop", ""], "stop names an empty string"),
+    (["x", *IT, "-n", "3", "--num-samples", "0"], "num_samples is 0; expected an int of at least 1"),
+    (["x", *IT, "-n", "3", "--json", "--batch-size", "0"], "batch_size is 0; expected an int of at least 1"),
+    (["x", *IT, "-n", "3", "--min-p", "2"], "min_p is 2.0; expected a number above 0 and at most 1 (None is off)"),
+    (["x", *IT, "-n", "3", "--repetition-penalty", "0"], "repetition_penalty is 0.0; expected a number above 0"),
     (["x", "--model", "nowhere"], "nowhere: no such directory; give one that holds config.json and model.safetensors"),
     (["x", "--model", "."], "config.json: no such file; a checkpoint holds config.json and model.safetensors"),
     (["x", "--model", "nameless"], "the model has no tokenizer: its checkpoint had no vocab.json and merges.txt"),

@@ -79,6 +79,12 @@ SHAPES = {
     "k_is_a_vector": Bad("attention", [f(3, 5), f(5), f(5)], ["k has shape [5]", "[*batch, keys, d]"]),
     "v_is_a_vector": Bad("attention", [f(3, 5), f(4, 5), f(5)], ["v has shape [5]", "[*batch, keys, dv]"]),
     "q_is_a_scalar": Bad("attention", [f(), f(), f()], ["q has shape []", "[*batch, queries, d]"]),
+    "weights_of_another_size": Bad(
+        "attention_weights", [f(2, 3, 5), f(2, 3, 4)], ["k has shape [2, 3, 4]", "d = 5 from q"]
+    ),
+    "weights_of_a_larger_mask": Bad(
+        "attention_weights", [f(1, 3, 5), f(1, 3, 5), b(4, 3, 3)], ["mask has shape [4, 3, 3]", "[1]"]
+    ),
     "mask_of_another_length": Bad(
         "attention", [*[f(2, 3, 5)] * 3, b(3, 4)], ["mask has shape [3, 4]", "keys = 3 from k of shape [2, 3, 5]"]
     ),

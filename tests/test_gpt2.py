@@ -66,6 +66,7 @@ def test_without_a_seed_each_text_is_another(model):
 def test_the_defaults_are_those_that_are_documented(model):
     """Catches a default that drifts: it would change the text of everybody who names a seed and nothing else."""
     defaults = {"max_new_tokens": 100, "temperature": 1.0, "top_k": 40, "top_p": None, "seed": None, "stop": None}
+    defaults |= {"min_p": None, "repetition_penalty": 1.0, "sliding": False}
     parameters = inspect.signature(pg.GPT2.stream_ids).parameters.values()
     assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == defaults
     explicit = model.generate("To be", **{**defaults, "seed": 7, "max_new_tokens": 30})
@@ -271,9 +272,10 @@ BAD_OPTIONS = [
     ({"seed": "7"}, ValueError, "seed is '7'; expected an int from 0 to 2**64 - 1"),
     ({"stop": 384}, ValueError, "stop names 384, which is not in the vocabulary of 384"),
     ({"stop": [-1]}, ValueError, "stop names -1, which is not in the vocabulary of 384"),
-    ({"stop": "."}, TypeError, "stop names '.'; expected token ids"),
     ({"stop": 1.5}, TypeError, "stop names 1.5; expected token ids"),
     ({"stop": [True]}, TypeError, "stop names True; expected token ids"),
+    ({"min_p": 0}, ValueError, "min_p is 0; expected a number above 0 and at most 1 (None is off)"),
+    ({"repetition_penalty": 0}, ValueError, "repetition_penalty is 0; expected a number above 0 (1 is off)"),
     ({"temprature": 1.0}, TypeError, "temprature"),
 ]
 
@@ -304,7 +306,7 @@ def test_an_option_that_makes_no_sense_is_refused_at_the_call(model, options, er
     [
         (b"To be", TypeError, "expected text as a str; got bytes"),
         (None, TypeError, "expected text as a str; got NoneType"),
-        ([1, 2], TypeError, "expected text as a str; got list"),
+        ((1, 2), TypeError, "expected text as a str; got tuple"),
         ("a\ud800", ValueError, "lone surrogate"),
     ],
 )

@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
-from portable_gpt2.sampling import survivors  # noqa: E402 - after what may skip this file
+from portable_gpt2.sampling import penalised, survivors  # noqa: E402 - after what may skip this file
 
 
-def kept_by_transformers(x, temperature, top_k, top_p):
+def kept_by_transformers(x, temperature, top_k, top_p, min_p=None):
     """Return the ids that its processors leave, in the order in which its generate applies them."""
     scores = torch.from_numpy(x)[None]
     for process in (
         transformers.TemperatureLogitsWarper(temperature),
         transformers.TopKLogitsWarper(top_k) if top_k else None,
         transformers.TopPLogitsWarper(top_p) if top_p else None,
+        transformers.MinPLogitsWarper(min_p) if min_p else None,
     ):
         scores = scores if process is None else process(None, scores)
     return np.flatnonzero(scores[0].numpy() > -math.inf)
@@ -60,7 +61,30 @@ def test_top_p_keeps_what_transformers_keeps(x, temperature, top_k, top_p):
         assert kept.tolist() == theirs.tolist()
 
 
-@pytest.mark.parametrize("options", [(1.0, 40, None), (0.8, 40, 0.9), (1.0, None, 0.95), (1.3, 1000, 0.999)])
+@given(logits, temperatures, top_ks, st.none() | st.floats(0.3, 0.99), st.floats(0.001, 0.99))
+def test_min_p_keeps_what_transformers_keeps(x, temperature, top_k, top_p, min_p):
+    """Catches another order of the filters, and a share of all instead of the largest probability."""
+    assume(distinct(x))
+    _, scaled = survivors(x, temperature, top_k, None)
+    sums = np.cumsum(np.sort(np.exp(scaled))[::-1])
+    assume(top_p is None or abs(sums / sums[-1] - top_p).min() > 1e-9)  # else it is a matter of rounding
+    assume(abs(np.exp(scaled) - min_p).min() > 1e-9)
+    kept, _ = survivors(x, temperature, top_k, top_p, min_p)
+    assert kept.tolist() == kept_by_transformers(x, temperature, top_k, top_p, min_p).tolist()
+
+
+@given(logits, st.floats(0.1, 10), st.data())
+def test_the_repetition_penalty_is_transformers_(x, penalty, data):
+    """Catches a rule for negative logits, or for tokens that occur twice, that is another one."""
+    seen = data.draw(st.lists(st.integers(0, x.size - 1), min_size=1, max_size=12))
+    process = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    theirs = process(torch.tensor([seen]), torch.from_numpy(x.copy())[None])[0].numpy()
+    np.testing.assert_array_equal(penalised(x, seen, penalty), theirs)
+
+
+@pytest.mark.parametrize(
+    "options", [(1.0, 40, None), (0.8, 40, 0.9), (1.0, None, 0.95), (1.3, 1000, 0.999), (1.0, None, None, 0.05)]
+)
 def test_the_whole_vocabulary_is_filtered_alike(options):
     """Catches sums that lose what matters over 50,257 entries."""
     x = 2.5 * np.random.default_rng(0).standard_normal(50257)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import portable_gpt2 as pg
-from portable_gpt2.sampling import check_options, gumbel, sample, survivors
+from portable_gpt2.sampling import check_options, gumbel, penalised, sample, survivors
 
 # The random stream
 
@@ -157,6 +157,40 @@ def test_top_p_includes_the_token_that_crosses_it():
         [0, 1, 2],
         [0, 1, 2],
     ]
+
+
+@given(rows_of_logits(), temperatures, top_ks, st.floats(0.001, 1))
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(x, temperature, top_k, p):
+    """Catches a share of 1 instead of the largest probability, and one that is taken before the temperature."""
+    before, scaled = survivors(x, temperature, top_k, None)
+    kept, _ = survivors(x, temperature, top_k, None, p)
+    probable = np.exp(scaled) / np.exp(scaled).sum()
+    far = abs(probable - p * probable.max()) > 1e-12 * probable.max()  # else it is a matter of rounding
+    expected = before[probable >= p * probable.max()]
+    assert set(before[far]) & set(kept) == set(before[far]) & set(expected)
+    assert int(np.argmax(x)) in kept
+
+
+@given(rows_of_logits(), st.floats(1, 20), st.data())
+def test_a_repetition_penalty_never_raises_a_seen_token(x, penalty, data):
+    """Catches a negative logit that is divided, a token that is punished twice, and others that are touched."""
+    seen = data.draw(st.lists(st.integers(0, x.size - 1), max_size=10))
+    before, y = x.copy(), penalised(x, seen, penalty)
+    np.testing.assert_array_equal(x, before)
+    others = np.setdiff1d(np.arange(x.size), seen)
+    np.testing.assert_array_equal(y[others], x[others])
+    assert (y <= x).all()
+    np.testing.assert_array_equal(y, penalised(x, [*seen, *seen], penalty))
+    if penalty > 1:
+        assert all(y[i] < x[i] for i in seen if np.isfinite(x[i]) and abs(x[i]) > 1e-300)
+
+
+def test_a_repetition_penalty_changes_the_greedy_choice_too():
+    """Catches a penalty that is applied after the greedy choice, or to no token of the prompt."""
+    x = np.asarray([1.0, 3.0, 2.5, -1.0])
+    assert sample(x, 9, temperature=0, repetition_penalty=1.5, seen=[1, 1, 3]) == 2
+    assert sample(x, 9, temperature=0, repetition_penalty=1.1, seen=[1, 1, 3]) == 1
+    assert sample(x, 9, temperature=0, repetition_penalty=1.5, seen=[]) == 1
 
 
 def test_filters_apply_in_openai_s_order():
@@ -410,12 +444,22 @@ BAD_OPTIONS = {
         [0, 0.0, -0.1, 1.0000001, 2, math.nan, "0.9", True, [0.9]],
         "expected a number above 0 and at most 1 (None is off)",
     ),
+    "min_p": (
+        [0, 0.0, -0.1, 1.0000001, 2, math.nan, "0.9", True, [0.9]],
+        "expected a number above 0 and at most 1 (None is off)",
+    ),
+    "repetition_penalty": (
+        [0, -1, math.nan, math.inf, "1.2", None, True],
+        "expected a number above 0 (1 is off)",
+    ),
     "seed": ([-1, 2**64, 1.0, math.nan, "7", None, True], "expected an int from 0 to 2**64 - 1"),
 }
 GOOD_OPTIONS = {
     "temperature": [0, 0.0, 1, 0.7, 1e-300, 1e300, np.float32(0.7), np.int64(1)],
     "top_k": [None, 0, 1, 40, 10**6, np.int32(40)],
     "top_p": [None, 1, 1.0, 1e-300, np.float32(0.9)],
+    "min_p": [None, 1, 1.0, 1e-300, np.float32(0.9)],
+    "repetition_penalty": [1, 1.0, 1.3, 0.5, np.float32(1.1)],
     "seed": [0, 2**64 - 1, np.uint64(2**64 - 1), np.int32(7)],
 }
 DEFAULTS = {"temperature": 1.0, "top_k": 40, "top_p": None, "seed": 0}

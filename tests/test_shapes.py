@@ -120,6 +120,10 @@ def test_ops_take_any_number_of_leading_axes(backend, form, batch):
             form_of(pg.attention, form)(put(*batch, 4, 5), put(*batch, 7, 5), put(*batch, 7, 2), mask),
             (*batch, 4, 2),
         ),
+        "attention_weights": (
+            form_of(pg.attention_weights, form)(put(*batch, 4, 5), put(*batch, 7, 5), mask),
+            (*batch, 4, 7),
+        ),
         "embed": (form_of(pg.embed, form)(ids, table), (*batch, 5)),
         "unembed": (form_of(pg.unembed, form)(x, table), (*batch, 6)),
     }

@@ -49,6 +49,8 @@ CASES = {
     "layer_norm": Case(pg.layer_norm, {"x": _normal(2, 3, 5), "g": _normal(5), "b": _normal(5, seed=1)}, {}),
     "attention": Case(pg.attention, _QKV, {}),
     "attention_masked": Case(pg.attention, {**_QKV, "mask": _CAUSAL}, {}),
+    "attention_weights": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"]}, {}),
+    "attention_weights_masked": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"], "mask": _CAUSAL}, {}),
     "embed": Case(pg.embed, {"ids": np.asarray([[1, 5, 1], [0, 2, 5]], np.int32), "w": _normal(6, 5)}, {}),
     "unembed": Case(pg.unembed, {"x": _normal(2, 3, 5), "w": _normal(6, 5)}, {}),
 }

@@ -1,0 +1,95 @@
+"""Maps of attention, drawn by matplotlib (the extra ``plot``)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PANEL = 2.2  # inches of a map in a grid
+_LABELLED = 60  # tokens that have room for their names on an axis
+_VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "$": r"\$"})
+
+
+def draw_attention(weights: np.ndarray, tokens: Sequence[str], title: str) -> Any:
+    """Draw one map: rows are the positions that look, columns those that are looked at.
+
+    Parameters
+    ----------
+    weights : float array [seq, seq]
+        Each row sums to 1.
+    tokens : strs
+        The text of each position.
+    title : str
+        What stands above.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If matplotlib is not installed. The message says what to install.
+    """
+    n = len(tokens)
+    figure = _figure(2 + 0.22 * min(n, _LABELLED), 1.6 + 0.22 * min(n, _LABELLED))
+    axes = figure.add_subplot()
+    image = axes.imshow(weights, cmap="viridis", vmin=0, vmax=1)
+    axes.set_title(title)
+    axes.set_xlabel("is looked at")
+    axes.set_ylabel("looks")
+    step = max(1, -(-n // _LABELLED))
+    names = [token.translate(_VISIBLE) for token in tokens[::step]]
+    axes.set_xticks(range(0, n, step), names, rotation=90)
+    axes.set_yticks(range(0, n, step), names)
+    figure.colorbar(image, label="weight", fraction=0.046)
+    return figure
+
+
+def draw_grid(maps: Mapping[str, np.ndarray], columns: int, title: str) -> Any:
+    """Draw many maps side by side, each [seq, seq] under its name.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    rows = -(-len(maps) // columns)
+    figure = _figure(_PANEL * columns, _PANEL * rows + 0.5)
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, (name, weights) in zip(grid, maps.items(), strict=False):
+        axes.imshow(weights, cmap="viridis", vmin=0, vmax=1)
+        axes.set_title(name, fontsize=8)
+    figure.suptitle(title.translate(_VISIBLE))
+    return figure
+
+
+def save(figure: Any, file: str | os.PathLike[str]) -> None:
+    """Write a figure in the format that the file's name ends in; the file appears complete or not at all.
+
+    Raises
+    ------
+    ValueError
+        If matplotlib knows no such format.
+    """
+    file = Path(file)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as room:
+        draft = Path(room, file.name)
+        figure.savefig(draft, dpi=150)
+        draft.replace(file)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which would look for a display
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "matplotlib is not installed, which draws the maps: pip install 'portable-gpt2[plot]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")

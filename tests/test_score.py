@@ -1,0 +1,122 @@
+"""How likely a model finds a text: against the same formula in plain NumPy, and against what windows promise."""
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from plain_gpt2 import on_backend, plain_gpt2, random_weights, truth_and_error
+
+import portable_gpt2 as pg
+from portable_gpt2.score import Score, windows
+
+CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=24, n_vocab=61, n_ctx=40, eos_token_id=60)
+WEIGHTS = random_weights(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def model(backend):
+    return pg.GPT2(CONFIG, on_backend(backend, WEIGHTS))
+
+
+def some_ids(n, seed=0):
+    return np.random.default_rng(seed).integers(0, CONFIG.n_vocab - 1, n).tolist()
+
+
+def log_probs_of(logits, ids):
+    """Return the log-probability of each of the ids after the first, from the logits [seq, n_vocab] in float64."""
+    rows = logits[np.arange(len(ids) - 1)] - logits[: len(ids) - 1].max(-1, keepdims=True)
+    return rows[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(rows).sum(-1))
+
+
+def naive(ids, stride):
+    """Score each token after the last window's first that has room for it, one by one."""
+    found, start = [math.nan], 0
+    for i in range(1, len(ids)):
+        while i >= start + CONFIG.n_ctx:
+            start += stride
+        window = ids[start : i + 1]
+        found.append(log_probs_of(plain_gpt2(WEIGHTS, np.asarray([window]), CONFIG)[0], window)[-1])
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("n", [1, 2, 40, 41, 100])
+@pytest.mark.parametrize("stride", [None, 1, 39])
+def test_each_token_is_scored_given_those_before_it(model, n, stride):
+    """Catches an off-by-one between logits and tokens, a window that scores too much or too little, and a float32 sum.
+
+    A log-probability is off by at most twice the logits' error, which is at most 4 times plain float32's.
+    """
+    ids = some_ids(n)
+    score = model.score_ids(ids, stride=stride)
+    _, error = truth_and_error(WEIGHTS, np.asarray([some_ids(40)]), CONFIG)
+    truth = naive(ids, 20 if stride is None else stride)
+    assert score.tokens == ids
+    assert math.isnan(score.log_probs[0])
+    assert score.n_tokens == n - 1
+    assert score.log_probs.dtype == np.float64
+    assert (abs(score.log_probs - truth)[1:] <= 2 * 4 * error).all()
+    assert score.total == pytest.approx(np.nansum(score.log_probs), abs=1e-12)
+    if n > 1:
+        assert score.perplexity == pytest.approx(math.exp(-np.nanmean(truth)), rel=2 * 4 * error)
+    else:
+        assert math.isnan(score.perplexity)
+
+
+def test_bos_scores_the_first_token_too(model):
+    """Catches a text that is scored as if <|endoftext|> were a part of it."""
+    ids = some_ids(30)
+    score = model.score_ids(ids, bos=True)
+    expected = model.score_ids([60, *ids])
+    assert score.tokens == ids
+    np.testing.assert_array_equal(score.log_probs, expected.log_probs[1:])
+    assert score.n_tokens == 30
+
+
+@given(st.integers(0, 300), st.integers(2, 50), st.data())
+def test_windows_score_each_token_once_and_with_as_much_before_it_as_is_promised(n, n_ctx, data):
+    """Catches a token that is scored twice or never, one outside its window, and one with less to go by."""
+    stride = data.draw(st.integers(1, n_ctx - 1))
+    scored = []
+    for start, first, end in windows(n, n_ctx, stride):
+        assert 0 <= start < first < end <= n
+        assert end - start <= n_ctx
+        assert start == 0 or first - start >= n_ctx - stride
+        scored += range(first, end)
+    assert scored == list(range(1, n))
+
+
+def test_bytes_are_those_of_the_tokens_that_are_scored(backend, tmp_path):
+    """Catches characters that are counted for bytes, and the first token's bytes."""
+    tiny.write_tokenizer(tmp_path)
+    tokenizer = pg.Tokenizer.load(tmp_path)
+    model = tiny.model(backend, tokenizer=tokenizer)
+    text = "To be, 存在 🙂"
+    first = len(tokenizer.token_bytes(tokenizer.encode(text)[0]))
+    plain, whole = model.score(text), model.score(text, bos=True)
+    assert whole.n_bytes == len(text.encode()) == plain.n_bytes + first
+    assert whole.byte_perplexity == pytest.approx(math.exp(-whole.total / len(text.encode())))
+    both = model.score([text, "To be"])
+    assert [score.total for score in both] == [plain.total, model.score("To be").total]
+
+
+def test_sums_are_accumulated_in_float64_and_exactly():
+    """Catches a sum in the order of the text, which loses small terms beside large ones."""
+    score = Score([0] * 4, np.asarray([math.nan, -1e16, -1.0, -1.0]), 3)
+    assert score.total == -1e16 - 2
+
+
+@pytest.mark.parametrize("stride", [0, 40, -1, 1.5, True])
+def test_a_stride_that_makes_no_sense_is_refused(model, stride):
+    """Catches windows that do not move, or that leave a token without context."""
+    with pytest.raises(ValueError, match=r"stride is .*; expected an int from 1 to n_ctx - 1 = 39"):
+        model.score_ids(some_ids(5), stride=stride)
+
+
+def test_an_empty_text_has_no_score(model):
+    """Catches a division by no tokens."""
+    score = model.score_ids([])
+    assert (score.n_tokens, score.total, score.n_bytes) == (0, 0, 0)
+    assert math.isnan(score.perplexity)
