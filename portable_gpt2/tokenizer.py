@@ -17,9 +17,13 @@ VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE = "vocab.json", "merges.txt", "tokenizer
 
 
 class Tokenizer:
-    """GPT-2's tokenizer, on the tokenizers package.
+    """GPT-2's tokenizer, on the tokenizers package; with GPT-2's files its ids are tiktoken's.
 
-    Text that spells a special token is text. Any ids decode: bytes that are not UTF-8 become U+FFFD.
+    Any text comes back from its ids, and text that spells ``<|endoftext|>`` is text unless that is allowed. Any ids
+    decode: bytes that are not UTF-8 become U+FFFD.
+
+    What is a letter, a number or a space is the package's to decide, by the Unicode tables that it was built with.
+    Those of tokenizers 0.23 and of tiktoken 0.14 (Unicode 16) are the same for every code point.
 
     Parameters
     ----------
@@ -30,6 +34,24 @@ class Tokenizer:
     ------
     ValueError
         If it is not a byte-level BPE.
+
+    Examples
+    --------
+    A tokenizer of the 256 bytes, without a merge:
+
+    >>> import tokenizers
+    >>> from tokenizers.models import BPE
+    >>> from tokenizers.pre_tokenizers import ByteLevel
+    >>> bytewise = tokenizers.Tokenizer(BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    >>> bytewise.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    >>> tokenizer = Tokenizer(bytewise)
+    >>> tokenizer.encode("né")
+    [77, 127, 102]
+    >>> tokenizer.decode([77, 127, 102])
+    'né'
+    >>> decode = tokenizer.decoder()
+    >>> [decode(token) for token in [77, 127, 102]]
+    ['n', '', 'é']
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -94,15 +116,24 @@ class Tokenizer:
         """The id of ``<|endoftext|>``, if the vocabulary has one."""
         return self._tokenizer.token_to_id(END_OF_TEXT)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Return the ids of a text.
+
+        Parameters
+        ----------
+        text : str
+            What `decode` returns for these ids.
+        allow_special : bool, default False
+            Whether ``<|endoftext|>`` inside the text is that one token. Leave it off for text from elsewhere: whoever
+            wrote it could end the prompt in its midst. Other special tokens are text in any case.
 
         Raises
         ------
         TypeError
             If it is no str.
         ValueError
-            If it holds a lone surrogate, which is half a character, or one that the vocabulary cannot spell.
+            If it holds a lone surrogate, which is half a character, a character that the vocabulary cannot spell, or,
+            where that is allowed, an ``<|endoftext|>`` that the vocabulary lacks.
         """
         if not isinstance(text, str):
             raise TypeError(f"expected text as a str; got {type(text).__name__}")
@@ -119,15 +150,33 @@ class Tokenizer:
                 f"the vocabulary cannot spell character {i} of the text, {c!r}: it lacks {len(self._lacking)} of the "
                 f"256 bytes, all of which a byte-level BPE should have"
             )
+        first, *rest = text.split(END_OF_TEXT) if allow_special else [text]
+        ids = self._ids(first)
+        if rest:
+            end = self.end_of_text
+            if end is None:
+                raise ValueError(f"the text holds {END_OF_TEXT}, which the vocabulary lacks: do not allow it there")
+            for part in rest:
+                ids += [end, *self._ids(part)]
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of some ids.
+        """Return the text of some ids; bytes that are not UTF-8 become U+FFFD.
+
+        Parameters
+        ----------
+        ids : iterable of int
+            A list, or an integer array of one axis.
 
         Raises
         ------
+        TypeError
+            If one of them is no integer.
         ValueError
-            If an id is not in the vocabulary.
+            If one of them is not in the vocabulary.
         """
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
@@ -135,15 +184,16 @@ class Tokenizer:
         """Return a function from the next id to the text that it completes; None at the end gives what is left over.
 
         A character whose bytes are split over tokens is held back until it is whole, so that the pieces joined are
-        what `decode` returns for all ids at once. An id beyond the vocabulary, which a model padded to a rounder size
-        may draw, becomes U+FFFD.
+        what `decode` returns for all ids at once. An id without text, which a model padded to a rounder size may draw,
+        becomes U+FFFD.
         """
         incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
         def step(token: int | None) -> str:
             if token is None:
                 return incremental.decode(b"", final=True)
-            return incremental.decode("\ufffd".encode() if token >= len(self) else self.token_bytes(token))
+            spelled = self._spelled(token)
+            return incremental.decode("\ufffd".encode() if spelled is None else spelled)
 
         return step
 
@@ -152,13 +202,21 @@ class Tokenizer:
 
         Raises
         ------
+        TypeError
+            If it is no integer.
         ValueError
             If it is not in the vocabulary.
         """
+        spelled = self._spelled(token)
+        if spelled is None:
+            raise ValueError(f"token id {token} is not in the tokenizer's vocabulary of {len(self)}")
+        return spelled
+
+    def _spelled(self, token: int) -> bytes | None:
         token = operator.index(token)
         spelled = self._tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
         if spelled is None:
-            raise ValueError(f"token id {token} is not in the tokenizer's vocabulary of {len(self)}")
+            return None
         if token in self._added:
             return spelled.encode()
         return b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in spelled)

