@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def save(figure: Any, file: str | os.PathLike[str]) -> None:
     file = Path(file)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as room:
         draft = Path(room, file.name)
-        figure.savefig(draft, dpi=150)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+            figure.savefig(draft, dpi=150)
         draft.replace(file)
 
 

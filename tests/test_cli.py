@@ -1,6 +1,7 @@
 """The command: text on stdout and nothing else, the rest on stderr, wrong use in one line and never a traceback."""
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -181,6 +182,162 @@ def test_a_console_of_few_characters_does_not_end_the_text(process):
     assert status == 0
     assert out.startswith("?")
     assert len(err.splitlines()) == 2
+
+
+# Several texts
+
+
+@pytest.fixture(scope="module")
+def it(checkpoints):
+    return pg.GPT2.load(checkpoints / "it", backend="numpy")
+
+
+def test_several_prompts_are_written_one_after_the_other(command, checkpoints, it):
+    """Catches a prompt file that is stripped, or whose line endings are changed, and samples that are mixed up."""
+    text = "A line\r\nand the next\n\n"
+    (checkpoints / "prompt.txt").write_bytes(text.encode())
+    args = ["To be", "--prompt-file", "prompt.txt", "--num-samples", "2", "-n", "8", "--seed", "7"]
+    status, out, err = command("generate", *args, "--model", "it")
+    expected = it.complete(["To be", text], num_samples=2, max_new_tokens=8, seed=7)
+    names = [f"prompt {i}, sample {j}" for i in (1, 2) for j in (1, 2)]
+    bar = "=" * 20
+    assert status == 0
+    assert out == "".join(f"{bar} {n} {bar}\n{c.prompt}{c.text}\n" for n, c in zip(names, expected, strict=True))
+    assert re.fullmatch(r"\d+ tokens in \d+\.\d\d s, \d+\.\d tokens/s", err.splitlines()[-1])
+
+
+def test_a_prompt_may_come_from_stdin(process, checkpoints, it):
+    """Catches a prompt that is read in the terminal's encoding, or to the first line only."""
+    prompt = "Быть или\nне быть"
+    args = arguments("generate", "--prompt-file", "-", "--model", "it", "-n", "8", "--seed", "7")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(args, cwd=checkpoints, env=environment, input=prompt.encode(), capture_output=True)
+    assert done.returncode == 0
+    written = prompt + it.generate(prompt, max_new_tokens=8, seed=7)
+    assert done.stdout.decode("ascii") == "".join(c if ord(c) < 128 else "?" for c in written) + "\n"
+
+
+def test_json_lines_hold_what_was_drawn(command, it):
+    """Catches JSON that is not one object a line, and a number that cannot be had otherwise left out."""
+    args = ["To be", "存在", "--num-samples", "2", "-n", "8", "--seed", "7", "--json"]
+    status, out, _ = command("generate", *args, "--model", "it")
+    assert status == 0
+    found = [json.loads(line) for line in out.splitlines()]
+    expected = it.complete(["To be", "存在"], num_samples=2, max_new_tokens=8, seed=7)
+    assert found == [{**vars(completion), "seed": 7} for completion in expected]
+    assert set(found[0]) == {"prompt", "text", "tokens", "index", "finish_reason", "seed"}
+
+
+def test_without_a_prompt_the_text_starts_from_end_of_text(command, it):
+    """Catches a prompt that is required though OpenAI's code has its unconditional samples."""
+    status, out, _ = command("generate", "--model", "it", "-n", "8", "--seed", "7")
+    assert (status, out) == (0, it.generate("", max_new_tokens=8, seed=7) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        (["--stop", " ", "--stop", "zz"], {"stop": [" ", "zz"]}),
+        (["--min-p", "0.2", "--top-k", "0"], {"min_p": 0.2, "top_k": 0}),
+        (["--min-p", "off", "--repetition-penalty", "3"], {"repetition_penalty": 3}),
+        (["--sliding", "-n", "90"], {"sliding": True, "max_new_tokens": 90}),
+        (["--allow-special"], {"allow_special": True}),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_every_option_reaches_the_model(command, it, args, options):
+    """Catches an option that is read and dropped: each of these changes the text."""
+    prompt = "Be<|endoftext|>To be"
+    plain = {"max_new_tokens": 20, "seed": 13}
+    status, out, _ = command("generate", prompt, "--model", "it", "-n", "20", "--seed", "13", *args)
+    expected = it.generate(prompt, **{**plain, **options})
+    assert (status, out) == (0, f"{prompt}{expected}\n")
+    assert expected != it.generate(prompt, **plain)
+
+
+# score
+
+
+def test_score_says_how_likely_each_text_is(command, checkpoints, it):
+    """Catches figures of another text, of another stride, or rounded away."""
+    text = "To be, or not to be: that is the question.\n" * 4
+    (checkpoints / "a.txt").write_text(text, encoding="utf-8")
+    (checkpoints / "b.txt").write_text("存在", encoding="utf-8")
+    for args, options in (([], {}), (["--stride", "3"], {"stride": 3}), (["--bos"], {"bos": True})):
+        status, out, _ = command("score", "a.txt", "b.txt", "--model", "it", *args)
+        assert status == 0
+        for line, name, score in zip(
+            out.splitlines(), ["a.txt", "b.txt"], it.score([text, "存在"], **options), strict=True
+        ):
+            assert line == (
+                f"{name}: perplexity {score.perplexity:.4f} per token, {score.byte_perplexity:.4f} per byte; "
+                f"log-probability {score.total:.4f} of {score.n_tokens} tokens, {score.n_bytes} bytes"
+            )
+
+
+def test_score_as_json_holds_every_log_probability(command, checkpoints, it):
+    """Catches a NaN, which is no JSON, and figures of less than full precision."""
+    (checkpoints / "b.txt").write_text("存在", encoding="utf-8")
+    (checkpoints / "empty.txt").write_text("")
+    status, out, _ = command("score", "b.txt", "empty.txt", "--model", "it", "--json")
+    assert status == 0
+    first, empty = (json.loads(line, parse_constant=pytest.fail) for line in out.splitlines())
+    score = it.score("存在")
+    assert first["tokens"] == it.tokenizer.encode("存在")
+    assert first["log_probs"] == [None, *score.log_probs[1:].tolist()]
+    assert (first["total"], first["perplexity"]) == (score.total, score.perplexity)
+    assert (empty["tokens"], empty["perplexity"]) == ([], None)
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(command, checkpoints):
+    """Catches a traceback, and text that was guessed."""
+    (checkpoints / "latin.txt").write_bytes(b"caf\xe9")
+    for args in (["score", "latin.txt"], ["generate", "--prompt-file", "latin.txt"]):
+        status, out, err = command(*args, "--model", "it")
+        assert (status, out) == (2, "")
+        assert "latin.txt: not UTF-8" in err
+        assert len(err.splitlines()) == 1
+
+
+# attend
+
+
+@pytest.mark.parametrize("chosen", [["--layer", "1", "--head", "0"], ["--layer", "0"], [], ["--head", "1"]], ids=str)
+def test_attend_draws_maps(command, checkpoints, chosen):
+    """Catches a map that is not drawn, and a file of another kind than its name says."""
+    pytest.importorskip("matplotlib")
+    status, out, err = command("attend", "To be, $x_1$ 存在\n", "--model", "it", *chosen, "-o", "map.png")
+    assert (status, out) == (0, "")
+    assert err == "wrote map.png\n"
+    assert (checkpoints / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(checkpoints.glob(".map*"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--layer", "2"], "there is no layer 2; the model has 2, from 0"),
+        (["--head", "-1"], "there is no head -1; the model has 2, from 0"),
+        (["--layer", "some"], "argument --layer: invalid"),
+        (["-o", "map.xyz"], "xyz"),
+        (["-o", "nowhere/map.png"], "nowhere"),
+    ],
+)
+def test_what_attend_cannot_draw_is_refused(command, args, message):
+    """Catches an index from the end, and an image that is left half written."""
+    pytest.importorskip("matplotlib")
+    status, out, err = command("attend", "To be", "--model", "it", "-o", "map.png", *args)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_attend_says_what_to_install(command, monkeypatch):
+    """Catches an ImportError that names a package and not the extra."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, _, err = command("attend", "To be", "--model", "it", "-o", "map.png")
+    assert status == 2
+    assert "pip install 'portable-gpt2[plot]'" in err
 
 
 # Wrong use

@@ -237,6 +237,35 @@ def test_cached_logits_are_as_near_to_the_truth_as_transformers_uncached_ones(lo
     assert ratio <= 1
 
 
+# Scores
+
+
+def losses(hugging_face, ids):
+    """Return transformers' log-probability of each of the ids after the first."""
+    with torch.no_grad():
+        logits = hugging_face(torch.tensor([ids])).logits[0, :-1]
+        return torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].double().numpy()
+
+
+def test_scores_are_as_near_to_the_truth_as_transformers_own_losses(load, case, backend):
+    """Catches a token that is scored by another's logits, and a sum in float32: per token the error is at most 4 times
+    the largest that transformers itself makes in float32, and so is that of the mean, which is its loss.
+    """
+    expected = case("plain")
+    single = load_hugging_face(expected.directory, torch.float32)
+    ids = expected.tokens[0].tolist()
+    truth = losses(expected.hugging_face, ids)
+    error = abs(losses(single, ids) - truth).max()
+    score = load("plain").score_ids(ids)
+    ratio = float(abs(score.log_probs[1:] - truth).max() / (4 * error))
+    bounds.record("score", backend.name, "float32", ratio)
+    assert ratio <= 1
+    with torch.no_grad():
+        loss = float(expected.hugging_face(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
+    assert abs(-score.total / score.n_tokens - loss) <= 4 * error
+    assert abs(math.log(score.perplexity) - loss) <= 4 * error
+
+
 # Checkpoints
 
 
