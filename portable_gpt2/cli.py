@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from .backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends
+from .checkpoint import convert
 from .gpt2 import GPT2
 
 USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = generate.add_argument
     add("prompt", help="the text to continue")
-    add("--model", required=True, metavar="DIR", help="a checkpoint: config.json, model.safetensors, vocab.json ...")
+    add("--model", required=True, metavar="DIR", help="a checkpoint's directory, or a model of the hub such as gpt2")
     add("--backend", metavar="NAME", help="what computes (default: $PORTABLE_GPT2_BACKEND, else numpy)")
     add("--device", help="where: cpu, cuda, cuda:1 ... (default: the framework's)")
     add("--dtype", help="float32 (default), float64, bfloat16, float16")
@@ -47,6 +48,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=_number_or_off, metavar="P", help="draw from the fewest that reach P together (default: off)")
     add("--seed", type=int, help="the same seed draws the same text on every backend (default: one is drawn)")
     generate.set_defaults(run=_generate)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint anew, as Hugging Face's transformers reads it",
+        description="Write any checkpoint as config.json and model.safetensors. The directory appears complete or not.",
+    )
+    add = convert.add_argument
+    add("source", metavar="SRC", help="a checkpoint's directory, or a model of the hub such as gpt2")
+    add("directory", metavar="DST", help="where to")
+    add("--dtype", help="float32, float64, bfloat16, float16 (default: as they are)")
+    add("--force", action="store_true", help="replace DST, with all that it holds; it may be SRC")
+    convert.set_defaults(run=_convert)
 
     backends = commands.add_parser("backends", help="list the array frameworks and their devices")
     backends.set_defaults(run=_backends)
@@ -90,7 +103,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console of few characters must not end the text
-    print(f"{model!r}, seed {seed}", file=sys.stderr, flush=True)
+    print(f"{model!r}, seed {seed}, from {model.source}", file=sys.stderr, flush=True)
     _write(arguments.prompt)
     start, drawn = time.perf_counter(), 0
     for drawn, piece in enumerate(pieces, 1):  # noqa: B007 - counted for the last line
@@ -99,6 +112,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     drawn = min(drawn, arguments.max_new_tokens)  # a text that ends within a character has a piece more
     _write("\n")
     print(f"{drawn} tokens in {seconds:.2f} s, {drawn / seconds:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    found = convert(
+        arguments.source, arguments.directory, dtype=arguments.dtype, force=arguments.force, progress=_progress
+    )
+    print(f"{arguments.directory}: from {found}", file=sys.stderr)
     return 0
 
 

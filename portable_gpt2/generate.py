@@ -13,7 +13,7 @@ import numpy as np
 
 from .backend import Backend
 from .config import GPT2Config
-from .model import Cache, grow_cache, new_cache, transformer
+from .model import Cache, grow_cache, new_cache, output_table, transformer
 from .ops import unembed
 from .params import Params
 from .sampling import sample
@@ -42,7 +42,7 @@ class Decoder:
         def step(params: Params, tokens: Any, row: Any, cache: Cache) -> tuple[Any, Cache | None]:
             """Read tokens [1, seq]; return the logits [1, 1, n_vocab] after row [1] of them, and the cache."""
             h, cache_ = transformer(params, tokens, config, cache)
-            return unembed(backend.xp.take(h, row, axis=1), params["wte"]), cache_
+            return unembed(backend.xp.take(h, row, axis=1), output_table(params)), cache_
 
         self._step = backend.compile(step, bound=params, donate=("cache",))
 

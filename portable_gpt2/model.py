@@ -102,6 +102,11 @@ def transformer(
     return x, None if cache is None else grown
 
 
+def output_table(params: Params) -> Float[Array, "vocab n"]:
+    """Return what the logits are products with: lm_head, or wte where the two are tied."""
+    return params.get("lm_head", params["wte"])
+
+
 def gpt2(
     params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config, cache: Cache | None = None
 ) -> tuple[Float[Array, "batch seq vocab"], Cache | None]:
@@ -150,7 +155,7 @@ def gpt2(
     (1, 3, 16)
     """
     h, cache = transformer(params, tokens, config, cache)
-    return unembed(h, params["wte"]), cache
+    return unembed(h, output_table(params)), cache
 
 
 def new_cache(params: Params, config: GPT2Config, *, batch: int = 1, capacity: int | None = None) -> Cache:
