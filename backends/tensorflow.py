@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from portable_gpt2.backend import Backend
+from portable_gpt2.backend import Backend, StoredTensor
 
 _FLOATS = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16, "float16": tf.float16}
 _Axis = int | tuple[int, ...] | None
@@ -150,6 +152,23 @@ class TensorflowBackend(Backend):
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x.numpy())
+
+    def read_checkpoint(self, path: str) -> dict[str, StoredTensor]:
+        directory, name = os.path.split(path)
+        if name == "checkpoint":  # it names the latest of several, where they were written: perhaps on another machine
+            state = tf.train.get_checkpoint_state(directory)
+            if state is None:
+                raise ValueError("it does not say model_checkpoint_path")
+            name = f"{os.path.basename(state.model_checkpoint_path)}.index"
+        prefix = os.path.join(directory, name.removesuffix(".index"))
+        if not os.path.isfile(f"{prefix}.index"):  # a directory would be searched
+            raise ValueError(f"there is no {name} beside it")
+        reader = tf.train.load_checkpoint(prefix)
+        dtypes = reader.get_variable_to_dtype_map()
+        return {
+            name: StoredTensor(tuple(shape), dtypes[name].name, functools.partial(reader.get_tensor, name))
+            for name, shape in reader.get_variable_to_shape_map().items()
+        }
 
     def arange(self, n: Any, *, like: Any) -> Any:
         with _beside(like):

@@ -5,7 +5,11 @@ array_api_compat.torch would serve, but it resolves types on every call, which s
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import weakref
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from portable_gpt2.backend import Backend
+from portable_gpt2.backend import Backend, StoredTensor
 
 _FLOATS = {
     "float32": torch.float32,
@@ -231,6 +235,27 @@ class TorchBackend(Backend):
             return np.asarray(x.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
         return np.asarray(x.resolve_neg().numpy())
 
+    def read_checkpoint(self, path: str) -> dict[str, StoredTensor]:
+        # What is no zip file is of before PyTorch 1.6, and cannot be mapped. No pickle is executed.
+        is_mapped = zipfile.is_zipfile(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+
+        def stored(name: str, x: Any) -> StoredTensor:
+            if not isinstance(name, str) or not isinstance(x, torch.Tensor):
+                raise TypeError(f"{name!r} is of type {type(x).__name__}; expected names and tensors")
+
+            def read() -> np.ndarray:
+                a = memory = self.to_numpy(x)
+                while isinstance(memory.base, np.ndarray):
+                    memory = memory.base
+                if is_mapped and x.is_contiguous():
+                    weakref.finalize(memory, _let_go, x).atexit = False
+                return a
+
+            return StoredTensor(tuple(x.shape), str(x.dtype).removeprefix("torch."), read)
+
+        return {name: stored(name, x) for name, x in tensors.items()}
+
     def arange(self, n: Any, *, like: Any) -> Any:
         return _replicated(torch.arange(n, device=like.device), like)
 
@@ -251,7 +276,15 @@ class TorchBackend(Backend):
 
     def prepare(self, path: str, x: Any) -> Any:
         # In this order the logits' product reads at the memory's speed (see _blocks), by rows at half of it.
-        return x.mT.contiguous().mT if path == "wte" and not x.mT.is_contiguous() else x
+        return x.mT.contiguous().mT if path in ("wte", "lm_head") and not x.mT.is_contiguous() else x
+
+
+def _let_go(x: Any) -> None:
+    """Give back the memory pages of a tensor of a mapped file that is read no more: it would be in memory twice."""
+    page = mmap.PAGESIZE
+    start, end = -(-x.data_ptr() // page) * page, (x.data_ptr() + x.nbytes) // page * page
+    if end > start and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _replicated(x: Any, like: Any) -> Any:

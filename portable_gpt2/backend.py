@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,8 +26,24 @@ ENTRY_POINTS = "portable_gpt2.backends"
 DEFAULT_VARIABLE = "PORTABLE_GPT2_BACKEND"
 
 
+# The floating dtypes of the host by name.
+float_dtypes = {
+    name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float64", "float32", "float16", "bfloat16")
+}
+
+
 class BackendNotInstalled(ImportError):
     """A backend that was asked for is unknown, or its framework cannot be imported."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file: its shape and dtype are known, and it is not read before `read` is called."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """``float32``, ``float64``, ``bfloat16`` or ``float16``; of anything else, what the file calls it."""
+    read: Callable[[], np.ndarray]
+    """Returns an array of this shape and dtype. What it may raise is any Exception."""
 
 
 class Backend:
@@ -177,6 +193,16 @@ class Backend:
 
     def to_numpy(self, x: Any) -> np.ndarray:
         """Return x on the host, where nothing need be copied as a view; bfloat16 becomes ml_dtypes' bfloat16."""
+        raise NotImplementedError
+
+    def read_checkpoint(self, path: str) -> dict[str, StoredTensor]:
+        """Return the tensors of a file of the framework's own format by their names in it, as NumPy arrays to be read.
+
+        Optional. An adapter that has it says which files it is for in the entry-point group
+        ``portable_gpt2.checkpoints``: the name of an entry point is the backend's, its value a tuple of patterns of
+        file names (as `fnmatch` understands them), in a module that imports no framework. No file is to be executed.
+        What is raised, here or by a tensor's `read`, may be any Exception: the caller says which file it was.
+        """
         raise NotImplementedError
 
     # What the standard lacks

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
+from .checkpoint import convert
 from .completion import Completion
 from .gpt2 import GPT2
 
@@ -92,6 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", required=True, metavar="FILE", help="what to write: attention.png, .svg, .pdf ...")
     attend.set_defaults(run=_attend)
 
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint anew, as Hugging Face's transformers reads it",
+        description="Write any checkpoint as config.json and model.safetensors. The directory appears complete or not.",
+    )
+    add = convert.add_argument
+    add("source", metavar="SRC", help="a checkpoint's directory, or a model of the hub such as gpt2")
+    add("directory", metavar="DST", help="where to")
+    add("--dtype", help="float32, float64, bfloat16, float16 (default: as they are)")
+    add("--force", action="store_true", help="replace DST, with all that it holds; it may be SRC")
+    convert.set_defaults(run=_convert)
+
     backends = commands.add_parser("backends", help="list the array frameworks and their devices")
     backends.set_defaults(run=_backends)
     return parser
@@ -117,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--model", required=True, metavar="DIR", help="a checkpoint: config.json, model.safetensors, vocab.json ...")
+    add("--model", required=True, metavar="DIR", help="a checkpoint's directory, or a model of the hub such as gpt2")
     add("--backend", metavar="NAME", help="what computes (default: $PORTABLE_GPT2_BACKEND, else numpy)")
     add("--device", help="where: cpu, cuda, cuda:1 ... (default: the framework's)")
     add("--dtype", help="float32 (default), float64, bfloat16, float16")
@@ -147,7 +160,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     else:
         many = {"num_samples": arguments.num_samples, "batch_size": arguments.batch_size}
         completions = model.complete(prompts, seed=seed, **many, **options)
-    print(f"{model!r}, seed {seed}", file=sys.stderr, flush=True)
+    print(f"{model!r}, seed {seed}, from {model.source}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     if alone:
         _write(prompts[0])
@@ -179,7 +192,7 @@ def _write_all(completions: Iterable[Completion], arguments: argparse.Namespace,
 def _score(arguments: argparse.Namespace) -> int:
     texts = {name: _read(name) for name in arguments.file}
     model = _load(arguments)
-    print(f"{model!r}", file=sys.stderr, flush=True)
+    print(f"{model!r}, from {model.source}", file=sys.stderr, flush=True)
     for name, text in texts.items():
         score = model.score(text, stride=arguments.stride, bos=arguments.bos)
         if arguments.json:
@@ -230,6 +243,14 @@ def _read(file: str) -> str:
         return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8: {error}") from error
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    found = convert(
+        arguments.source, arguments.directory, dtype=arguments.dtype, force=arguments.force, progress=_progress
+    )
+    print(f"{arguments.directory}: from {found}", file=sys.stderr)
+    return 0
 
 
 def _write(text: str) -> None:

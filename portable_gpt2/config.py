@@ -29,6 +29,8 @@ class GPT2Config:
         Whether the scores of layer i (from 0) are divided by i + 1 as well.
     eos_token_id : int, optional
         The id of ``<|endoftext|>``, if the vocabulary has one.
+    tie_word_embeddings : bool
+        Whether the logits are products with wte, as in all that OpenAI published; else there is a table lm_head.
 
     Raises
     ------
@@ -52,6 +54,7 @@ class GPT2Config:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     eos_token_id: int | None = 50256
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "n_inner"):
@@ -65,7 +68,7 @@ class GPT2Config:
         eps = self.layer_norm_epsilon
         if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 <= eps < float("inf"):
             raise ValueError(f"layer_norm_epsilon is {self.layer_norm_epsilon!r}; expected a number of at least 0")
-        for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+        for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
         eos = self.eos_token_id
@@ -131,6 +134,8 @@ class GPT2Config:
                 if entries.get(name, entries[alias]) != entries[alias]:
                     raise ValueError(f"{name} is {entries[name]} and {alias} is {entries[alias]}; they must be equal")
                 entries = {**entries, name: entries[alias]}
+        if entries.get("tie_word_embeddings", True) is None:
+            entries = {**entries, "tie_word_embeddings": True}
         eos = entries.get("eos_token_id", cls.eos_token_id)
         n_vocab = entries.get("vocab_size", cls.n_vocab)
         if isinstance(eos, list):  # as transformers writes several
@@ -144,6 +149,20 @@ class GPT2Config:
             **{name: entries[name] for name in _SAME_NAME if name in entries},
         )
 
+    @classmethod
+    def from_hparams(cls, entries: Mapping[str, Any]) -> GPT2Config:
+        """Return the configuration that the entries of OpenAI's ``hparams.json`` describe.
+
+        Raises
+        ------
+        ValueError
+            If an entry is missing, unknown or malformed.
+        """
+        for names, what in ((_HPARAMS - entries.keys(), "is missing"), (entries.keys() - _HPARAMS, "is not known")):
+            if names:
+                raise ValueError(f"{', '.join(sorted(names))} {what}; expected {', '.join(sorted(_HPARAMS))}")
+        return cls.from_dict({"vocab_size": entries["n_vocab"], **entries})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of a Hugging Face ``config.json`` that describe this configuration."""
         return {
@@ -154,7 +173,6 @@ class GPT2Config:
             "n_positions": self.n_ctx,
             "bos_token_id": self.eos_token_id,
             "eos_token_id": self.eos_token_id,
-            "tie_word_embeddings": True,
             **{name: getattr(self, name) for name in _SAME_NAME},
         }
 
@@ -167,7 +185,11 @@ _SAME_NAME = (
     "layer_norm_epsilon",
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
+    "tie_word_embeddings",
 )
+
+# All that OpenAI's hparams.json says.
+_HPARAMS = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"}
 
 # Other names that transformers reads as these.
 _ALIASES = {
@@ -192,7 +214,6 @@ _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
 _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "activation_function": (_TANH_GELU, f"GPT-2 uses the tanh form of GELU, known as {' or '.join(_TANH_GELU)}"),
     "add_cross_attention": ((False, None), "cross-attention is not a part of GPT-2: give a decoder-only checkpoint"),
-    "tie_word_embeddings": ((True, None), "GPT-2's logits use wte: a separate lm_head is not supported yet"),
     "reorder_and_upcast_attn": ((False, True, None), "expected true or false (attention is in float32 in any case)"),
     "pruned_heads": (({}, None), "pruned attention heads are not supported"),
     "quantization_config": ((None,), "quantized weights are not supported: save the model without quantization"),

@@ -14,7 +14,7 @@ import numpy as np
 
 from .backend import Backend
 from .config import GPT2Config
-from .model import Cache, grow_cache, new_cache, transformer
+from .model import Cache, grow_cache, new_cache, output_table, transformer
 from .ops import unembed
 from .params import Params
 from .sampling import sample
@@ -62,7 +62,7 @@ class Decoder:
         def step(params: Params, tokens: Any, row: Any, cache: Cache) -> tuple[Any, Cache | None]:
             """Read tokens [batch, seq]; return the logits [batch, 1, n_vocab] after row [1] of them, and the cache."""
             h, cache_ = transformer(params, tokens, config, cache)
-            return unembed(backend.xp.take(h, row, axis=1), params["wte"]), cache_
+            return unembed(backend.xp.take(h, row, axis=1), output_table(params)), cache_
 
         self._step = backend.compile(step, bound=params, donate=("cache",))
 

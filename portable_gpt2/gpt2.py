@@ -9,8 +9,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from .backend import Backend, backend_of, get_backend
-from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from .backend import Backend, StoredTensor, backend_of, get_backend
+from .checkpoint import read_checkpoint, write_checkpoint
 from .checks import check_drawing, check_ids, check_length, check_params, check_room, check_stop, is_int
 from .completion import Completion, Reader, Row, batched, complete
 from .config import GPT2Config
@@ -46,6 +46,8 @@ class GPT2:
         What computes.
     device : str
         Where.
+    source : str or None
+        What it was loaded from, in a few words.
 
     Examples
     --------
@@ -59,6 +61,7 @@ class GPT2:
     def __init__(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
         check_params(params, config)
         self.config, self.tokenizer = config, tokenizer
+        self.source: str | None = None
         self.backend: Backend = backend_of(params["wte"])
         self.device = self.backend.device(params["wte"])
         self._device = self.backend.placement(params["wte"])
@@ -88,9 +91,11 @@ class GPT2:
 
         Parameters
         ----------
-        source : path
-            A directory in Hugging Face's layout: ``config.json``, ``model.safetensors`` and, for text, the tokenizer's
-            ``vocab.json`` and ``merges.txt``, or ``tokenizer.json``. Without them the model works by ids.
+        source : path or str
+            A directory in Hugging Face's layout (``config.json``; ``model.safetensors``, or several and their index, or
+            ``pytorch_model.bin``) or OpenAI's (``hparams.json``, ``model.ckpt``), with the tokenizer's files for text;
+            without them the model works by ids. Where there is none of this name, a model of the hub: ``gpt2``,
+            ``user/model`` or ``user/model@revision``.
         backend : str or Backend, optional
             What computes; the default backend (see `get_backend`) unless given.
         device : str or the framework's own device object, optional
@@ -106,36 +111,44 @@ class GPT2:
         CheckpointError
             If the files are not those of a whole GPT-2. The message names the file and the tensor.
         BackendNotInstalled
-            If the backend's framework is missing. The message says what to install.
+            If the backend's framework is missing, or one that it takes to read the files. The message says what to
+            install.
         ValueError
             If there is no such device or dtype.
         """
         owner = get_backend(backend, device)
         dtype = "float32" if dtype is None else dtype
         owner.dtype(dtype)
-        config, tensors = read_checkpoint(source)
-        try:
-            tokenizer = Tokenizer.load(source)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
-        if tokenizer is not None and len(tokenizer) > config.n_vocab:
-            raise CheckpointError(
-                f"{os.fspath(source)}: the tokenizer has {len(tokenizer)} entries and the model {config.n_vocab}"
-            )
+        found = read_checkpoint(source)
+        tensors = found.tensors
         with owner.on(owner.default_device):  # one tensor at a time: each is let go before the next is read
-            params = {p: owner.prepare(p, owner.from_numpy(tensors.pop(p), dtype)) for p in progress(list(tensors))}
-        return cls(config, nest(params), tokenizer)
+            params = {
+                p: owner.prepare(p, owner.from_numpy(tensors.pop(p).read(), dtype)) for p in progress(list(tensors))
+            }
+        model = cls(found.config, nest(params), found.tokenizer)
+        model.source = found.source
+        return model
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the model, and its tokenizer if it has one, as a checkpoint that `load` and transformers read.
+
+        Parameters
+        ----------
+        directory : path
+            Where to. It appears complete or not at all.
+        force : bool
+            Whether to replace a directory that exists, with all that it holds.
 
         Raises
         ------
         FileExistsError
-            If the directory exists and is not empty. Nothing is written.
+            If the directory exists and may not be replaced. Nothing is written.
         """
-        tensors = {path: self.backend.to_numpy(x) for path, x in flatten(self.params)}
-        write_checkpoint(directory, self.config, tensors, self.tokenizer and self.tokenizer.save)
+        tensors = {path: self._stored(x) for path, x in flatten(self.params)}
+        write_checkpoint(directory, self.config, tensors, self.tokenizer, force=force)
+
+    def _stored(self, x: Any) -> StoredTensor:
+        return StoredTensor(self.backend.shape(x), str(self.backend.dtype_name(x)), lambda: self.backend.to_numpy(x))
 
     def logits(self, token_ids: Any) -> Any:
         """Return the logits of the token that follows each token.

@@ -131,6 +131,11 @@ def transformer(
     return x, None if cache is None else grown
 
 
+def output_table(params: Params) -> Float[Array, "vocab n"]:
+    """Return what the logits are products with: lm_head, or wte where the two are tied."""
+    return params.get("lm_head", params["wte"])
+
+
 def _behind_padding(
     positions: Int[Array, "seq"],
     columns: Int[Array, "keys"],
@@ -201,7 +206,7 @@ def gpt2(
     (1, 3, 16)
     """
     h, cache = transformer(params, tokens, config, cache, observe)
-    logits = unembed(h, params["wte"])
+    logits = unembed(h, output_table(params))
     if observe is not None:
         observe("logits", logits)
     return logits, cache

@@ -28,6 +28,8 @@ def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """
     d, hidden = config.n_embd, config.n_hidden
     found: dict[str, tuple[int, ...]] = {"wpe": (config.n_ctx, d), "wte": (config.n_vocab, d)}
+    if not config.tie_word_embeddings:
+        found["lm_head"] = (config.n_vocab, d)
     for i in range(config.n_layer):
         for scope, (nx, nf) in {
             "attn/c_attn": (d, 3 * d),
@@ -113,7 +115,7 @@ def init_params(
     Returns
     -------
     dict
-        w and wte are drawn from N(0, 0.02), wpe from N(0, 0.01); b is 0 and g is 1.
+        w, wte and lm_head are drawn from N(0, 0.02), wpe from N(0, 0.01); b is 0 and g is 1.
 
     Raises
     ------

@@ -14,6 +14,7 @@ from tokenizers import models, pre_tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE = "vocab.json", "merges.txt", "tokenizer.json"
+_PAIRS = (VOCAB_FILE, MERGES_FILE), ("encoder.json", "vocab.bpe")  # Hugging Face's names and OpenAI's
 
 
 class Tokenizer:
@@ -72,16 +73,20 @@ class Tokenizer:
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer | None:
         """Read ``vocab.json`` and ``merges.txt``, or else ``tokenizer.json``; None where there is neither.
 
+        OpenAI's ``encoder.json`` and ``vocab.bpe`` are the first two by other names.
+
         Raises
         ------
         ValueError
             If a file is malformed. The message names it.
         """
         directory = Path(directory)
-        vocab, merges, whole = (directory / name for name in (VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE))
+        whole = directory / TOKENIZER_FILE
         try:
-            if vocab.is_file() and merges.is_file():
-                file = f"{vocab} and {MERGES_FILE}"
+            for vocab, merges in ((directory / vocab, directory / merges) for vocab, merges in _PAIRS):
+                if not (vocab.is_file() and merges.is_file()):
+                    continue
+                file = f"{vocab} and {merges.name}"
                 tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
                 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
                 loaded = cls(tokenizer)

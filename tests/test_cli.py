@@ -33,7 +33,7 @@ def checkpoints(tmp_path_factory):
     always["ln_f/g"][:] = 0
     always["wte"][tokenizer.end_of_text] = -50 * always["ln_f/b"] / np.square(always["ln_f/b"]).sum()
     pg.GPT2(endless, nest(always), tokenizer).save(path / "endless")
-    broken = {**tiny.weights(), "ln_f/b": np.full(16, np.nan, np.float32)}
+    broken = {**tiny.weights(), "ln_f/b": np.full(16, 3e38, np.float32)}  # an infinity less another
     pg.GPT2(tiny.CONFIG, nest(broken), tokenizer).save(path / "broken")
     return path
 
@@ -84,7 +84,8 @@ def test_the_prompt_and_its_continuation_go_to_stdout(command, backend, checkpoi
     first, last = err.splitlines()
     assert first == (
         "<GPT2 of 2 layers, 2 heads, 16 wide, context 64, vocabulary 384, "
-        f"on {backend.name}, {backend.devices()[0]}>, seed 7"
+        f"on {backend.name}, {backend.devices()[0]}>, seed 7, "
+        "from Hugging Face's layout, model.safetensors, float32"
     )
     assert re.fullmatch(r"20 tokens in \d+\.\d\d s, \d+\.\d tokens/s", last)
 
@@ -353,7 +354,14 @@ WRONG = [  # what follows `generate`, and what the message says
     (["x", *IT, "-n", "3", "--json", "--batch-size", "0"], "batch_size is 0; expected an int of at least 1"),
     (["x", *IT, "-n", "3", "--min-p", "2"], "min_p is 2.0; expected a number above 0 and at most 1 (None is off)"),
     (["x", *IT, "-n", "3", "--repetition-penalty", "0"], "repetition_penalty is 0.0; expected a number above 0"),
-    (["x", "--model", "nowhere"], "nowhere: no such directory; give one that holds config.json and model.safetensors"),
+    (
+        ["x", "--model", "./nowhere"],
+        "nowhere: no such directory; give one that holds config.json and model",
+    ),
+    (
+        ["x", "--model", "nowhere"],
+        "nowhere: no such directory, and the hub's model of this name is not",
+    ),
     (["x", "--model", "."], "config.json: no such file; a checkpoint holds config.json and model.safetensors"),
     (["x", "--model", "nameless"], "the model has no tokenizer: its checkpoint had no vocab.json and merges.txt"),
     (["x", *IT, "--backend", "keras"], "unknown backend 'keras'; the known backends are "),

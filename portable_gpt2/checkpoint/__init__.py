@@ -1,0 +1,12 @@
+"""Checkpoints: OpenAI's release and Hugging Face's layouts, from a directory or the hub, read and written.
+
+Tensors cross this package one at a time, as NumPy arrays by path (``h3/attn/c_attn/w``); which framework they end in is
+decided above, and files of a framework's own format are read by that framework's adapter.
+"""
+
+from .errors import CheckpointError
+from .names import hugging_face_name
+from .reading import Checkpoint, read_checkpoint
+from .writing import convert, write_checkpoint
+
+__all__ = ["Checkpoint", "CheckpointError", "convert", "hugging_face_name", "read_checkpoint", "write_checkpoint"]

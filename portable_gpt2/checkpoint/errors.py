@@ -1,0 +1,5 @@
+"""CheckpointError: what every file that cannot be read as a GPT-2 gives."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as a GPT-2; the message names the file, and the tensor if it is one."""

@@ -1,0 +1,83 @@
+"""Hugging Face's hub: a model's files, those that are needed and no others, in the hub's own cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..backend import available_backends, how_to_install
+from ..tokenizer import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
+from .errors import CheckpointError
+from .formats import INDEX, WEIGHTS_FILE, formats, read_index
+
+_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w.-][\w./-]*)?")
+
+
+def is_id(source: str) -> bool:
+    """Return whether this may be a model's id: ``gpt2``, ``user/model``, ``user/model@revision``.
+
+    Examples
+    --------
+    >>> from portable_gpt2.checkpoint import hub
+    >>> [hub.is_id(source) for source in ("openai-community/gpt2-xl", "./gpt2", "a/b/c")]
+    [True, False, False]
+    """
+    return _ID.fullmatch(source) is not None
+
+
+def download(source: str) -> Path:
+    """Return the directory, in the hub's cache, of a model's files, once those that it takes to load it are there.
+
+    The configuration, the tokenizer and safetensors are asked for first; what else holds weights, only where there are
+    none. Every request after the first is for the commit that the first one found.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such model, or neither the hub nor the files in its cache can be reached.
+    """
+    directory = _fetch(source, ["config.json", VOCAB_FILE, MERGES_FILE, WEIGHTS_FILE, WEIGHTS_FILE + INDEX])
+    pinned = f"{source.partition('@')[0]}@{directory.name}"
+    if not ((directory / VOCAB_FILE).is_file() and (directory / MERGES_FILE).is_file()):
+        _fetch(pinned, [TOKENIZER_FILE])
+    unreadable = []
+    for pattern, backend in formats():
+        if backend is not None and backend not in available_backends():  # not worth gigabytes
+            unreadable.append(f"{pattern} ({how_to_install(backend)})")
+            continue
+        if backend is not None:
+            _fetch(pinned, [pattern, pattern + INDEX])
+        if any(directory.glob(pattern)):
+            return directory
+        if indices := list(directory.glob(pattern + INDEX)):
+            _fetch(pinned, read_index(indices[0]))
+            return directory
+    also = f"; nothing that is installed here could read {', '.join(unreadable)}" if unreadable else ""
+    raise CheckpointError(f"{source}: the hub's model has no {WEIGHTS_FILE}, nor weights in another form{also}")
+
+
+def _fetch(source: str, names: Iterable[str]) -> Path:
+    from huggingface_hub import constants, snapshot_download  # half a second, for those who need it
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    model, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(names)))
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{source}: the hub has no revision {revision!r} of {model}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{source}: no such directory, and no such model on the hub, {constants.ENDPOINT} (or one that it takes a "
+            f"token to see: set HF_TOKEN)"
+        ) from error
+    except Exception as error:  # of the package, of its HTTP client, of the system
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if constants.HF_HUB_OFFLINE
+            else " ".join(f"{type(error).__name__}: {error}".split())
+        )
+        raise CheckpointError(
+            f"{source}: no such directory, and the hub's model of this name is not whole in the cache, "
+            f"{constants.HF_HUB_CACHE}, and cannot be asked for ({why[:300]})"
+        ) from error
