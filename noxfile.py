@@ -149,3 +149,4 @@ def typing(session: nox.Session) -> None:
     session.chdir(session.create_tmp())  # beside the checkout mypy would check the checkout
     packages = ["-p", "portable_gpt2", "-p", "portable_gpt2_backends"]
     session.run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *packages)
+    session.run("mypy", "--strict", str(ROOT / "tests" / "user.py"))  # with a user's settings, not ours

@@ -10,11 +10,13 @@ from .backend import (
     use_backend,
 )
 from .checkpoint import CheckpointError
+from .completion import Completion
 from .config import GPT2Config
 from .gpt2 import GPT2
 from .model import gpt2, grow_cache, new_cache
 from .ops import attention, attention_weights, conv1d, embed, gelu, layer_norm, softmax, unembed
 from .params import init_conv1d, init_params
+from .score import Score
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "Backend",
     "BackendNotInstalled",
     "CheckpointError",
+    "Completion",
     "GPT2Config",
+    "Score",
     "Tokenizer",
     "attention",
     "attention_weights",

@@ -62,6 +62,15 @@ class Backend:
     ------
     ValueError
         If there is no such device. The message lists those that there are.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> backend = pg.get_backend("numpy")
+    >>> x = backend.from_numpy(np.asarray([1.0, 4.0]), "float32", device="cpu")
+    >>> backend.xp.sqrt(x), backend.dtype_name(x), backend.device(x)
+    (array([1., 2.], dtype=float32), 'float32', 'cpu')
     """
 
     name: ClassVar[str]

@@ -219,8 +219,8 @@ def _attend(arguments: argparse.Namespace) -> int:
         if index != "all" and not 0 <= index < n:
             raise ValueError(f"there is no {name} {index}; the model has {n}, from 0")
         chosen[name] = range(n) if index == "all" else [index]
-    ids = model.tokenizer.encode(arguments.text) if model.tokenizer else []
     traced = model.trace(arguments.text)
+    assert model.tokenizer is not None  # without one, trace has refused the text
     maps = {
         f"layer {i}, head {j}": to_numpy(traced[f"h{i}/attn/weights"])[0, j]
         for i in chosen["layer"]
@@ -228,7 +228,8 @@ def _attend(arguments: argparse.Namespace) -> int:
     }
     if len(maps) == 1:
         ((name, weights),) = maps.items()
-        figure = plot.draw_attention(weights, [model.tokenizer.decode([token]) for token in ids], name)
+        names = [model.tokenizer.decode([token]) for token in model.tokenizer.encode(arguments.text)]
+        figure = plot.draw_attention(weights, names, name)
     else:
         columns = len(chosen["head"]) if len(chosen["head"]) > 1 else math.isqrt(len(maps) - 1) + 1
         figure = plot.draw_grid(maps, columns, arguments.text)

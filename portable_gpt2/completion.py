@@ -29,6 +29,12 @@ class Completion:
         Which of several samples of the prompt it is, from 0.
     finish_reason : str
         ``stop`` if it ended by itself, ``length`` if max_new_tokens did it.
+
+    Examples
+    --------
+    >>> from portable_gpt2 import Completion
+    >>> Completion("To be", ", or not", [11, 393, 407], 0, "length").text
+    ', or not'
     """
 
     prompt: str
@@ -99,7 +105,7 @@ class Row(NamedTuple):
 
     prompt: str
     ids: list[int]
-    index: int
+    sample: int
 
 
 def complete(
@@ -112,7 +118,7 @@ def complete(
     options: dict[str, Any],
 ) -> Iterator[Completion]:
     """Complete a batch; each row ends by itself, at a token of ends or before a string of stops."""
-    texts = [Text(list(row.ids), row.index) for row in rows]
+    texts = [Text(list(row.ids), row.sample) for row in rows]
     readers = {text: Reader(tokenizer.decoder(), stops) for text in texts}
     written: dict[Text, list[str]] = {text: [] for text in texts}
     for text in decoder.stream(texts, max_new_tokens, **options):
@@ -126,7 +132,7 @@ def complete(
         if not readers[text].ended:
             written[text].append(readers[text].read(None))
         reason = "stop" if text.ended or readers[text].ended else "length"
-        yield Completion(row.prompt, "".join(written[text]), text.tokens[len(row.ids) :], row.index, reason)
+        yield Completion(row.prompt, "".join(written[text]), text.tokens[len(row.ids) :], row.sample, reason)
 
 
 def batched(items: Iterable[_T], n: int) -> Iterator[list[_T]]:

@@ -346,7 +346,13 @@ class GPT2:
             return [completion.text for completion in self.complete(prompt, **options)]
         return "".join(self.stream(prompt, **options))
 
-    def score(self, texts: str | Iterable[str], *, stride: int | None = None, bos: bool = False) -> Score | list[Score]:
+    @overload
+    def score(self, texts: str, *, stride: int | None = None, bos: bool = False) -> Score: ...
+
+    @overload
+    def score(self, texts: list[str], *, stride: int | None = None, bos: bool = False) -> list[Score]: ...
+
+    def score(self, texts: str | list[str], *, stride: int | None = None, bos: bool = False) -> Score | list[Score]:
         """Return the log-probability of every token of a text given those before it; of several texts, a list.
 
         A text longer than n_ctx is read in windows, each of which scores what the one before it has not read: every
@@ -355,7 +361,7 @@ class GPT2:
 
         Parameters
         ----------
-        texts : str or strs
+        texts : str or list of str
             What to score.
         stride : int, optional
             How far apart windows start, from 1 to n_ctx - 1; n_ctx // 2 unless given. Less is slower, and gives each
@@ -396,7 +402,8 @@ class GPT2:
         start = [self._start("bos was asked for")] if bos else []
 
         def logits_of(window: list[int]) -> np.ndarray:
-            return self.backend.to_numpy(self.logits([window]))[0]
+            rows: np.ndarray = self.backend.to_numpy(self.logits([window]))[0]
+            return rows
 
         found = log_probs(logits_of, start + tokens, n_ctx, stride)[len(start) :]
         scored = (token for token, p in zip(tokens, found, strict=True) if not np.isnan(p))

@@ -156,7 +156,9 @@ def gpt2(
     config: GPT2Config,
     cache: Cache | None = None,
     observe: Observe | None = None,
-) -> tuple[Float[Array, "batch seq vocab"], Cache | None]:
+) -> tuple[
+    Float[Array, "batch seq vocab"], Cache | Any
+]:  # None if none was given, which whoever gave one need not check
     """Compute the logits of the token that follows each token.
 
     Parameters
@@ -274,7 +276,27 @@ def new_cache(
 
 
 def grow_cache(cache: Cache, capacity: int) -> Cache:
-    """Return the cache with room for capacity tokens."""
+    """Return a cache with room for more tokens, and what it holds.
+
+    Parameters
+    ----------
+    cache : dict
+        As `new_cache` makes it, or `gpt2` returns it. Do not use it again.
+    capacity : int
+        How many tokens of each text there is to be room for; no fewer than it has.
+
+    Returns
+    -------
+    dict
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
+    >>> cache = pg.new_cache(pg.init_params(config, backend="numpy"), config, capacity=2)
+    >>> pg.grow_cache(cache, 4)["h0"]["k"].shape
+    (1, 2, 4, 4)
+    """
 
     def grow(buffer: Any) -> Any:
         backend = backend_of(buffer)

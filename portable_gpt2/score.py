@@ -24,6 +24,14 @@ class Score:
         before it.
     n_bytes : int
         How many bytes of UTF-8 the tokens that have a log-probability stand for.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_gpt2 import Score
+    >>> score = Score([7, 8, 9], np.log([np.nan, 0.5, 0.125]), n_bytes=4)
+    >>> score.n_tokens, round(score.perplexity, 12), round(score.byte_perplexity, 12)
+    (2, 4.0, 2.0)
     """
 
     tokens: list[int]
