@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, help="the same seed draws the same text on every backend (default: one is drawn)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given several times")
+    add("--stop-token", action="append", default=[], type=int, metavar="ID", help="end before this token id")
     add("--num-samples", type=int, default=1, metavar="N", help="continue each prompt N times (default: 1)")
     add("--batch-size", type=int, default=8, metavar="N", help="compute N texts at a time (default: 8)")
     add("--sliding", action="store_true", help="go on from the last half of the context where it is full")
@@ -152,8 +153,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompts = [*arguments.prompt, *map(_read, arguments.prompt_file)] or [""]
     model = _load(arguments)
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "sliding")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "sliding")
     options = {name: getattr(arguments, name) for name in (*names, "allow_special")}
+    options["stop"] = [*arguments.stop, *arguments.stop_token]
     alone = len(prompts) == arguments.num_samples == 1 and not arguments.json
     if alone:
         pieces = model.stream(prompts[0], seed=seed, **options)

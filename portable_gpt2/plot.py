@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "$": r"\$"})
 
 
 def draw_attention(weights: np.ndarray, tokens: Sequence[str], title: str) -> Any:
-    """Draw one map: rows are the positions that look, columns those that are looked at.
+    """Draw one map: each row is a query, and how much it weighs the key of each column.
 
     Parameters
     ----------
@@ -42,8 +43,8 @@ def draw_attention(weights: np.ndarray, tokens: Sequence[str], title: str) -> An
     axes = figure.add_subplot()
     image = axes.imshow(weights, cmap="viridis", vmin=0, vmax=1)
     axes.set_title(title)
-    axes.set_xlabel("is looked at")
-    axes.set_ylabel("looks")
+    axes.set_xlabel("key")
+    axes.set_ylabel("query")
     step = max(1, -(-n // _LABELLED))
     names = [token.translate(_VISIBLE) for token in tokens[::step]]
     axes.set_xticks(range(0, n, step), names, rotation=90)
@@ -61,13 +62,13 @@ def draw_grid(maps: Mapping[str, np.ndarray], columns: int, title: str) -> Any:
     """
     rows = -(-len(maps) // columns)
     figure = _figure(_PANEL * columns, _PANEL * rows + 0.5)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.set_axis_off()
     for axes, (name, weights) in zip(grid, maps.items(), strict=False):
         axes.imshow(weights, cmap="viridis", vmin=0, vmax=1)
         axes.set_title(name, fontsize=8)
-    figure.suptitle(title.translate(_VISIBLE))
+    figure.suptitle(textwrap.shorten(title, 80).replace("$", r"\$"))
     return figure
 
 

@@ -239,6 +239,7 @@ def test_without_a_prompt_the_text_starts_from_end_of_text(command, it):
     ("args", "options"),
     [
         (["--stop", " ", "--stop", "zz"], {"stop": [" ", "zz"]}),
+        (["--stop-token", "12", "--stop-token", "255", "--top-k", "0"], {"stop": [12, 255], "top_k": 0}),
         (["--min-p", "0.2", "--top-k", "0"], {"min_p": 0.2, "top_k": 0}),
         (["--min-p", "off", "--repetition-penalty", "3"], {"repetition_penalty": 3}),
         (["--sliding", "-n", "90"], {"sliding": True, "max_new_tokens": 90}),
