@@ -409,6 +409,16 @@ def test_a_special_token_added_as_a_word_is_special_all_the_same(tmp_path):
     assert 384 not in tokenizer.encode("a<|endoftext|>b")
 
 
+def test_an_added_token_is_spelled_as_it_is(tmp_path):
+    """Catches a token beside the vocabulary whose letters are taken for the printable stand-ins of other bytes."""
+    bpe = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe())
+    bpe.add_tokens(["<Ġé>"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = pg.Tokenizer.load(tmp_path)
+    assert tokenizer.encode("<Ġé>") == [384]
+    assert tokenizer.decode([384]) == "<Ġé>"
+
+
 def test_the_end_of_text_is_known_by_its_id(tokenizer, layout):
     """Catches a tokenizer that is asked to spell it, or one that finds it in the vocabulary only."""
     assert tokenizer.end_of_text == (383 if layout == "json, added" else 0)
@@ -549,6 +559,7 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, named, files):
         ("vocab.json", '"$":4', '"$":4294967300', r"the id of '\$' is 4294967300; expected a whole number"),
         ("vocab.json", '"$":4', '"$":5', r"'(\$|%)' and '(%|\$)' have one id, 5: "),
         ("vocab.json", '"$":4', '"$":4,"$":4', r"'\$' stands in it twice"),
+        ("merges.txt", "\nh e\n", "\nh #\n", "line [0-9]+, 'h #': 'h#' is not in the vocabulary"),
         ("merges.txt", "\nh e\n", "\nh eX\n", "line [0-9]+, 'h eX': 'eX' is not in the vocabulary"),
         ("merges.txt", "\nh e\n", "\nh e\nh e\n", "line ([0-9]+), 'h e', is line [0-9]+ again"),
     ],
@@ -560,6 +571,26 @@ def test_a_damaged_pair_of_files_is_refused(tmp_path, name, before, after, messa
     assert text.count(before) == 1
     (tmp_path / name).write_text(text.replace(before, after), encoding="utf-8")
     with pytest.raises(ValueError, match=f"{name}: {message}"):
+        pg.Tokenizer.load(tmp_path)
+
+
+def test_a_vocabulary_that_is_a_list_is_refused(tmp_path):
+    """Catches Python's own complaint about a list, which says nothing of what was expected."""
+    (tmp_path / "vocab.json").write_text('["a", "b"]')
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(ValueError, match=r"vocab.json: expected an object, of entries and their ids; got list"):
+        pg.Tokenizer.load(tmp_path)
+
+
+def test_whoever_interrupts_a_load_interrupts_it(tmp_path, monkeypatch):
+    """Catches a Ctrl-C that becomes a damaged file."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    tiny.write_tokenizer(tmp_path)
+    monkeypatch.setattr(pg.tokenizer.json, "loads", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         pg.Tokenizer.load(tmp_path)
 
 
