@@ -43,7 +43,8 @@ def attn(
     *,
     n_head: int,
     scale: float,
-    mask: Bool[Array, "seq keys"],
+    mask: Bool[Array, "seq keys"] | None,
+    keys: Any,
     position: Any = 0,
     cache: Cache | None = None,
 ) -> tuple[Float[Array, "batch seq n"], Cache | None]:
@@ -55,7 +56,6 @@ def attn(
     q, k, v = (split_heads(c[..., i * n : (i + 1) * n], n_head) for i in range(3))
     if cache is not None:
         cache = {"k": backend.write(cache["k"], k, position), "v": backend.write(cache["v"], v, position)}
-        keys = backend.shape(mask)[-1]
         k, v = cache["k"][..., :keys, :], cache["v"][..., :keys, :]
     a = attention(q, k, v, mask=mask, scale=scale)
     return conv1d(merge_heads(a), **c_proj), cache
@@ -84,7 +84,9 @@ def transformer(
     position = 0 if cache is None else cache["position"]
     keys = _check_length(position, seq, config, cache)
     positions = position + backend.arange(seq, like=tokens)
-    mask = positions[:, None] >= backend.arange(keys, like=tokens)[None, :]
+    mask = None
+    if not (isinstance(position, int) and isinstance(seq, int) and seq == 1):  # one token sees all that is read
+        mask = positions[:, None] >= backend.arange(keys, like=tokens)[None, :]
     x = embed(tokens, params["wte"]) + embed(positions, params["wpe"])
     grown: Cache = {"position": position + seq}
     for i in range(config.n_layer):
@@ -95,6 +97,7 @@ def transformer(
             n_head=config.n_head,
             scale=config.attention_scale(i),
             mask=mask,
+            keys=keys,
             position=position,
             cache=None if cache is None else cache[f"h{i}"],
         )
