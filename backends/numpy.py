@@ -25,7 +25,9 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
         w = w[0]
     if not _is_wide(x) or w.ndim != 2 or w.shape != x.shape[-1:] + b.shape:
         return NotImplemented
-    y = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    # Where w is in Fortran order (see prepare), its own product of several rows is slower: 1.3 times at 32 rows.
+    y = rows @ w if w.flags.c_contiguous or len(rows) == 1 else (w.T @ rows.T).T
     y += b
     return y.reshape(*x.shape[:-1], b.shape[0])
 
@@ -57,11 +59,11 @@ def _softmax_into(y: Any, x: Any, axis: int) -> Any:
 def _gelu(x: Any) -> Any:
     if not _is_wide(x) or not x.ndim:
         return NotImplemented
+    scale = math.sqrt(2 / math.pi)
     y = x * x
-    y *= 0.044715
+    y *= 0.044715 * scale
+    y += scale
     y *= x
-    y += x
-    y *= math.sqrt(2 / math.pi)
     np.tanh(y, out=y)
     y += 1
     y *= 0.5  # before x, which may be so large that twice of it is infinite
