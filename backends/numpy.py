@@ -25,9 +25,7 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
         w = w[0]
     if not _is_wide(x) or w.ndim != 2 or w.shape != x.shape[-1:] + b.shape:
         return NotImplemented
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    # Where w is in Fortran order (see prepare), its own product of several rows is slower: 1.3 times at 32 rows.
-    y = rows @ w if w.flags.c_contiguous or len(rows) == 1 else (w.T @ rows.T).T
+    y = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w
     y += b
     return y.reshape(*x.shape[:-1], b.shape[0])
 
