@@ -205,7 +205,11 @@ class JaxBackend(Backend):
                 f"or allow 64 bits with jax.config.update('jax_enable_x64', True) or JAX_ENABLE_X64=1 at the start"
             )
         target = self.default_device if device is None else self.find_device(device)
-        return jnp.asarray(a) if target is None else jax.device_put(a, target)
+        if target is None:
+            return jnp.asarray(a)
+        if a.size == 1 and isinstance(target, Sharding):
+            return _put_one(target)(a)
+        return jax.device_put(a, target)
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x)
@@ -235,6 +239,12 @@ class JaxBackend(Backend):
     ) -> Callable[..., Any]:
         # Parameters are an argument: closed over, they would be compiled in as constants (14 s and 1.6 GB for 124M).
         return functools.partial(jax.jit(fn, static_argnames=static, donate_argnames=donate), bound)
+
+
+@functools.cache
+def _put_one(target: Sharding) -> Callable[[Any], Any]:
+    """Return what puts one number on target: device_put takes 0.25 ms between two steps of a model, and this 0.06."""
+    return jax.jit(lambda a: a, out_shardings=target)
 
 
 def _device_name(device: Any) -> str:
