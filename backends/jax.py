@@ -40,7 +40,11 @@ def _jit(kernel: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 _jit_softmax = _jit(jax.nn.softmax, static_argnames=("axis",))
-_gelu = _jit(functools.partial(jax.nn.gelu, approximate=True))
+
+
+@_jit
+def _gelu(x: Any) -> Any:
+    return jax.nn.gelu(x, approximate=True)
 
 
 _FEW = 32
