@@ -18,6 +18,7 @@ from portable_gpt2.backend import Backend
 # By default a GPU multiplies float32 in TF32.
 _PRECISION = jax.lax.Precision.HIGHEST
 _matmul = functools.partial(jnp.matmul, precision=_PRECISION)
+_barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 
 
 def _jit(kernel: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -73,7 +74,7 @@ def _rows_times(x: Any, w: Any) -> Any:
     XLA gives x w to YNNPACK, which reads w at 9 GB/s, and this to Eigen: for 8 rows the products of all 124M layers
     took 0.7 of the time so, for 32 0.8, for 2 as long. Without the barrier the transpositions cancel out.
     """
-    return _matmul(jnp.matrix_transpose(jax.lax.optimization_barrier(jnp.matrix_transpose(x))), w)
+    return _matmul(jnp.matrix_transpose(_barrier(jnp.matrix_transpose(x))), w)
 
 
 @_jit
@@ -109,8 +110,8 @@ def _table_times(x: Any, w: Any) -> Any:
     For 8 rows and a 124M model it took half the time of x w^T, for 32 0.7. Without the barriers XLA folds the
     transpositions into the product: without the first it took twice as long as x w^T, without the second as long.
     """
-    transposed = jax.lax.optimization_barrier(jnp.matrix_transpose(x))
-    return jnp.matrix_transpose(jax.lax.optimization_barrier(_matmul(w, transposed)))
+    transposed = _barrier(jnp.matrix_transpose(x))
+    return jnp.matrix_transpose(_barrier(_matmul(w, transposed)))
 
 
 @functools.partial(jax.jit, inline=True)
