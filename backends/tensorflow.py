@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -17,6 +18,14 @@ from portable_gpt2.backend import Backend
 _FLOATS = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16, "float16": tf.float16}
 _Axis = int | tuple[int, ...] | None
 _PARTS = 4  # of a product's depth
+_LARGE = 1 << 22  # numbers, from which on a softmax is worth a compilation
+
+# The functions beneath the public ones: an eager call of an op takes 12 to 25 us so, and 3 to 100 more through
+# tf.raw_ops (which checks names), tf.nn, or where a shape is given as a tuple, which becomes a tensor on each call.
+_add, _matmul, _reshape, _row_softmax = map(
+    inspect.unwrap, (tf.raw_ops.AddV2, tf.raw_ops.MatMul, tf.raw_ops.Reshape, tf.raw_ops.Softmax)
+)
+_jit_softmax = tf.function(tf.nn.softmax, jit_compile=True, autograph=False, reduce_retracing=True)
 
 
 class _Namespace:
@@ -77,11 +86,33 @@ def _is_wide(x: Any) -> bool:
     return x.dtype in (tf.float32, tf.float64)
 
 
+@functools.lru_cache(1024)
+def _shape_tensor(*shape: int) -> Any:
+    with tf.device("CPU:0"):
+        return tf.constant(shape)
+
+
+@functools.cache
+def _leaves_zeros(device: str) -> bool:
+    """Return whether tf.nn.softmax leaves zeros beside a NaN on a device: TensorFlow's own CPU code does, oneDNN's not.
+
+    Asked once, of a row: repairing all results took 60 us of 77 on a small array, and a pass over a large one.
+    """
+    with tf.device(device):
+        return not np.isnan(tf.nn.softmax([[math.nan, *[-math.inf] * 63]] * 4)).all()
+
+
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
     if not _is_wide(x) or not (x.shape.is_fully_defined() and w.shape.is_fully_defined() and b.shape.rank == 1):
         return NotImplemented
     (*start, nx), (*one, nf) = x.shape, w.shape[1:] if w.shape.rank == 3 and w.shape[0] == 1 else w.shape
-    if one != [nx] or b.shape[0] != nf or math.prod(start) != 1 or nx % _PARTS or not _in_xla():
+    if one != [nx] or b.shape[0] != nf:
+        return NotImplemented
+    n = math.prod(start)
+    if tf.executing_eagerly():
+        rows, w = _reshape(x, _shape_tensor(n, nx)), w if w.shape.rank == 2 else _reshape(w, _shape_tensor(nx, nf))
+        return _reshape(_add(_matmul(rows, w), b), _shape_tensor(*start, nf))
+    if n != 1 or nx % _PARTS or not _in_xla():
         return NotImplemented
     # As one product of a vector it uses the second core little. In four parts of the depth, summed with the bias after,
     # a chain of 48 products read 28 GB/s, as one 20 to 24; on one core alone 18 and 17. The gain of a whole decode step
@@ -94,10 +125,15 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
     rank = x.shape.rank
     if not _is_wide(x) or type(axis) is not int or rank is None or not -rank <= axis < rank:
         return NotImplemented
-    if rank > 5 or _in_xla():  # refused on a CPU, by oneDNN; XLA makes as much of the definition
+    eager = tf.executing_eagerly()
+    if rank > 5 or (not eager and _in_xla()):  # refused on a CPU, by oneDNN; XLA makes as much of the definition
         return NotImplemented
+    if eager and not _leaves_zeros(x.device):
+        if "CPU" in x.device and math.prod(x.shape) >= _LARGE:  # 27 ms for 32 at [12, 1024, 1024], after 75 once
+            return _jit_softmax(tf.convert_to_tensor(x), axis)
+        return _row_softmax(x) if axis in (-1, rank - 1) else tf.nn.softmax(x, axis)
     y = tf.nn.softmax(x, axis)
-    return y + 0 * tf.reduce_sum(y, axis, keepdims=True)  # it leaves zeros beside a NaN: the whole row becomes NaN
+    return y + 0 * tf.reduce_sum(y, axis, keepdims=True)  # beside a NaN there may be zeros: the whole row becomes NaN
 
 
 def _gelu(x: Any) -> Any:
