@@ -95,7 +95,7 @@ def _shape_tensor(*shape: int) -> Any:
 
 @functools.cache
 def _leaves_zeros(device: str) -> bool:
-    """Return whether tf.nn.softmax leaves zeros beside a NaN on a device: oneDNN's code does, TensorFlow's own does not.
+    """Return whether tf.nn.softmax leaves zeros beside a NaN on a device: oneDNN does, TensorFlow's own code does not.
 
     On a CPU TF_ENABLE_ONEDNN_OPTS says which it is; where it is unset, TensorFlow's judgement of the CPU. So a row is
     asked, once: to repair every result took 190 us of 225 on a small array, and two passes over a large one.
