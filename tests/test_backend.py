@@ -535,6 +535,23 @@ def test_a_donated_argument_is_dead_and_its_memory_used(jax):
     assert result.unsafe_buffer_pointer() == at
 
 
+def test_a_donated_variable_is_written_where_it_lies(tensorflow):
+    """Catches a cache that is copied for every token: after the first, which makes it a variable, it stays one."""
+    backend = pg.get_backend("tensorflow")
+    rows = tensorflow.ones((1, 2))
+    run = backend.compile(lambda rows, at, cache: backend.write(cache, rows, at), bound=rows, donate=("cache",))
+    given = run(3, tensorflow.zeros((8, 2)))
+
+    def address(variable):
+        return np.frombuffer(variable.read_value(), np.float32).ctypes.data
+
+    at = address(given)
+    result = run(5, given)
+    assert result is given
+    assert address(result) == at
+    assert backend.to_numpy(result).sum(axis=-1).tolist() == [0, 0, 0, 2, 0, 2, 0, 0]
+
+
 def test_donation_changes_no_result(backend):
     """Catches a donated buffer that is read after it was overwritten."""
 
