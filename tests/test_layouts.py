@@ -18,14 +18,6 @@ SMALL = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_vocab": 24, "n_ctx": 8, "eos
 UNTIED = pg.GPT2Config(**SMALL, tie_word_embeddings=False)
 
 
-@pytest.fixture(params=layouts.WRITERS, scope="module")
-def layout(request):
-    """A layout by name; skipped where the framework that writes it is not installed."""
-    if fixture := layouts.WRITERS[request.param][0]:
-        request.getfixturevalue(fixture)
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Return a function from a layout to its directory, with a tokenizer; a test may not change it."""

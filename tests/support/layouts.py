@@ -17,7 +17,7 @@ def hugging_face_names(arrays, prefix="transformer."):
         *scopes, leaf = path.split("/")
         if scopes and scopes[0][1:].isdigit():
             scopes[:1] = ["h", scopes[0][1:]]
-        return prefix + ".".join([*scopes, leaves[leaf]])
+        return prefix + ".".join([*scopes, leaves.get(leaf, leaf)])
 
     return {name(path): a for path, a in arrays.items()}
 
