@@ -117,13 +117,6 @@ def jax():
 
 
 @pytest.fixture(scope="module")
-def tensorflow():
-    """TensorFlow itself, for a test that is of it alone."""
-    load("tensorflow")
-    return pytest.importorskip("tensorflow")
-
-
-@pytest.fixture(scope="module")
 def torch():
     """PyTorch itself, for a test that is of it alone."""
     load("torch")
