@@ -41,6 +41,7 @@ def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) 
     """Run pytest, and once more where JAX computes in float64."""
     # To choose tests that are all of the one kind or all of the other is no mistake.
     codes = [0, 5] if session.posargs else [0]
+    args = ("-n", "2", "--dist", "loadfile", *args)  # compiling, most of the time, uses one core
     session.run("pytest", *args, *session.posargs, env=env, success_codes=codes)
     if x64:
         session.run("pytest", *args, *session.posargs, env={**env, "JAX_ENABLE_X64": "1"}, success_codes=codes)

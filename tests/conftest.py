@@ -42,9 +42,17 @@ def pytest_addoption(parser):
 
 def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if session.config.getoption("--no-skips") and reporter.stats.get("skipped"):
+    if reporter is None:  # one of several workers of pytest-xdist
+        session.config.workeroutput["bounds"] = bounds.recorded()
+    elif session.config.getoption("--no-skips") and reporter.stats.get("skipped"):
         reporter.write_line("\nSkipped tests are failures here (--no-skips).", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for ratio in getattr(node, "workeroutput", {}).get("bounds", []):
+        bounds.record(*ratio)
 
 
 hypothesis.settings.register_profile("brief", max_examples=10, deadline=None, derandomize=True)

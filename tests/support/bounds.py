@@ -462,6 +462,11 @@ def assert_within(bounded: Bounded, computed: np.ndarray, op: str, backend: Any,
 _WORST: dict[tuple[str, str, str], float] = {}
 
 
+def recorded() -> list[tuple[str, str, str, float]]:
+    """Return what was recorded in this process, for another one to record."""
+    return [(*key, ratio) for key, ratio in _WORST.items()]
+
+
 def record(op: str, backend: str, dtype: str, ratio: float) -> None:
     """Remember the worst error, in units of its bound, of an op on a backend in a dtype."""
     key = (op, backend, dtype)
@@ -471,10 +476,10 @@ def record(op: str, backend: str, dtype: str, ratio: float) -> None:
 def table() -> list[str]:
     """Return the worst errors recorded, in units of their bounds, a line for each op and backend."""
     rows = list(dict.fromkeys((op, backend) for op, backend, _ in sorted(_WORST)))
-    head = f"{'op':<12}{'backend':<18}" + "".join(f"{dtype:>10}" for dtype in FORMATS)
+    head = f"{'op':<19}{'backend':<18}" + "".join(f"{dtype:>10}" for dtype in FORMATS)
     cells = [[_WORST.get((*row, dtype)) for dtype in FORMATS] for row in rows]
     lines = [
-        f"{op:<12}{backend:<18}" + "".join(f"{'' if cell is None else format(cell, '.3g'):>10}" for cell in line)
+        f"{op:<19}{backend:<18}" + "".join(f"{'' if cell is None else format(cell, '.3g'):>10}" for cell in line)
         for (op, backend), line in zip(rows, cells, strict=True)
     ]
     return [head, *lines] if lines else []
