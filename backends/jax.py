@@ -210,11 +210,11 @@ class JaxBackend(Backend):
                 f"or allow 64 bits with jax.config.update('jax_enable_x64', True) or JAX_ENABLE_X64=1 at the start"
             )
         target = self.default_device if device is None else self.find_device(device)
-        if target is None:
-            return jnp.asarray(a)
         if a.size == 1 and isinstance(target, Sharding):
             return _put_one(target)(a)
-        return jax.device_put(a, target)
+        x = jnp.asarray(a) if target is None else jax.device_put(a, target)
+        # It copies later, and holds what it is to copy: a model that loads tensor by tensor would be in memory twice.
+        return x.block_until_ready() if a.nbytes >= 2**20 else x
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x)

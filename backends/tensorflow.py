@@ -198,7 +198,8 @@ class TensorflowBackend(Backend):
 
     def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
         with self.on(self.default_device if device is None else device):
-            return tf.identity(tf.convert_to_tensor(self.host_array(a, dtype)))
+            a = self.host_array(a, dtype)  # lets go of what was converted before it is copied
+            return tf.identity(tf.convert_to_tensor(a))
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x.numpy())

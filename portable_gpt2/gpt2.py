@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby, takewhile
@@ -16,7 +17,7 @@ from .completion import Completion, Reader, Row, batched, complete
 from .config import GPT2Config
 from .generate import Decoder, Text, padded_length
 from .model import gpt2
-from .params import Params, flatten, nest
+from .params import Params, flatten, nest, shapes
 from .score import Score, log_probs
 from .tokenizer import Tokenizer
 
@@ -120,12 +121,14 @@ class GPT2:
         dtype = "float32" if dtype is None else dtype
         owner.dtype(dtype)
         found = read_checkpoint(source)
-        tensors = found.tensors
-        with owner.on(owner.default_device):  # one tensor at a time: each is let go before the next is read
-            params = {
-                p: owner.prepare(p, owner.from_numpy(tensors.pop(p).read(), dtype)) for p in progress(list(tensors))
-            }
-        model = cls(found.config, nest(params), found.tokenizer)
+        tensors, params = found.tensors, dict[str, Any]()
+        # One tensor at a time, and each is let go before the next is read. The largest first: what is in memory twice
+        # for a moment is so while there is little else, and leaves room that the next ones fit into.
+        order = sorted(tensors, key=lambda path: -math.prod(tensors[path].shape))
+        with owner.on(owner.default_device):
+            for path in progress(order):
+                params[path] = owner.prepare(path, owner.from_numpy(tensors.pop(path).read(), dtype))
+        model = cls(found.config, nest({path: params[path] for path in shapes(found.config)}), found.tokenizer)
         model.source = found.source
         return model
 
