@@ -133,7 +133,7 @@ def test_the_seed_that_was_drawn_draws_the_text_again(command):
     texts = {}
     for _ in range(3):
         _, out, err = command(*args)
-        texts[re.search(r", seed (\d+)$", err, re.MULTILINE)[1]] = out
+        texts[re.search(r", seed (\d+), from ", err, re.MULTILINE)[1]] = out
     assert len(set(texts.values())) == len(texts) == 3
     for seed, text in texts.items():
         assert command(*args, "--seed", seed)[1] == text
