@@ -125,6 +125,7 @@ def whole(layout, tmp_path_factory):
 
 @given(data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_damaged_checkpoint_is_refused_or_only_its_values_changed(layout, whole, tmp_path, data):
     """Catches any exception but CheckpointError, a crash, a hang, a file elsewhere that is read, and a model that is
     loaded in another shape than the one that was saved.
