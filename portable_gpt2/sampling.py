@@ -1,6 +1,6 @@
 """From logits to a token: repetition penalty, temperature, top-k, top-p, min-p, in this order, and a random stream.
 
-All of it is on the host in float64.
+All of it is on the host, what is added and divided in float64.
 
 The same seed draws the same token whichever framework computed the logits. A draw is the argmax of logits / T + G, with
 one Gumbel variate G an entry of the vocabulary, so that it changes only where the two best sums lie closer together
@@ -102,7 +102,9 @@ def sample(
     >>> sample(np.asarray([0.0, 3.0, 1.0]), 5, temperature=0)
     1
     """
-    x = np.asarray(logits, np.float64)
+    x = np.asarray(logits)
+    if x.dtype not in (np.float32, np.float64):
+        x = x.astype(np.float32)
     largest = x.max()  # a NaN, if there is one
     if not np.isfinite(largest):
         raise ValueError(
@@ -110,7 +112,7 @@ def sample(
             f"overflowed (float32 may not)"
         )
     if repetition_penalty != 1 and len(seen):
-        x = penalised(x, seen, repetition_penalty)
+        x = penalised(x.astype(np.float64), seen, repetition_penalty)
     if temperature == 0:
         return int(np.argmax(x))
     kept, scaled = survivors(x, temperature, top_k, top_p, min_p)
@@ -133,11 +135,12 @@ def survivors(
     logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids that the filters keep, ascending, and their logits over the temperature, the largest of them 0."""
-    kept = np.arange(logits.size)
     if top_k and top_k < logits.size:
         kept = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+    else:
+        kept = np.arange(logits.size)
     with np.errstate(over="ignore"):  # by a tiny temperature: to -inf, as the largest is subtracted first
-        scaled = (logits[kept] - logits.max()) / temperature
+        scaled = (logits[kept].astype(np.float64) - float(logits.max())) / temperature
     if top_p is not None and top_p < 1:
         nucleus = _nucleus(scaled, top_p)
         kept, scaled = kept[nucleus], scaled[nucleus]
