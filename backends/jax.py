@@ -100,7 +100,7 @@ def _jit_attend(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
     """
     scores = jnp.squeeze(_matmul(k, jnp.matrix_transpose(q)), axis=-1) * scale
     if mask is not None:
-        scores = jnp.where(mask[0], scores, jnp.finfo(scores.dtype).min)
+        scores = jnp.where(jnp.squeeze(mask, axis=-2), scores, jnp.finfo(scores.dtype).min)
     return _matmul(jax.nn.softmax(scores)[..., None, :], v)
 
 
@@ -160,8 +160,13 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
         return NotImplemented
     *batch, _, d = q.shape
     keys = k.shape[-2]
-    if k.shape != (*batch, keys, d) or v.shape[:-1] != k.shape[:-1] or not (mask is None or mask.shape == (1, keys)):
+    if k.shape != (*batch, keys, d) or v.shape[:-1] != k.shape[:-1]:
         return NotImplemented
+    if mask is not None:
+        leading = zip(mask.shape[-3::-1], batch[::-1], strict=False)
+        fits = mask.dtype == jnp.bool_ and mask.shape[-2:] == (1, keys) and mask.ndim <= q.ndim
+        if not fits or any(m not in (1, n) for m, n in leading):
+            return NotImplemented
     return _jit_attend(q, k, v, mask, d**-0.5 if scale is None else scale)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -147,13 +146,22 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
     (*batch, queries, d), (*_, keys, _), _ = (shape.as_list() for shape in shapes)
     if queries != 1 or not keys or k.shape != (*batch, keys, d) or v.shape[:-1] != k.shape[:-1]:
         return NotImplemented
-    if mask is not None and mask.shape != (1, keys):
+    if mask is not None and not _is_mask(mask, batch, keys):
         return NotImplemented
     # One query: k q^T reads the keys as they lie, where q k^T transposes them first.
     scores = tf.reshape(tf.matmul(k, q, transpose_b=True), (*batch, 1, keys)) * (d**-0.5 if scale is None else scale)
     if mask is not None:
         scores = tf.where(mask, scores, scores.dtype.min)
     return tf.matmul(tf.nn.softmax(scores), v)
+
+
+def _is_mask(mask: Any, batch: list[int], keys: int) -> bool:
+    """Return whether this is a mask of one query, whose leading axes broadcast."""
+    if not mask.dtype.is_bool or not mask.shape.is_fully_defined():
+        return False
+    shape = mask.shape.as_list()
+    leading = zip(shape[-3::-1], batch[::-1], strict=False)
+    return shape[-2:] == [1, keys] and len(shape) <= len(batch) + 2 and all(m in (1, n) for m, n in leading)
 
 
 class TensorflowBackend(Backend):
@@ -205,15 +213,7 @@ class TensorflowBackend(Backend):
         return np.asarray(x.numpy())
 
     def read_checkpoint(self, path: str) -> dict[str, StoredTensor]:
-        directory, name = os.path.split(path)
-        if name == "checkpoint":  # it names the latest of several, where they were written: perhaps on another machine
-            state = tf.train.get_checkpoint_state(directory)
-            if state is None:
-                raise ValueError("it does not say model_checkpoint_path")
-            name = f"{os.path.basename(state.model_checkpoint_path)}.index"
-        prefix = os.path.join(directory, name.removesuffix(".index"))
-        if not os.path.isfile(f"{prefix}.index"):  # a directory would be searched
-            raise ValueError(f"there is no {name} beside it")
+        prefix = path.removesuffix(".index")
         reader = tf.train.load_checkpoint(prefix)
         dtypes = reader.get_variable_to_dtype_map()
         return {
@@ -260,7 +260,7 @@ class TensorflowBackend(Backend):
             key = (structure, *map(_signature, leaves))
             if key not in traces:
                 dynamic = [name not in static for name in names[: len(args)]]
-                traces[key] = _Trace(fn, structure, dynamic, leaves)
+                traces[key] = _Trace(fn, structure, dynamic, leaves, writes=bool(donate))
             return traces[key](leaves)
 
         return call
@@ -273,7 +273,9 @@ class _Trace:
     would be copied.
     """
 
-    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], dynamic: list[bool], leaves: list[Any]) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], dynamic: list[bool], leaves: list[Any], writes: bool
+    ) -> None:
         def flat(*leaves: Any) -> list[Any]:
             rest, results = iter(leaves), []
             result = fn(*(_put_together(a, rest) if d else a for a, d in zip(args, dynamic, strict=True)))
@@ -285,7 +287,7 @@ class _Trace:
         self._compiled = tf.function(flat, jit_compile=True, autograph=False).get_concrete_function(*leaves)
         self._captured = self._compiled.captured_inputs
         is_plain = all(isinstance(leaf, tf.Tensor | tf.Variable | np.int32) for leaf in leaves)
-        self._writes = is_plain and any(isinstance(leaf, tf.Variable) for leaf in leaves)
+        self._writes = writes and is_plain
 
     def __call__(self, leaves: list[Any]) -> Any:
         if self._writes and tf.executing_eagerly():
@@ -324,7 +326,9 @@ def _put_together(structure: Any, leaves: Iterator[Any]) -> Any:
         return None
     kind, keys, parts = structure
     values = [_put_together(part, leaves) for part in parts]
-    return dict(zip(keys, values, strict=True)) if kind is dict else kind(values)
+    if kind is dict:
+        return dict(zip(keys, values, strict=True))
+    return kind(*values) if hasattr(kind, "_fields") else kind(values)
 
 
 def _write(buffer: Any, value: Any, start: Any) -> None:
@@ -344,12 +348,12 @@ def _signature(leaf: Any) -> Any:
     """Return what must be equal for two leaves to share a trace, as something hashable."""
     if isinstance(leaf, tf.Tensor | tf.Variable):
         return type(leaf), leaf.dtype, leaf.shape, leaf.device
-    return type(leaf), getattr(leaf, "dtype", leaf)
+    return type(leaf), getattr(leaf, "dtype", leaf), getattr(leaf, "shape", None)
 
 
 def _as_variable(leaf: Any) -> Any:
     """Return a donated tensor as a variable, the one thing that compiled code can write to in place."""
-    writable = tf.executing_eagerly() and isinstance(leaf, tf.Tensor) and leaf.shape.rank
+    writable = tf.executing_eagerly() and isinstance(leaf, tf.Tensor) and leaf.shape.rank and leaf.dtype.is_floating
     return tf.Variable(leaf, trainable=False) if writable else _as_traced(leaf)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from .backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
 from .checkpoint import convert
+from .checks import check_drawing
 from .completion import Completion
 from .gpt2 import GPT2
 
@@ -29,11 +30,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _number_or_off(text: str) -> float | None:
-    return None if text == "off" else float(text)
+    try:
+        return None if text == "off" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor off") from None
 
 
 def _index_or_all(text: str) -> int | str:
-    return text if text == "all" else int(text)
+    try:
+        return text if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an index nor all") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,7 +157,10 @@ def _load(arguments: argparse.Namespace) -> GPT2:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    prompts = [*arguments.prompt, *map(_read, arguments.prompt_file)] or [""]
+    contents = {name: _read(name) for name in arguments.prompt_file}
+    prompts = [*arguments.prompt, *map(contents.__getitem__, arguments.prompt_file)] or [""]
+    drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    check_drawing(**{name: getattr(arguments, name) for name in drawing})  # before a model is loaded
     model = _load(arguments)
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "sliding")
@@ -184,7 +194,7 @@ def _write_all(completions: Iterable[Completion], arguments: argparse.Namespace,
     for i, completion in enumerate(completions):
         drawn += len(completion.tokens)
         if arguments.json:
-            _write(json.dumps({**dataclasses.asdict(completion), "seed": seed}, ensure_ascii=False) + "\n")
+            _write(json.dumps({**dataclasses.asdict(completion), "seed": seed}) + "\n")
         else:
             which = f"prompt {i // arguments.num_samples + 1}, sample {completion.index + 1}"
             _write(f"{'=' * 20} {which} {'=' * 20}\n{completion.prompt}{completion.text}\n")
@@ -202,7 +212,7 @@ def _score(arguments: argparse.Namespace) -> int:
             entries = {"tokens": score.tokens, "log_probs": log_probs, "total": score.total, "n_bytes": score.n_bytes}
             perplexities = {"perplexity": score.perplexity, "byte_perplexity": score.byte_perplexity}
             known = {key: None if math.isnan(value) else value for key, value in perplexities.items()}
-            _write(json.dumps({"file": name, **entries, **known}, ensure_ascii=False) + "\n")
+            _write(json.dumps({"file": name, **entries, **known}) + "\n")
         else:
             _write(
                 f"{name}: perplexity {score.perplexity:.4f} per token, {score.byte_perplexity:.4f} per byte; "
@@ -214,6 +224,7 @@ def _score(arguments: argparse.Namespace) -> int:
 def _attend(arguments: argparse.Namespace) -> int:
     from . import plot
 
+    plot.check_file(arguments.output)
     model = _load(arguments)
     chosen = {}
     for name, n in (("layer", model.config.n_layer), ("head", model.config.n_head)):

@@ -24,7 +24,7 @@ class Completion:
     text : str
         The continuation only.
     tokens : list of int
-        The ids that were drawn, without the one of ``stop`` that ended them.
+        The ids that were drawn, without the one of ``stop`` that ended them, and with those that spelled a stop string.
     index : int
         Which of several samples of the prompt it is, from 0.
     finish_reason : str

@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 
 from .backend import Backend, StoredTensor, backend_of, get_backend
-from .checkpoint import read_checkpoint, write_checkpoint
+from .checkpoint import cast, read_checkpoint, write_checkpoint
 from .checks import check_drawing, check_ids, check_length, check_params, check_room, check_stop, is_int
 from .completion import Completion, Reader, Row, batched, complete
 from .config import GPT2Config
@@ -115,7 +115,9 @@ class GPT2:
             If the backend's framework is missing, or one that it takes to read the files. The message says what to
             install.
         ValueError
-            If there is no such device or dtype.
+            If there is no such device or dtype, or a weight is beyond the dtype's range.
+        TypeError
+            If the backend would narrow the dtype in silence. The message names the switch that permits it.
         """
         owner = get_backend(backend, device)
         dtype = "float32" if dtype is None else dtype
@@ -127,7 +129,8 @@ class GPT2:
         order = sorted(tensors, key=lambda path: -math.prod(tensors[path].shape))
         with owner.on(owner.default_device):
             for path in progress(order):
-                params[path] = owner.prepare(path, owner.from_numpy(tensors.pop(path).read(), dtype))
+                tensor = cast(path, tensors.pop(path), dtype)
+                params[path] = owner.prepare(path, owner.from_numpy(tensor.read(), dtype))
         model = cls(found.config, nest({path: params[path] for path in shapes(found.config)}), found.tokenizer)
         model.source = found.source
         return model
@@ -265,7 +268,7 @@ class GPT2:
         tokenizer = self._require_tokenizer()
         ids = self._prompt_ids(prompt, allow_special)
         ends, strings = check_stop(stop, self.config)
-        drawn = self.stream_ids(ids, stop=ends | self._end_of_text(), **options)
+        drawn = self.stream_ids(ids, stop=ends.union(self._end_of_text()), **options)
         return Reader(tokenizer.decoder(), strings).pieces(drawn)
 
     def complete(
@@ -328,25 +331,35 @@ class GPT2:
         # Where the window slides, the longest text would cut the others: only those of one length go together.
         groups = groupby(rows, key=lambda row: len(row.ids) if sliding else 0)
         batches = (batch for _, group in groups for batch in batched(group, batch_size))
-        ends |= self._end_of_text()
+        ends.update(self._end_of_text())
         return chain.from_iterable(
             complete(self._decoder, tokenizer, batch, max_new_tokens, ends, strings, options) for batch in batches
         )
 
     @overload
-    def generate(self, prompt: str, **options: Any) -> str: ...
+    def generate(self, prompt: str, *, num_samples: None = None, **options: Any) -> str: ...
 
     @overload
-    def generate(self, prompt: list[str], **options: Any) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], *, num_samples: int | None = None, **options: Any) -> list[str]: ...
 
-    def generate(self, prompt: str | list[str], **options: Any) -> str | list[str]:
-        """Return the text that continues a prompt, the continuation only; of a list of prompts, a list.
+    def generate(
+        self, prompt: str | Sequence[str], *, num_samples: int | None = None, **options: Any
+    ) -> str | list[str]:
+        """Return the text that continues a prompt, the continuation only; of several prompts, a list.
 
-        The options are those of `complete`, which draws several samples of each prompt as well; `stream` gives the text
-        as it comes.
+        Parameters
+        ----------
+        prompt : str, or list or tuple of str
+            What to continue.
+        num_samples : int, optional
+            How many continuations of each to draw. They come in a list, those of one prompt beside each other.
+        **options
+            As for `stream`; where there are several, as for `complete`.
         """
-        if isinstance(prompt, list):
-            return [completion.text for completion in self.complete(prompt, **options)]
+        if isinstance(prompt, list | tuple) or num_samples is not None:
+            prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
+            completions = self.complete(prompts, num_samples=1 if num_samples is None else num_samples, **options)
+            return [completion.text for completion in completions]
         return "".join(self.stream(prompt, **options))
 
     @overload
@@ -408,10 +421,9 @@ class GPT2:
             rows: np.ndarray = self.backend.to_numpy(self.logits([window]))[0]
             return rows
 
+        lengths = [0 if self.tokenizer is None else len(self.tokenizer.token_bytes(token)) for token in tokens]
         found = log_probs(logits_of, start + tokens, n_ctx, stride)[len(start) :]
-        scored = (token for token, p in zip(tokens, found, strict=True) if not np.isnan(p))
-        n_bytes = 0 if self.tokenizer is None else sum(len(self.tokenizer.token_bytes(token)) for token in scored)
-        return Score(tokens, found, n_bytes)
+        return Score(tokens, found, sum(n for n, p in zip(lengths, found, strict=True) if not np.isnan(p)))
 
     def trace(self, text: str | Sequence[int]) -> dict[str, Any]:
         """Return what the model computes on the way to its logits, by scope path.
@@ -459,11 +471,10 @@ class GPT2:
             )
         return self.tokenizer
 
-    def _end_of_text(self) -> set[int]:
-        """Return the id of ``<|endoftext|>``, if there is one: the tokenizer's, or else the configuration's."""
+    def _end_of_text(self) -> list[int]:
+        """Return the ids that end a text: the tokenizer's ``<|endoftext|>``, and the configuration's if it differs."""
         known = None if self.tokenizer is None else self.tokenizer.end_of_text
-        end = self.config.eos_token_id if known is None else known
-        return set() if end is None else {end}
+        return list(dict.fromkeys(end for end in (known, self.config.eos_token_id) if end is not None))
 
     def _start(self, why: str) -> int:
         """Return the id that a text starts from where nothing comes before it."""

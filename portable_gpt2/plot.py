@@ -72,14 +72,27 @@ def draw_grid(maps: Mapping[str, np.ndarray], columns: int, title: str) -> Any:
     return figure
 
 
-def save(figure: Any, file: str | os.PathLike[str]) -> None:
-    """Write a figure in the format that the file's name ends in; the file appears complete or not at all.
+def check_file(file: str | os.PathLike[str]) -> None:
+    """Refuse a file that `save` could not write, before anything is drawn.
 
     Raises
     ------
+    ModuleNotFoundError
+        If matplotlib is not installed. The message says what to install.
     ValueError
-        If matplotlib knows no such format.
+        If matplotlib knows no format of this name.
+    FileNotFoundError
+        If there is no such directory.
     """
+    file, formats = Path(file), _figure(1, 1).canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in formats:
+        raise ValueError(f"{file}: the name ends in no format that can be drawn: {', '.join(sorted(formats))}")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent}: no such directory")
+
+
+def save(figure: Any, file: str | os.PathLike[str]) -> None:
+    """Write a figure in the format that the file's name ends in; the file appears complete or not at all."""
     file = Path(file)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as room:
         draft = Path(room, file.name)

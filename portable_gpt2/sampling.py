@@ -105,18 +105,22 @@ def sample(
     x = np.asarray(logits)
     if x.dtype not in (np.float32, np.float64):
         x = x.astype(np.float32)
-    largest = x.max()  # a NaN, if there is one
-    if not np.isfinite(largest):
-        raise ValueError(
-            f"the logits hold a NaN or an infinity (the largest is {largest}): the model's weights do, or its dtype "
-            f"overflowed (float32 may not)"
-        )
+    check_finite(x.max())
     if repetition_penalty != 1 and len(seen):
         x = penalised(x.astype(np.float64), seen, repetition_penalty)
     if temperature == 0:
         return int(np.argmax(x))
     kept, scaled = survivors(x, temperature, top_k, top_p, min_p)
     return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, seed, index))])
+
+
+def check_finite(largest: Any) -> None:
+    """Refuse logits by the largest of them, which is a NaN if there is one."""
+    if not np.isfinite(largest):
+        raise ValueError(
+            f"the logits hold a NaN or an infinity (the largest is {largest}): the model's weights do, or its dtype "
+            f"overflowed (float32 may not)"
+        )
 
 
 def penalised(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .sampling import check_finite
+
 _ROWS = 64  # of logits that are widened at a time
 
 
@@ -60,7 +62,10 @@ class Score:
 
 
 def _perplexity(total: float, n: int) -> float:
-    return math.exp(-total / n) if n else math.nan
+    try:
+        return math.exp(-total / n) if n else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def windows(n: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -93,6 +98,11 @@ def log_probs(logits_of: Callable[[list[int]], np.ndarray], tokens: list[int], n
         The text.
     n_ctx, stride : int
         See `windows`; stride is from 1 to n_ctx - 1.
+
+    Raises
+    ------
+    ValueError
+        If the logits of a token hold a NaN, or the largest of them is not finite.
     """
     found = np.full(len(tokens), math.nan)
     for start, first, end in windows(len(tokens), n_ctx, stride):
@@ -100,6 +110,9 @@ def log_probs(logits_of: Callable[[list[int]], np.ndarray], tokens: list[int], n
         for i in range(first, end, _ROWS):
             j = min(i + _ROWS, end)
             rows = logits[i - 1 - start : j - 1 - start].astype(np.float64)
-            rows -= rows.max(axis=-1, keepdims=True)
+            largest = rows.max(axis=-1, keepdims=True)
+            for each in largest.flat:
+                check_finite(each)
+            rows -= largest
             found[i:j] = rows[np.arange(j - i), tokens[i:j]] - np.log(np.exp(rows).sum(axis=-1))
     return found

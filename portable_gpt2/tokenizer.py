@@ -17,6 +17,7 @@ from tokenizers import models, pre_tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE = "vocab.json", "merges.txt", "tokenizer.json"
+ADDED_FILE = "added_tokens.json"  # of old tokenizers of transformers
 _PAIRS = (VOCAB_FILE, MERGES_FILE), ("encoder.json", "vocab.bpe")  # Hugging Face's names and OpenAI's
 
 
@@ -78,9 +79,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer | None:
-        """Read ``vocab.json`` and ``merges.txt``, or else ``tokenizer.json``; None where there is neither.
+        """Read ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt``; None where there is neither.
 
-        OpenAI's ``encoder.json`` and ``vocab.bpe`` are the first two by other names.
+        The first holds all that the others do, and tokens that were added beside them. OpenAI's ``encoder.json`` and
+        ``vocab.bpe`` are the other two by other names.
 
         Raises
         ------
@@ -88,11 +90,16 @@ class Tokenizer:
             If a file is malformed. The message names it.
         """
         directory = Path(directory)
-        whole = directory / TOKENIZER_FILE
+        file = directory / TOKENIZER_FILE
         try:
+            if file.is_file():
+                return cls(tokenizers.Tokenizer.from_file(str(file)))
             for vocab, merges in ((directory / vocab, directory / merges) for vocab, merges in _PAIRS):
                 if not (vocab.is_file() and merges.is_file()):
                     continue
+                file = directory / ADDED_FILE
+                if file.is_file() and json.loads(file.read_bytes()):
+                    raise ValueError(f"holds tokens beside {vocab.name}: save the tokenizer as {TOKENIZER_FILE}")
                 file = vocab
                 ids = _read_vocab(vocab)
                 file = merges
@@ -102,9 +109,6 @@ class Tokenizer:
                 loaded = cls(tokenizer)
                 loaded._files = [VOCAB_FILE, MERGES_FILE]
                 return loaded
-            if whole.is_file():
-                file = whole
-                return cls(tokenizers.Tokenizer.from_file(str(whole)))
         except BaseException as error:  # the package raises Exception itself, or panics, which is not even that
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise

@@ -247,3 +247,11 @@ def test_attention_of_ordinary_numbers_raises_no_floating_point_flag(backend, dt
         with np.errstate(all="raise", under="ignore"):
             computed = backend.to_numpy(form(*map(backend.from_numpy, (q, k, v, mask))))
         assert np.isfinite(computed).all()
+
+
+def test_a_mask_of_floats_is_refused_for_one_query_too(backend):
+    """Catches a kernel for one query that takes a mask of zeros, meant to be added, for one that hides everything."""
+    q, k = backend.from_numpy(np.ones((2, 1, 4), np.float32)), backend.from_numpy(np.ones((2, 3, 4), np.float32))
+    mask = backend.from_numpy(np.zeros((1, 3), np.float32))
+    with pytest.raises(TypeError, match=r"mask has dtype .*; expected bool"):
+        pg.attention(q, k, k, mask)

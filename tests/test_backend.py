@@ -1,6 +1,7 @@
 """The abstract interface: how a backend is found, and what each adapter promises beside the array API's functions."""
 
 import asyncio
+import collections
 import contextlib
 import importlib.metadata
 import os
@@ -589,3 +590,22 @@ def test_prepare_keeps_shapes_and_values(backend):
 def test_a_backend_says_how_to_get_it(backend):
     """Catches a repr that cannot be read back."""
     assert eval(repr(backend), {"get_backend": pg.get_backend}) is backend
+
+
+def test_a_compiled_function_of_a_variable_has_a_gradient(tf):
+    """Catches a call beneath the public one, which records nothing, where nothing is donated."""
+    backend = pg.get_backend("tensorflow")
+    run = backend.compile(lambda b, w: tf.reduce_sum(w * w * b), bound=tf.constant([1.0, 2.0]))
+    w = tf.Variable([3.0, 4.0])
+    with tf.GradientTape() as tape:
+        y = run(w)
+    assert tape.gradient(y, w).numpy().tolist() == [6.0, 16.0]
+
+
+def test_compiled_functions_take_arrays_of_several_shapes_and_named_tuples(tf):
+    """Catches a trace that is taken for another shape's, and a tree that cannot be put together again."""
+    pair = collections.namedtuple("pair", ["x", "y"])
+    run = pg.get_backend("tensorflow").compile(lambda _, p: pair(p.y, p.x + 1))
+    for shape in ((2,), (3,)):
+        x, y = run(pair(np.zeros(shape, np.float32), tf.ones(2)))
+        assert (x.numpy().tolist(), y.numpy().tolist()) == ([1.0, 1.0], [1.0] * shape[0])

@@ -320,9 +320,11 @@ def test_attend_draws_maps(command, checkpoints, chosen):
     [
         (["--layer", "2"], "there is no layer 2; the model has 2, from 0"),
         (["--head", "-1"], "there is no head -1; the model has 2, from 0"),
-        (["--layer", "some"], "argument --layer: invalid"),
-        (["-o", "map.xyz"], "xyz"),
-        (["-o", "nowhere/map.png"], "nowhere"),
+        (["--layer", "some"], "argument --layer: 'some' is neither an index nor all"),
+        (["-o", "map.xyz"], "map.xyz: the name ends in no format that can be drawn"),
+        (["-o", "map"], "map: the name ends in no format that can be drawn"),
+        (["-o", "nowhere/map.png"], "nowhere: no such directory"),
+        (["--model", "nowhere-at-all", "-o", "map"], "map: the name ends in no format"),  # before a model is looked for
     ],
 )
 def test_what_attend_cannot_draw_is_refused(command, args, message):

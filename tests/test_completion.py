@@ -109,7 +109,9 @@ def test_samples_differ_and_the_first_is_the_one_of_generate(model, alone):
     assert found[0::5] == alone[:2]
     assert len(set(found)) == 10
     assert [c.text for c in model.complete(PROMPTS[:1], num_samples=2, **OPTIONS)] == found[:2]
-    assert model.generate(PROMPTS[:2], **OPTIONS) == alone[:2]
+    assert model.generate(PROMPTS[:2], **OPTIONS) == model.generate(tuple(PROMPTS[:2]), **OPTIONS) == alone[:2]
+    assert model.generate(PROMPTS[0], num_samples=2, **OPTIONS) == found[:2]
+    assert model.generate(PROMPTS[:2], num_samples=5, **OPTIONS) == found
 
 
 def test_a_row_ends_alone(model, alone, tokenizer):
@@ -131,6 +133,14 @@ def test_a_stop_string_and_a_stop_token_may_be_named_together(model, alone, toke
     by_token = model.generate(PROMPTS[0], stop=["never there", drawn[3]], **OPTIONS)
     assert by_token == tokenizer.decode(drawn[: drawn.index(drawn[3])])
     assert model.generate(PROMPTS[0], stop=[alone[0][1], 383], **OPTIONS) == alone[0][: alone[0].index(alone[0][1])]
+
+
+def test_a_text_ends_at_the_configurations_end_token_too(backend, tokenizer, alone):
+    """Catches an end token that is named in config.json and is not the tokenizer's."""
+    drawn = tokenizer.encode(alone[0])
+    config = pg.GPT2Config(**{**vars(tiny.CONFIG), "eos_token_id": drawn[3]})
+    found = tiny.model(backend, config, tokenizer=tokenizer).generate(PROMPTS[0], **OPTIONS)
+    assert found == tokenizer.decode(drawn[: drawn.index(drawn[3])])
 
 
 def test_many_prompts_are_checked_before_any_is_computed(model, monkeypatch):

@@ -51,7 +51,7 @@ def load(tmp_path):
 EXPECTED = "; ".join(
     str(token) for token in tiny.model(pg.get_backend("numpy")).stream_ids([1, 2, 3], max_new_tokens=8, temperature=0)
 )
-NEEDED = ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
+NEEDED = ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_only_what_is_needed_is_asked_for_and_once(model, load):
@@ -90,15 +90,15 @@ def test_shards_are_asked_for_by_their_index(model, load):
 
 
 def test_other_weights_are_asked_for_where_there_are_no_safetensors(model, load, torch):
-    """Catches models of before safetensors being refused, and tokenizers of a single file."""
+    """Catches models of before safetensors being refused, and tokenizers of two files."""
     (model / "model.safetensors").unlink()
-    (model / "vocab.json").unlink()
+    (model / "tokenizer.json").unlink()
     tensors = {pg.checkpoint.hugging_face_name(path): torch.from_numpy(a) for path, a in tiny.weights().items()}
     torch.save(tensors, model / "pytorch_model.bin")
     with hub.serving({"someone/tiny": model}) as (online, asked):
         [said] = load(online, "someone/tiny")
     assert said.endswith(f"pytorch_model.bin, float32; {EXPECTED}")
-    assert sorted(asked) == ["config.json", "merges.txt", "pytorch_model.bin", "tokenizer.json"]
+    assert sorted(asked) == ["config.json", "merges.txt", "pytorch_model.bin", "vocab.json"]
 
 
 def test_what_is_not_there_is_said(model, load, tmp_path):

@@ -48,7 +48,7 @@ SAID = {
     "bin": "Hugging Face's layout, pytorch_model.bin, float32",
     "bin of old": "Hugging Face's layout, pytorch_model.bin, float32",
     "bin in 2 files": "Hugging Face's layout, pytorch_model.bin.index.json of 2 files, float32",
-    "OpenAI": "OpenAI's release, checkpoint, float32",
+    "OpenAI": "OpenAI's release, model.ckpt.index, float32",
 }
 
 

@@ -108,6 +108,21 @@ def test_sums_are_accumulated_in_float64_and_exactly():
     assert score.total == -1e16 - 2
 
 
+def test_logits_that_overflow_have_no_score(backend):
+    """Catches a token that counts as one without a log-probability because its logits are NaN."""
+    weights = {path: a.copy() for path, a in WEIGHTS.items()}
+    weights["ln_f/g"][:] = 1e30
+    weights["wte"] *= 1e10
+    model = pg.GPT2(CONFIG, on_backend(backend, weights))
+    with pytest.raises(ValueError, match="the logits hold a NaN or an infinity"):
+        model.score_ids(some_ids(5))
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    """Catches an OverflowError for a text that the model finds impossible."""
+    assert Score([0, 0], np.asarray([math.nan, -1e4]), 1).perplexity == math.inf
+
+
 @pytest.mark.parametrize("stride", [0, 40, -1, 1.5, True])
 def test_a_stride_that_makes_no_sense_is_refused(model, stride):
     """Catches windows that do not move, or that leave a token without context."""

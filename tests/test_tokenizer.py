@@ -687,3 +687,18 @@ def test_a_model_saves_its_tokenizer(tokenizer, tmp_path):
     model = pg.GPT2.load(tmp_path / "it", backend="numpy")
     assert model.tokenizer.encode(tiny.TEXT) == tokenizer.encode(tiny.TEXT)
     assert model.tokenizer.end_of_text == tokenizer.end_of_text
+
+
+def test_tokens_that_were_added_are_not_lost(tmp_path):
+    """Catches vocab.json being read beside a tokenizer.json that holds more, and added_tokens.json being ignored."""
+    tiny.write_tokenizer(tmp_path, "files")
+    whole = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe())
+    whole.add_tokens(["<USER>"])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    loaded = pg.Tokenizer.load(tmp_path)
+    assert loaded.encode("<USER> To") == whole.encode("<USER> To").ids
+    assert loaded.decode(loaded.encode("<USER> To")) == "<USER> To"
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "added_tokens.json").write_text('{"<USER>": 384}')
+    with pytest.raises(ValueError, match=r"added_tokens.json: holds tokens beside vocab.json"):
+        pg.Tokenizer.load(tmp_path)

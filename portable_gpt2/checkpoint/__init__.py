@@ -5,8 +5,17 @@ decided above, and files of a framework's own format are read by that framework'
 """
 
 from .errors import CheckpointError
+from .formats import cast
 from .names import hugging_face_name
 from .reading import Checkpoint, read_checkpoint
 from .writing import convert, write_checkpoint
 
-__all__ = ["Checkpoint", "CheckpointError", "convert", "hugging_face_name", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "cast",
+    "convert",
+    "hugging_face_name",
+    "read_checkpoint",
+    "write_checkpoint",
+]

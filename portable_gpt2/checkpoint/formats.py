@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import BackendNotInstalled, StoredTensor, available_backends, get_backend, how_to_install
+from ..backend import BackendNotInstalled, StoredTensor, available_backends, float_dtypes, get_backend, how_to_install
 from .errors import CheckpointError
 from .names import Found
 from .safetensors_files import map_safetensors
@@ -90,7 +90,7 @@ def read_index(file: Path) -> dict[str, list[str]]:
     for tensor, name in files.items():
         # Who wrote an index has no say in what else is read: a shard stands beside it. (Who set up the directory has:
         # symbolic links are followed, and the hub's cache is made of them.)
-        if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0:*?[]"):
             raise CheckpointError(f"{file}: {tensor} is said to be in {name!r}; expected the bare name of a file")
         shards.setdefault(name, []).append(tensor)
     return shards
@@ -180,6 +180,19 @@ def is_finite(a: np.ndarray) -> bool:
     return bool(
         a.view(signed).max() < infinity.view(signed) and a.view(unsigned).max() < np.negative(infinity).view(unsigned)
     )
+
+
+def cast(path: str, tensor: StoredTensor, dtype: str) -> StoredTensor:
+    """Return a tensor that is read in another dtype; reading raises a ValueError if a number is beyond its range."""
+
+    def read() -> np.ndarray:
+        with np.errstate(over="ignore"):
+            a = tensor.read().astype(float_dtypes[dtype], copy=False)
+        if not is_finite(a):
+            raise ValueError(f"{path} holds numbers that are beyond the range of {dtype}")
+        return a
+
+    return StoredTensor(tensor.shape, dtype, tensor.read if dtype == tensor.dtype else read)
 
 
 def _brief(error: Exception) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..backend import available_backends, how_to_install
-from ..tokenizer import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
+from ..tokenizer import ADDED_FILE, MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
 from .errors import CheckpointError
 from .formats import INDEX, WEIGHTS_FILE, formats, read_index
 
@@ -37,10 +37,12 @@ def download(source: str) -> Path:
     CheckpointError
         If there is no such model, or neither the hub nor the files in its cache can be reached.
     """
-    directory = _fetch(source, ["config.json", VOCAB_FILE, MERGES_FILE, WEIGHTS_FILE, WEIGHTS_FILE + INDEX])
+    from huggingface_hub import constants
+
+    directory = _fetch(source, ["config.json", TOKENIZER_FILE, WEIGHTS_FILE, WEIGHTS_FILE + INDEX])
     pinned = f"{source.partition('@')[0]}@{directory.name}"
-    if not ((directory / VOCAB_FILE).is_file() and (directory / MERGES_FILE).is_file()):
-        _fetch(pinned, [TOKENIZER_FILE])
+    if not (directory / TOKENIZER_FILE).is_file():
+        _fetch(pinned, [VOCAB_FILE, MERGES_FILE, ADDED_FILE])
     unreadable = []
     for pattern, backend in formats():
         if backend is not None and backend not in available_backends():  # not worth gigabytes
@@ -54,7 +56,8 @@ def download(source: str) -> Path:
             _fetch(pinned, read_index(indices[0]))
             return directory
     also = f"; nothing that is installed here could read {', '.join(unreadable)}" if unreadable else ""
-    raise CheckpointError(f"{source}: the hub's model has no {WEIGHTS_FILE}, nor weights in another form{also}")
+    where = f" in the cache, {constants.HF_HUB_CACHE} (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    raise CheckpointError(f"{source}: the hub's model has no {WEIGHTS_FILE}{where}, nor weights in another form{also}")
 
 
 def _fetch(source: str, names: Iterable[str]) -> Path:

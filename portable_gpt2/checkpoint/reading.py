@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """Find a checkpoint and check that its files are those of a whole GPT-2, without reading the weights.
+    """Find a checkpoint and check that its files are those of a whole GPT-2, before the weights are read.
 
     Parameters
     ----------

@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..backend import StoredTensor, float_dtypes
 from ..config import GPT2Config
 from ..tokenizer import Tokenizer
-from .formats import WEIGHTS_FILE, is_finite
+from .formats import WEIGHTS_FILE, cast
 from .names import prefixed_name
 from .reading import CONFIG_FILE, read_checkpoint
 from .safetensors_files import write_safetensors
@@ -54,17 +52,23 @@ def write_checkpoint(
     FileExistsError
         If the directory exists and may not be replaced.
     """
-    directory = Path(os.path.realpath(directory))  # a link to a directory stays one
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory}: exists already; give a new directory, this is none")
-    if directory.exists() and any(directory.iterdir()) and not force:
-        raise FileExistsError(f"{directory}: exists already; give a new directory, or replace this one by force")
+    directory = _free(directory, force)
     with _appearing(directory, force) as draft:
         (draft / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         named = {prefixed_name(path): tensor for path, tensor in tensors.items()}
         write_safetensors(draft / WEIGHTS_FILE, named, progress)
         if tokenizer is not None:
             tokenizer.save(draft)
+
+
+def _free(directory: str | os.PathLike[str], force: bool) -> Path:
+    """Return a directory that may be written, by its real path: a link to a directory stays one."""
+    directory = Path(os.path.realpath(directory))
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory}: exists already; give a new directory, this is none")
+    if directory.exists() and any(directory.iterdir()) and not force:
+        raise FileExistsError(f"{directory}: exists already; give a new directory, or replace this one by force")
+    return directory
 
 
 def convert(
@@ -106,23 +110,13 @@ def convert(
     """
     if dtype is not None and dtype not in float_dtypes:
         raise ValueError(f"no floating dtype {dtype!r}; choose one of {', '.join(float_dtypes)}")
+    _free(directory, force)  # before anything is fetched or read
     found, inside = read_checkpoint(source), Path(source).resolve()
     if Path(directory).resolve() in inside.parents:
         raise ValueError(f"{os.fspath(directory)}: holds {os.fspath(source)}, and more; give another directory")
-    tensors = {path: _cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
+    tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
     write_checkpoint(directory, found.config, tensors, found.tokenizer, force=force, progress=progress)
     return found.source
-
-
-def _cast(path: str, tensor: StoredTensor, dtype: str) -> StoredTensor:
-    def read() -> np.ndarray:
-        with np.errstate(over="ignore"):
-            a = tensor.read().astype(float_dtypes[dtype], copy=False)
-        if not is_finite(a):
-            raise ValueError(f"{path} holds numbers that are beyond the range of {dtype}")
-        return a
-
-    return StoredTensor(tensor.shape, dtype, tensor.read if dtype == tensor.dtype else read)
 
 
 @contextlib.contextmanager
@@ -133,15 +127,25 @@ def _appearing(directory: Path, force: bool) -> Iterator[Path]:
     try:
         yield draft
         draft.chmod(0o777 & ~_umask())
-        for file in draft.iterdir():  # on the disk before its name is: after a power cut too it is whole or absent
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+        for file in (*draft.iterdir(), draft):  # on the disk before its name is: after a power cut too it is whole
+            _synchronise(file)
         if force and directory.exists():
             _exchange(draft, directory)
         else:
             draft.replace(directory)
+        _synchronise(directory.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _synchronise(file: Path) -> None:
+    if file.is_dir() and os.name != "posix":  # elsewhere a directory cannot be opened
+        return
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _exchange(draft: Path, directory: Path) -> None:
