@@ -57,11 +57,11 @@ def _softmax_into(y: Any, x: Any, axis: int) -> Any:
 def _gelu(x: Any) -> Any:
     if not _is_wide(x) or not x.ndim:
         return NotImplemented
+    scale = math.sqrt(2 / math.pi)
     y = x * x
-    y *= 0.044715
+    y *= 0.044715 * scale
+    y += scale
     y *= x
-    y += x
-    y *= math.sqrt(2 / math.pi)
     np.tanh(y, out=y)
     y += 1
     y *= 0.5  # before x, which may be so large that twice of it is infinite

@@ -7,11 +7,12 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from portable_gpt2.backend import Backend, StoredTensor
@@ -19,6 +20,14 @@ from portable_gpt2.backend import Backend, StoredTensor
 _FLOATS = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16, "float16": tf.float16}
 _Axis = int | tuple[int, ...] | None
 _PARTS = 4  # of a product's depth
+_LARGE = 1 << 22  # numbers, from which on a softmax is worth a compilation
+
+# The functions beneath the public ones: an eager call of an op takes 12 to 25 us so, and 3 to 100 more through
+# tf.raw_ops (which checks names), tf.nn, or where a shape is given as a tuple, which becomes a tensor on each call.
+_add, _matmul, _reshape, _row_softmax = map(
+    inspect.unwrap, (tf.raw_ops.AddV2, tf.raw_ops.MatMul, tf.raw_ops.Reshape, tf.raw_ops.Softmax)
+)
+_jit_softmax = tf.function(tf.nn.softmax, jit_compile=True, autograph=False, reduce_retracing=True)
 
 
 class _Namespace:
@@ -87,11 +96,35 @@ def _is_wide(x: Any) -> bool:
     return x.dtype in (tf.float32, tf.float64)
 
 
+@functools.lru_cache(1024)
+def _shape_tensor(*shape: int) -> Any:
+    with tf.device("CPU:0"):
+        return tf.constant(shape)
+
+
+@functools.cache
+def _leaves_zeros(device: str) -> bool:
+    """Return whether tf.nn.softmax leaves zeros beside a NaN on a device: oneDNN does, TensorFlow's own code does not.
+
+    On a CPU TF_ENABLE_ONEDNN_OPTS says which it is; where it is unset, TensorFlow's judgement of the CPU. So a row is
+    asked, once: to repair every result took 190 us of 225 on a small array, and two passes over a large one.
+    """
+    with tf.device(device):
+        y = tf.nn.softmax(tf.constant([[math.nan, *[-math.inf] * 63]] * 4))
+        return not bool(tf.reduce_all(tf.math.is_nan(y)))
+
+
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
     if not _is_wide(x) or not (x.shape.is_fully_defined() and w.shape.is_fully_defined() and b.shape.rank == 1):
         return NotImplemented
     (*start, nx), (*one, nf) = x.shape, w.shape[1:] if w.shape.rank == 3 and w.shape[0] == 1 else w.shape
-    if one != [nx] or b.shape[0] != nf or math.prod(start) != 1 or nx % _PARTS or not _in_xla():
+    if one != [nx] or b.shape[0] != nf:
+        return NotImplemented
+    n = math.prod(start)
+    if tf.executing_eagerly():
+        rows, w = _reshape(x, _shape_tensor(n, nx)), w if w.shape.rank == 2 else _reshape(w, _shape_tensor(nx, nf))
+        return _reshape(_add(_matmul(rows, w), b), _shape_tensor(*start, nf))
+    if n != 1 or nx % _PARTS or not _in_xla():
         return NotImplemented
     # As one product of a vector it uses the second core little. In four parts of the depth, summed with the bias after,
     # a chain of 48 products read 28 GB/s, as one 20 to 24; on one core alone 18 and 17. The gain of a whole decode step
@@ -104,15 +137,31 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
     rank = x.shape.rank
     if not _is_wide(x) or type(axis) is not int or rank is None or not -rank <= axis < rank:
         return NotImplemented
-    if rank > 5 or _in_xla():  # refused on a CPU, by oneDNN; XLA makes as much of the definition
+    eager = tf.executing_eagerly()
+    if rank > 5 or (not eager and _in_xla()):  # refused on a CPU, by oneDNN; XLA makes as much of the definition
         return NotImplemented
+    if eager and not _leaves_zeros(x.device):
+        if "CPU" in x.device and math.prod(x.shape) >= _LARGE:  # 27 ms for 32 at [12, 1024, 1024], after 75 once
+            return _jit_softmax(tf.convert_to_tensor(x), axis)
+        return _row_softmax(x) if axis in (-1, rank - 1) else tf.nn.softmax(x, axis)
     y = tf.nn.softmax(x, axis)
-    return y + 0 * tf.reduce_sum(y, axis, keepdims=True)  # it leaves zeros beside a NaN: the whole row becomes NaN
+    return y + 0 * tf.reduce_sum(y, axis, keepdims=True)  # beside a NaN there may be zeros: the whole row becomes NaN
 
 
-def _gelu(x: Any) -> Any:
-    # In float64 its 0.044715 is one of float32.
-    return tf.nn.gelu(x, approximate=True) if x.dtype == tf.float32 else NotImplemented
+def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
+    shapes = q.shape, k.shape, v.shape
+    if not _in_xla() or not _is_wide(q) or not all(shape.is_fully_defined() and shape.rank > 1 for shape in shapes):
+        return NotImplemented
+    (*batch, queries, d), (*_, keys, _), _ = (shape.as_list() for shape in shapes)
+    if queries != 1 or not keys or k.shape != (*batch, keys, d) or v.shape[:-1] != k.shape[:-1]:
+        return NotImplemented
+    if mask is not None and mask.shape != (1, keys):
+        return NotImplemented
+    # One query: k q^T reads the keys as they lie, where q k^T transposes them first.
+    scores = tf.reshape(tf.matmul(k, q, transpose_b=True), (*batch, 1, keys)) * (d**-0.5 if scale is None else scale)
+    if mask is not None:
+        scores = tf.where(mask, scores, scores.dtype.min)
+    return tf.matmul(tf.nn.softmax(scores), v)
 
 
 class TensorflowBackend(Backend):
@@ -121,7 +170,8 @@ class TensorflowBackend(Backend):
     name = "tensorflow"
     array_types = (tf.Tensor, tf.Variable)
     xp = _Namespace
-    kernels = {"conv1d": _conv1d, "softmax": _softmax, "gelu": _gelu}
+    # No gelu: tf.nn.gelu raises to the power of 3: 27 ms at [512, 3072], the definition 7; under XLA both 1.55.
+    kernels = {"conv1d": _conv1d, "softmax": _softmax, "attention": _attention}
     recompiles = True
     _dtypes = _FLOATS
 
@@ -187,6 +237,9 @@ class TensorflowBackend(Backend):
             return tf.zeros(shape, like.dtype)
 
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
+        if isinstance(buffer, tf.Variable) and _in_xla():
+            _write(buffer, value, start)
+            return buffer
         n, capacity = self.shape(value)[-2], self.shape(buffer)[-2]
         rows = tf.range(capacity) - start
         taken = tf.gather(value, tf.clip_by_value(rows, 0, n - 1), axis=-2)
@@ -215,14 +268,110 @@ class TensorflowBackend(Backend):
         donate: tuple[str, ...] = (),
     ) -> Callable[..., Any]:
         # Parameters are captured: as arguments, 148 of them cost 2.5 to 4.3 ms a call; captured, 0.4.
-        compiled = tf.function(lambda *args: fn(bound, *args), jit_compile=True, autograph=False)
-        names = list(inspect.signature(fn).parameters)[1:]
+        fn = functools.partial(fn, bound)
+        names = list(inspect.signature(fn).parameters)
+        traces: dict[Any, _Trace] = {}
 
         def call(*args: Any) -> Any:
-            pairs = zip(names, args, strict=False)
-            return compiled(*(a if name in static else tf.nest.map_structure(_as_traced, a) for name, a in pairs))
+            leaves: list[Any] = []
+            structure = tuple(
+                a if name in static else _take_apart(a, leaves, _as_variable if name in donate else _as_traced)
+                for name, a in zip(names, args, strict=False)
+            )
+            key = (structure, *map(_signature, leaves))
+            if key not in traces:
+                dynamic = [name not in static for name in names[: len(args)]]
+                traces[key] = _Trace(fn, structure, dynamic, leaves)
+            return traces[key](leaves)
 
         return call
+
+
+class _Trace:
+    """A function compiled for arguments of one structure, their shapes and their devices.
+
+    What it returns of the variables among its arguments are these variables themselves: as results of tf.function they
+    would be copied.
+    """
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], dynamic: list[bool], leaves: list[Any]) -> None:
+        def flat(*leaves: Any) -> list[Any]:
+            rest, results = iter(leaves), []
+            result = fn(*(_put_together(a, rest) if d else a for a, d in zip(args, dynamic, strict=True)))
+            self._structure = _take_apart(result, results, lambda leaf: leaf)
+            places = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Variable)}
+            self._places = [places.get(id(x)) for x in results]
+            return [x for x, place in zip(results, self._places, strict=True) if place is None]
+
+        self._compiled = tf.function(flat, jit_compile=True, autograph=False).get_concrete_function(*leaves)
+        self._captured = self._compiled.captured_inputs
+        is_plain = all(isinstance(leaf, tf.Tensor | tf.Variable | np.int32) for leaf in leaves)
+        self._writes = is_plain and any(isinstance(leaf, tf.Variable) for leaf in leaves)
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        if self._writes and tf.executing_eagerly():
+            # What writes has no gradient; a call that is ready to record one takes twice as long.
+            inputs = [x.handle if isinstance(x, tf.Variable) else tf.convert_to_tensor(x) for x in leaves]
+            computed = iter(self._compiled.inference_fn.call_flat(*inputs, *self._captured) or ())
+        else:
+            computed = iter(self._compiled(*leaves))
+        results = (next(computed) if place is None else leaves[place] for place in self._places)
+        return _put_together(self._structure, results)
+
+
+_LEAF = "leaf"
+
+
+def _take_apart(tree: Any, leaves: list[Any], convert: Callable[[Any], Any]) -> Any:
+    """Append the leaves of dicts, lists and tuples, converted, to a list; return the structure, which is hashable.
+
+    As tf.nest, faster: with it, and with the gradient that a plain call prepares, the call of a step with a cache of
+    twelve layers took 1.05 ms, and 0.60 as it is; with a cache of tensors, by way of tf.function, 1.66.
+    """
+    if isinstance(tree, dict):
+        return dict, tuple(tree), tuple([_take_apart(x, leaves, convert) for x in tree.values()])
+    if isinstance(tree, list | tuple):
+        return type(tree), None, tuple([_take_apart(x, leaves, convert) for x in tree])
+    if tree is None:
+        return None
+    leaves.append(convert(tree))
+    return _LEAF
+
+
+def _put_together(structure: Any, leaves: Iterator[Any]) -> Any:
+    if structure is _LEAF:
+        return next(leaves)
+    if structure is None:
+        return None
+    kind, keys, parts = structure
+    values = [_put_together(part, leaves) for part in parts]
+    return dict(zip(keys, values, strict=True)) if kind is dict else kind(values)
+
+
+def _write(buffer: Any, value: Any, start: Any) -> None:
+    """Write into a variable, inside a condition that always holds: else XLA's CPU code fuses it with what reads.
+
+    It then copies or transposes the whole buffer. Twelve layers of writing and attending alone, of 1024 rows: 44 ms, 43
+    with tensors that are passed over, 5.4 like this, and 4.9 without writing.
+    """
+
+    def update() -> Any:
+        return dynamic_update_slice(buffer.read_value(), value, [0] * (buffer.shape.rank - 2) + [start, 0])
+
+    buffer.assign(tf.cond(tf.convert_to_tensor(start) >= 0, update, buffer.read_value))
+
+
+def _signature(leaf: Any) -> Any:
+    """Return what must be equal for two leaves to share a trace, as something hashable."""
+    if isinstance(leaf, tf.Tensor | tf.Variable):
+        return type(leaf), leaf.dtype, leaf.shape, leaf.device
+    return type(leaf), getattr(leaf, "dtype", leaf)
+
+
+def _as_variable(leaf: Any) -> Any:
+    """Return a donated tensor as a variable, the one thing that compiled code can write to in place."""
+    writable = tf.executing_eagerly() and isinstance(leaf, tf.Tensor) and leaf.shape.rank
+    return tf.Variable(leaf, trainable=False) if writable else _as_traced(leaf)
 
 
 def _as_traced(leaf: Any) -> Any:

@@ -27,6 +27,7 @@ _FLOATS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_WIDE = (torch.float32, torch.float64)
 _Axis = int | tuple[int, ...] | None
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
@@ -88,50 +89,48 @@ _LARGE = 1 << 18
 
 
 def _blocks(x: Any, w: Any) -> int:
-    """Return into how many blocks to cut the product of rows x [n, nx] with w [nx, nf]; 0 leaves it whole.
+    """Return into how many blocks to cut the product of rows x [..., nx] with w [nx, nf]; 0 leaves it whole.
 
     On a CPU, MKL does not use the threads well where there are few rows: it reads w at 0.6 of the memory's speed. Of
     a batch of products each thread takes whole ones, and streams. Two blocks a thread were as good as any number.
     Gradients would gain nothing; rows cut in 16 bits would be rounded block by block; a compiler has its own mind.
     """
-    if torch.compiler.is_compiling() or w.numel() < _LARGE or w.device.type != "cpu" or not w.is_contiguous():
+    if w.numel() < _LARGE or not w.is_cpu or w.dtype not in _WIDE or torch.compiler.is_compiling():
         return 0
-    if w.dtype not in (torch.float32, torch.float64) or _is_distributed(w) or _is_distributed(x):
+    if _is_distributed(w) or _is_distributed(x):
         return 0
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
         return 0
-    return min(2 * int(torch.get_num_threads()), 16)
+    return min(2 * torch.get_num_threads(), 16)
 
 
-def _sum_of_blocks(x: Any, w: Any, blocks: int) -> Any:
-    """Return x w, with both cut along nx: a block of w is one piece of memory."""
-    n, nx = x.shape
-    nf = w.shape[1]
-    return torch.bmm(x.reshape(n, blocks, -1).transpose(0, 1), w.view(blocks, nx // blocks, nf)).sum(0)
+def _sum_of_blocks(rows: Any, w: Any, blocks: int) -> Any:
+    """Return rows w, with both cut along nx: a block of w is one piece of memory."""
+    nx, nf = w.shape
+    return torch.bmm(rows.reshape(-1, blocks, nx // blocks).transpose(0, 1), w.view(blocks, nx // blocks, nf)).sum(0)
 
 
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
     if w.ndim == 3 and w.shape[0] == 1:
         w = w[0]
-    if w.ndim != 2 or b.shape != w.shape[1:]:
+    if w.ndim != 2 or w.shape != x.shape[-1:] + b.shape:
         return NotImplemented
-    if x.numel() + w.numel() <= _SMALL and x.dtype in (torch.float32, torch.float64):  # 16 bits are to be rounded once
+    if x.numel() + w.numel() <= _SMALL and x.dtype in _WIDE:  # 16 bits are to be rounded once
         return torch.matmul(x, w) + b  # addmm takes half as long again, as it wants rows
     *start, nx = x.shape
-    nf = w.shape[1]
-    n = math.prod(start)
-    rows = x.reshape(n, nx)
-    blocks = _blocks(rows, w)
+    n, (nf,) = math.prod(start), b.shape
+    blocks = _blocks(x, w) if 0 < n <= 256 else 0
     # Time of the four products of a 124M block against addmm, 2 threads: 0.66 for 1 row, 0.60 for 2 (cut along nx);
     # 0.56 for 4, 0.8 for 8 to 32, 0.92 for 128 (cut along nf). At 512 the two are equal, and from there on it loses.
-    if blocks and n < 4 and nx % blocks == 0:
-        y = _sum_of_blocks(rows, w, blocks) + b
-    elif blocks and 4 <= n <= 256 and nf % blocks == 0:
+    # A weight in Fortran order (see prepare) is one piece of memory when cut along nf.
+    if blocks and n < 4 and nx % blocks == 0 and w.is_contiguous():
+        return (_sum_of_blocks(x, w, blocks) + b).view(*start, nf)
+    rows = x.reshape(n, nx)
+    if blocks and nf % blocks == 0:
         columns = w.view(nx, blocks, nf // blocks).transpose(0, 1)
-        y = torch.baddbmm(b.view(blocks, 1, nf // blocks), rows.expand(blocks, n, nx), columns).transpose(0, 1)
-    else:
-        y = torch.addmm(b, rows, w)
-    return y.reshape(*start, nf)
+        y = torch.baddbmm(b.view(blocks, 1, nf // blocks), rows.expand(blocks, n, nx), columns)
+        return y.transpose(0, 1).reshape(*start, nf)
+    return torch.addmm(b, rows, w).reshape(*start, nf)
 
 
 def _unembed(x: Any, w: Any) -> Any:
@@ -140,7 +139,7 @@ def _unembed(x: Any, w: Any) -> Any:
     *start, d = x.shape
     n, w = math.prod(start), w.mT
     rows = x.reshape(n, d)
-    blocks = _blocks(rows, w)  # none unless w was prepared
+    blocks = _blocks(rows, w) if w.is_contiguous() else 0  # it is once prepared
     # The blocks' sums pay while they are small beside w: 0.55 of the time of x w^T for 1 row, 0.9 for 32.
     fits = blocks and d % blocks == 0 and 6 * blocks * n <= d
     return (_sum_of_blocks(rows, w, blocks) if fits else torch.matmul(rows, w)).reshape(*start, w.shape[1])
@@ -151,7 +150,7 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
         return torch.softmax(x, -1)
     if type(axis) is not int or not -x.ndim <= axis < x.ndim:
         return NotImplemented
-    if x.dtype not in (torch.float32, torch.float64) and axis != x.ndim - 1:
+    if x.dtype not in _WIDE and axis != x.ndim - 1:
         return NotImplemented  # on a CPU it rounds to 16 bits more than once, except over the last axis
     return torch.softmax(x, axis)
 
@@ -168,7 +167,7 @@ def _layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5) -> Any:
 
 def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
     # In 16 bits it rounds the weights before they meet the values, which the definition does not.
-    if q.dtype not in (torch.float32, torch.float64) or _is_distributed(q) or not q.numel() or not k.numel():
+    if q.dtype not in _WIDE or _is_distributed(q) or not q.numel() or not k.numel():
         return NotImplemented
     if q.ndim < 2 or k.ndim < 2 or k.shape != (*q.shape[:-2], k.shape[-2], q.shape[-1]) or k.shape[:-1] != v.shape[:-1]:
         return NotImplemented
@@ -298,8 +297,9 @@ class TorchBackend(Backend):
         return torch.inference_mode()(step) if donate else step
 
     def prepare(self, path: str, x: Any) -> Any:
-        # In this order the logits' product reads at the memory's speed (see _blocks), by rows at half of it.
-        return x.mT.contiguous().mT if path in ("wte", "lm_head") and not x.mT.is_contiguous() else x
+        # In Fortran order a tall matrix is read at the memory's speed where rows are few: of a decode step wte for the
+        # logits, at half of it otherwise, and c_proj of the mlp, at three quarters.
+        return x.mT.contiguous().mT if x.ndim == 2 and x.shape[0] >= 4 * x.shape[1] and not x.mT.is_contiguous() else x
 
 
 def _let_go(x: Any) -> None:

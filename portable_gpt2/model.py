@@ -50,7 +50,8 @@ def attn(
     *,
     n_head: int,
     scale: float,
-    mask: Bool[Array, "*#batch seq keys"],
+    mask: Bool[Array, "*#batch seq keys"] | None,
+    keys: Any,
     position: Any = 0,
     cache: Cache | None = None,
     observe: Observe | None = None,
@@ -63,7 +64,6 @@ def attn(
     q, k, v = (split_heads(c[..., i * n : (i + 1) * n], n_head) for i in range(3))
     if cache is not None:
         cache = {"k": backend.write(cache["k"], k, position), "v": backend.write(cache["v"], v, position)}
-        keys = backend.shape(mask)[-1]
         k, v = cache["k"][..., :keys, :], cache["v"][..., :keys, :]
     if observe is not None:  # beside attention itself, of which a kernel makes no weights and observing changes nothing
         observe("attn/weights", attention_weights(q, k, mask=mask, scale=scale))
@@ -103,11 +103,15 @@ def transformer(
     keys = _check_length(position, seq, config, cache)
     positions = position + backend.arange(seq, like=tokens)
     columns = backend.arange(keys, like=tokens)
-    mask = positions[:, None] >= columns[None, :]
+    padding = None if cache is None else cache.get("padding")
     grown: Cache = {"position": position + seq}
-    if cache is not None and "padding" in cache:
-        grown["padding"] = padding = cache["padding"]
-        positions, mask = _behind_padding(positions, columns, mask, padding)
+    if padding is not None:
+        grown["padding"] = padding
+        positions, mask = _behind_padding(positions, columns, padding)
+    elif isinstance(position, int) and isinstance(seq, int) and seq == 1:
+        mask = None  # one token sees all that is read
+    else:
+        mask = positions[:, None] >= columns[None, :]
     x = embed(tokens, params["wte"]) + embed(positions, params["wpe"])
     if observe is not None:
         observe("embedding", x)
@@ -119,6 +123,7 @@ def transformer(
             n_head=config.n_head,
             scale=config.attention_scale(i),
             mask=mask,
+            keys=keys,
             position=position,
             cache=None if cache is None else cache[f"h{i}"],
             observe=_at(f"h{i}", observe),
@@ -137,16 +142,13 @@ def output_table(params: Params) -> Float[Array, "vocab n"]:
 
 
 def _behind_padding(
-    positions: Int[Array, "seq"],
-    columns: Int[Array, "keys"],
-    mask: Bool[Array, "seq keys"],
-    padding: Int[Array, "batch"],
+    positions: Int[Array, "seq"], columns: Int[Array, "keys"], padding: Int[Array, "batch"]
 ) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch 1 seq keys"]]:
-    """Return each text's own positions, and a mask that hides its padding; what is padding sees itself alone."""
+    """Return each text's own positions, and a mask that hides its padding; what is padding sees itself as well."""
     xp = backend_of(positions).xp
     start = xp.astype(padding, positions.dtype)[:, None]
-    itself = positions[:, None] == columns[None, :]
-    mask = (mask[None, :, :] & (columns[None, :] >= start)[:, None, :]) | itself[None, :, :]
+    before, itself = positions[:, None] >= columns[None, :], positions[:, None] == columns[None, :]
+    mask = (before[None, :, :] & (columns[None, :] >= start)[:, None, :]) | itself[None, :, :]
     return xp.where(positions[None, :] >= start, positions[None, :] - start, 0), mask[:, None, :, :]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import json
 import operator
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -34,7 +37,7 @@ class Tokenizer:
     Raises
     ------
     ValueError
-        If it is not a byte-level BPE.
+        If it is not a byte-level BPE, or two entries of its vocabulary have one id.
 
     Examples
     --------
@@ -61,6 +64,10 @@ class Tokenizer:
                 f"expected a byte-level BPE, as GPT-2's is; got the model {type(tokenizer.model).__name__} behind the "
                 f"pre-tokenizer {type(tokenizer.pre_tokenizer).__name__}"
             )
+        entries: dict[int, str] = {}
+        for entry, token in tokenizer.get_vocab().items():
+            if (other := entries.setdefault(token, entry)) != entry:
+                raise ValueError(f"{other!r} and {entry!r} have one id, {token}: the text of one would be the other's")
         if END_OF_TEXT in (token.content for token in tokenizer.get_added_tokens_decoder().values()):
             tokenizer.add_special_tokens([END_OF_TEXT])  # it may have been added as a word
         tokenizer.encode_special_tokens = True  # as text
@@ -86,14 +93,17 @@ class Tokenizer:
             for vocab, merges in ((directory / vocab, directory / merges) for vocab, merges in _PAIRS):
                 if not (vocab.is_file() and merges.is_file()):
                     continue
-                file = f"{vocab} and {merges.name}"
-                tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+                file = vocab
+                ids = _read_vocab(vocab)
+                file = merges
+                tokenizer = tokenizers.Tokenizer(models.BPE(ids, _read_merges(merges, ids)))
                 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+                file = vocab
                 loaded = cls(tokenizer)
                 loaded._files = [VOCAB_FILE, MERGES_FILE]
                 return loaded
             if whole.is_file():
-                file = str(whole)
+                file = whole
                 return cls(tokenizers.Tokenizer.from_file(str(whole)))
         except BaseException as error:  # the package raises Exception itself, or panics, which is not even that
             if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -234,6 +244,50 @@ class Tokenizer:
     @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+
+# The package reads these two files as well, three times as fast (GPT-2's in 65 ms against 200), but takes in silence an
+# id modulo 2**32, the last of two equal lines, and a file that is cut at the end of a line.
+
+
+def _read_vocab(file: Path) -> dict[str, int]:
+    """Return the id of each entry of a vocabulary."""
+    ids = json.loads(file.read_text("utf-8"), object_pairs_hook=_without_doubles)
+    if not isinstance(ids, dict):
+        raise ValueError(f"expected an object, of entries and their ids; got {type(ids).__name__}")
+    for entry, token in ids.items():
+        if type(token) is not int or not 0 <= token < 2**32:
+            raise ValueError(f"the id of {entry!r} is {token!r}; expected a whole number below 2**32")
+    return ids
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    once = dict(pairs)
+    if len(once) < len(pairs):
+        [(entry, _)] = Counter(entry for entry, _ in pairs).most_common(1)
+        raise ValueError(f"{entry!r} stands in it twice")
+    return once
+
+
+def _read_merges(file: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the pairs that a BPE merges, in order."""
+    lines = file.read_text("utf-8").removesuffix("\n").split("\n")
+    start = int(lines[0].startswith("#version") or lines == [""])
+    merges: dict[tuple[str, str], int] = {}
+    last = -1
+    for number, line in enumerate(lines[start:], start=start + 1):
+        left, _, right = line.partition(" ")
+        made = left + right
+        if left not in ids or right not in ids or made not in ids:
+            lacking = next(entry for entry in (left, right, made) if entry not in ids)
+            raise ValueError(f"line {number}, {line[:80]!r}: {lacking[:80]!r} is not in the vocabulary")
+        if (first := merges.setdefault((left, right), number)) != number:
+            raise ValueError(f"line {number}, {line!r}, is line {first} again")
+        last = max(last, ids[made])
+    for entry, token in ids.items():  # after the last, special tokens may follow, which no two entries spell
+        if token > last and any(entry[:i] in ids and entry[i:] in ids for i in range(1, len(entry))):
+            raise ValueError(f"no line makes {entry!r}, whose id is {token}: the file has lost its end")
+    return list(merges)
 
 
 def _printable_bytes() -> dict[str, bytes]:

@@ -23,6 +23,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import bounds
 import hypothesis
+import layouts
 import pytest
 
 import portable_gpt2 as pg
@@ -120,6 +121,14 @@ def torch():
     """PyTorch itself, for a test that is of it alone."""
     load("torch")
     return pytest.importorskip("torch")
+
+
+@pytest.fixture(params=layouts.WRITERS, scope="module")
+def layout(request):
+    """A layout of checkpoints by name; the test runs on every one that the frameworks here can write."""
+    if fixture := layouts.WRITERS[request.param][0]:
+        request.getfixturevalue(fixture)
+    return request.param
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -61,17 +61,19 @@ def test_conv1d_of_random_numbers_errs_as_random_errors_add_up(backend, dtype, d
         assert 0.01 <= ratio <= 1, f"{form}: the error is {ratio:.3g} times 4 sqrt(K + 1) u Q"
 
 
+@pytest.mark.parametrize("shape", [(768, 1536), (1536, 384)], ids=["wide", "tall"])
 @pytest.mark.parametrize("rows", [1, 3, 4, 32, 300])
-def test_a_product_with_a_large_weight_is_within_its_error_bound(backend, rows):
+def test_a_product_with_a_large_weight_is_within_its_error_bound(backend, rows, shape):
     """Catches a weight that is read in blocks and put together wrongly: adapters do so where rows are few.
 
-    The logits' product stands here beside conv1d: its table is laid out as a model's is.
+    The logits' product stands here beside conv1d. Weight and table are laid out as a model's are.
     """
     random = np.random.default_rng(rows)
-    x, w, b = (normal(random, shape, "float32") for shape in ((rows, 768), (768, 1536), (1536,)))
+    x, w, b = (normal(random, each, "float32") for each in ((rows, shape[0]), shape, shape[1:]))
+    weight = backend.prepare("h0/mlp/c_proj/w", backend.from_numpy(w))
     table = backend.prepare("wte", backend.from_numpy(w.T.copy()))
     for product, layer in (
-        (bounds.linear_at_random(x, w, b), (x, w, b)),
+        (bounds.linear_at_random(x, w, b), (x, weight, b)),
         (bounds.linear_at_random(x, w, np.zeros_like(b)), (x, table)),
     ):
         op = pg.conv1d if len(layer) == 3 else pg.unembed

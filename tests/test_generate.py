@@ -4,6 +4,7 @@ How a token is drawn from logits, and how ids become text, is tested in test_sam
 """
 
 import importlib
+import re
 
 import bounds
 import numpy as np
@@ -169,6 +170,22 @@ def test_a_compiled_step_needs_no_room_for_a_second_cache(jax):
     ids = jax.numpy.asarray([[1]]), jax.numpy.asarray([0])
     memory = step.func.lower(*step.args, *ids, cache).compile().memory_analysis()
     assert memory.temp_size_in_bytes < cache["h0"]["k"].nbytes
+
+
+def test_compiled_attention_over_a_written_cache_copies_no_buffer(tf):
+    """Catches a buffer that is copied to be written, as XLA does where it fuses that with what reads."""
+    backend = pg.get_backend("tensorflow")
+    buffers = [tf.Variable(tf.zeros((1, 2, 64, 16))) for _ in range(2)]
+    given = tf.ones((1, 2, 1, 16)), tf.constant(3)
+
+    def step(x, start):
+        return pg.attention(x, *(backend.write(buffer, 2 * x, start)[...] for buffer in buffers))
+
+    compiled = tf.function(step, jit_compile=True, autograph=False)
+    _, entry = compiled.experimental_get_compiler_ir(*given)(stage="optimized_hlo").split("\nENTRY")
+    makers = set(re.findall(r"= f32\[(?:1,)?2,64,16\]\S* ([\w-]+)\(", entry))
+    assert makers
+    assert makers <= {"parameter", "get-tuple-element", "bitcast"}
 
 
 def test_generation_enters_the_models_device(backend, monkeypatch):

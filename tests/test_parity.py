@@ -13,11 +13,13 @@ import math
 from typing import Any, NamedTuple
 
 import bounds
+import layouts
 import numpy as np
 import pytest
 
 import portable_gpt2 as pg
 from portable_gpt2 import generate
+from portable_gpt2.checkpoint import convert
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -308,3 +310,69 @@ def test_a_round_trip_keeps_every_bit(case, backend, dtype, tmp_path):
     assert found["h0/attn/c_proj/w"].astype(np.float64).tolist() == own["h.0.attn.c_proj.weight"].tolist()
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert (config["n_inner"], config["layer_norm_epsilon"]) == (40, 0.02)
+
+
+@pytest.fixture(scope="module")
+def released(case, tmp_path_factory):
+    """The plain case as OpenAI would have released it, written by TensorFlow 1's Saver and not by this package."""
+    directory = tmp_path_factory.mktemp("release")
+    model = pg.GPT2.load(case("plain").directory, backend="numpy")
+    layouts.write_openai(directory, model.config, tensors_of(model))
+    return directory
+
+
+def test_openai_s_release_is_the_model_that_transformers_has(load, case, text, released, backend):
+    """Catches a name, a shape or an order that is not OpenAI's: weights, logits and greedy text are those of Hugging
+    Face's file of the same model, on every backend.
+    """
+    model, expected = pg.GPT2.load(released, backend=backend), case("plain")
+    for path, a in tensors_of(load("plain")).items():
+        np.testing.assert_array_equal(tensors_of(model)[path], a)
+    logits = pg.to_numpy(model.logits(expected.tokens))
+    np.testing.assert_array_equal(logits, pg.to_numpy(load("plain").logits(expected.tokens)))
+    assert abs(logits - expected.truth).max() <= 4 * expected.error["float32"]
+    ids = text(20)
+    assert [*ids[:20], *model.stream_ids(ids[:20], max_new_tokens=60, temperature=0)] == ids[:80]
+
+
+def test_from_openai_s_release_through_transformers_and_back_every_bit_is_kept(case, released, tmp_path):
+    """Catches a rounding, a transposition or a loss anywhere in OpenAI -> ours -> transformers -> ours."""
+    convert(released, tmp_path / "ours")
+    load_hugging_face(tmp_path / "ours", torch.float32).save_pretrained(tmp_path / "theirs")
+    first, last = (tensors_of(pg.GPT2.load(d, backend="numpy")) for d in (released, tmp_path / "theirs"))
+    assert list(first) == list(last)
+    for path, a in first.items():
+        assert a.tobytes() == last[path].tobytes(), path
+
+
+@pytest.mark.parametrize("layout", ["in files of 8 KB", "pytorch_model.bin"])
+def test_what_transformers_writes_otherwise_is_read_too(case, layout, tmp_path):
+    """Catches an index, or a file of before safetensors, that is not as transformers has it."""
+    model = load_hugging_face(case("narrow").directory, torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="8KB" if layout == "in files of 8 KB" else "1GB")
+    if layout == "pytorch_model.bin":
+        torch.save(model.state_dict(), tmp_path / layout)
+        (tmp_path / "model.safetensors").unlink()
+    expected = tensors_of(pg.GPT2.load(case("narrow").directory, backend="numpy"))
+    found = pg.GPT2.load(tmp_path, backend="numpy")
+    files = "pytorch_model.bin, " if layout == "pytorch_model.bin" else "model.safetensors.index.json of "
+    assert found.source.startswith(f"Hugging Face's layout, {files}")
+    for path, a in tensors_of(found).items():
+        assert a.tobytes() == expected[path].tobytes()
+
+
+def test_a_separate_lm_head_is_that_of_transformers(case, backend, tmp_path):
+    """Catches wte in the place of a table of the logits' own, when it is read and when it is written."""
+    expected = case("narrow")
+    config = transformers.GPT2Config(**SHAPES["narrow"], tie_word_embeddings=False, eos_token_id=None)
+    separate = transformers.GPT2LMHeadModel(config)
+    separate.transformer.load_state_dict(expected.hugging_face.transformer.state_dict())
+    draw_weights(separate.lm_head, seed=5)
+    separate.save_pretrained(tmp_path / "it")
+    truth = logits_of(load_hugging_face(tmp_path / "it", torch.float64), expected.tokens)
+    assert abs(truth - expected.truth).max() > 0.1
+    found = pg.GPT2.load(tmp_path / "it", backend=backend)
+    assert abs(pg.to_numpy(found.logits(expected.tokens)) - truth).max() <= 4 * expected.error["float32"]
+    found.save(tmp_path / "saved")
+    saved = logits_of(load_hugging_face(tmp_path / "saved", torch.float64), expected.tokens)
+    np.testing.assert_array_equal(saved, truth)

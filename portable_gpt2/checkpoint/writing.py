@@ -145,14 +145,9 @@ def _appearing(directory: Path, force: bool) -> Iterator[Path]:
 
 
 def _exchange(draft: Path, directory: Path) -> None:
-    """Swap the names of two directories: at no moment is there none of the second name, where the system can."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if renameat2 is not None:
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        if renameat2(here, os.fsencode(draft), here, os.fsencode(directory), exchange) == 0:
-            return
-        if (code := ctypes.get_errno()) not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-            raise OSError(code, os.strerror(code), str(directory))
+    """Swap the names of two directories; where the system can, there is one of either name at every moment."""
+    if _swap(draft, directory):
+        return
     aside = draft.with_name(f"{draft.name}-old")
     directory.rename(aside)
     try:
@@ -160,7 +155,21 @@ def _exchange(draft: Path, directory: Path) -> None:
     except BaseException:
         aside.rename(directory)
         raise
-    aside.rename(draft)  # to be removed under this name
+    aside.rename(draft)  # to be removed by this name
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Swap two names at once; return False where the system cannot. Linux can, and Python has no name for it."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # of the kernel, of the file system
+        return False
+    raise OSError(code, os.strerror(code), str(second))
 
 
 def _umask() -> int:

@@ -1,0 +1,99 @@
+"""Checkpoints in every layout that is read, written as their own programs write them and not by this package."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+
+def hugging_face_names(arrays, prefix="transformer."):
+    """Return arrays by Hugging Face's names; of each path the last part says which."""
+    leaves = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
+
+    def name(path):
+        if path == "lm_head":
+            return "lm_head.weight"
+        *scopes, leaf = path.split("/")
+        if scopes and scopes[0][1:].isdigit():
+            scopes[:1] = ["h", scopes[0][1:]]
+        return prefix + ".".join([*scopes, leaves.get(leaf, leaf)])
+
+    return {name(path): a for path, a in arrays.items()}
+
+
+def write_config(directory, config):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def write_safetensors(directory, config, arrays):
+    """Write one file of safetensors."""
+    write_config(directory, config)
+    save_file(hugging_face_names(arrays), directory / "model.safetensors")
+
+
+def split(arrays, n):
+    """Return the arrays by the names of n files, as transformers calls them."""
+    parts = [dict(list(arrays.items())[i::n]) for i in range(n)]
+    return {f"-{i:05}-of-{n:05}": part for i, part in enumerate(parts, 1)}
+
+
+def write_index(directory, stem, suffix, shards):
+    weight_map = {name: f"{stem}{number}{suffix}" for number, part in shards.items() for name in part}
+    entries = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / f"{stem}{suffix}.index.json").write_text(json.dumps(entries))
+
+
+def write_sharded_safetensors(directory, config, arrays, n=3):
+    """Write several files of safetensors, and their index."""
+    write_config(directory, config)
+    shards = split(hugging_face_names(arrays), n)
+    write_index(directory, "model", ".safetensors", shards)
+    for number, part in shards.items():
+        save_file(part, directory / f"model{number}.safetensors")
+
+
+def write_bin(directory, config, arrays, *, is_zip=True, n=1):
+    """Write pytorch_model.bin, as a zip file or as PyTorch before 1.6 did, or several and their index."""
+    import torch
+
+    write_config(directory, config)
+    tensors = {name: torch.from_numpy(np.array(a)) for name, a in hugging_face_names(arrays).items()}
+    if n > 1:
+        write_index(directory, "pytorch_model", ".bin", split(tensors, n))
+    for number, part in split(tensors, n).items() if n > 1 else [("", tensors)]:
+        torch.save(part, directory / f"pytorch_model{number}.bin", _use_new_zipfile_serialization=is_zip)
+
+
+def write_openai(directory, config, arrays):
+    """Write OpenAI's release, as its code did: with TensorFlow 1's Saver, conv1d's weights as [1, nx, nf]."""
+    import tensorflow as tf
+
+    directory.mkdir(exist_ok=True)
+    hparams = {name: getattr(config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
+    (directory / "hparams.json").write_text(json.dumps(hparams))
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        for path, a in arrays.items():
+            tf.compat.v1.get_variable(f"model/{path}", initializer=a[None] if path.endswith("/w") else a)
+        session.run(tf.compat.v1.global_variables_initializer())
+        tf.compat.v1.train.Saver().save(session, str(directory / "model.ckpt"))
+    (directory / "checkpoint").write_text(
+        'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
+    )
+
+
+def write_openai_tokenizer(directory, files):
+    """Put the files of a tokenizer, vocab.json and merges.txt, beside it under OpenAI's names."""
+    for name, theirs in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        Path(directory, theirs).write_bytes(Path(files, name).read_bytes())
+
+
+WRITERS = {  # by layout: the fixture of the framework that it takes to write it, and how
+    "safetensors": (None, write_safetensors),
+    "safetensors in 3 files": (None, write_sharded_safetensors),
+    "bin": ("torch", write_bin),
+    "bin of old": ("torch", lambda *args: write_bin(*args, is_zip=False)),
+    "bin in 2 files": ("torch", lambda *args: write_bin(*args, n=2)),
+    "OpenAI": ("tf", write_openai),
+}
