@@ -224,6 +224,13 @@ class JaxBackend(Backend):
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x)
 
+    def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
+        return x.at[indices].add(rows)
+
+    def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        differentiated: Callable[..., Any] = jax.value_and_grad(fn)
+        return differentiated
+
     def arange(self, n: Any, *, like: Any) -> Any:
         return jnp.arange(n, device=_replicated(like))
 

@@ -33,7 +33,7 @@ class _Namespace:
     """The array-API functions that portable code uses, over tf.Tensor."""
 
     float32 = tf.float32
-    exp, tanh, sqrt, where, reshape = tf.exp, tf.tanh, tf.sqrt, tf.where, tf.reshape
+    exp, log, tanh, sqrt, where, reshape = tf.exp, tf.math.log, tf.tanh, tf.sqrt, tf.where, tf.reshape
     matrix_transpose = tf.linalg.matrix_transpose
 
     @staticmethod
@@ -61,6 +61,14 @@ class _Namespace:
     def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
         indices = indices if indices.dtype in (tf.int32, tf.int64) else tf.cast(indices, tf.int64)
         return tf.gather(x, indices, axis=axis or 0)
+
+    @staticmethod
+    def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
+        return tf.experimental.numpy.take_along_axis(x, indices, axis)
+
+    @staticmethod
+    def concat(arrays: Any, /, *, axis: int | None = 0) -> Any:
+        return tf.concat([tf.reshape(x, [-1]) for x in arrays] if axis is None else list(arrays), axis or 0)
 
     @staticmethod
     def astype(x: Any, dtype: Any, /, *, copy: bool = True) -> Any:
@@ -237,6 +245,20 @@ class TensorflowBackend(Backend):
         rows = tf.range(capacity) - start
         taken = tf.gather(value, tf.clip_by_value(rows, 0, n - 1), axis=-2)
         return tf.where(((rows >= 0) & (rows < n))[:, None], taken, buffer)
+
+    def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
+        return tf.tensor_scatter_nd_add(x, indices[:, None], rows)
+
+    def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(tree)
+                value = fn(tree, *args)
+            # The gradient of a look-up comes as the rows alone.
+            grads = tape.gradient(value, tree, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            return value, tf.nest.map_structure(tf.convert_to_tensor, grads)
+
+        return differentiated
 
     def compile(
         self,

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from portable_gpt2.backend import Backend, StoredTensor
 
@@ -35,7 +36,7 @@ class _Namespace:
     """The array-API functions that portable code uses, over torch.Tensor."""
 
     float32 = torch.float32
-    exp, tanh, sqrt, matmul, finfo = torch.exp, torch.tanh, torch.sqrt, torch.matmul, torch.finfo
+    exp, log, tanh, sqrt, matmul, finfo = torch.exp, torch.log, torch.tanh, torch.sqrt, torch.matmul, torch.finfo
     where, reshape, arange, zeros = torch.where, torch.reshape, torch.arange, torch.zeros
 
     @staticmethod
@@ -62,6 +63,14 @@ class _Namespace:
     def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
         indices = indices if indices.dtype in (torch.int32, torch.int64) else indices.long()
         return torch.index_select(x, axis or 0, indices)
+
+    @staticmethod
+    def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
+        return torch.take_along_dim(x, indices.long(), axis)
+
+    @staticmethod
+    def concat(arrays: Any, /, *, axis: int | None = 0) -> Any:
+        return torch.cat([x.reshape(-1) for x in arrays] if axis is None else list(arrays), axis or 0)
 
     @staticmethod
     def astype(x: Any, dtype: Any, /, *, copy: bool = True) -> Any:
@@ -260,6 +269,20 @@ class TorchBackend(Backend):
 
     def zeros(self, shape: tuple[int, ...], *, like: Any) -> Any:
         return _replicated(torch.zeros(shape, dtype=like.dtype, device=like.device), like)
+
+    def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
+        return x.index_add(0, indices, rows)
+
+    def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:
+            with torch.enable_grad():
+                leaves, spec = tree_flatten(tree)
+                leaves = [x.detach().requires_grad_() for x in leaves]
+                value = fn(tree_unflatten(leaves, spec), *args)
+                grads = torch.autograd.grad(value, leaves)
+            return value.detach(), tree_unflatten(list(grads), spec)
+
+        return differentiated
 
     def compile(
         self,

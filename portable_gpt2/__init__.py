@@ -13,8 +13,8 @@ from .checkpoint import CheckpointError
 from .completion import Completion
 from .config import GPT2Config
 from .gpt2 import GPT2
-from .model import gpt2, grow_cache, new_cache
-from .ops import attention, attention_weights, conv1d, embed, gelu, layer_norm, softmax, unembed
+from .model import gpt2, grow_cache, loss, new_cache
+from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, softmax, unembed
 from .params import init_conv1d, init_params
 from .score import Score
 from .tokenizer import Tokenizer
@@ -33,6 +33,7 @@ __all__ = [
     "available_backends",
     "backend_of",
     "conv1d",
+    "cross_entropy",
     "embed",
     "gelu",
     "get_backend",
@@ -41,6 +42,7 @@ __all__ = [
     "init_conv1d",
     "init_params",
     "layer_norm",
+    "loss",
     "new_cache",
     "softmax",
     "to_numpy",

@@ -233,6 +233,23 @@ class Backend:
         buffer[..., start : start + self.shape(value)[-2], :] = value
         return buffer
 
+    def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
+        """Return x [n, d] with each of rows [m, d] added to the row of x that indices [m] names, however often it does.
+
+        It may reuse x's memory, so only the result may be read.
+        """
+        xp = self.xp
+        chosen = indices[None, :] == self.arange(self.shape(x)[0], like=indices)[:, None]
+        return x + xp.matmul(xp.astype(chosen, x.dtype), rows)
+
+    def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that takes what fn takes and returns its value and its gradient by the first argument.
+
+        Optional: NotImplemented where the framework cannot differentiate. fn returns a scalar array; its first
+        argument, and the gradient, are trees of float arrays.
+        """
+        return NotImplemented  # type: ignore[return-value]
+
     def prepare(self, path: str, x: Any) -> Any:
         """Return a parameter in the memory layout that this backend likes best; its shape and values stay.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from .backend import backend_of
 from .config import GPT2Config
-from .ops import attention, attention_weights, conv1d, embed, gelu, layer_norm, unembed
+from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, unembed
 from .params import Params
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
@@ -214,6 +214,44 @@ def gpt2(
     if observe is not None:
         observe("logits", logits)
     return logits, cache
+
+
+def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) -> Float[Array, ""]:
+    """Return the mean cross-entropy, in nats, of each token after the first given those before it.
+
+    Parameters
+    ----------
+    params : dict
+        As `init_params` makes them.
+    tokens : int array [batch, seq]
+        Of at most n_ctx + 1 tokens: all but the last are read, all but the first are predicted.
+    config : GPT2Config
+        The model's shape.
+
+    Returns
+    -------
+    float array []
+        In float32 at least: logits of 16 bits are widened first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `gpt2`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
+    >>> params = pg.init_params(config, backend="numpy")
+    >>> float(pg.loss(params, np.asarray([[1, 2, 3, 4, 5]]), config).round(2))  # near log 16
+    2.77
+    """
+    backend = backend_of(tokens)
+    logits, _ = gpt2(params, tokens[:, :-1], config)
+    if backend.dtype_name(logits) in ("bfloat16", "float16"):
+        logits = backend.xp.astype(logits, backend.xp.float32)
+    return cross_entropy(logits, tokens[:, 1:])
 
 
 def new_cache(

@@ -381,3 +381,44 @@ def unembed(x: Float[Array, "*batch d"], w: Float[Array, "vocab d"]) -> Float[Ar
     *start, d = backend.shape(x)
     logits = xp.matmul(xp.reshape(x, (math.prod(start), d)), xp.matrix_transpose(w))
     return xp.reshape(logits, (*start, backend.shape(w)[0]))
+
+
+@op
+def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]) -> Float[Array, ""]:
+    """Return the mean of -log softmax(logits)[target]: how unlikely the targets are, in nats.
+
+    Parameters
+    ----------
+    logits : float array [*batch, vocab]
+        Not normalised.
+    targets : int array [*batch]
+        From 0 to vocab - 1.
+
+    Returns
+    -------
+    float array []
+
+    Raises
+    ------
+    TypeError
+        If the arrays belong to different frameworks, logits are not floats or targets are not integers.
+    ValueError
+        If the shapes do not fit.
+
+    Notes
+    -----
+    log softmax(x)[t] = x_t - m - log sum_k exp(x_k - m), with m the maximum: nothing overflows, and no probability is
+    rounded to 0 before its logarithm is taken.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.cross_entropy(np.log([[0.25, 0.75], [0.5, 0.5]]), np.asarray([1, 0])).round(8)
+    np.float64(0.49041463)
+    """
+    backend = backend_of(logits)
+    xp = backend.xp
+    x = logits - xp.max(logits, axis=-1, keepdims=True)
+    total = xp.log(xp.sum(xp.exp(x), axis=-1))
+    return xp.mean(total - xp.take_along_axis(x, targets[..., None], axis=-1)[..., 0])

@@ -41,7 +41,7 @@ def plain_gpt2(flat, tokens, config):
         h = linear(norm(x, f"h{i}/ln_2"), f"h{i}/mlp/c_fc")
         h = h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h * h * h))) / 2
         x = x + linear(h, f"h{i}/mlp/c_proj")
-    return norm(x, "ln_f") @ flat["wte"].T
+    return norm(x, "ln_f") @ flat.get("lm_head", flat["wte"]).T
 
 
 def random_weights(config, seed=0, spread=1.5):

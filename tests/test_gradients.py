@@ -1,0 +1,279 @@
+"""Gradients: the hand-written ones on every backend, and each framework's own, against complex steps in float64.
+
+A function that is analytic has, for a step h so small that its square vanishes, f(x + ih) = f(x) + ih f'(x): its
+imaginary part is the derivative without a difference being taken, exact to rounding.
+"""
+
+import bounds
+import numpy as np
+import pytest
+from cases import UNIT, assert_agrees
+from plain_gpt2 import on_backend, plain_gpt2, random_weights
+
+import portable_gpt2 as pg
+from portable_gpt2 import gradients
+from portable_gpt2.params import flatten, nest
+
+STEP = 1e-30
+CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=12, n_vocab=23, n_ctx=9, eos_token_id=None)
+SHAPES = {
+    "plain": CONFIG,
+    "untied": pg.GPT2Config(**{**vars(CONFIG), "tie_word_embeddings": False}),
+    "narrow": pg.GPT2Config(**{**vars(CONFIG), "n_head": 3, "n_inner": 7, "layer_norm_epsilon": 0.1}),
+    "by layer": pg.GPT2Config(**{**vars(CONFIG), "scale_attn_by_inverse_layer_idx": True}),
+    "unscaled": pg.GPT2Config(**{**vars(CONFIG), "scale_attn_weights": False}),
+}
+TOKENS = np.random.default_rng(0).integers(0, 23, (3, 10)).astype(np.int32)
+MASK = np.tril(np.ones((3, 4), np.bool_), 1)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+# The ops in plain NumPy, of complex numbers: nothing compares but by their real parts.
+
+
+def plain_softmax(x, axis=-1):
+    e = np.exp(x - x.real.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def plain_layer_norm(x, g, b, eps):
+    z = x - x.mean(-1, keepdims=True)
+    return g * z / np.sqrt((z * z).mean(-1, keepdims=True) + eps) + b
+
+
+def plain_attention(q, k, v, mask, scale):
+    scores = q @ np.swapaxes(k, -1, -2) * scale
+    return plain_softmax(np.where(mask, scores, -1e30)) @ v
+
+
+def plain_cross_entropy(logits, targets):
+    p = plain_softmax(logits)
+    return -np.log(np.take_along_axis(p, targets[..., None].astype(np.int64), -1)).mean()
+
+
+IDS = np.asarray([[1, 5, 1], [0, 2, 5]], np.int32)
+OPS = {  # what is computed, in plain NumPy; the arrays it is differentiated by; the op, and its gradients as a list
+    "conv1d": (
+        lambda x, w, b: x @ w + b,
+        [normal(2, 3, 5), normal(5, 4), normal(4)],
+        pg.conv1d,
+        lambda x, w, b, dy: (lambda y, back: [back(dy)[0], back(dy)[1]["w"], back(dy)[1]["b"]])(
+            *gradients.conv1d(x, w, b)
+        ),
+    ),
+    "conv1d of width 1": (
+        lambda x, w, b: x @ w[0] + b,
+        [normal(2, 3, 5), normal(1, 5, 4), normal(4)],
+        pg.conv1d,
+        lambda x, w, b, dy: (lambda y, back: [back(dy)[0], back(dy)[1]["w"], back(dy)[1]["b"]])(
+            *gradients.conv1d(x, w, b)
+        ),
+    ),
+    "softmax": (plain_softmax, [normal(2, 3, 5)], pg.softmax, lambda x, dy: [gradients.softmax(x)[1](dy)]),
+    "softmax over another axis": (
+        lambda x: plain_softmax(x, 1),
+        [normal(2, 3, 5)],
+        lambda x: pg.softmax(x, axis=1),
+        lambda x, dy: [gradients.softmax(x, axis=1)[1](dy)],
+    ),
+    "gelu": (
+        lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+        [2 * normal(3, 7)],
+        pg.gelu,
+        lambda x, dy: [gradients.gelu(x)[1](dy)],
+    ),
+    "layer_norm": (
+        lambda x, g, b: plain_layer_norm(x, g, b, 0.1),
+        [normal(2, 3, 5), normal(5), normal(5, seed=1)],
+        lambda x, g, b: pg.layer_norm(x, g, b, eps=0.1),
+        lambda x, g, b, dy: (lambda y, back: [back(dy)[0], back(dy)[1]["g"], back(dy)[1]["b"]])(
+            *gradients.layer_norm(x, g, b, eps=0.1)
+        ),
+    ),
+    "attention": (
+        lambda q, k, v: plain_attention(q, k, v, np.True_, 5**-0.5),
+        [normal(2, 3, 5), normal(2, 4, 5), normal(2, 4, 6)],
+        pg.attention,
+        lambda q, k, v, dy: list(gradients.attention(q, k, v)[1](dy)),
+    ),
+    "attention with a mask and a scale": (
+        lambda q, k, v: plain_attention(q, k, v, MASK, 0.7),
+        [normal(2, 3, 5), normal(2, 4, 5), normal(2, 4, 6)],
+        lambda q, k, v: pg.attention(q, k, v, pg.backend_of(q).from_numpy(MASK), scale=0.7),
+        lambda q, k, v, dy: list(gradients.attention(q, k, v, pg.backend_of(q).from_numpy(MASK), scale=0.7)[1](dy)),
+    ),
+    "embed": (
+        lambda w: w[IDS],
+        [normal(6, 5)],
+        lambda w: pg.embed(pg.backend_of(w).from_numpy(IDS), w),
+        lambda w, dy: [gradients.embed(pg.backend_of(w).from_numpy(IDS), w)[1](dy)],
+    ),
+    "unembed": (
+        lambda x, w: x @ w.T,
+        [normal(2, 3, 5), normal(6, 5)],
+        pg.unembed,
+        lambda x, w, dy: list(gradients.unembed(x, w)[1](dy)),
+    ),
+    "cross_entropy": (
+        lambda logits: plain_cross_entropy(logits, IDS),
+        [3 * normal(2, 3, 6)],
+        lambda logits: pg.cross_entropy(logits, pg.backend_of(logits).from_numpy(IDS)),
+        lambda logits, dy: [gradients.cross_entropy(logits, pg.backend_of(logits).from_numpy(IDS))[1](dy)],
+    ),
+}
+
+
+def complex_steps(f, arrays, cotangent):
+    """Return the gradient of sum(cotangent * f) by each of some arrays, entry by entry."""
+    found = []
+    for n, a in enumerate(arrays):
+        gradient = np.empty(a.shape)
+        for i in np.ndindex(a.shape):
+            moved = [x.astype(complex) for x in arrays]
+            moved[n][i] += STEP * 1j
+            gradient[i] = (cotangent * f(*moved)).sum().imag / STEP
+        found.append(gradient)
+    return found
+
+
+def cotangent_of(f, arrays):
+    return normal(*np.shape(f(*arrays)), seed=9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", OPS)
+def test_the_gradient_of_an_op_is_that_of_complex_steps(backend, dtype, name):
+    """Catches a term that is dropped, a sum over the wrong axis, a scale or a maximum forgotten, in the hand-written
+    gradients, and a kernel that the framework differentiates into something else.
+    """
+    plain, arrays, op, hand = OPS[name]
+    cotangent = cotangent_of(plain, arrays)
+    expected = complex_steps(plain, arrays, cotangent)
+    given = [backend.from_numpy(a, dtype) for a in arrays]
+    dy = backend.from_numpy(np.asarray(cotangent), dtype)
+    found = {"by hand": hand(*given, dy)}
+
+    def pulled(leaves, dy):
+        return backend.xp.sum(op(*leaves) * dy)
+
+    if (own := backend.value_and_grad(pulled)) is not NotImplemented:
+        found["the framework's own"] = own(given, dy)[1]
+    for way, gradient in found.items():
+        assert len(gradient) == len(arrays), way
+        for got, truth in zip(gradient, expected, strict=True):
+            assert_agrees(backend.to_numpy(got), truth, dtype)
+
+
+# The whole model
+
+
+def plain_loss(weights, config):
+    return plain_cross_entropy(plain_gpt2(weights, TOKENS[:, :-1], config), TOKENS[:, 1:])
+
+
+def some_derivatives(weights, config, each=3):
+    """Return derivatives of the loss by some entries of every parameter, by complex steps."""
+    random, found = np.random.default_rng(1), {}
+    for path, a in weights.items():
+        for _ in range(each):
+            i = tuple(int(random.integers(n)) for n in a.shape)
+            moved = {p: x.astype(complex) for p, x in weights.items()}
+            moved[path][i] += STEP * 1j
+            found[path, i] = plain_loss(moved, config).imag / STEP
+    return found
+
+
+def by_hand(backend, weights, config, dtype):
+    value, backward = gradients.loss(on_backend(backend, weights, dtype), backend.from_numpy(TOKENS), config)
+    return value, backward()
+
+
+def arrays_of(backend, tree):
+    return {path: backend.to_numpy(x).astype(np.float64) for path, x in flatten(tree)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_gradient_of_the_loss_is_that_of_complex_steps(name):
+    """Catches a gradient that flows past a layer, or twice through one: NumPy's, by hand, in float64."""
+    config = SHAPES[name]
+    weights = random_weights(config)
+    value, tree = by_hand(pg.get_backend("numpy"), weights, config, "float64")
+    assert float(value) == pytest.approx(plain_loss(weights, config), rel=1e-12)
+    found = dict(flatten(tree))
+    assert {path: a.shape for path, a in found.items()} == {path: a.shape for path, a in weights.items()}
+    for (path, i), derivative in some_derivatives(weights, config).items():
+        assert found[path][i] == pytest.approx(derivative, rel=1e-11, abs=1e-13), (path, i)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_of_the_loss_agree_on_every_backend(backend, name):
+    """Catches a framework that differentiates a kernel, a mask or the tied embedding otherwise, and rows of the
+    embedding's gradient that are overwritten where they should be added.
+
+    The truth is the gradient in float64, which complex steps confirm; the yardstick is the error of the same formula in
+    plain float32, of which each may make four times as much.
+    """
+    config = SHAPES[name]
+    weights = random_weights(config)
+    numpy = pg.get_backend("numpy")
+    truth = arrays_of(numpy, by_hand(numpy, weights, config, "float64")[1])
+    single = arrays_of(numpy, by_hand(numpy, weights, config, "float32")[1])
+    found = {"by hand": by_hand(backend, weights, config, "float32")}
+    own = backend.value_and_grad(lambda params, tokens: pg.loss(params, tokens, config))
+    if own is not NotImplemented:
+        found["own"] = own(on_backend(backend, weights), backend.from_numpy(TOKENS))
+    error = max(abs(single[path] - truth[path]).max() for path in truth)
+    for way, (value, tree) in found.items():
+        got = arrays_of(backend, tree)
+        assert got.keys() == truth.keys()
+        assert float(backend.to_numpy(value)) == pytest.approx(plain_loss(weights, config), rel=64 * UNIT["float32"])
+        ratio = max(abs(got[path] - truth[path]).max() for path in truth) / (4 * error)
+        bounds.record("gradient", backend.name, "float32", float(ratio))
+        assert ratio <= 1, way
+
+
+def test_a_row_that_is_read_twice_gets_both_gradients(backend):
+    """Catches an assignment in place of a sum; the rest stays as it is."""
+    x, rows = normal(5, 3), normal(4, 3)
+    indices = np.asarray([1, 4, 1, 1], np.int32)
+    expected = x.copy()
+    np.add.at(expected, indices, rows)
+    added = backend.index_add(
+        backend.from_numpy(x.copy(), "float32"), backend.from_numpy(indices), backend.from_numpy(rows, "float32")
+    )
+    assert_agrees(backend.to_numpy(added), expected, "float32")
+
+
+# The loss
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_loss_of_16_bits_is_computed_in_float32(backend, dtype):
+    """Catches a loss that is rounded to eight bits: it would not move for hundreds of steps."""
+    if dtype not in backend._dtypes:
+        return
+    weights = random_weights(CONFIG)
+    params, tokens = on_backend(backend, weights, dtype), backend.from_numpy(TOKENS)
+    value = backend.to_numpy(pg.loss(params, tokens, CONFIG))
+    logits, _ = pg.gpt2(params, backend.from_numpy(TOKENS[:, :-1]), CONFIG)
+    expected = plain_cross_entropy(backend.to_numpy(logits).astype(np.float64), TOKENS[:, 1:])
+    assert value.dtype == np.float32
+    assert float(value) == pytest.approx(expected, rel=64 * UNIT["float32"])
+
+
+def test_the_loss_predicts_each_token_from_those_before_it(backend):
+    """Catches targets that are off by one: a model that knows what comes next has no loss."""
+    n = 7
+    config = pg.GPT2Config(n_layer=1, n_head=1, n_embd=2 * n, n_vocab=n, n_ctx=6, eos_token_id=None)
+    zero = {path: np.zeros(shape) for path, shape in pg.params.shapes(config).items()}
+    eye = np.eye(n)
+    untied = pg.GPT2Config(**{**vars(config), "tie_word_embeddings": False})
+    zero |= {"wte": np.hstack([eye, -eye]), "ln_f/g": np.full(2 * n, 50.0)}
+    zero["lm_head"] = np.hstack([np.roll(eye, 1, axis=0), -np.roll(eye, 1, axis=0)])  # after i comes i + 1
+    params = nest({path: backend.from_numpy(a, "float32") for path, a in zero.items()})
+    cycle = np.asarray([[0, 1, 2, 3, 4, 5, 6], [5, 6, 0, 1, 2, 3, 4]], np.int32)
+    assert float(backend.to_numpy(pg.loss(params, backend.from_numpy(cycle), untied))) < 1e-6
+    assert float(backend.to_numpy(pg.loss(params, backend.from_numpy(cycle[:, ::-1].copy()), untied))) > 10
