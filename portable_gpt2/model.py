@@ -244,7 +244,7 @@ def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) ->
     >>> import portable_gpt2 as pg
     >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
     >>> params = pg.init_params(config, backend="numpy")
-    >>> float(pg.loss(params, np.asarray([[1, 2, 3, 4, 5]]), config).round(2))  # near log 16
+    >>> round(float(pg.loss(params, np.asarray([[1, 2, 3, 4, 5]]), config)), 2)  # near log 16
     2.77
     """
     backend = backend_of(tokens)

@@ -99,6 +99,9 @@ SHAPES = {
     "table_of_another_width": Bad(
         "unembed", [f(2, 5), f(4, 3)], ["w has shape [4, 3]", "d = 5 from x of shape [2, 5]"]
     ),
+    "targets_of_another_length": Bad(
+        "cross_entropy", [f(2, 5), i(3)], ["targets has shape [3]", "*batch = [2] from logits of shape [2, 5]"]
+    ),
     "logits_of_a_scalar": Bad("unembed", [f(), f(4, 5)], ["x has shape []", "[*batch, d]"]),
     "axis_beyond_the_last": Bad("softmax", [f(2, 5)], ["axis is 2", "shape [2, 5]", "-2 to 1"], {"axis": 2}),
     "axis_before_the_first": Bad("softmax", [f(2, 5)], ["axis is -3", "shape [2, 5]", "-2 to 1"], {"axis": -3}),

@@ -113,6 +113,13 @@ def test_gradients_are_those_of_the_definition(backend, dtype, name, form):
         assert np.all(np.abs(found - c.ravel() @ jacobian) <= bound), key
 
 
+def mapped(vmap, fn, axes):
+    """Map a function over the batch of its arguments; one that averages over it, over an axis of one before it."""
+    if any(axis is not None for axis in axes):
+        return vmap(fn, tuple(axes))
+    return lambda *arrays: vmap(fn)(*(x[None] for x in arrays))[0]
+
+
 # JAX
 
 
@@ -122,8 +129,8 @@ def jax_transforms(jax, case):
     return {
         "eager": lambda fn: fn,
         "jit": jax.jit,
-        "vmap": lambda fn: jax.vmap(fn, in_axes),
-        "jit_of_vmap": lambda fn: jax.jit(jax.vmap(fn, in_axes)),
+        "vmap": lambda fn: mapped(jax.vmap, fn, in_axes),
+        "jit_of_vmap": lambda fn: jax.jit(mapped(jax.vmap, fn, in_axes)),
         "jvp": lambda fn: lambda *a: jax.jvp(fn, a, tuple(np.zeros(x.shape, zeros[x.dtype.name]) for x in a))[0],
         "checkpoint": jax.checkpoint,
         "scan": lambda fn: lambda *a: jax.lax.scan(lambda carry, _: (carry, fn(*a)), 0, None, 2)[1][1],
@@ -330,7 +337,7 @@ def torch_transforms(torch, case):
     return {
         "eager": lambda fn: fn,
         "parameters": as_parameters,
-        "vmap": lambda fn: torch.func.vmap(fn, in_dims),
+        "vmap": lambda fn: mapped(torch.func.vmap, fn, in_dims),
         "functionalize": torch.func.functionalize,
         "jvp": jvp,
         "inference_mode": torch.inference_mode(),

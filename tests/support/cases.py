@@ -52,6 +52,9 @@ CASES = {
     "attention_weights": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"]}, {}),
     "attention_weights_masked": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"], "mask": _CAUSAL}, {}),
     "embed": Case(pg.embed, {"ids": np.asarray([[1, 5, 1], [0, 2, 5]], np.int32), "w": _normal(6, 5)}, {}),
+    "cross_entropy": Case(
+        pg.cross_entropy, {"logits": _normal(2, 3, 6), "targets": np.asarray([[1, 5, 1], [0, 2, 5]], np.int32)}, {}
+    ),
     "unembed": Case(pg.unembed, {"x": _normal(2, 3, 5), "w": _normal(6, 5)}, {}),
 }
 FORMS = ("kernel", "reference")
