@@ -299,7 +299,7 @@ class _Trace:
         self, fn: Callable[..., Any], args: tuple[Any, ...], dynamic: list[bool], leaves: list[Any], writes: bool
     ) -> None:
         def flat(*leaves: Any) -> list[Any]:
-            rest, results = iter(leaves), []
+            rest, results = iter(leaves), list[Any]()
             result = fn(*(_put_together(a, rest) if d else a for a, d in zip(args, dynamic, strict=True)))
             self._structure = _take_apart(result, results, lambda leaf: leaf)
             places = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Variable)}

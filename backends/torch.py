@@ -101,7 +101,7 @@ def _blocks(x: Any, w: Any) -> int:
         return 0
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
         return 0
-    return min(2 * torch.get_num_threads(), 16)
+    return min(2 * int(torch.get_num_threads()), 16)
 
 
 def _sum_of_blocks(rows: Any, w: Any, blocks: int) -> Any:

@@ -248,7 +248,8 @@ class Backend:
         Optional: NotImplemented where the framework cannot differentiate. fn returns a scalar array; its first
         argument, and the gradient, are trees of float arrays.
         """
-        return NotImplemented  # type: ignore[return-value]
+        absent: Any = NotImplemented
+        return absent  # type: ignore[no-any-return]
 
     def prepare(self, path: str, x: Any) -> Any:
         """Return a parameter in the memory layout that this backend likes best; its shape and values stay.

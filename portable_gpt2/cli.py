@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(score)
     add("--stride", type=int, metavar="N", help="move the window by N tokens (default: half of the context)")
     add("--bos", action="store_true", help="put <|endoftext|> before each text, and score its first token too")
+    add("--allow-special", action="store_true", help="let <|endoftext|> in a text be the special token")
     add("--json", action="store_true", help="write a JSON object a text, with each token's log-probability")
     score.set_defaults(run=_score)
 
@@ -206,7 +207,8 @@ def _score(arguments: argparse.Namespace) -> int:
     model = _load(arguments)
     print(f"{model!r}, from {model.source}", file=sys.stderr, flush=True)
     for name, text in texts.items():
-        score = model.score(text, stride=arguments.stride, bos=arguments.bos)
+        options = {"stride": arguments.stride, "bos": arguments.bos, "allow_special": arguments.allow_special}
+        score = model.score(text, **options)
         if arguments.json:
             log_probs = [None if math.isnan(p) else p for p in score.log_probs.tolist()]
             entries = {"tokens": score.tokens, "log_probs": log_probs, "total": score.total, "n_bytes": score.n_bytes}

@@ -340,10 +340,12 @@ class GPT2:
     def generate(self, prompt: str, *, num_samples: None = None, **options: Any) -> str: ...
 
     @overload
-    def generate(self, prompt: str | Sequence[str], *, num_samples: int | None = None, **options: Any) -> list[str]: ...
+    def generate(
+        self, prompt: str | list[str] | tuple[str, ...], *, num_samples: int | None = None, **options: Any
+    ) -> list[str]: ...
 
     def generate(
-        self, prompt: str | Sequence[str], *, num_samples: int | None = None, **options: Any
+        self, prompt: str | list[str] | tuple[str, ...], *, num_samples: int | None = None, **options: Any
     ) -> str | list[str]:
         """Return the text that continues a prompt, the continuation only; of several prompts, a list.
 
@@ -356,19 +358,25 @@ class GPT2:
         **options
             As for `stream`; where there are several, as for `complete`.
         """
-        if isinstance(prompt, list | tuple) or num_samples is not None:
-            prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
-            completions = self.complete(prompts, num_samples=1 if num_samples is None else num_samples, **options)
-            return [completion.text for completion in completions]
-        return "".join(self.stream(prompt, **options))
+        if num_samples is None and not isinstance(prompt, list | tuple):
+            return "".join(self.stream(prompt, **options))
+        prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
+        completions = self.complete(prompts, num_samples=1 if num_samples is None else num_samples, **options)
+        return [completion.text for completion in completions]
 
     @overload
-    def score(self, texts: str, *, stride: int | None = None, bos: bool = False) -> Score: ...
+    def score(
+        self, texts: str, *, stride: int | None = None, bos: bool = False, allow_special: bool = False
+    ) -> Score: ...
 
     @overload
-    def score(self, texts: list[str], *, stride: int | None = None, bos: bool = False) -> list[Score]: ...
+    def score(
+        self, texts: list[str], *, stride: int | None = None, bos: bool = False, allow_special: bool = False
+    ) -> list[Score]: ...
 
-    def score(self, texts: str | list[str], *, stride: int | None = None, bos: bool = False) -> Score | list[Score]:
+    def score(
+        self, texts: str | list[str], *, stride: int | None = None, bos: bool = False, allow_special: bool = False
+    ) -> Score | list[Score]:
         """Return the log-probability of every token of a text given those before it; of several texts, a list.
 
         A text longer than n_ctx is read in windows, each of which scores what the one before it has not read: every
@@ -385,6 +393,8 @@ class GPT2:
         bos : bool
             Whether to put ``<|endoftext|>`` before the text, which is how a document begins in GPT-2's training data.
             Then its first token is scored too; otherwise nothing comes before it, and its log-probability is NaN.
+        allow_special : bool
+            Whether ``<|endoftext|>`` in the text, between documents, is the special token; text otherwise.
 
         Returns
         -------
@@ -397,8 +407,8 @@ class GPT2:
         """
         tokenizer = self._require_tokenizer()
         if isinstance(texts, str):
-            return self.score_ids(tokenizer.encode(texts), stride=stride, bos=bos)
-        return [self.score_ids(tokenizer.encode(text), stride=stride, bos=bos) for text in texts]
+            return self.score_ids(tokenizer.encode(texts, allow_special=allow_special), stride=stride, bos=bos)
+        return [self.score(text, stride=stride, bos=bos, allow_special=allow_special) for text in texts]
 
     def score_ids(self, ids: Any, *, stride: int | None = None, bos: bool = False) -> Score:
         """Return the log-probability of each of some token ids given those before it: `score` without a tokenizer.

@@ -262,12 +262,19 @@ def test_every_option_reaches_the_model(command, it, args, options):
 
 def test_score_says_how_likely_each_text_is(command, checkpoints, it):
     """Catches figures of another text, of another stride, or rounded away."""
-    text = "To be, or not to be: that is the question.\n" * 4
+    text = "To be, or not to be: that is the question.<|endoftext|>\n" * 4
     (checkpoints / "a.txt").write_text(text, encoding="utf-8")
+    totals = []
     (checkpoints / "b.txt").write_text("存在", encoding="utf-8")
-    for args, options in (([], {}), (["--stride", "3"], {"stride": 3}), (["--bos"], {"bos": True})):
+    for args, options in (
+        ([], {}),
+        (["--stride", "3"], {"stride": 3}),
+        (["--bos"], {"bos": True}),
+        (["--allow-special"], {"allow_special": True}),
+    ):
         status, out, _ = command("score", "a.txt", "b.txt", "--model", "it", *args)
         assert status == 0
+        totals.append(out)
         for line, name, score in zip(
             out.splitlines(), ["a.txt", "b.txt"], it.score([text, "存在"], **options), strict=True
         ):
@@ -275,6 +282,7 @@ def test_score_says_how_likely_each_text_is(command, checkpoints, it):
                 f"{name}: perplexity {score.perplexity:.4f} per token, {score.byte_perplexity:.4f} per byte; "
                 f"log-probability {score.total:.4f} of {score.n_tokens} tokens, {score.n_bytes} bytes"
             )
+    assert len(set(totals)) == 4
 
 
 def test_score_as_json_holds_every_log_probability(command, checkpoints, it):
