@@ -169,4 +169,9 @@ class NumpyBackend(Backend):
     def prepare(self, path: str, x: Any) -> Any:
         # One row times a matrix reads memory, and a tall matrix is read faster down its columns: a decode step's c_proj
         # of the mlp at 32 GB/s instead of 25, the logits' wte at 32 instead of 27 (a sum reads 28).
-        return np.asfortranarray(x) if x.ndim == 2 and x.shape[0] >= 4 * x.shape[1] else x
+        if x.ndim != 2 or x.shape[0] < 4 * x.shape[1] or x.flags.f_contiguous:
+            return x
+        y = np.empty(x.shape, x.dtype, order="F")
+        for i in range(0, len(x), 64):  # rows that fit into the cache: wte of 124M in 83 ms, at once in 195
+            y[i : i + 64] = x[i : i + 64]
+        return y
