@@ -569,7 +569,7 @@ def test_donation_changes_no_result(backend):
 def test_prepare_keeps_shapes_and_values(backend):
     """Catches a layout that shows: what is prepared is the same numbers, and what was prepared is left alone."""
     rng = np.random.default_rng(0)
-    plain = {"wte": (60, 4), "wpe": (3, 4), "h0/mlp/c_proj/w": (16, 4), "h0/ln_1/g": (4,)}
+    plain = {"wte": (150, 4), "wpe": (3, 4), "h0/mlp/c_proj/w": (16, 4), "h0/ln_1/g": (4,)}
     plain = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in plain.items()}
     params = {path: backend.from_numpy(a) for path, a in plain.items()}
     prepared = {path: backend.prepare(path, x) for path, x in params.items()}
