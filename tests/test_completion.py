@@ -132,6 +132,8 @@ def test_a_stop_string_and_a_stop_token_may_be_named_together(model, alone, toke
     assert len(drawn) > 3
     by_token = model.generate(PROMPTS[0], stop=["never there", drawn[3]], **OPTIONS)
     assert by_token == tokenizer.decode(drawn[: drawn.index(drawn[3])])
+    [completion] = model.complete(PROMPTS[:1], stop=drawn[3], **OPTIONS)
+    assert (completion.tokens, completion.finish_reason) == (drawn[: drawn.index(drawn[3])], "stop")
     assert model.generate(PROMPTS[0], stop=[alone[0][1], 383], **OPTIONS) == alone[0][: alone[0].index(alone[0][1])]
 
 
