@@ -6,7 +6,8 @@ from plain_gpt2 import on_backend, random_weights, truth_and_error
 
 import portable_gpt2 as pg
 
-CONFIG = pg.GPT2Config(n_layer=3, n_head=2, n_embd=24, n_vocab=61, n_ctx=40, eos_token_id=None)
+SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 24, "n_vocab": 61, "n_ctx": 40, "eos_token_id": None}
+CONFIG = pg.GPT2Config(**SHAPE, scale_attn_by_inverse_layer_idx=True)  # the weights show which layer's scale they have
 WEIGHTS = random_weights(CONFIG)
 IDS = np.random.default_rng(0).integers(0, 61, 17).tolist()
 
