@@ -64,6 +64,10 @@ class _Namespace:
 
     @staticmethod
     def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
+        rank = x.shape.rank
+        plain = x.shape[:-1].is_fully_defined() and x.shape[:-1] == indices.shape[:-1]
+        if plain and axis in (-1, rank - 1):  # XLA cannot compile the gradient of the other
+            return tf.gather(x, indices, axis=-1, batch_dims=rank - 1)
         return tf.experimental.numpy.take_along_axis(x, indices, axis)
 
     @staticmethod

@@ -20,6 +20,8 @@ from .checkpoint import convert
 from .checks import check_drawing
 from .completion import Completion
 from .gpt2 import GPT2
+from .training.command import add_options as add_training_options
+from .training.command import run as run_training
 
 USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
 
@@ -102,6 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", required=True, metavar="FILE", help="what to write: attention.png, .svg, .pdf ...")
     attend.set_defaults(run=_attend)
 
+    train = commands.add_parser(
+        "train",
+        help="train a model on texts, or train one further",
+        description="Train a model from nothing, or from a checkpoint. DIR is a checkpoint itself: give it to --model. "
+        "Ctrl-C saves; --resume goes on, to the same bits.",
+    )
+    add_training_options(train)
+    train.set_defaults(run=lambda arguments: run_training(arguments, _read))
+
     convert = commands.add_parser(
         "convert",
         help="write a checkpoint anew, as Hugging Face's transformers reads it",
@@ -132,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush would complain
         return PIPE_CLOSED
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
         print(f"portable-gpt2: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
 

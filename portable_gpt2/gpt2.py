@@ -10,8 +10,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from .backend import Backend, StoredTensor, backend_of, get_backend
-from .checkpoint import cast, read_checkpoint, write_checkpoint
+from .backend import Backend, backend_of, get_backend
+from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
 from .checks import check_drawing, check_ids, check_length, check_params, check_room, check_stop, is_int
 from .completion import Completion, Reader, Row, batched, complete
 from .config import GPT2Config
@@ -150,11 +150,8 @@ class GPT2:
         FileExistsError
             If the directory exists and may not be replaced. Nothing is written.
         """
-        tensors = {path: self._stored(x) for path, x in flatten(self.params)}
+        tensors = {path: stored(x) for path, x in flatten(self.params)}
         write_checkpoint(directory, self.config, tensors, self.tokenizer, force=force)
-
-    def _stored(self, x: Any) -> StoredTensor:
-        return StoredTensor(self.backend.shape(x), str(self.backend.dtype_name(x)), lambda: self.backend.to_numpy(x))
 
     def logits(self, token_ids: Any) -> Any:
         """Return the logits of the token that follows each token.

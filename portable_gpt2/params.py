@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,23 @@ def nest(leaves: Mapping[str, Any]) -> Params:
     return tree
 
 
+def map_tree(fn: Callable[..., Any], *trees: Mapping[str, Any]) -> Params:
+    """Return the tree of what a function gives for the leaves of one tree, or of several that have the same paths.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> pg.params.map_tree(max, {"ln_f": {"g": 1, "b": 0}}, {"ln_f": {"g": 2, "b": -1}})
+    {'ln_f': {'g': 2, 'b': 0}}
+    """
+    first, *_ = trees
+    made: Params = {}
+    for name, value in first.items():
+        here = [tree[name] for tree in trees]
+        made[name] = map_tree(fn, *here) if isinstance(value, Mapping) else fn(*here)
+    return made
+
+
 def init_params(
     config: GPT2Config,
     *,
@@ -98,6 +115,7 @@ def init_params(
     backend: str | Backend | None = None,
     dtype: str = "float32",
     device: Any = None,
+    scale_residual: bool = False,
 ) -> Params:
     """Return freshly initialised parameters, as OpenAI's code does: the same bits on every backend.
 
@@ -111,6 +129,10 @@ def init_params(
         Where the parameters are made; see `get_backend`.
     dtype : str
         ``float32``, ``float64``, ``bfloat16`` or ``float16``.
+    scale_residual : bool
+        Whether the two w of each layer whose products are added to the residual stream are divided by the square root
+        of how many there are, 2 n_layer, as the paper says and OpenAI's code does not: the stream then keeps its
+        variance.
 
     Returns
     -------
@@ -130,9 +152,16 @@ def init_params(
     (8, 32)
     """
     owner = get_backend(backend, device)
+
+    def stdev(path: str) -> float:
+        if path == "wpe":
+            return 0.01
+        is_residual = scale_residual and path.endswith("c_proj/w")
+        return 0.02 / math.sqrt(2 * config.n_layer) if is_residual else 0.02
+
     return nest(
         {
-            path: owner.from_numpy(_initial(path, shape, 0.01 if path == "wpe" else 0.02, seed), dtype)
+            path: owner.from_numpy(_initial(path, shape, stdev(path), seed), dtype)
             for path, shape in shapes(config).items()
         }
     )

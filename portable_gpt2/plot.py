@@ -1,4 +1,4 @@
-"""Maps of attention, drawn by matplotlib (the extra ``plot``)."""
+"""Maps of attention and curves of losses, drawn by matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,33 @@ def draw_grid(maps: Mapping[str, np.ndarray], columns: int, title: str) -> Any:
     return figure
 
 
+def draw_losses(metrics: Iterable[Mapping[str, Any]], title: str = "") -> Any:
+    """Draw the loss of each step, and that of the held-out text.
+
+    Parameters
+    ----------
+    metrics : dicts
+        Of steps, as `training.Run.metrics` returns them: ``step`` and, of those that there are, ``loss``, ``held_out``.
+    title : str, optional
+        What stands above.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    metrics = list(metrics)
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training", {"linewidth": 0.6}), ("held_out", "held-out", {"marker": "o"})):
+        found = [(entry["step"], entry[name]) for entry in metrics if name in entry]
+        if found:
+            axes.plot(*zip(*found, strict=True), label=f"{label}, at the end {found[-1][1]:.3f}", **style)
+    axes.set(xlabel="step", ylabel="loss, nats a token", title=title.replace("$", r"\$"))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def check_file(file: str | os.PathLike[str]) -> None:
     """Refuse a file that `save` could not write, before anything is drawn.
 
@@ -107,6 +134,6 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure  # not pyplot, which would look for a display
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "matplotlib is not installed, which draws the maps: pip install 'portable-gpt2[plot]'"
+            "matplotlib is not installed, which draws: pip install 'portable-gpt2[plot]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -78,6 +78,15 @@ class Tokenizer:
         self._files = [TOKENIZER_FILE]
 
     @classmethod
+    def from_bpe(cls, bpe: models.BPE) -> Tokenizer:
+        """Return GPT-2's tokenizer with another vocabulary and other merges: what two files hold, and are saved as."""
+        tokenizer = tokenizers.Tokenizer(bpe)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made = cls(tokenizer)
+        made._files = [VOCAB_FILE, MERGES_FILE]
+        return made
+
+    @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer | None:
         """Read ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt``; None where there is neither.
 
@@ -103,12 +112,9 @@ class Tokenizer:
                 file = vocab
                 ids = _read_vocab(vocab)
                 file = merges
-                tokenizer = tokenizers.Tokenizer(models.BPE(ids, _read_merges(merges, ids)))
-                tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+                bpe = models.BPE(ids, _read_merges(merges, ids))
                 file = vocab
-                loaded = cls(tokenizer)
-                loaded._files = [VOCAB_FILE, MERGES_FILE]
-                return loaded
+                return cls.from_bpe(bpe)
         except BaseException as error:  # the package raises Exception itself, or panics, which is not even that
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise

@@ -16,7 +16,8 @@ import pytest
 import tiny
 
 import portable_gpt2 as pg
-from portable_gpt2.checkpoint import convert, read_checkpoint, writing
+from portable_gpt2 import files
+from portable_gpt2.checkpoint import convert, read_checkpoint
 from portable_gpt2.cli import main
 
 
@@ -119,7 +120,7 @@ def test_force_replaces_all_that_a_directory_holds(source, older, exchange, monk
     """Catches two checkpoints mixed in one directory, and leavings beside it, whether the system can swap or not."""
     (older / "pytorch_model.bin").write_text("of the older one")
     if not exchange:
-        monkeypatch.setattr(writing, "_swap", lambda *paths: False)
+        monkeypatch.setattr(files, "_swap", lambda *paths: False)
     beside = sorted(older.parent.iterdir())
     convert(source, older, force=True)
     assert is_model(older, seed=1)
@@ -151,7 +152,7 @@ def test_a_link_to_a_directory_stays_one(source, older, tmp_path):
 def test_a_conversion_that_fails_leaves_the_older_one(source, older, exchange, monkeypatch):
     """Catches a destination that is emptied first, and half a checkpoint beside it."""
     if not exchange:
-        monkeypatch.setattr(writing, "_swap", lambda *paths: False)
+        monkeypatch.setattr(files, "_swap", lambda *paths: False)
     spoilt = source / "model-00003-of-00003.safetensors"
     spoilt.write_bytes(spoilt.read_bytes()[:-4] + np.float32(np.nan).tobytes())
     beside = sorted(older.parent.iterdir())

@@ -5,17 +5,20 @@ decided above, and files of a framework's own format are read by that framework'
 """
 
 from .errors import CheckpointError
-from .formats import cast
+from .formats import WEIGHTS_FILE, cast, stored
 from .names import hugging_face_name
 from .reading import Checkpoint, read_checkpoint
-from .writing import convert, write_checkpoint
+from .writing import convert, write_checkpoint, write_files
 
 __all__ = [
+    "WEIGHTS_FILE",
     "Checkpoint",
     "CheckpointError",
     "cast",
     "convert",
     "hugging_face_name",
     "read_checkpoint",
+    "stored",
     "write_checkpoint",
+    "write_files",
 ]

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import BackendNotInstalled, StoredTensor, available_backends, float_dtypes, get_backend, how_to_install
+from ..backend import (
+    BackendNotInstalled,
+    StoredTensor,
+    available_backends,
+    backend_of,
+    float_dtypes,
+    get_backend,
+    how_to_install,
+)
 from .errors import CheckpointError
 from .names import Found
 from .safetensors_files import map_safetensors
@@ -180,6 +188,12 @@ def is_finite(a: np.ndarray) -> bool:
     return bool(
         a.view(signed).max() < infinity.view(signed) and a.view(unsigned).max() < np.negative(infinity).view(unsigned)
     )
+
+
+def stored(x: Any) -> StoredTensor:
+    """Return an array of any backend as a tensor to be written."""
+    backend = backend_of(x)
+    return StoredTensor(backend.shape(x), str(backend.dtype_name(x)), lambda: backend.to_numpy(x))
 
 
 def cast(path: str, tensor: StoredTensor, dtype: str) -> StoredTensor:

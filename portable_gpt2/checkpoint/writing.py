@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..backend import StoredTensor, float_dtypes
 from ..config import GPT2Config
+from ..files import appearing
 from ..tokenizer import Tokenizer
 from .formats import WEIGHTS_FILE, cast
 from .names import prefixed_name
@@ -53,12 +49,23 @@ def write_checkpoint(
         If the directory exists and may not be replaced.
     """
     directory = _free(directory, force)
-    with _appearing(directory, force) as draft:
-        (draft / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        named = {prefixed_name(path): tensor for path, tensor in tensors.items()}
-        write_safetensors(draft / WEIGHTS_FILE, named, progress)
-        if tokenizer is not None:
-            tokenizer.save(draft)
+    with appearing(directory, force) as draft:
+        write_files(draft, config, tensors, tokenizer, progress)
+
+
+def write_files(
+    directory: Path,
+    config: GPT2Config,
+    tensors: Mapping[str, StoredTensor],
+    tokenizer: Tokenizer | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> None:
+    """Write the files of a checkpoint into a directory that is there."""
+    (directory / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    named = {prefixed_name(path): tensor for path, tensor in tensors.items()}
+    write_safetensors(directory / WEIGHTS_FILE, named, progress)
+    if tokenizer is not None:
+        tokenizer.save(directory)
 
 
 def _free(directory: str | os.PathLike[str], force: bool) -> Path:
@@ -117,66 +124,3 @@ def convert(
     tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
     write_checkpoint(directory, found.config, tensors, found.tokenizer, force=force, progress=progress)
     return found.source
-
-
-@contextlib.contextmanager
-def _appearing(directory: Path, force: bool) -> Iterator[Path]:
-    """Give a temporary sibling directory that takes its name when the block ends well, and vanishes otherwise."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        yield draft
-        draft.chmod(0o777 & ~_umask())
-        for file in (*draft.iterdir(), draft):  # on the disk before its name is: after a power cut too it is whole
-            _synchronise(file)
-        if force and directory.exists():
-            _exchange(draft, directory)
-        else:
-            draft.replace(directory)
-        _synchronise(directory.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _synchronise(file: Path) -> None:
-    if file.is_dir() and os.name != "posix":  # elsewhere a directory cannot be opened
-        return
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(draft: Path, directory: Path) -> None:
-    """Swap the names of two directories; where the system can, there is one of either name at every moment."""
-    if _swap(draft, directory):
-        return
-    aside = draft.with_name(f"{draft.name}-old")
-    directory.rename(aside)
-    try:
-        draft.rename(directory)
-    except BaseException:
-        aside.rename(directory)
-        raise
-    aside.rename(draft)  # to be removed by this name
-
-
-def _swap(first: Path, second: Path) -> bool:
-    """Swap two names at once; return False where the system cannot. Linux can, and Python has no name for it."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if renameat2 is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # of the kernel, of the file system
-        return False
-    raise OSError(code, os.strerror(code), str(second))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

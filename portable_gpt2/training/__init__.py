@@ -1,0 +1,29 @@
+"""Training, written once: AdamW on the loss, by each framework's gradients or by those of `gradients`.
+
+``recipe`` says how, ``data`` is what it reads, ``optimizer`` and ``trainer`` are a step, ``run`` is its directory and
+``train`` the loop; ``command`` is all of it as ``portable-gpt2 train``.
+"""
+
+from .data import batch, train_tokenizer, windows, write_tokens
+from .optimizer import Moments, adamw, learning_rate
+from .recipe import Recipe
+from .run import Run
+from .train import Diverged, Report, train
+from .trainer import State, Trainer
+
+__all__ = [
+    "Diverged",
+    "Moments",
+    "Recipe",
+    "Report",
+    "Run",
+    "State",
+    "Trainer",
+    "adamw",
+    "batch",
+    "learning_rate",
+    "train",
+    "train_tokenizer",
+    "windows",
+    "write_tokens",
+]

@@ -1,0 +1,230 @@
+"""``portable-gpt2 train``: from texts to a directory that `GPT2.load` and transformers load."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..backend import get_backend
+from ..checkpoint import cast, read_checkpoint
+from ..config import GPT2Config
+from ..params import Params, count, init_params, nest
+from ..tokenizer import Tokenizer
+from .data import train_tokenizer, write_tokens
+from .recipe import Recipe
+from .run import Run, check_new
+from .train import train
+from .trainer import State, Trainer
+
+_MODEL = {
+    "n_layer": (4, "blocks"),
+    "n_head": (4, "attention heads of each"),
+    "n_embd": (256, "width"),
+    "n_ctx": (256, "positions"),
+}
+_RECIPE = {
+    "steps": "how many to take",
+    "batch_size": "windows of text that are computed at a time",
+    "accumulate": "batches whose gradients make a step",
+    "context": "tokens that a window reads",
+    "learning_rate": "the highest",
+    "warmup": "steps in which it is reached",
+    "final_rate": "the share of it that the cosine ends at",
+    "weight_decay": "of matrices",
+    "beta1": "of the gradient's running average",
+    "beta2": "of that of its square",
+    "eps": "added to the square root of the latter",
+    "clip": "the greatest norm of a gradient, or off",
+    "seed": "of the windows, and of the weights to begin with",
+    "dtype": "what is computed in: float32, float64, bfloat16",
+    "eval_every": "steps between evaluations, each of which saves a checkpoint",
+}
+_INTS = ("steps", "batch_size", "accumulate", "context", "warmup", "seed", "eval_every")
+_HELD_OUT = "0.05"
+_VOCAB_SIZE = 2048
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Say what the command takes. What is not given is None: a run that is resumed has its own."""
+    add = command.add_argument
+    add("--out", required=True, metavar="DIR", help="what to write: a checkpoint, and what it takes to resume")
+    add("--resume", action="store_true", help="go on with the run in DIR, as it was begun")
+    add("--backend", metavar="NAME", help="what computes (default: $PORTABLE_GPT2_BACKEND, else numpy)")
+    add("--device", help="where: cpu, cuda, cuda:1 ... (default: the framework's)")
+    add("--plot", metavar="FILE", help="draw the losses at the end: .png, .svg, .pdf ...")
+
+    add = command.add_argument_group("data").add_argument
+    add("--data", nargs="+", metavar="FILE", help="texts in UTF-8; - is stdin")
+    add(
+        "--held-out",
+        metavar="FILE|SHARE",
+        help=f"a text, or the last share of them (default: {_HELD_OUT})",
+    )
+    add("--tokenizer", metavar="DIR", help="the directory of a tokenizer's files")
+    add("--vocab-size", type=int, metavar="N", help=f"else, entries of the one to be made (default: {_VOCAB_SIZE})")
+
+    add = command.add_argument_group("model").add_argument
+    add(
+        "--init-from",
+        metavar="CHECKPOINT",
+        help="begin with a checkpoint's weights: a directory, or a model of the hub",
+    )
+    for name, (default, text) in _MODEL.items():
+        add(_option(name), type=int, metavar="N", help=f"{text} (default: {default})")
+    add("--scale-residual", action="store_true", default=None, help="begin with c_proj divided by sqrt(2 n_layer)")
+
+    add = command.add_argument_group("recipe").add_argument
+    for name, text in _RECIPE.items():
+        default = getattr(Recipe(), name)
+        said = "n_ctx" if name == "context" else default
+        kind = str if name == "dtype" else int if name in _INTS else _number_or_off if name == "clip" else float
+        add(_option(name), type=kind, metavar="NAME" if kind is str else "N", help=f"{text} (default: {said})")
+
+
+def run(arguments: argparse.Namespace, read: Callable[[str], str]) -> int:
+    """Train as the arguments say; ``read`` returns the text of a file."""
+    from tqdm import tqdm
+
+    from .. import plot
+
+    if arguments.plot:
+        plot.check_file(arguments.plot)
+    run, trainer, state = _resumed(arguments) if arguments.resume else _begun(arguments, read)
+    where = f"{trainer.backend.name}, {trainer.backend.device(state.params['wte'])}"
+    n_tokens = run.recipe.batch_size * run.recipe.accumulate * (run.recipe.context or run.config.n_ctx)
+    print(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens a step", file=sys.stderr)
+    interrupted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1) or signal.signal(signal.SIGINT, before))
+    bar = tqdm(total=run.recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5)
+    reports = train(run, trainer, state)
+    try:
+        for report in reports:
+            if report.step > bar.n:
+                bar.update()
+            if report.loss is not None:
+                bar.set_postfix_str(f"loss {report.loss:.4f}, {n_tokens / report.seconds:,.0f} tokens/s", refresh=False)
+            if report.held_out is not None:
+                bar.write(f"step {report.step}: held-out loss {report.held_out:.4f}", file=sys.stderr)
+            if interrupted:
+                break
+    finally:
+        reports.close()  # which saves what was not
+        bar.close()
+        signal.signal(signal.SIGINT, before)
+    if arguments.plot:
+        plot.save(plot.draw_losses(run.metrics()), arguments.plot)
+        print(f"wrote {arguments.plot}", file=sys.stderr)
+    last, best = run.last, run.best
+    if last["step"] < run.recipe.steps:
+        print(
+            f"stopped after step {last['step']} of {run.recipe.steps}; to go on: portable-gpt2 train --resume --out "
+            f"{run.directory}",
+            file=sys.stderr,
+        )
+        return 128 + signal.SIGINT
+    loss = "" if best["held_out"] is None else f", held-out loss {best['held_out']:.4f} nats a token"
+    print(f"{run.directory}: the model of step {best['step']}{loss}", file=sys.stderr)
+    return 0
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _number_or_off(text: str) -> float | str:
+    return text if text == "off" else float(text)
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    found = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _resumed(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
+    fixed = ("data", "held_out", "tokenizer", "vocab_size", "init_from", "scale_residual", *_MODEL, *_RECIPE)
+    if given := _given(arguments, *fixed):
+        names = ", ".join(map(_option, given))
+        raise ValueError(f"{names}: a run goes on as it was begun; for another, give --init-from {arguments.out}")
+    run = Run.open(arguments.out)
+    where = {**run.where, **_given(arguments, "backend", "device")}
+    backend = get_backend(where.get("backend"), where.get("device"))
+    return run, Trainer(run.config, run.recipe, backend), run.restore(backend)
+
+
+def _begun(arguments: argparse.Namespace, read: Callable[[str], str]) -> tuple[Run, Trainer, State]:
+    if not arguments.data:
+        raise ValueError("--data: name the texts to train on, or a run to --resume")
+    chosen = _given(arguments, *_RECIPE)
+    recipe = Recipe(**{name: None if value == "off" else value for name, value in chosen.items()})
+    check_new(arguments.out)
+    backend = get_backend(arguments.backend, arguments.device)
+    backend.dtype(recipe.dtype)
+    texts = [read(file) for file in arguments.data]
+    held_out = arguments.held_out or _HELD_OUT
+    share = _share(held_out)
+    held_out_texts = [read(held_out)] if share is None else []
+
+    if arguments.init_from:
+        config, tokenizer, params = _checkpoint(arguments, recipe, backend)
+    else:
+        tokenizer = _tokenizer(arguments, texts)
+        shape = {name: default for name, (default, _) in _MODEL.items()} | _given(arguments, *_MODEL)
+        config = GPT2Config(n_vocab=len(tokenizer), eos_token_id=tokenizer.end_of_text, **shape)
+        options = {"backend": backend, "dtype": recipe.master_dtype, "scale_residual": bool(arguments.scale_residual)}
+        params = init_params(config, seed=recipe.seed, **options)
+    if recipe.context is not None and recipe.context > config.n_ctx:
+        raise ValueError(f"--context {recipe.context}: the model has n_ctx = {config.n_ctx} positions")
+
+    def write(file: Path) -> int:
+        n = write_tokens(texts, tokenizer, config.n_vocab, file, _progress)
+        if share is None:
+            write_tokens(held_out_texts, tokenizer, config.n_vocab, file)
+            return n
+        return n - round(share * n)
+
+    where = {"backend": backend.name} | _given(arguments, "device")
+    trainer = Trainer(config, recipe, backend)
+    return Run.create(arguments.out, recipe, config, tokenizer, write, **where), trainer, trainer.start(params)
+
+
+def _share(text: str) -> float | None:
+    """Return the share that a text says; None if it names a file."""
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    if not 0 <= share < 1:
+        raise ValueError(f"--held-out {text}: expected a file, or a share of at least 0 and below 1")
+    return share
+
+
+def _tokenizer(arguments: argparse.Namespace, texts: list[str]) -> Tokenizer:
+    if arguments.tokenizer is None:
+        return train_tokenizer(texts, _VOCAB_SIZE if arguments.vocab_size is None else arguments.vocab_size)
+    if arguments.vocab_size is not None:
+        raise ValueError("--vocab-size is of a tokenizer to be made; --tokenizer has its own")
+    found = Tokenizer.load(arguments.tokenizer)
+    if found is None:
+        raise ValueError(f"{arguments.tokenizer}: holds neither tokenizer.json, nor vocab.json and merges.txt")
+    return found
+
+
+def _checkpoint(arguments: argparse.Namespace, recipe: Recipe, backend: Any) -> tuple[GPT2Config, Tokenizer, Params]:
+    if given := _given(arguments, "tokenizer", "vocab_size", "scale_residual", *_MODEL):
+        raise ValueError(f"{', '.join(map(_option, given))}: the checkpoint of --init-from has its own")
+    found = read_checkpoint(arguments.init_from)
+    if found.tokenizer is None:
+        raise ValueError(f"{arguments.init_from}: has no tokenizer, without which no text can be read")
+    dtype = recipe.master_dtype
+    tensors = {path: cast(path, tensor, dtype).read() for path, tensor in found.tensors.items()}
+    return found.config, found.tokenizer, nest({path: backend.from_numpy(a, dtype) for path, a in tensors.items()})
+
+
+def _progress(pieces: Any) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    return tqdm(pieces, desc="tokenizing", unit=" pieces", delay=1, leave=False)

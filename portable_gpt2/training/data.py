@@ -1,0 +1,197 @@
+"""Text as training reads it: a tokenizer made for it, a file of token ids, random windows and held-out ones."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import tokenizers
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.random import Philox
+from tokenizers import models, pre_tokenizers, trainers
+
+from ..params import check_seed
+from ..tokenizer import END_OF_TEXT, Tokenizer
+
+_CHUNK = 1 << 20  # characters that are encoded at a time
+_STREAM = int.from_bytes(b"windows", "little")  # of random words, beside those of parameters and draws
+
+
+def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
+    """Return a byte-level BPE like GPT-2's, made for some texts.
+
+    Parameters
+    ----------
+    texts : strs
+    n_vocab : int
+        How many entries it is to have: ``<|endoftext|>``, which is id 0, the 256 bytes, and merges.
+
+    Raises
+    ------
+    ValueError
+        If that is fewer than 257, or more than the texts have merges for. The message says how many they have.
+
+    Examples
+    --------
+    >>> from portable_gpt2.training import train_tokenizer
+    >>> tokenizer = train_tokenizer(["to be, or not to be"], 260)
+    >>> len(tokenizer), tokenizer.decode(tokenizer.encode("to be"))
+    (260, 'to be')
+    """
+    least = 1 + len(pre_tokenizers.ByteLevel.alphabet())
+    if n_vocab < least:
+        raise ValueError(f"a vocabulary of {n_vocab} is asked for; the bytes and {END_OF_TEXT} alone are {least}")
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() < n_vocab:
+        raise ValueError(
+            f"a vocabulary of {n_vocab} is asked for; the text has merges for {bpe.get_vocab_size()} entries only: ask "
+            f"for no more, or give more text"
+        )
+    return Tokenizer.from_bpe(bpe.model)
+
+
+def token_dtype(n_vocab: int) -> np.dtype:
+    """Return what a token id is stored in."""
+    return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
+
+
+def write_tokens(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    n_vocab: int,
+    file: str | os.PathLike[str],
+    progress: Callable[[Iterable[list[int]]], Iterable[list[int]]] = iter,
+) -> int:
+    """Append the ids of some texts to a file, ``<|endoftext|>`` after each if the vocabulary has one.
+
+    Parameters
+    ----------
+    texts : strs
+        Documents. They are encoded piece by piece, into the ids that they have as a whole.
+    tokenizer : Tokenizer
+    n_vocab : int
+        Of the model. Up to 65,536, an id takes two bytes; else four.
+    file : path
+    progress : callable, optional
+        Wraps the iterable of pieces, as tqdm does.
+
+    Returns
+    -------
+    int
+        How many ids were written.
+    """
+    n = 0
+    with open(file, "ab") as stream:
+        for ids in progress(_encoded(texts, tokenizer)):
+            stream.write(np.asarray(ids, _token_dtype(n_vocab)).tobytes())
+            n += len(ids)
+    return n
+
+
+def _token_dtype(n_vocab: int) -> np.dtype:
+    return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Yield the ids of some texts, piece by piece."""
+    for text in texts:
+        for piece in pieces(text):
+            yield tokenizer.encode(piece)
+        if tokenizer.end_of_text is not None:
+            yield [tokenizer.end_of_text]
+
+
+def pieces(text: str, size: int = _CHUNK) -> Iterator[str]:
+    """Cut a text into pieces of about a size whose ids, one after the other, are those of the whole.
+
+    A line's end that follows a visible character begins a token in any case: no token of GPT-2's has a space behind
+    anything but spaces.
+    """
+    start = 0
+    while start < len(text):
+        found = _CUT.search(text, start + size)
+        end = found.start() if found else len(text)
+        yield text[start:end]
+        start = end
+
+
+_CUT = re.compile(r"(?<=\S)\n")
+
+
+def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
+    """Return the ids of a file that `write_tokens` has written, [n], mapped: what is not looked at is not read.
+
+    Raises
+    ------
+    ValueError
+        If the file is cut off, or an id is not in the vocabulary.
+    """
+    dtype, size = _token_dtype(n_vocab), os.path.getsize(file)
+    if not size or size % dtype.itemsize:
+        raise ValueError(f"{os.fspath(file)}: {size} bytes are no token ids of {dtype.itemsize} bytes; start a new run")
+    tokens = np.memmap(file, dtype, mode="r")
+    if (largest := int(tokens.max())) >= n_vocab:
+        raise ValueError(f"{os.fspath(file)}: token id {largest} is not in the vocabulary of {n_vocab}")
+    return tokens
+
+
+def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed: int) -> np.ndarray:
+    """Return some windows of a text, int32 [batch_size, length], at random: the same for the same index and seed.
+
+    Raises
+    ------
+    ValueError
+        If the text is shorter than a window.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_gpt2.training import batch
+    >>> batch(np.arange(100), 7, batch_size=2, length=4, seed=0)
+    array([[68, 69, 70, 71],
+           [27, 28, 29, 30]], dtype=int32)
+    """
+    starts = len(tokens) - length + 1
+    if starts < 1:
+        raise ValueError(
+            f"a window is of {length} tokens and the text of {len(tokens)}; give more text, or a shorter context"
+        )
+    key = np.asarray([check_seed(seed), _STREAM], np.uint64)
+    words = Philox(key=key, counter=[0, index, 0, 0]).random_raw(batch_size)
+    first = (words % np.uint64(starts)).astype(np.int64)  # of 2^64 words, that none is likelier shows to nobody
+    return tokens[first[:, None] + np.arange(length)].astype(np.int32)
+
+
+def windows(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Return the whole windows of a text, int32 [n, length], each from the last token of the one before it.
+
+    So every token after the first is predicted once, up to those at the end that fill no window.
+
+    Raises
+    ------
+    ValueError
+        If the text is shorter than a window.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_gpt2.training import windows
+    >>> windows(np.arange(8), 4)
+    array([[0, 1, 2, 3],
+           [3, 4, 5, 6]], dtype=int32)
+    """
+    if len(tokens) < length:
+        raise ValueError(
+            f"a window is of {length} tokens and the held-out text of {len(tokens)}; hold out more, or none"
+        )
+    return sliding_window_view(tokens, length)[:: length - 1].astype(np.int32)

@@ -1,0 +1,127 @@
+"""Trainer: the step of training and the loss of held-out text, on one backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import gradients
+from ..backend import Backend, backend_of
+from ..checks import check_params
+from ..config import GPT2Config
+from ..model import loss
+from ..params import Params, map_tree
+from .optimizer import Moments, no_moments, rates, update
+from .recipe import Recipe
+
+
+class State(NamedTuple):
+    """Where a run stands: all that the steps to come depend on, the data and the recipe aside."""
+
+    step: int
+    """How many steps were taken."""
+    params: Params
+    moments: Moments
+
+
+class Trainer:
+    """What trains a model of one shape by one recipe, on the backend and device of the parameters that it is given.
+
+    Parameters
+    ----------
+    config : GPT2Config
+        The model's shape.
+    recipe : Recipe
+    backend : Backend
+        What computes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> from portable_gpt2.training import Recipe, Trainer
+    >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
+    >>> trainer = Trainer(config, Recipe(learning_rate=0.1, warmup=0), pg.get_backend("numpy"))
+    >>> state = trainer.start(pg.init_params(config, backend="numpy"))
+    >>> text = np.asarray([[1, 2, 3, 4, 5]])
+    >>> for _ in range(20):
+    ...     state, value, norm = trainer.step(state, [text])
+    >>> value < 0.1, state.step
+    (True, 20)
+    """
+
+    def __init__(self, config: GPT2Config, recipe: Recipe, backend: Backend) -> None:
+        backend.dtype(recipe.dtype)
+        self.config, self.recipe, self.backend = config, recipe, backend
+        self._loss = backend.compile(self._loss_of)
+        self._gradient = backend.compile(self._gradient_of)
+        self._add = backend.compile(lambda _, one, other: map_tree(lambda x, y: x + y, one, other))
+        self._update = backend.compile(
+            lambda _, params, grads, moments, rates: update(params, grads, moments, rates, recipe)
+        )
+
+    def start(self, params: Params) -> State:
+        """Return the state before the first step."""
+        check_params(params, self.config)
+        return State(0, params, no_moments(params))
+
+    def step(self, state: State, batches: Iterable[np.ndarray]) -> tuple[State, float, float]:
+        """Take a step.
+
+        Parameters
+        ----------
+        state : State
+        batches : int arrays [batch, seq + 1]
+            Windows of text, as many arrays as the recipe accumulates.
+
+        Returns
+        -------
+        state : State
+            After the step. The one that was given is as it was.
+        loss : float
+            The mean over the batches, before the step.
+        norm : float
+            The gradient's, before it was clipped.
+        """
+        device = self.backend.placement(state.params["wte"])
+        with self.backend.on(device):
+            values, grads = [], None
+            for tokens in batches:
+                value, more = self._gradient(state.params, self.backend.from_numpy(tokens, device=device))
+                values.append(value)
+                grads = more if grads is None else self._add(grads, more)
+            now = self.backend.from_numpy(rates(state.step, self.recipe), self.recipe.master_dtype, device)
+            params, moments, norm = self._update(state.params, grads, state.moments, now)
+            losses = [float(self.backend.to_numpy(value)) for value in values]
+            return State(state.step + 1, params, moments), float(np.mean(losses)), float(self.backend.to_numpy(norm))
+
+    def evaluate(self, params: Params, windows: np.ndarray) -> float:
+        """Return the mean loss of windows of text, int [n, seq + 1], in nats a token."""
+        device = self.backend.placement(params["wte"])
+        size, losses = self.recipe.batch_size, []
+        with self.backend.on(device):
+            for i in range(0, len(windows), size):
+                batch = windows[i : i + size]
+                value = self._loss(params, self.backend.from_numpy(batch, device=device))
+                losses.append(len(batch) * float(self.backend.to_numpy(value)))
+        return float(np.sum(losses) / len(windows))
+
+    def _loss_of(self, _: Any, params: Params, tokens: Any) -> Any:
+        return loss(self._computing(params), tokens, self.config)
+
+    def _gradient_of(self, _: Any, params: Params, tokens: Any) -> tuple[Any, Params]:
+        by_framework = self.backend.value_and_grad(lambda params, tokens: self._loss_of(_, params, tokens))
+        if by_framework is not NotImplemented:
+            found: tuple[Any, Params] = by_framework(params, tokens)
+            return found
+        value, backward = gradients.loss(self._computing(params), tokens, self.config)
+        return value, map_tree(lambda g, p: backend_of(g).xp.astype(g, p.dtype, copy=False), backward(), params)
+
+    def _computing(self, params: Params) -> Params:
+        """Return the parameters in the dtype that the model computes in."""
+        if self.recipe.dtype == self.recipe.master_dtype:
+            return params
+        xp, dtype = self.backend.xp, self.backend.dtype(self.recipe.dtype)
+        return map_tree(lambda x: xp.astype(x, dtype), params)
