@@ -135,6 +135,11 @@ class Run:
         return self.directory / METRICS_FILE
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether one was saved."""
+        return bool(_pointers(self.directory))
+
+    @property
     def last(self) -> dict[str, Any]:
         """``step`` and ``held_out`` of the last checkpoint."""
         return _pointers(self.directory)["last"]

@@ -63,7 +63,7 @@ def train(run: Run, trainer: Trainer, state: State) -> Iterator[Report]:
     held_out_windows = windows(held, length) if len(held) else None
     options = {"batch_size": recipe.batch_size, "length": length, "seed": recipe.seed}
     run.forget_metrics(state.step)
-    saved = state.step if state.step else None
+    saved = state.step if run.has_checkpoint else None
 
     def evaluated() -> float | None:
         return None if held_out_windows is None else trainer.evaluate(state.params, held_out_windows)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import gradients
-from ..backend import Backend, backend_of
+from ..backend import Backend
 from ..checks import check_params
 from ..config import GPT2Config
 from ..model import loss
@@ -116,8 +116,11 @@ class Trainer:
         if by_framework is not NotImplemented:
             found: tuple[Any, Params] = by_framework(params, tokens)
             return found
-        value, backward = gradients.loss(self._computing(params), tokens, self.config)
-        return value, map_tree(lambda g, p: backend_of(g).xp.astype(g, p.dtype, copy=False), backward(), params)
+        # By hand, 16 bits are storage: what was rounded to them is computed with in the dtype of the parameters.
+        xp, rounded = self.backend.xp, self._computing(params)
+        rounded = map_tree(lambda x, p: xp.astype(x, p.dtype, copy=False), rounded, params)
+        value, backward = gradients.loss(rounded, tokens, self.config)
+        return value, backward()
 
     def _computing(self, params: Params) -> Params:
         """Return the parameters in the dtype that the model computes in."""

@@ -1,0 +1,384 @@
+"""Training: a step against AdamW in plain NumPy and in PyTorch, on every backend; runs that end and go on."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+
+import portable_gpt2 as pg
+from portable_gpt2 import training
+from portable_gpt2.checkpoint import read_checkpoint
+from portable_gpt2.params import flatten, map_tree
+from portable_gpt2.tokenizer import Tokenizer
+from portable_gpt2.training import Diverged, Recipe, Run, Trainer, learning_rate, train
+from portable_gpt2.training.optimizer import Moments, rates, update
+
+CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_vocab=384, n_ctx=16, eos_token_id=0)
+RECIPE = Recipe(steps=6, batch_size=3, warmup=2, learning_rate=3e-3, eval_every=4, seed=5)
+
+
+def on(backend, tree, dtype):
+    return map_tree(lambda a: backend.from_numpy(np.asarray(a), dtype), tree)
+
+
+def host(backend, tree):
+    return {path: backend.to_numpy(x) for path, x in flatten(tree)}
+
+
+def wide(backend):
+    """Return the widest dtype that a backend computes in here."""
+    try:
+        backend.from_numpy(np.zeros(1), "float64")
+    except TypeError:  # JAX without its switch
+        return "float32"
+    return "float64"
+
+
+# The rate
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 10), (4, 10), (10, 10), (20, 10), (0, 1)])
+def test_the_rate_rises_in_proportion_and_falls_as_a_cosine(warmup, steps):
+    recipe = Recipe(steps=steps, warmup=warmup, learning_rate=2.0, final_rate=0.25)
+    for step in range(steps + 1):
+        if step < warmup:
+            assert learning_rate(step, recipe) == pytest.approx(2.0 * (step + 1) / warmup)
+        elif steps > warmup:
+            cosine = math.cos(math.pi * (step - warmup) / (steps - warmup))
+            assert learning_rate(step, recipe) == pytest.approx(0.5 + 1.5 * (1 + cosine) / 2)
+
+
+# A step of the optimizer
+
+
+def random_tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {
+        "wte": scale * rng.standard_normal((5, 4)),
+        "h0": {"ln_1": {"g": 1 + scale * rng.standard_normal(4), "b": scale * rng.standard_normal(4)}},
+    }
+
+
+def plain_adamw(params, grads_of_steps, recipe):
+    """Return the parameters after some steps, in plain NumPy and float64, as the paper has it."""
+    p = {path: np.asarray(x) for path, x in flatten(params)}
+    m, v = ({path: np.zeros_like(x) for path, x in p.items()} for _ in range(2))
+    for t, grads in enumerate(grads_of_steps, 1):
+        g = {path: x / recipe.accumulate for path, x in flatten(grads)}
+        norm = math.sqrt(sum((x**2).sum() for x in g.values()))
+        clip = 1.0 if recipe.clip is None else min(1.0, recipe.clip / (norm + 1e-6))
+        rate = learning_rate(t - 1, recipe)
+        for path in p:
+            m[path] = recipe.beta1 * m[path] + (1 - recipe.beta1) * clip * g[path]
+            v[path] = recipe.beta2 * v[path] + (1 - recipe.beta2) * (clip * g[path]) ** 2
+            m_hat, v_hat = m[path] / (1 - recipe.beta1**t), v[path] / (1 - recipe.beta2**t)
+            decay = recipe.weight_decay if p[path].ndim == 2 else 0.0
+            p[path] = p[path] - rate * (m_hat / (np.sqrt(v_hat) + recipe.eps) + decay * p[path])
+    return p
+
+
+@pytest.mark.parametrize("scale", [10.0, 1e-3])  # clipped, and not
+@pytest.mark.parametrize(
+    "changed", [{}, {"weight_decay": 0.0}, {"clip": None}, {"accumulate": 3}, {"beta1": 0.0, "eps": 1e-3}], ids=str
+)
+def test_a_step_is_adamw(backend, scale, changed):
+    """Catches decay on gains or of the gradient, a bias left in the moments, clipping leaf by leaf or of the sum."""
+    recipe = dataclasses.replace(Recipe(steps=9, warmup=2, learning_rate=0.01), **changed)
+    steps = [random_tree(seed, scale) for seed in range(1, 6)]
+    dtype = wide(backend)
+    params = on(backend, random_tree(0), dtype)
+    zeros = map_tree(lambda x: x * 0, params)
+    moments = Moments(zeros, zeros)
+    for i, grads in enumerate(steps):
+        now = backend.from_numpy(rates(i, recipe), dtype)
+        params, moments, norm = update(params, on(backend, grads, dtype), moments, now, recipe)
+    expected = plain_adamw(random_tree(0), steps, recipe)
+    tolerance = 1e-13 if dtype == "float64" else 20 * np.finfo(np.float32).eps
+    for path, x in host(backend, params).items():
+        np.testing.assert_allclose(x, expected[path], rtol=0, atol=tolerance * 2)
+    squares = sum((x**2).sum() for _, x in flatten(steps[-1]))
+    np.testing.assert_allclose(backend.to_numpy(norm), math.sqrt(squares) / recipe.accumulate, rtol=1e-5)
+
+
+def test_a_step_is_pytorchs(torch):
+    """Holds the whole to torch.optim.AdamW and torch's own clipping."""
+    backend, recipe = pg.get_backend("torch"), Recipe(steps=9, warmup=2, learning_rate=0.01)
+    tree = on(backend, random_tree(0), "float64")
+    leaves = [x.clone().requires_grad_() for _, x in flatten(tree)]
+    matrices, others = [x for x in leaves if x.ndim == 2], [x for x in leaves if x.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps)
+    zeros = map_tree(lambda x: x * 0, tree)
+    moments = Moments(zeros, zeros)
+    for i in range(5):
+        grads = on(backend, random_tree(i + 1, 10.0), "float64")
+        for leaf, (_, g) in zip(leaves, flatten(grads), strict=True):
+            leaf.grad = g.clone()
+        torch.nn.utils.clip_grad_norm_(leaves, recipe.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(i, recipe)
+        optimizer.step()
+        tree, moments, _ = update(tree, grads, moments, backend.from_numpy(rates(i, recipe), "float64"), recipe)
+    for leaf, (_, x) in zip(leaves, flatten(tree), strict=True):
+        torch.testing.assert_close(leaf.detach(), x, rtol=1e-13, atol=1e-13)
+
+
+# A step of training
+
+
+def texts(index, batch_size=3, seq=CONFIG.n_ctx + 1):
+    return np.random.default_rng([9, index]).integers(0, CONFIG.n_vocab, (batch_size, seq)).astype(np.int32)
+
+
+def trajectory(backend, recipe, steps, params=None, text=texts):
+    trainer = Trainer(CONFIG, recipe, backend)
+    if params is None:
+        params = pg.init_params(CONFIG, backend=backend, dtype=recipe.master_dtype, scale_residual=True)
+    state, losses = trainer.start(params), []
+    for i in range(steps):
+        state, loss, _ = trainer.step(state, [text(recipe.accumulate * i + j) for j in range(recipe.accumulate)])
+        losses.append(loss)
+    return state, losses
+
+
+def learnable(index, batch_size=8):
+    """Return windows of a text whose next token is nearly always known: losses fall far in fifty steps."""
+    rng = np.random.default_rng([3, index])
+    start = rng.integers(0, CONFIG.n_vocab, (batch_size, 1))
+    return ((start + 7 * np.arange(CONFIG.n_ctx + 1)) % 97).astype(np.int32)
+
+
+FIFTY = Recipe(steps=50, batch_size=8, warmup=5, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def true_losses():
+    """Fifty losses in float64, by the hand-written gradients in NumPy."""
+    return trajectory(pg.get_backend("numpy"), dataclasses.replace(FIFTY, dtype="float64"), 50, text=learnable)[1]
+
+
+def test_the_first_fifty_losses_are_those_of_float64(backend, true_losses):
+    """Catches another order of windows, other initial bits, and a gradient that is a little wrong."""
+    _, losses = trajectory(backend, FIFTY, 50, text=learnable)
+    assert true_losses[-1] < 0.8 * true_losses[0]
+    np.testing.assert_allclose(losses, true_losses, rtol=1e-4)
+
+
+def test_gradients_by_hand_train_as_well(backend, true_losses, monkeypatch):
+    """The hand-written backward pass on every backend, in the place of its own."""
+    monkeypatch.setattr(type(backend), "value_and_grad", lambda self, fn: NotImplemented)
+    _, losses = trajectory(backend, FIFTY, 50, text=learnable)
+    np.testing.assert_allclose(losses, true_losses, rtol=1e-4)
+
+
+def test_accumulated_batches_are_one(backend):
+    """Catches a sum in the place of a mean, of gradients or of losses."""
+    dtype = wide(backend)
+    one = Recipe(batch_size=6, warmup=0, learning_rate=0.01, dtype=dtype, clip=None, eps=1e-3)
+    several = dataclasses.replace(one, batch_size=2, accumulate=3)
+    whole, losses = trajectory(backend, one, 1, text=lambda i: texts(0, 6))
+    parts, mean = trajectory(backend, several, 1, text=lambda i: texts(0, 6)[2 * i : 2 * i + 2])
+    tolerance = 1e-12 if dtype == "float64" else 1e-5
+    np.testing.assert_allclose(mean, losses, rtol=tolerance)
+    expected = host(backend, whole.params)
+    for path, x in host(backend, parts.params).items():
+        np.testing.assert_allclose(x, expected[path], rtol=0, atol=tolerance)
+
+
+def test_a_state_is_as_it_was_after_a_step(backend):
+    """Catches a step that writes into the parameters that it was given: an interrupted one would lose them."""
+    trainer = Trainer(CONFIG, RECIPE, backend)
+    state = trainer.start(pg.init_params(CONFIG, backend=backend))
+    before = {path: x.copy() for path, x in host(backend, state.params).items()}
+    after, _, _ = trainer.step(state, [texts(0)])
+    assert all(np.array_equal(x, before[path]) for path, x in host(backend, state.params).items())
+    assert all(not x.any() for x in host(backend, state.moments.m).values())
+    assert not np.array_equal(host(backend, after.params)["wte"], before["wte"])
+
+
+def test_bfloat16_has_masters_of_float32(backend):
+    """Catches parameters that are trained in 16 bits: what a step adds would be rounded away."""
+    if backend.name == "array_api_strict":
+        pytest.xfail("the standard has no bfloat16")
+    recipe = Recipe(dtype="bfloat16", warmup=0, learning_rate=1e-5)
+    state, losses = trajectory(backend, recipe, 2)
+    _, true = trajectory(backend, dataclasses.replace(recipe, dtype="float32"), 2)
+    start = pg.init_params(CONFIG, backend=backend, scale_residual=True)
+    assert {backend.dtype_name(x) for _, x in flatten(state.params)} == {"float32"}
+    moved = host(backend, state.params)["wte"] - host(backend, start)["wte"]
+    assert 1e-6 < np.abs(moved).max() < 1e-4
+    np.testing.assert_allclose(losses, true, rtol=2e-2)
+
+
+def test_evaluation_is_the_mean_over_all_windows(backend):
+    """Catches a last batch that is smaller and counts as much."""
+    params = pg.init_params(CONFIG, backend=backend)
+    found = texts(0, 7)
+    trainer = Trainer(CONFIG, RECIPE, backend)
+    each = [trainer.evaluate(params, found[i : i + 1]) for i in range(7)]
+    assert trainer.evaluate(params, found) == pytest.approx(np.mean(each), rel=1e-6)
+    spread = trainer.evaluate(params, found[:3]) - trainer.evaluate(params, found[6:])
+    assert abs(spread) > 1e-5  # or the last would not show
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"steps": 0}, "steps is 0; expected an int of at least 1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"accumulate": True}, "accumulate is True"),
+        ({"context": 0}, "context is 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; expected a number of at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"final_rate": 1.5}, "final_rate is 1.5; expected a number from 0 to 1"),
+        ({"beta1": 1.0}, "beta1 is 1.0; expected a number of at least 0 and below 1"),
+        ({"clip": 0}, "clip is 0; expected a number above 0, or nothing"),
+        ({"seed": -1}, "seed is -1"),
+        ({"dtype": "float16"}, "dtype is 'float16'; choose one of float32, float64, bfloat16 .the gradients"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_makes_no_sense_is_refused(changed, why):
+    with pytest.raises(ValueError, match=why):
+        Recipe(**changed)
+
+
+def test_residual_products_begin_smaller(backend):
+    """Catches other parameters scaled, or these by another factor."""
+    plain = host(backend, pg.init_params(CONFIG, seed=1, backend=backend))
+    scaled = host(backend, pg.init_params(CONFIG, seed=1, backend=backend, scale_residual=True))
+    for path, x in plain.items():
+        factor = 0.5 if path.endswith("c_proj/w") else 1.0  # 1 / sqrt(2 x 2 layers)
+        np.testing.assert_allclose(scaled[path], factor * x, rtol=1e-7)
+
+
+# Runs
+
+
+def write_ids(file):
+    ids = np.random.default_rng(2).integers(0, CONFIG.n_vocab, 900).astype("<u2")
+    file.write_bytes(ids.tobytes())
+    return 700
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(tokenizers.Tokenizer.from_str(tiny.byte_level_bpe()))
+
+
+def begin(directory, backend, tokenizer, recipe=RECIPE, write=write_ids):
+    run = Run.create(directory, recipe, CONFIG, tokenizer, write)
+    trainer = Trainer(CONFIG, recipe, backend)
+    return run, trainer, trainer.start(pg.init_params(CONFIG, seed=recipe.seed, backend=backend))
+
+
+def files(directory):
+    return {
+        str(file.relative_to(directory)): file.read_bytes()
+        for file in directory.rglob("*")
+        if file.is_file() and file.name != "metrics.jsonl"
+    }
+
+
+def metrics(run):
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in run.metrics()]
+
+
+@pytest.mark.parametrize("ended_after", [0, 1, 3, 4])
+def test_a_run_that_is_interrupted_ends_in_the_same_bits(backend, tokenizer, tmp_path, ended_after):
+    """Catches state that is not saved, a step that is taken twice or not at all, windows that depend on the past."""
+    whole, trainer, state = begin(tmp_path / "whole", backend, tokenizer)
+    reports = list(train(whole, trainer, state))
+    assert [report.step for report in reports] == list(range(RECIPE.steps + 1))
+
+    run, trainer, state = begin(tmp_path / "run", backend, tokenizer)
+    reports = train(run, trainer, state)
+    for report in reports:
+        if report.step == ended_after:
+            break
+    reports.close()
+    again = Run.open(tmp_path / "run")
+    assert again.last["step"] == ended_after
+    assert (again.recipe, again.config) == (RECIPE, CONFIG)
+    for _ in train(again, Trainer(again.config, again.recipe, backend), again.restore(backend)):
+        pass
+    assert metrics(again) == metrics(whole)
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def test_a_step_that_fails_leaves_the_last_checkpoint(tokenizer, tmp_path, monkeypatch):
+    """Catches a checkpoint that is removed before the next is whole; what was said of steps after it is taken back."""
+    backend = pg.get_backend("numpy")
+    run, trainer, state = begin(tmp_path / "run", backend, tokenizer)
+
+    def fails(self, run_state, held_out):
+        raise OSError("no space left")
+
+    reports = train(run, trainer, state)
+    assert [next(reports).step for _ in range(4)] == [0, 1, 2, 3]
+    monkeypatch.setattr(Run, "save", fails)
+    with pytest.raises(OSError, match="no space"):
+        next(reports)
+    monkeypatch.undo()
+    again = Run.open(tmp_path / "run")
+    assert again.last["step"] == 0
+    assert pg.GPT2.load(tmp_path / "run").config == CONFIG
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # a line that was cut off
+    list(train(again, Trainer(CONFIG, RECIPE, backend), again.restore(backend)))
+    assert [entry["step"] for entry in again.metrics()] == list(range(7))
+
+
+def test_the_best_checkpoint_is_what_is_loaded(tokenizer, tmp_path):
+    """Catches the last in its place; and a run without held-out text, where it is the last."""
+    backend = pg.get_backend("numpy")
+    recipe = dataclasses.replace(RECIPE, learning_rate=0.3, eval_every=1)  # so that it gets worse
+    run, trainer, state = begin(tmp_path / "run", backend, tokenizer, recipe)
+    held_out = [report.held_out for report in train(run, trainer, state)]
+    best = int(np.argmin(held_out))
+    assert best < recipe.steps
+    assert (run.best["step"], run.best["held_out"]) == (best, held_out[best])
+    model = pg.GPT2.load(tmp_path / "run", backend="numpy")
+    _, held = run.tokens()
+    windows = training.windows(held, CONFIG.n_ctx + 1)
+    assert trainer.evaluate(model.params, windows) == pytest.approx(held_out[best], rel=1e-6)
+    assert model.tokenizer.encode("To be") == tokenizer.encode("To be")
+    assert sorted(path.name for path in (tmp_path / "run" / "training").glob("step-*")) == sorted(
+        {f"step-{best}", f"step-{recipe.steps}"}
+    )
+
+    run, trainer, state = begin(tmp_path / "none", backend, None, write=lambda file: write_ids(file) + 200)
+    assert [report.held_out for report in train(run, trainer, state)] == [None] * 7
+    assert run.best["step"] == RECIPE.steps
+    last = {path: tensor.read() for path, tensor in read_checkpoint(tmp_path / "none").tensors.items()}
+    state = run.restore(backend)
+    assert all(np.array_equal(x, last[path]) for path, x in host(backend, state.params).items())
+
+
+def test_a_run_that_diverges_says_so(tokenizer, tmp_path):
+    backend = pg.get_backend("numpy")
+    recipe = dataclasses.replace(RECIPE, learning_rate=1e30, warmup=0, clip=None)
+    run, trainer, state = begin(tmp_path / "run", backend, tokenizer, recipe)
+    why = "step [2-4] diverged: .* Try a lower learning rate than 1e.30, .* keeps its checkpoint of step 0"
+    with np.errstate(all="ignore"), pytest.raises(Diverged, match=why):
+        list(train(run, trainer, state))
+    assert Run.open(tmp_path / "run").last["step"] == 0
+
+
+def test_a_directory_that_is_not_empty_is_refused(tokenizer, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("all of it")
+    with pytest.raises(FileExistsError, match="run: exists already; give a new directory, or resume"):
+        begin(tmp_path / "run", pg.get_backend("numpy"), tokenizer)
+    assert files(tmp_path / "run") == {"thesis.tex": b"all of it"}
+    with pytest.raises(ValueError, match="run: holds no training run to resume"):
+        Run.open(tmp_path / "run")
+
+
+def test_a_run_without_a_checkpoint_is_refused(tokenizer, tmp_path):
+    begin(tmp_path / "run", pg.get_backend("numpy"), tokenizer)
+    with pytest.raises(ValueError, match="run: the run ended before its first checkpoint; start anew"):
+        Run.open(tmp_path / "run")

@@ -1,0 +1,125 @@
+"""What training reads: a tokenizer made for a text, its ids in a file, windows of them."""
+
+import hypothesis
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+from hypothesis import strategies as st
+
+from portable_gpt2.tokenizer import Tokenizer
+from portable_gpt2.training import batch, train_tokenizer, windows, write_tokens
+from portable_gpt2.training.data import open_tokens, pieces
+
+ODD = st.text(st.sampled_from(list("ab' \n\t\r.1é\u00a0\u2028\u3000\u0085\x1c中🙂")), max_size=60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(tokenizers.Tokenizer.from_str(tiny.byte_level_bpe()))
+
+
+@hypothesis.given(text=ODD | st.text(max_size=60), size=st.integers(1, 20))
+def test_the_pieces_of_a_text_have_its_ids(tokenizer, text, size):
+    """Catches a text that is cut within a token, or between spaces that belong together."""
+    found = list(pieces(text, size))
+    assert "".join(found) == text
+    assert [token for piece in found for token in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_a_long_text_is_cut(tokenizer):
+    """Catches a cut that is never found."""
+    assert max(map(len, pieces("so many words\n" * 100, 50))) < 50 + len("so many words\n")
+
+
+def test_documents_end_where_the_next_begins(tokenizer, tmp_path):
+    """Catches documents that run into each other, and ids that are narrowed."""
+    texts = ["To be", "or not to be"]
+    n = write_tokens(texts, tokenizer, len(tokenizer), tmp_path / "tokens")
+    end = [tokenizer.end_of_text]
+    assert open_tokens(tmp_path / "tokens", len(tokenizer)).tolist() == [
+        token for text in texts for token in tokenizer.encode(text) + end
+    ]
+    assert n == len(open_tokens(tmp_path / "tokens", len(tokenizer)))
+    assert (tmp_path / "tokens").stat().st_size == 2 * n
+    wide = tmp_path / "wide"
+    assert write_tokens(texts, tokenizer, 65_537, wide) == n
+    assert wide.stat().st_size == 4 * n
+    assert open_tokens(wide, 65_537).tolist() == open_tokens(tmp_path / "tokens", len(tokenizer)).tolist()
+
+
+def test_a_token_file_that_is_damaged_is_refused(tmp_path):
+    file = tmp_path / "tokens"
+    file.write_bytes(np.asarray([1, 2, 300], "<u2").tobytes())
+    assert open_tokens(file, 301).tolist() == [1, 2, 300]
+    with pytest.raises(ValueError, match="tokens: token id 300 is not in the vocabulary of 300"):
+        open_tokens(file, 300)
+    file.write_bytes(b"123")
+    with pytest.raises(ValueError, match="tokens: 3 bytes are no token ids of 2 bytes"):
+        open_tokens(file, 300)
+
+
+def test_a_tokenizer_is_made_as_it_is_asked_for(tmp_path):
+    """Catches entries that are missing, an <|endoftext|> elsewhere, and two runs that differ."""
+    made = train_tokenizer([tiny.TEXT], 300)
+    assert len(made) == 300
+    assert made.end_of_text == 0
+    assert len(made.encode(tiny.TEXT)) < len(tiny.TEXT.encode())
+    assert made.decode(made.encode("Ünseen 🙃\n")) == "Ünseen 🙃\n"
+    made.save(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["merges.txt", "vocab.json"]
+    again = Tokenizer.load(tmp_path)
+    assert again.encode(tiny.TEXT) == made.encode(tiny.TEXT) == train_tokenizer([tiny.TEXT], 300).encode(tiny.TEXT)
+
+
+@pytest.mark.parametrize(
+    ("n_vocab", "why"),
+    [(256, "alone are 257"), (5000, "has merges for 2[0-9]{2} entries only: ask for no more, or give more text")],
+)
+def test_a_tokenizer_that_cannot_be_made_is_refused(n_vocab, why):
+    with pytest.raises(ValueError, match=why):
+        train_tokenizer(["to be or not to be"], n_vocab)
+
+
+@hypothesis.given(
+    n=st.integers(1, 40), length=st.integers(1, 40), index=st.integers(0, 2**40), seed=st.integers(0, 2**64 - 1)
+)
+def test_windows_are_pieces_of_the_text(n, length, index, seed):
+    """Catches a window beyond the end, one that depends on another, and a batch that is not the same again."""
+    hypothesis.assume(length <= n)
+    tokens = np.arange(n, dtype=np.uint16)
+    found = batch(tokens, index, batch_size=6, length=length, seed=seed)
+    assert found.dtype == np.int32
+    assert found.shape == (6, length)
+    assert np.array_equal(found, found[:, :1] + np.arange(length))
+    assert found.max() < n
+    assert np.array_equal(batch(tokens, index, batch_size=3, length=length, seed=seed), found[:3])
+
+
+def test_every_window_is_drawn_as_often(tmp_path):
+    """Catches the first or the last window left out, the same words for two batches, and for two seeds."""
+    tokens = np.arange(12, dtype=np.uint16)
+    drawn = np.concatenate([batch(tokens, i, batch_size=10, length=5, seed=1)[:, 0] for i in range(1000)])
+    counts = np.bincount(drawn, minlength=8)
+    assert len(counts) == 8
+    assert ((counts - 1250) ** 2 / 1250).sum() < 24.3  # chi-square of 7 degrees at 0.001
+    first = [tuple(batch(np.arange(10**6), i, batch_size=4, length=2, seed=1)[:, 0]) for i in range(100)]
+    assert len({start for starts in first for start in starts}) > 395
+    assert tuple(batch(np.arange(10**6), 0, batch_size=4, length=2, seed=2)[:, 0]) not in first
+
+
+@hypothesis.given(n=st.integers(2, 60), length=st.integers(2, 20))
+def test_held_out_tokens_are_predicted_once(n, length):
+    """Catches tokens between two windows that neither predicts, or both."""
+    hypothesis.assume(length <= n)
+    found = windows(np.arange(n), length)
+    predicted = found[:, 1:].ravel().tolist()
+    assert predicted == list(range(1, 1 + len(predicted)))
+    assert n - 1 - len(predicted) < length - 1
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(ValueError, match="a window is of 6 tokens and the text of 5; give more text"):
+        batch(np.arange(5), 0, batch_size=1, length=6, seed=0)
+    with pytest.raises(ValueError, match="a window is of 6 tokens and the held-out text of 5; hold out more, or none"):
+        windows(np.arange(5), 6)
