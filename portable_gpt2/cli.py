@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
-from .checkpoint import convert
+from .checkpoint import SHIPPED, convert
 from .checks import check_drawing
 from .completion import Completion
 from .gpt2 import GPT2
@@ -150,7 +150,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--model", required=True, metavar="DIR", help="a checkpoint's directory, or a model of the hub such as gpt2")
+    add(
+        "--model",
+        default=SHIPPED / "shakespeare",
+        metavar="DIR",
+        help="a checkpoint's directory, or a model of the hub such as gpt2 (default: shakespeare, which is inside)",
+    )
     add("--backend", metavar="NAME", help="what computes (default: $PORTABLE_GPT2_BACKEND, else numpy)")
     add("--device", help="where: cpu, cuda, cuda:1 ... (default: the framework's)")
     add("--dtype", help="float32 (default), float64, bfloat16, float16")

@@ -7,10 +7,11 @@ decided above, and files of a framework's own format are read by that framework'
 from .errors import CheckpointError
 from .formats import WEIGHTS_FILE, cast, stored
 from .names import hugging_face_name
-from .reading import Checkpoint, read_checkpoint
+from .reading import SHIPPED, Checkpoint, read_checkpoint
 from .writing import convert, write_checkpoint, write_files
 
 __all__ = [
+    "SHIPPED",
     "WEIGHTS_FILE",
     "Checkpoint",
     "CheckpointError",

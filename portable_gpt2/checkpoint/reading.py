@@ -16,6 +16,7 @@ from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights, r
 from .names import by_path, is_openai
 
 CONFIG_FILE, HPARAMS_FILE = "config.json", "hparams.json"
+SHIPPED = Path(__file__).parent.parent / "models"
 
 # Weights that there is no reader for, or that no reader of claims by their name.
 _OTHER_FILES = (".bin", ".safetensors", ".index.json", ".h5", ".msgpack", ".index", ".gguf", ".onnx")
@@ -40,7 +41,8 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     source : path or str
         A directory: Hugging Face's layout (``config.json`` and ``model.safetensors``, or several files and their
         index, or ``pytorch_model.bin``), or OpenAI's release (``hparams.json`` and ``model.ckpt``). Where there is
-        none of this name, a model of the hub: ``gpt2``, ``user/model`` or ``user/model@revision``.
+        none of this name, the model ``shakespeare``, which is a part of this package, or one of the hub: ``gpt2``,
+        ``user/model`` or ``user/model@revision``.
 
     Returns
     -------
@@ -79,13 +81,20 @@ def _find(source: str | os.PathLike[str]) -> tuple[Path, str]:
     directory = Path(source)
     if directory.is_dir():
         return directory, ""
+    if isinstance(source, str) and source in shipped_models():
+        return SHIPPED / source, f"{source}, which ships with portable_gpt2, "
     if isinstance(source, str) and not directory.exists() and hub.is_id(source):
         directory = hub.download(source)
         return directory, f"{source} of the hub at {directory.name[:8]}, "
     raise CheckpointError(
-        f"{os.fspath(source)}: no such directory; give one that holds {CONFIG_FILE} and {WEIGHTS_FILE}, or the id of a "
-        f"model of the hub, such as gpt2, user/model or user/model@revision"
+        f"{os.fspath(source)}: no such directory; give one that holds {CONFIG_FILE} and {WEIGHTS_FILE}, the id of a "
+        f"model of the hub, such as gpt2, user/model or user/model@revision, or {', '.join(shipped_models())}"
     )
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the models that are a part of this package."""
+    return sorted(file.parent.name for file in SHIPPED.glob(f"*/{CONFIG_FILE}"))
 
 
 def _read_config(file: Path) -> GPT2Config:

