@@ -96,12 +96,13 @@ def _seconds(steps: list[list[float]]) -> float:
 def _table(found: dict[str, Any]) -> str:
     steps = found["in turn"]
     peer = _seconds(steps[PEER])
+    measured = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value != "not installed")
     lines = [
         "# Training, beside transformers",
         "",
-        f"{', '.join(f'{k} {v}' for k, v in found['machine'].items() if v != 'not installed')}. `nox -s bench-training`; a step is of 12 windows of 256 tokens, a model of 3.75 million "
-        "parameters. Seconds are medians of 40 steps, all sides in turn; agreement is the greatest relative difference "
-        "of the first 50 losses from NumPy's.",
+        f"{measured}. Written by `nox -s bench-training`. A step is of 12 windows of 256 tokens, the model of 3.75 "
+        "million parameters. Seconds are medians of 40 steps, all sides in turn; agreement is the greatest relative "
+        "difference of the first 50 losses from NumPy's.",
         "",
         "| | s a step | of transformers' | bound | agreement |",
         "| --- | --- | --- | --- | --- |",

@@ -356,7 +356,6 @@ def test_attend_says_what_to_install(command, monkeypatch):
 
 IT = ["--model", "it"]
 WRONG = [  # what follows `generate`, and what the message says
-    (["x"], "the following arguments are required: --model"),
     (["x", "--model"], "argument --model: expected one argument"),
     (["x", *IT, "--frobnicate"], "unrecognized arguments: --frobnicate"),
     (["x", *IT, "--prompt-file", "nowhere.txt"], "nowhere.txt"),

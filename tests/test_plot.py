@@ -31,6 +31,17 @@ def test_a_long_text_is_labelled_where_there_is_room():
     assert max(figure.get_size_inches()) < 20
 
 
+def test_losses_are_drawn_where_they_are_known():
+    """Catches curves that are exchanged, and steps without an evaluation drawn as if they had one."""
+    metrics = [{"step": 0, "held_out": 5.0}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0, "held_out": 3.5}]
+    (axes,) = plot.draw_losses(metrics, "$x").axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn == {
+        "training, at the end 3.000": [[1, 4.0], [2, 3.0]],
+        "held-out, at the end 3.500": [[0, 5.0], [2, 3.5]],
+    }
+
+
 def test_a_grid_shows_every_map_under_its_name():
     """Catches a grid that is empty, or that leaves maps out."""
     maps = {f"layer {i}": RANDOM.random((3, 3)) for i in range(5)}

@@ -27,7 +27,7 @@ NO_CONVERSIONS = {"ndarray", "int32", "dtype", "finfo"}  # of NumPy: what conver
 ARRAY_ATTRIBUTES = (set(dir(np.ndarray)) | {"numpy", "detach", "cpu", "cuda", "to", "at", "set_shape"}) - {"dtype"}
 WHO_IT_IS = re.compile(r"\b(backend|owner)\w*(\(.*\))?\.(name|__class__)\b|\btype\((\w+\.)*(backend|owner)\w*\)")
 NOT_ARRAYS = re.compile(
-    r"(xp|backend|math|self)(\.\w+)*|backend_of\(\w+\)|(\w+\.)*finfo\(.*\)|f?['\"].*['\"]", re.DOTALL
+    r"(xp|backend|math|self|recipe)(\.\w+)*|backend_of\(\w+\)|(\w+\.)*finfo\(.*\)|f?['\"].*['\"]", re.DOTALL
 )
 
 
@@ -42,7 +42,7 @@ def portable(name):
 
 PORTABLE = files("portable_gpt2")
 # Where portable code handles arrays of a backend; elsewhere it handles NumPy's, on the host.
-OF_ARRAYS = [portable("dispatch"), portable("ops"), portable("model")]
+OF_ARRAYS = [*map(portable, ("dispatch", "ops", "model", "gradients", "training.optimizer"))]
 OTHER_ADAPTERS = [path for path in files(ADAPTERS) if path.stem not in ("__init__", "numpy", "formats")]
 by_name = {"ids": lambda path: path.stem}
 

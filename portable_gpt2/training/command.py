@@ -14,7 +14,7 @@ from ..checkpoint import cast, read_checkpoint
 from ..config import GPT2Config
 from ..params import Params, count, init_params, nest
 from ..tokenizer import Tokenizer
-from .data import train_tokenizer, write_tokens
+from .data import check_room, train_tokenizer, write_tokens
 from .recipe import Recipe
 from .run import Run, check_new
 from .train import train
@@ -181,10 +181,15 @@ def _begun(arguments: argparse.Namespace, read: Callable[[str], str]) -> tuple[R
 
     def write(file: Path) -> int:
         n = write_tokens(texts, tokenizer, config.n_vocab, file, _progress)
-        if share is None:
-            write_tokens(held_out_texts, tokenizer, config.n_vocab, file)
-            return n
-        return n - round(share * n)
+        n_held_out = (
+            round(share * n) if share is not None else write_tokens(held_out_texts, tokenizer, config.n_vocab, file)
+        )
+        n_training = n if share is None else n - n_held_out
+        length = (recipe.context or config.n_ctx) + 1
+        check_room(n_training, length, "text")
+        if share != 0:
+            check_room(n_held_out, length, "held-out text")
+        return n_training
 
     where = {"backend": backend.name} | _given(arguments, "device")
     trainer = Trainer(config, recipe, backend)

