@@ -20,7 +20,7 @@ def appearing(directory: Path, force: bool) -> Iterator[Path]:
     try:
         yield draft
         draft.chmod(0o777 & ~_umask())
-        for file in (*draft.iterdir(), draft):  # on the disk before its name is: after a power cut too it is whole
+        for file in (*draft.rglob("*"), draft):  # on the disk before its name is: after a power cut too it is whole
             synchronise(file)
         if force and directory.exists():
             _exchange(draft, directory)

@@ -27,9 +27,10 @@ def test_the_pieces_of_a_text_have_its_ids(tokenizer, text, size):
     assert [token for piece in found for token in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
-def test_a_long_text_is_cut(tokenizer):
-    """Catches a cut that is never found."""
-    assert max(map(len, pieces("so many words\n" * 100, 50))) < 50 + len("so many words\n")
+@pytest.mark.parametrize("text", ["so many words\n", "so many words\r\n", "words "])
+def test_a_long_text_is_cut(text):
+    """Catches a cut that is never found, where lines end otherwise or not at all."""
+    assert max(map(len, pieces(text * 100, 50))) < 50 + len(text)
 
 
 def test_documents_end_where_the_next_begins(tokenizer, tmp_path):

@@ -60,11 +60,6 @@ def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     return Tokenizer.from_bpe(bpe.model)
 
 
-def token_dtype(n_vocab: int) -> np.dtype:
-    """Return what a token id is stored in."""
-    return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
-
-
 def write_tokens(
     texts: Iterable[str],
     tokenizer: Tokenizer,
@@ -114,8 +109,8 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
 def pieces(text: str, size: int = _CHUNK) -> Iterator[str]:
     """Cut a text into pieces of about a size whose ids, one after the other, are those of the whole.
 
-    A line's end that follows a visible character begins a token in any case: no token of GPT-2's has a space behind
-    anything but spaces.
+    A space that follows a visible character begins a token in any case: no token of GPT-2's has a space behind anything
+    but spaces.
     """
     start = 0
     while start < len(text):
@@ -125,11 +120,11 @@ def pieces(text: str, size: int = _CHUNK) -> Iterator[str]:
         start = end
 
 
-_CUT = re.compile(r"(?<=\S)\n")
+_CUT = re.compile(r"(?<=\S)\s")
 
 
 def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
-    """Return the ids of a file that `write_tokens` has written, [n], mapped: what is not looked at is not read.
+    """Return the ids of a file that `write_tokens` has written, [n], mapped: they need not fit into memory.
 
     Raises
     ------

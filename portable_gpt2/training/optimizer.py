@@ -58,11 +58,10 @@ def rates(step: int, recipe: Recipe) -> np.ndarray:
 
 def global_norm(tree: Params) -> Any:
     """Return the Euclidean norm of all leaves together, a scalar array."""
-    squares = [backend_of(x).xp.sum(x * x) for _, x in flatten(tree)]
-    total = squares[0]
-    for square in squares[1:]:
-        total = total + square
-    return backend_of(total).xp.sqrt(total)
+    leaves = [x for _, x in flatten(tree)]
+    xp = backend_of(leaves[0]).xp
+    first, *rest = [xp.sum(x * x) for x in leaves]
+    return xp.sqrt(sum(rest, first))
 
 
 def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[Any, Any, Any]:
