@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,13 @@ def run(arguments: argparse.Namespace, read: Callable[[str], str]) -> int:
     where = f"{trainer.backend.name}, {trainer.backend.device(state.params['wte'])}"
     n_tokens = run.recipe.batch_size * run.recipe.accumulate * (run.recipe.context or run.config.n_ctx)
     print(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens a step", file=sys.stderr)
-    interrupted: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1) or signal.signal(signal.SIGINT, before))
+    interrupted = []
+
+    def interrupt(*_: Any) -> None:
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, before)  # a second one ends at once
+
+    before = signal.signal(signal.SIGINT, interrupt)
     bar = tqdm(total=run.recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5)
     reports = train(run, trainer, state)
     try:
@@ -158,8 +163,8 @@ def _resumed(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
 def _begun(arguments: argparse.Namespace, read: Callable[[str], str]) -> tuple[Run, Trainer, State]:
     if not arguments.data:
         raise ValueError("--data: name the texts to train on, or a run to --resume")
-    chosen = _given(arguments, *_RECIPE)
-    recipe = Recipe(**{name: None if value == "off" else value for name, value in chosen.items()})
+    chosen: dict[str, Any] = {name: None if x == "off" else x for name, x in _given(arguments, *_RECIPE).items()}
+    recipe = Recipe(**chosen)
     check_new(arguments.out)
     backend = get_backend(arguments.backend, arguments.device)
     backend.dtype(recipe.dtype)
@@ -174,8 +179,10 @@ def _begun(arguments: argparse.Namespace, read: Callable[[str], str]) -> tuple[R
         tokenizer = _tokenizer(arguments, texts)
         shape = {name: default for name, (default, _) in _MODEL.items()} | _given(arguments, *_MODEL)
         config = GPT2Config(n_vocab=len(tokenizer), eos_token_id=tokenizer.end_of_text, **shape)
-        options = {"backend": backend, "dtype": recipe.master_dtype, "scale_residual": bool(arguments.scale_residual)}
-        params = init_params(config, seed=recipe.seed, **options)
+        scale_residual = bool(arguments.scale_residual)
+        params = init_params(
+            config, seed=recipe.seed, backend=backend, dtype=recipe.master_dtype, scale_residual=scale_residual
+        )
     if recipe.context is not None and recipe.context > config.n_ctx:
         raise ValueError(f"--context {recipe.context}: the model has n_ctx = {config.n_ctx} positions")
 
@@ -229,7 +236,8 @@ def _checkpoint(arguments: argparse.Namespace, recipe: Recipe, backend: Any) -> 
     return found.config, found.tokenizer, nest({path: backend.from_numpy(a, dtype) for path, a in tensors.items()})
 
 
-def _progress(pieces: Any) -> Iterator[Any]:
+def _progress(pieces: Iterable[Any]) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(pieces, desc="tokenizing", unit=" pieces", delay=1, leave=False)
+    bar: Iterable[Any] = tqdm(pieces, desc="tokenizing", unit=" pieces", delay=1, leave=False)
+    return bar

@@ -167,7 +167,8 @@ def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed:
     key = np.asarray([check_seed(seed), _STREAM], np.uint64)
     words = Philox(key=key, counter=[0, index, 0, 0]).random_raw(batch_size)
     first = (words % np.uint64(starts)).astype(np.int64)  # of 2^64 words, that none is likelier shows to nobody
-    return tokens[first[:, None] + np.arange(length)].astype(np.int32)
+    found: np.ndarray = tokens[first[:, None] + np.arange(length)].astype(np.int32)
+    return found
 
 
 def windows(tokens: np.ndarray, length: int) -> np.ndarray:

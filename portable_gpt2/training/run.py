@@ -142,17 +142,17 @@ class Run:
     @property
     def last(self) -> dict[str, Any]:
         """``step`` and ``held_out`` of the last checkpoint."""
-        return _pointers(self.directory)["last"]
+        return dict(_pointers(self.directory)["last"])
 
     @property
     def best(self) -> dict[str, Any]:
         """``step`` and ``held_out`` of the checkpoint whose held-out loss is the lowest."""
-        return _pointers(self.directory)["best"]
+        return dict(_pointers(self.directory)["best"])
 
     def save(self, state: State, held_out: float | None) -> None:
         """Write a checkpoint, which is the last from then on, and the best unless another's held-out loss is lower."""
         inside, pointers = self.directory / _INSIDE, _pointers(self.directory)
-        saved = {"name": f"step-{state.step}", "step": state.step, "held_out": held_out}
+        saved: dict[str, Any] = {"name": f"step-{state.step}", "step": state.step, "held_out": held_out}
         with appearing(inside / saved["name"], force=True) as draft:
             write_files(draft, self.config, _stored(state.params), self.tokenizer)
             write_safetensors(draft / _MOMENTS, _stored({"m": state.moments.m, "v": state.moments.v}))

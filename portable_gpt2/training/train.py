@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 from .data import batch, windows
@@ -34,7 +34,7 @@ class Report(NamedTuple):
     """That the step took, without evaluation."""
 
 
-def train(run: Run, trainer: Trainer, state: State) -> Iterator[Report]:
+def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, None]:
     """Take the steps that a run lacks; what each gives is yielded, and written to its metrics.
 
     At the beginning, every ``eval_every`` steps and at the end, the held-out text is evaluated and a checkpoint saved;
@@ -70,8 +70,7 @@ def train(run: Run, trainer: Trainer, state: State) -> Iterator[Report]:
 
     with run.metrics_file.open("a", encoding="utf-8", buffering=1) as metrics:
 
-        def report(*found: float | None) -> Report:
-            made = Report(*found)
+        def written(made: Report) -> Report:
             metrics.write(
                 json.dumps({name: value for name, value in made._asdict().items() if value is not None}) + "\n"
             )
@@ -82,7 +81,7 @@ def train(run: Run, trainer: Trainer, state: State) -> Iterator[Report]:
                 loss = evaluated()
                 run.save(state, loss)
                 saved = 0
-                yield report(0, None, None, None, loss, 0.0)
+                yield written(Report(0, None, None, None, loss, 0.0))
             while state.step < recipe.steps:
                 start, step = time.perf_counter(), state.step
                 first = step * recipe.accumulate
@@ -96,7 +95,7 @@ def train(run: Run, trainer: Trainer, state: State) -> Iterator[Report]:
                     held_out = evaluated()
                     run.save(state, held_out)
                     saved = state.step
-                yield report(state.step, loss, norm, learning_rate(step, recipe), held_out, seconds)
+                yield written(Report(state.step, loss, norm, learning_rate(step, recipe), held_out, seconds))
         except (GeneratorExit, KeyboardInterrupt):
             if saved != state.step:
                 run.save(state, None)
