@@ -454,7 +454,7 @@ def test_logits_that_are_nan_end_with_one_line_and_status_2(command):
 
 @pytest.mark.parametrize(
     "args",
-    [["generate", "x", "--model", "nowhere"], ["generate", "x", *IT, "--temperature", "nan", "-n", "3"], ["generate"]],
+    [["generate", "x", "--model", "nowhere"], ["generate", "x", *IT, "--temperature", "nan", "-n", "3"], ["score"]],
     ids=" ".join,
 )
 def test_wrong_use_in_a_process_of_its_own(process, args):
