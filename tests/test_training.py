@@ -288,6 +288,27 @@ def metrics(run):
     return [{name: value for name, value in entry.items() if name != "seconds"} for entry in run.metrics()]
 
 
+def test_each_step_reads_windows_of_its_own(tokenizer, tmp_path, monkeypatch):
+    """Catches the same windows in every step, and held-out text among them."""
+    backend, recipe = pg.get_backend("numpy"), dataclasses.replace(RECIPE, steps=3, accumulate=2)
+    run, trainer, state = begin(tmp_path / "run", backend, tokenizer, recipe)
+    read, step = [], Trainer.step
+
+    def recording(self, state, batches):
+        read.extend(batches := list(batches))
+        return step(self, state, batches)
+
+    monkeypatch.setattr(Trainer, "step", recording)
+    list(train(run, trainer, state))
+    text, held_out = run.tokens()
+    assert (len(text), len(held_out)) == (700, 200)
+    options = {"batch_size": recipe.batch_size, "length": CONFIG.n_ctx + 1, "seed": recipe.seed}
+    expected = [training.batch(text, i, **options) for i in range(6)]
+    assert len(read) == 6
+    assert all(map(np.array_equal, read, expected))
+    assert len({windows.tobytes() for windows in read}) == 6
+
+
 @pytest.mark.parametrize("ended_after", [0, 1, 3, 4])
 def test_a_run_that_is_interrupted_ends_in_the_same_bits(backend, tokenizer, tmp_path, ended_after):
     """Catches state that is not saved, a step that is taken twice or not at all, windows that depend on the past."""
