@@ -1,5 +1,7 @@
 """GPT-2 written once against the array API standard, and run by NumPy, TensorFlow, JAX and PyTorch."""
 
+from . import gradients as gradients
+from . import training as training
 from .backend import (
     Backend,
     BackendNotInstalled,
