@@ -353,6 +353,28 @@ def test_a_step_that_fails_leaves_the_last_checkpoint(tokenizer, tmp_path, monke
     assert [entry["step"] for entry in again.metrics()] == list(range(7))
 
 
+def test_a_run_that_ends_while_it_says_what_is_best_is_mended(tmp_path, monkeypatch):
+    """Catches a best checkpoint that is never put where it is loaded from, as the run ended between the two."""
+    backend = pg.get_backend("numpy")
+    run, trainer, state = begin(tmp_path / "run", backend, None, write=lambda file: write_ids(file) + 200)
+    reports = train(run, trainer, state)
+    assert [next(reports).step for _ in range(6)] == [0, 1, 2, 3, 4, 5]
+
+    def fails(self, checkpoint):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Run, "_publish", fails)
+    with pytest.raises(OSError, match="no space"):
+        list(reports)
+    monkeypatch.undo()
+    again = Run.open(tmp_path / "run")
+    list(train(again, Trainer(CONFIG, RECIPE, backend), again.restore(backend)))
+    assert again.last["step"] == again.best["step"] == RECIPE.steps
+    best = read_checkpoint(tmp_path / "run" / "training" / again.best["name"]).tensors
+    loaded = read_checkpoint(tmp_path / "run").tensors
+    assert all(np.array_equal(tensor.read(), best[path].read()) for path, tensor in loaded.items())
+
+
 def test_the_best_checkpoint_is_what_is_loaded(tokenizer, tmp_path):
     """Catches the last in its place; and a run without held-out text, where it is the last."""
     backend = pg.get_backend("numpy")

@@ -159,17 +159,17 @@ class Run:
         best = pointers.get("best", saved)
         if _loss(saved) <= _loss(best):
             best = saved
+        if best is saved:  # before it is said: a run that ends between the two comes by here again
+            self._publish(inside / saved["name"])
         with replacing(inside / _POINTERS) as draft:
             draft.write_text(json.dumps({"last": saved, "best": best}, indent=2) + "\n", encoding="utf-8")
-        if best is saved:
-            self._publish(inside / saved["name"])
         for other in inside.glob("step-*"):
             if other.name not in (saved["name"], best["name"]):
                 shutil.rmtree(other)
 
     def _publish(self, checkpoint: Path) -> None:
         """Put a checkpoint's files where `GPT2.load` looks for them, the weights last."""
-        names = sorted(file.name for file in checkpoint.iterdir() if file.name != _MOMENTS)
+        names = (file.name for file in checkpoint.iterdir() if file.name != _MOMENTS)
         for name in sorted(names, key=WEIGHTS_FILE.__eq__):
             with replacing(self.directory / name) as draft:
                 shutil.copyfile(checkpoint / name, draft)
