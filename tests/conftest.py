@@ -29,6 +29,7 @@ import pytest
 import portable_gpt2 as pg
 
 BACKENDS = ["numpy", "tensorflow", "jax", "torch", "array_api_strict"]
+FRAMEWORKS = {"tf": "tensorflow", "jax": "jax", "torch": "torch"}  # the backend of each fixture that is a framework
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 LACKING = {("array_api_strict", "bfloat16"), ("array_api_strict", "float16")}  # the standard does not know them
 REQUIRED = os.environ.get("PORTABLE_GPT2_REQUIRE", "")
@@ -37,7 +38,7 @@ X64 = os.environ.get("JAX_ENABLE_X64") == "1"
 
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="take a test that is skipped for a failure")
-    parser.addoption("--backends", default=",".join(BACKENDS), help="those that the fixture `backend` is to go through")
+    parser.addoption("--backends", default=",".join([*BACKENDS, "none"]), help="whose tests to run, none's among them")
 
 
 def pytest_sessionfinish(session):
@@ -55,7 +56,6 @@ def pytest_testnodedown(node, error):
         bounds.record(*ratio)
 
 
-hypothesis.settings.register_profile("brief", max_examples=10, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("fast", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
@@ -79,18 +79,25 @@ def pytest_configure(config):
         tf.config.experimental.enable_tensor_float_32_execution(False)  # float32 on a GPU is meant to be float32
 
 
+def whose_is(item):
+    """Return the one backend that a test is of, by its parameter or by a fixture; where it is of several, none."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    named = {params.get("backend"), *(FRAMEWORKS.get(name) for name in item.fixturenames)} - {None}
+    return named.pop() if len(named) == 1 else "none"
+
+
 def pytest_collection_modifyitems(config, items):
     """Keep jax in float64 to the process that has its switch, and everything else out of it.
 
     What a backend has no dtype for is left out too, and what is of other backends than --backends names.
     """
-    backends = [None, *config.getoption("--backends").split(",")]
+    backends = config.getoption("--backends").split(",")
 
     def is_run(item):
         params = getattr(getattr(item, "callspec", None), "params", {})
         choice = params.get("backend"), params.get("dtype")
         is_x64 = "x64" in item.keywords or choice == ("jax", "float64")
-        return is_x64 == X64 and choice not in LACKING and choice[0] in backends
+        return is_x64 == X64 and choice not in LACKING and whose_is(item) in backends
 
     left = [item for item in items if not is_run(item)]
     if left:

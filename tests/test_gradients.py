@@ -105,6 +105,17 @@ OPS = {  # what is computed, in plain NumPy; the arrays it is differentiated by;
         lambda q, k, v: pg.attention(q, k, v, pg.backend_of(q).from_numpy(MASK), scale=0.7),
         lambda q, k, v, dy: list(gradients.attention(q, k, v, pg.backend_of(q).from_numpy(MASK), scale=0.7)[1](dy)),
     ),
+    **{
+        f"causal_attention of {n} positions": (
+            lambda q, k, v, n=n: plain_attention(q, k, v, np.tri(n, dtype=np.bool_), 0.7),
+            [normal(2, n, 5), normal(2, n, 5, seed=1), normal(2, n, 6)],
+            lambda q, k, v, n=n: pg.attention(
+                q, k, v, pg.backend_of(q).from_numpy(np.tri(n, dtype=np.bool_)), scale=0.7
+            ),
+            lambda q, k, v, dy: list(gradients.causal_attention(q, k, v, scale=0.7)[1](dy)),
+        )
+        for n in (1, 2, 7)
+    },
     "embed": (
         lambda w: w[IDS],
         [normal(6, 5)],

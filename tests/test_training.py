@@ -9,7 +9,7 @@ import tiny
 import tokenizers
 
 import portable_gpt2 as pg
-from portable_gpt2 import training
+from portable_gpt2 import gradients, training
 from portable_gpt2.checkpoint import read_checkpoint
 from portable_gpt2.params import flatten, map_tree
 from portable_gpt2.tokenizer import Tokenizer
@@ -167,11 +167,22 @@ def test_the_first_fifty_losses_are_those_of_float64(backend, true_losses):
     np.testing.assert_allclose(losses, true_losses, rtol=1e-4)
 
 
-def test_gradients_by_hand_train_as_well(backend, true_losses, monkeypatch):
-    """The hand-written backward pass on every backend, in the place of its own."""
-    monkeypatch.setattr(type(backend), "value_and_grad", lambda self, fn: NotImplemented)
+@pytest.mark.parametrize("compiled", [True, False], ids=["by hand", "by the framework"])
+def test_either_gradient_trains_as_well(backend, compiled, true_losses, monkeypatch):
+    """The hand-written backward pass on every backend, and each framework's own, whichever it trains by."""
+    monkeypatch.setattr(type(backend), "recompiles", compiled)
     _, losses = trajectory(backend, FIFTY, 50, text=learnable)
     np.testing.assert_allclose(losses, true_losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_compiled_as_a_whole_trains_by_hand(backend, dtype, monkeypatch):
+    """Catches the slower of the two gradients; and one by hand, which computes in float32, for a dtype of 16 bits."""
+    used = []
+    monkeypatch.setattr(gradients, "loss", lambda *args, loss=gradients.loss: used.append(1) or loss(*args))
+    trajectory(backend, dataclasses.replace(RECIPE, dtype=dtype), 1)
+    has_its_own = backend.value_and_grad(abs) is not NotImplemented
+    assert bool(used) == (not has_its_own or (backend.recompiles and dtype == "float32"))
 
 
 def test_accumulated_batches_are_one(backend):
