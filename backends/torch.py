@@ -6,8 +6,10 @@ array_api_compat.torch would serve, but it resolves types on every call, which s
 from __future__ import annotations
 
 import ctypes
+import inspect
 import math
 import mmap
+import warnings
 import weakref
 import zipfile
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from portable_gpt2.backend import Backend, StoredTensor
 
@@ -189,8 +191,115 @@ def _is_distributed(x: Any) -> bool:
     return hasattr(x, "device_mesh")  # DTensor, whose import takes half a second
 
 
+def _is_on_cuda(tree: Any) -> bool:
+    """Return whether all tensors of a tree are on one CUDA device, and whole."""
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    devices = {x.device for x in tensors}
+    return len(devices) == 1 and devices.pop().type == "cuda" and not any(map(_is_distributed, tensors))
+
+
+def _record(fn: Callable[[], Any], device: Any) -> tuple[Callable[[], None], Any]:
+    """Record what fn launches on a CUDA device, without running it; return what launches all of it, and fn's results.
+
+    It reads and writes the memory that it was recorded with, that of the results included.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # What other threads of the program do meanwhile is no error.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+        results = fn()
+
+    def launch() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return launch, results
+
+
+class _Step:
+    """A call over the same buffers again and again: the second is recorded, and from then on it is one launch.
+
+    The first, eager, loads what must not be loaded while recording. Buffers are written where they are, and not held.
+    What else changes is copied in: Python's ints too, of which a graph would make constants.
+    """
+
+    def __init__(self, fn: Callable[..., Any], spec: Any, leaves: list[Any], is_buffer: list[bool]) -> None:
+        self._fn, self._spec, self._turn = fn, spec, 0
+        self._device = leaves[is_buffer.index(True)].device
+        self._inputs = [
+            None if buffer or not isinstance(x, torch.Tensor | int) else torch.as_tensor(x, device=self._device).clone()
+            for x, buffer in zip(leaves, is_buffer, strict=True)
+        ]
+        self._launch: Callable[[], None] | None = None
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        given = [x if own is None else _set(own, x) for x, own in zip(leaves, self._inputs, strict=True)]
+        self._turn += 1
+        if self._turn == 2:
+            self._try_to_record(given)
+        if self._launch is None:
+            return self._fn(*tree_unflatten(given, self._spec))
+        self._launch()
+        # A buffer comes back as it was given; other results are written again by the next launch.
+        results = [_copy(x) if place is None else leaves[place] for x, place in self._results]
+        return tree_unflatten(results, self._structure)
+
+    def _try_to_record(self, given: list[Any]) -> None:
+        try:
+            launch, results = _record(lambda: self._fn(*tree_unflatten(given, self._spec)), self._device)
+        except Exception as error:  # whatever a driver raises: nothing was written, and eagerly it is the same
+            warnings.warn(f"runs without a CUDA graph: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=4)
+            return
+        leaves, self._structure = tree_flatten(results)
+        places = {id(x): i for i, (x, own) in enumerate(zip(given, self._inputs, strict=True)) if own is None}
+        self._results = [(None if id(x) in places else x, places.get(id(x))) for x in leaves]
+        self._launch = launch
+
+
+class _Steps:
+    """A function with donated arguments, on a CUDA device: what it launches for few numbers is recorded as a graph.
+
+    A decode step of a small model takes the time of its launches there. There is one graph for each set of addresses,
+    which the next text's buffers often have again; of those that have not been used for longest, none is kept.
+    """
+
+    FEW, KEPT = 64, 8
+
+    def __init__(self, fn: Callable[..., Any], donates: list[bool]) -> None:
+        self._fn, self._donates = fn, donates
+        self._steps: dict[Any, _Step] = {}  # the one that was used last is the last
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, spec = tree_flatten(args)
+        donated = {id(x) for a, is_given in zip(args, self._donates, strict=True) if is_given for x in tree_leaves(a)}
+        is_buffer = [isinstance(x, torch.Tensor) and id(x) in donated for x in leaves]
+        rest = [x for x, owned in zip(leaves, is_buffer, strict=True) if isinstance(x, torch.Tensor) and not owned]
+        if not any(is_buffer) or sum(x.numel() for x in rest) > self.FEW:
+            return self._fn(*args)
+        key = (spec, *map(_baked, leaves, is_buffer))
+        step = self._steps.pop(key, None) or _Step(self._fn, spec, leaves, is_buffer)
+        self._steps[key] = step
+        if len(self._steps) > self.KEPT:
+            del self._steps[next(iter(self._steps))]
+        return step(leaves)
+
+
+def _set(own: Any, x: Any) -> Any:
+    return own.copy_(x) if isinstance(x, torch.Tensor) else own.fill_(x)
+
+
+def _copy(x: Any) -> Any:
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
+def _baked(x: Any, is_buffer: bool) -> Any:
+    """Return what a graph holds of an argument for good."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype, x.device, (x.data_ptr(), x.stride()) if is_buffer else None
+    return int if isinstance(x, int) else x
+
+
 class TorchBackend(Backend):
-    """PyTorch, eager, on whatever accelerator it reports."""
+    """PyTorch, eager, on whatever accelerator it reports; on CUDA, a decode step is one graph."""
 
     name = "torch"
     array_types = (torch.Tensor, torch.nn.Parameter)
@@ -270,6 +379,13 @@ class TorchBackend(Backend):
     def zeros(self, shape: tuple[int, ...], *, like: Any) -> Any:
         return _replicated(torch.zeros(shape, dtype=like.dtype, device=like.device), like)
 
+    def write(self, buffer: Any, value: Any, start: Any) -> Any:
+        if not isinstance(start, torch.Tensor):
+            return super().write(buffer, value, start)
+        rows = start + torch.arange(value.shape[-2], device=start.device)  # a slice would wait for start's value
+        buffer.index_copy_(-2, rows, value)
+        return buffer
+
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
         return x.index_add(0, indices, rows)
 
@@ -294,7 +410,11 @@ class TorchBackend(Backend):
     ) -> Callable[..., Any]:
         # What donates is not differentiated. Without autograd's records of views a decode step costs 0.6 ms less.
         step = super().compile(fn, bound=bound, static=static, donate=donate)
-        return torch.inference_mode()(step) if donate else step
+        if not donate:
+            return step
+        if _is_on_cuda(bound) and not static:
+            step = _Steps(step, [name in donate for name in inspect.signature(step).parameters]).__call__
+        return torch.inference_mode()(step)
 
     def prepare(self, path: str, x: Any) -> Any:
         # In Fortran order a tall matrix is read at the memory's speed where rows are few: of a decode step wte for the
