@@ -414,7 +414,8 @@ class TorchBackend(Backend):
             return step
         if _is_on_cuda(bound) and not static:
             step = _Steps(step, [name in donate for name in inspect.signature(step).parameters]).__call__
-        return torch.inference_mode()(step)
+        inferred: Callable[..., Any] = torch.inference_mode()(step)
+        return inferred
 
     def prepare(self, path: str, x: Any) -> Any:
         # In Fortran order a tall matrix is read at the memory's speed where rows are few: of a decode step wte for the
