@@ -232,6 +232,9 @@ class JaxBackend(Backend):
         differentiated: Callable[..., Any] = jax.value_and_grad(fn)
         return differentiated
 
+    def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+        return jax.lax.fori_loop(0, n, body, state)
+
     def arange(self, n: Any, *, like: Any) -> Any:
         return jnp.arange(n, device=_replicated(like))
 

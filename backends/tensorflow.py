@@ -213,6 +213,9 @@ class TensorflowBackend(Backend):
     def device(self, x: Any) -> str:
         return _device_name(x.device)
 
+    def returns_memory(self, x: Any) -> bool:
+        return False
+
     def on(self, device: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if device is None else tf.device(self.find_device(device))
 

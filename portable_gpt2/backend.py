@@ -174,6 +174,13 @@ class Backend:
         """Return where x lives, as one of the strings of `devices`."""
         raise NotImplementedError
 
+    def returns_memory(self, x: Any) -> bool:
+        """Return whether memory beside x, once freed, goes back to the system: anew, it costs a fault for every page.
+
+        So it is on a CPU, for large arrays, unless the framework keeps what it has.
+        """
+        return self.device(x).startswith("cpu")
+
     def placement(self, x: Any) -> Any:
         """Return where to put what goes with x, as `find_device` takes it: where x lives, whole on each such device."""
         return self.find_device(self.device(x))
@@ -250,6 +257,15 @@ class Backend:
         """
         absent: Any = NotImplemented
         return absent  # type: ignore[no-any-return]
+
+    def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+        """Return what becomes of a state, a tree of arrays, by ``state = body(i, state)`` for i from 0 to n - 1.
+
+        Where this is compiled it may stay a loop, each turn of which uses the same memory; i is traced there.
+        """
+        for i in range(n):
+            state = body(i, state)
+        return state
 
     def prepare(self, path: str, x: Any) -> Any:
         """Return a parameter in the memory layout that this backend likes best; its shape and values stay.

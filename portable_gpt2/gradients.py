@@ -246,8 +246,11 @@ def block(
 
 def loss(
     params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config
-) -> tuple[Float[Array, ""], Callable[[], Params]]:
-    """Return `model.loss`, and a function that returns its gradient by every parameter, as a tree like theirs."""
+) -> tuple[Float[Array, ""], Callable[..., Params]]:
+    """Return `model.loss`, and a function that returns its gradient by every parameter, as a tree like theirs.
+
+    It takes the gradient of the loss itself, a number: 1 unless given.
+    """
     backend = backend_of(tokens)
     seq = backend.shape(tokens)[1] - 1
     positions = backend.arange(seq, like=tokens)
@@ -262,9 +265,9 @@ def loss(
     logits, back_table = unembed(h, output_table(params))
     value, back_loss = cross_entropy(logits, tokens[:, 1:])
 
-    def backward() -> Params:
+    def backward(dy: Any = 1.0) -> Params:
         grads: Params = {}
-        dh, table = back_table(back_loss())
+        dh, table = back_table(back_loss(dy))
         dx, grads["ln_f"] = back_ln_f(dh)
         for i in reversed(range(config.n_layer)):
             dx, grads[f"h{i}"] = back_blocks[i](dx)

@@ -199,6 +199,56 @@ def test_accumulated_batches_are_one(backend):
         np.testing.assert_allclose(x, expected[path], rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_batch_in_parts_is_the_same_batch(backend, dtype, monkeypatch):
+    """Catches a part left out or counted twice, a sum in the place of a mean, and a backend that cuts another way."""
+    recipe = dataclasses.replace(RECIPE, dtype=dtype, warmup=0, learning_rate=0.01, clip=None, eps=1e-3)
+    whole, losses = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
+    monkeypatch.setattr(training.trainer, "_PART", 2 * CONFIG.n_ctx)
+    monkeypatch.setattr(type(backend), "returns_memory", lambda self, x: True)
+    turns = []
+    do = type(backend).fori_loop
+    monkeypatch.setattr(type(backend), "fori_loop", lambda *args: turns.append(args[1]) or do(*args))
+    parts, mean = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
+    assert turns == [3]
+    tolerance = 1e-6 if dtype == "float32" else 1e-3
+    np.testing.assert_allclose(mean, losses, rtol=10 * tolerance)
+    expected = host(backend, whole.params)
+    for path, x in host(backend, parts.params).items():
+        np.testing.assert_allclose(x, expected[path], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq", "parts"), [(12, 256, 3), (12, 64, 1), (7, 256, 7), (2, 1024, 2), (2, 2000, 2), (4, 512, 2)]
+)
+def test_a_part_is_a_thousand_tokens_at_most(batch, seq, parts):
+    """Catches parts that are larger than they may be where that can be helped, or smaller than they need to be."""
+    tokens = np.arange(batch * (seq + 1)).reshape(batch, seq + 1)
+    cut = training.trainer._in_parts(tokens)
+    assert cut.shape == (parts, batch // parts, seq + 1)
+    assert np.array_equal(cut.reshape(tokens.shape), tokens)
+
+
+def test_only_a_cpu_returns_memory(backend):
+    x = backend.from_numpy(np.zeros(3, np.float32), device="cpu")
+    assert backend.returns_memory(x) == (backend.name != "tensorflow")
+    assert not type("", (type(backend),), {"device": lambda self, x: "cuda:0"})().returns_memory(x)
+
+
+def test_parts_share_their_memory(jax):
+    """Catches parts that are computed one beside the other: XLA makes that of a loop in Python."""
+    backend, config = pg.get_backend("jax"), dataclasses.replace(CONFIG, n_ctx=64)
+    params = pg.init_params(config, backend=backend)
+    learner = Trainer(config, RECIPE, backend)
+    tokens = texts(0, 12, 65)
+
+    def room(parts):
+        lowered = jax.jit(learner._gradient_of, static_argnums=0).lower(None, params, parts)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert room(tokens.reshape(6, 2, 65)) < 0.4 * room(tokens[None])
+
+
 def test_a_state_is_as_it_was_after_a_step(backend):
     """Catches a step that writes into the parameters that it was given: an interrupted one would lose them."""
     trainer = Trainer(CONFIG, RECIPE, backend)

@@ -16,6 +16,13 @@ from ..params import Params, map_tree
 from .optimizer import Moments, no_moments, rates, update
 from .recipe import Recipe
 
+_PART = 1024
+"""Tokens that a gradient is taken of at a time, where memory comes from the system anew for each step.
+
+What is kept for the way back of 3,072 tokens, 347 MB, cost 94,000 page faults: a step of 4 layers, 256 wide, took 0.86
+(JAX), 0.84 (PyTorch) and 0.68 (NumPy) of its time in three parts of 1,024; 2 to 6 parts differed little.
+"""
+
 
 class State(NamedTuple):
     """Where a run stands: all that the steps to come depend on, the data and the recipe aside."""
@@ -86,10 +93,11 @@ class Trainer:
             The gradient's, before it was clipped.
         """
         device = self.backend.placement(state.params["wte"])
+        cut = _in_parts if self.backend.returns_memory(state.params["wte"]) else _as_one
         with self.backend.on(device):
             values, grads = [], None
             for tokens in batches:
-                value, more = self._gradient(state.params, self.backend.from_numpy(tokens, device=device))
+                value, more = self._gradient(state.params, self.backend.from_numpy(cut(tokens), device=device))
                 values.append(value)
                 grads = more if grads is None else self._add(grads, more)
             now = self.backend.from_numpy(rates(state.step, self.recipe), self.recipe.master_dtype, device)
@@ -111,22 +119,36 @@ class Trainer:
     def _loss_of(self, _: Any, params: Params, tokens: Any) -> Any:
         return loss(self._computing(params), tokens, self.config)
 
-    def _gradient_of(self, _: Any, params: Params, tokens: Any) -> tuple[Any, Params]:
-        """Return the loss and its gradient: by hand where that is faster, or where the framework has no other.
+    def _gradient_of(self, _: Any, params: Params, parts: Any) -> tuple[Any, Params]:
+        """Return the mean loss of windows [parts, batch, seq + 1] and its gradient, one part after the other."""
+        backend = self.backend
+        n = backend.shape(parts)[0]
+        if n == 1:
+            return self._gradient_of_part(params, parts[0, ...], 1.0)
+
+        def add(i: Any, total: tuple[Any, Params]) -> tuple[Any, Params]:
+            value, grads = self._gradient_of_part(params, parts[i, ...], 1 / n)
+            return total[0] + value, map_tree(lambda x, y: x + y, total[1], grads)
+
+        zeros = map_tree(lambda x: backend.zeros(backend.shape(x), like=x), params)
+        return backend.fori_loop(n, add, (backend.zeros((), like=params["wte"]), zeros))  # type: ignore[no-any-return]
+
+    def _gradient_of_part(self, params: Params, tokens: Any, share: float) -> tuple[Any, Params]:
+        """Return a share of the loss and its gradient: by hand where that is faster, or where the framework has none.
 
         Compiled as a whole it is: it takes 0.73 of the time of jax.value_and_grad, 0.91 of tf.GradientTape's, before
         attention is cut into thirds. One call after the other it is not: 1.4 times that of PyTorch's autograd.
         """
-        by_framework = self.backend.value_and_grad(lambda params, tokens: self._loss_of(_, params, tokens))
+        by_framework = self.backend.value_and_grad(lambda params: share * self._loss_of(None, params, tokens))
         by_hand = self.backend.recompiles and self.recipe.dtype == self.recipe.master_dtype
         if by_framework is not NotImplemented and not by_hand:
-            found: tuple[Any, Params] = by_framework(params, tokens)
+            found: tuple[Any, Params] = by_framework(params)
             return found
         # 16 bits are storage here: what was rounded to them is computed with in the dtype of the parameters.
         xp, rounded = self.backend.xp, self._computing(params)
         rounded = map_tree(lambda x, p: xp.astype(x, p.dtype, copy=False), rounded, params)
         value, backward = gradients.loss(rounded, tokens, self.config)
-        return value, backward()
+        return share * value, backward(share)
 
     def _computing(self, params: Params) -> Params:
         """Return the parameters in the dtype that the model computes in."""
@@ -134,3 +156,21 @@ class Trainer:
             return params
         xp, dtype = self.backend.xp, self.backend.dtype(self.recipe.dtype)
         return map_tree(lambda x: xp.astype(x, dtype), params)
+
+
+def _as_one(tokens: np.ndarray) -> np.ndarray:
+    """Return windows [batch, seq + 1] as a single part, [1, batch, seq + 1]."""
+    return tokens[None]
+
+
+def _in_parts(tokens: np.ndarray) -> np.ndarray:
+    """Cut windows [batch, seq + 1] into equal parts, [parts, n, seq + 1], of as many as predict at most _PART tokens.
+
+    Examples
+    --------
+    >>> _in_parts(np.zeros((12, 257))).shape
+    (3, 4, 257)
+    """
+    batch, length = tokens.shape
+    sizes = [n for n in range(1, batch + 1) if batch % n == 0 and n * (length - 1) <= _PART]
+    return tokens.reshape(-1, max(sizes, default=1), length)
