@@ -20,11 +20,14 @@ _FLOATS = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16
 _Axis = int | tuple[int, ...] | None
 _PARTS = 4  # of a product's depth
 _LARGE = 1 << 22  # numbers, from which on a softmax is worth a compilation
+_SMALL = 1 << 15  # numbers, up to which a call of oneDNN takes longer than the five ops of the definition
 
 # The functions beneath the public ones: an eager call of an op takes 12 to 25 us so, and 3 to 100 more through
 # tf.raw_ops (which checks names), tf.nn, or where a shape is given as a tuple, which becomes a tensor on each call.
-_add, _matmul, _reshape, _row_softmax = map(
-    inspect.unwrap, (tf.raw_ops.AddV2, tf.raw_ops.MatMul, tf.raw_ops.Reshape, tf.raw_ops.Softmax)
+_RAW = tf.raw_ops
+_add, _subtract, _divide, _matmul = map(inspect.unwrap, (_RAW.AddV2, _RAW.Sub, _RAW.RealDiv, _RAW.MatMul))
+_exp, _max, _sum, _reshape, _row_softmax = map(
+    inspect.unwrap, (_RAW.Exp, _RAW.Max, _RAW.Sum, _RAW.Reshape, _RAW.Softmax)
 )
 _jit_softmax = tf.function(tf.nn.softmax, jit_compile=True, autograph=False, reduce_retracing=True)
 
@@ -110,7 +113,7 @@ def _leaves_zeros(device: str) -> bool:
     """Return whether tf.nn.softmax leaves zeros beside a NaN on a device: oneDNN does, TensorFlow's own code does not.
 
     On a CPU TF_ENABLE_ONEDNN_OPTS says which it is; where it is unset, TensorFlow's judgement of the CPU. So a row is
-    asked, once: to repair every result took 190 us of 225 on a small array, and two passes over a large one.
+    asked, once.
     """
     with tf.device(device):
         y = tf.nn.softmax(tf.constant([[math.nan, *[-math.inf] * 63]] * 4))
@@ -143,12 +146,25 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
     eager = tf.executing_eagerly()
     if rank > 5 or (not eager and _in_xla()):  # refused on a CPU, by oneDNN; XLA makes as much of the definition
         return NotImplemented
-    if eager and not _leaves_zeros(x.device):
+    if not eager:
+        return _spread_nans(tf.nn.softmax(x, axis), axis)
+    is_last = axis in (-1, rank - 1)
+    if not _leaves_zeros(x.device):
         if "CPU" in x.device and math.prod(x.shape) >= _LARGE:  # 27 ms for 32 at [12, 1024, 1024], after 75 once
             return _jit_softmax(tf.convert_to_tensor(x), axis)
-        return _row_softmax(x) if axis in (-1, rank - 1) else tf.nn.softmax(x, axis)
-    y = tf.nn.softmax(x, axis)
-    return y + 0 * tf.reduce_sum(y, axis, keepdims=True)  # beside a NaN there may be zeros: the whole row becomes NaN
+        return _row_softmax(x) if is_last else tf.nn.softmax(x, axis)
+    if math.prod(x.shape) <= _SMALL:
+        along = _shape_tensor(axis)
+        e = _exp(_subtract(x, _max(x, along, True)))
+        return _divide(e, _sum(e, along, True))
+    y = _row_softmax(x) if is_last else tf.nn.softmax(x, axis)
+    # To look for a NaN takes 0.1 of the time of a large softmax, to repair what may have one as long as the softmax.
+    return _spread_nans(y, axis) if math.isnan(_sum(y, _shape_tensor(*range(rank))).numpy()) else y
+
+
+def _spread_nans(y: Any, axis: int) -> Any:
+    """Make a row with a NaN, beside which oneDNN leaves zeros, NaN as a whole."""
+    return y + 0 * tf.reduce_sum(y, axis, keepdims=True)
 
 
 def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
