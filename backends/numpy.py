@@ -23,11 +23,11 @@ def _is_wide(x: Any) -> bool:
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
     if w.ndim == 3 and len(w) == 1:
         w = w[0]
-    if not _is_wide(x) or w.ndim != 2 or w.shape != x.shape[-1:] + b.shape:
+    if not _is_wide(x) or not x.size or w.ndim != 2 or w.shape != x.shape[-1:] + b.shape:
         return NotImplemented
-    y = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w
+    y = x.reshape(-1, x.shape[-1]) @ w
     y += b
-    return y.reshape(*x.shape[:-1], b.shape[0])
+    return y.reshape(x.shape[:-1] + b.shape)
 
 
 def _softmax(x: Any, *, axis: int = -1) -> Any:
