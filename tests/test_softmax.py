@@ -180,6 +180,20 @@ def test_softmax_of_a_row_with_nan_or_inf_or_only_minus_inf_is_nan_as_a_whole(ba
         assert not np.any(computed[(x == -np.inf) & ~nan]), f"{form}: -inf became more than 0"
 
 
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("kind", [*UNDEFINED, "only -inf"])
+def test_one_undefined_row_of_a_large_array_is_nan_as_a_whole(backend, kind, axis):
+    """Catches a kernel for large arrays that leaves zeros beside a NaN, as oneDNN's does."""
+    x = np.random.default_rng(0).standard_normal((300, 300)).astype(np.float32)
+    x[7] = -np.inf if kind == "only -inf" else x[7]
+    x[7, 100 : 100 + len(UNDEFINED.get(kind, []))] = UNDEFINED.get(kind, [])
+    x = x if axis == -1 else np.ascontiguousarray(x.T)
+    computed = backend.to_numpy(pg.softmax(backend.from_numpy(x), axis=axis))
+    rows = np.moveaxis(computed, axis, -1)
+    assert np.isnan(rows[7]).all()
+    assert np.isfinite(np.delete(rows, 7, axis=0)).all()
+
+
 def test_compiled_softmax_keeps_the_rule_for_nan(backend, dtype):
     """Catches a compiler that simplifies away what spreads a NaN over its row."""
     kinds = KINDS * 3
