@@ -209,7 +209,8 @@ def _unembed(x: Any, w: Any) -> Any:
     if w.shape[1] != d or not 1 < n <= _FEW:
         return NotImplemented
     # x w^T of few rows as the table times x^T, with the small side transposed: a step of 124M took 0.89 of its time for
-    # 2 and for 8 rows, 0.94 for 32. Without the barriers XLA folds the transpositions into the product: 1.02.
+    # 2 and for 8 rows, 0.94 for 32, on a CPU; on a GPU it was not measured. Without the barriers XLA folds the
+    # transpositions into the product: 1.02.
     y = _barrier(tf.matmul(w, _barrier(tf.transpose(tf.reshape(x, (n, d))))))
     return tf.reshape(tf.transpose(y), (*start, vocab))
 

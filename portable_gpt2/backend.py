@@ -175,7 +175,7 @@ class Backend:
         raise NotImplementedError
 
     def returns_memory(self, x: Any) -> bool:
-        """Return whether memory beside x, once freed, goes back to the system: anew, it costs a fault for every page.
+        """Return whether memory beside x, once freed, goes back to the system: to take it again costs page faults.
 
         So it is on a CPU, for large arrays, unless the framework keeps what it has.
         """

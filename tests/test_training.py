@@ -203,12 +203,14 @@ def test_accumulated_batches_are_one(backend):
 def test_a_batch_in_parts_is_the_same_batch(backend, dtype, monkeypatch):
     """Catches a part left out or counted twice, a sum in the place of a mean, and a backend that cuts another way."""
     recipe = dataclasses.replace(RECIPE, dtype=dtype, warmup=0, learning_rate=0.01, clip=None, eps=1e-3)
-    whole, losses = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
-    monkeypatch.setattr(training.trainer, "_PART", 2 * CONFIG.n_ctx)
-    monkeypatch.setattr(type(backend), "returns_memory", lambda self, x: True)
     turns = []
     do = type(backend).fori_loop
     monkeypatch.setattr(type(backend), "fori_loop", lambda *args: turns.append(args[1]) or do(*args))
+    monkeypatch.setattr(training.trainer, "_PART", 2 * CONFIG.n_ctx)
+    monkeypatch.setattr(type(backend), "returns_memory", lambda self, x: False)
+    whole, losses = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
+    assert turns == []
+    monkeypatch.setattr(type(backend), "returns_memory", lambda self, x: True)
     parts, mean = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
     assert turns == [3]
     tolerance = 1e-6 if dtype == "float32" else 1e-3
@@ -219,14 +221,25 @@ def test_a_batch_in_parts_is_the_same_batch(backend, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch", "seq", "parts"), [(12, 256, 3), (12, 64, 1), (7, 256, 7), (2, 1024, 2), (2, 2000, 2), (4, 512, 2)]
+    ("batch", "seq", "parts"),
+    [(12, 256, 3), (12, 64, 1), (7, 256, 1), (11, 512, 11), (67, 16, 1), (2, 1024, 2), (2, 2000, 2), (4, 512, 2)],
 )
-def test_a_part_is_a_thousand_tokens_at_most(batch, seq, parts):
-    """Catches parts that are larger than they may be where that can be helped, or smaller than they need to be."""
+def test_a_part_is_of_a_thousand_tokens_where_that_divides_the_batch(batch, seq, parts):
+    """Catches parts that are too large, and a window at a time where the batch's size is prime."""
     tokens = np.arange(batch * (seq + 1)).reshape(batch, seq + 1)
-    cut = training.trainer._in_parts(tokens)
+    cut = training.trainer._in_parts(tokens, 1024)
     assert cut.shape == (parts, batch // parts, seq + 1)
     assert np.array_equal(cut.reshape(tokens.shape), tokens)
+    assert training.trainer._in_parts(tokens, None).shape == (1, *tokens.shape)
+
+
+@pytest.mark.parametrize("shape", [(0, 17), (17,), (2, 3, 17)])
+def test_a_batch_without_windows_is_refused(backend, shape):
+    """Catches a step along the gradient of nothing."""
+    learner = Trainer(CONFIG, RECIPE, backend)
+    state = learner.start(pg.init_params(CONFIG, backend=backend))
+    with pytest.raises(ValueError, match=r"a batch has shape .*; expected windows of text, \[batch, seq \+ 1\]"):
+        learner.step(state, [np.zeros(shape, np.int32)])
 
 
 def test_only_a_cpu_returns_memory(backend):
