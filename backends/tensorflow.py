@@ -193,11 +193,13 @@ def _is_mask(mask: Any, batch: list[int], keys: int) -> bool:
     return shape[-2:] == [1, keys] and len(shape) <= len(batch) + 2 and all(m in (1, n) for m, n in leading)
 
 
-@tf.custom_gradient
-def _barrier(x: Any) -> Any:
-    """Return x, across which XLA moves nothing; TensorFlow knows no gradient of it."""
+def _apart(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     (y,) = optimization_barrier(x)
     return y, lambda dy: dy
+
+
+_barrier: Callable[[Any], Any] = tf.custom_gradient(_apart)
+"""Return x, across which XLA moves nothing; TensorFlow knows no gradient of it."""
 
 
 def _unembed(x: Any, w: Any) -> Any:
