@@ -254,8 +254,8 @@ class TensorflowBackend(Backend):
     def device(self, x: Any) -> str:
         return _device_name(x.device)
 
-    def returns_memory(self, x: Any) -> bool:
-        return False
+    def part_size(self, x: Any) -> int | None:
+        return None
 
     def on(self, device: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if device is None else tf.device(self.find_device(device))

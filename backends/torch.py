@@ -12,7 +12,7 @@ import mmap
 import warnings
 import weakref
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -187,6 +187,15 @@ def _embed(ids: Any, w: Any) -> Any:
     return F.embedding(ids, w)
 
 
+def _cross_entropy(logits: Any, targets: Any) -> Any:
+    if logits.dtype not in _WIDE or targets.dtype not in (torch.int32, torch.int64):
+        return NotImplemented
+    if targets.shape != logits.shape[:-1] or _is_distributed(logits) or _is_distributed(targets):
+        return NotImplemented
+    # F.cross_entropy would leave out where the target is -100.
+    return -torch.log_softmax(logits, -1).gather(-1, targets.long()[..., None]).mean()
+
+
 def _is_distributed(x: Any) -> bool:
     return hasattr(x, "device_mesh")  # DTensor, whose import takes half a second
 
@@ -312,6 +321,7 @@ class TorchBackend(Backend):
         "attention": _attention,
         "embed": _embed,
         "unembed": _unembed,
+        "cross_entropy": _cross_entropy,
     }
     _dtypes = _FLOATS
 
@@ -388,6 +398,13 @@ class TorchBackend(Backend):
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
         return x.index_add(0, indices, rows)
+
+    def split(self, x: Any, n: int) -> Sequence[Any]:
+        parts: Sequence[Any] = x.chunk(n, -1)  # the gradient of which is one array, and of slices a sum of n
+        return parts
+
+    def part_size(self, x: Any) -> int | None:
+        return 2048 if self.device(x) == "cpu" else None  # of 1024 its products are slower
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:

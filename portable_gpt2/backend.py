@@ -16,7 +16,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import ml_dtypes
@@ -174,12 +174,13 @@ class Backend:
         """Return where x lives, as one of the strings of `devices`."""
         raise NotImplementedError
 
-    def returns_memory(self, x: Any) -> bool:
-        """Return whether memory beside x, once freed, goes back to the system: to take it again costs page faults.
+    def part_size(self, x: Any) -> int | None:
+        """Return of how many tokens, about, a gradient beside x is best taken at a time; None for all at once.
 
-        So it is on a CPU, for large arrays, unless the framework keeps what it has.
+        Large arrays that are freed on a CPU go back to the system, unless the framework keeps them, and to take them
+        again costs page faults; small parts use the same memory again.
         """
-        return self.device(x).startswith("cpu")
+        return 1024 if self.device(x).startswith("cpu") else None
 
     def placement(self, x: Any) -> Any:
         """Return where to put what goes with x, as `find_device` takes it: where x lives, whole on each such device."""
@@ -248,6 +249,11 @@ class Backend:
         xp = self.xp
         chosen = indices[None, :] == self.arange(self.shape(x)[0], like=indices)[:, None]
         return x + xp.matmul(xp.astype(chosen, x.dtype), rows)
+
+    def split(self, x: Any, n: int) -> Sequence[Any]:
+        """Return the n equal parts of x along its last axis."""
+        size = self.shape(x)[-1] // n
+        return [x[..., i * size : (i + 1) * size] for i in range(n)]
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that takes what fn takes and returns its value and its gradient by the first argument.

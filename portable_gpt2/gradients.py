@@ -208,9 +208,8 @@ def attn(
 ) -> tuple[Float[Array, "batch seq n"], Backward]:
     """Let every position look at itself and at those before it."""
     backend = backend_of(x)
-    n = backend.shape(x)[-1]
     c, back_attn = conv1d(x, **c_attn)
-    q, k, v = (split_heads(c[..., i * n : (i + 1) * n], n_head) for i in range(3))
+    q, k, v = (split_heads(part, n_head) for part in backend.split(c, 3))
     a, back_attention = causal_attention(q, k, v, scale=scale)
     y, back_proj = conv1d(merge_heads(a), **c_proj)
 

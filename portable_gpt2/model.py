@@ -58,10 +58,8 @@ def attn(
 ) -> tuple[Float[Array, "batch seq n"], Cache | None]:
     """Let every position look at itself and at those before it, the cached ones included."""
     backend = backend_of(x)
-    n = backend.shape(x)[-1]
-    c = conv1d(x, **c_attn)
     # Cut before reshaping into heads: an axis that is sharded could not be cut afterwards.
-    q, k, v = (split_heads(c[..., i * n : (i + 1) * n], n_head) for i in range(3))
+    q, k, v = (split_heads(c, n_head) for c in backend.split(conv1d(x, **c_attn), 3))
     if cache is not None:
         cache = {"k": backend.write(cache["k"], k, position), "v": backend.write(cache["v"], v, position)}
         k, v = cache["k"][..., :keys, :], cache["v"][..., :keys, :]

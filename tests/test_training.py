@@ -206,11 +206,10 @@ def test_a_batch_in_parts_is_the_same_batch(backend, dtype, monkeypatch):
     turns = []
     do = type(backend).fori_loop
     monkeypatch.setattr(type(backend), "fori_loop", lambda *args: turns.append(args[1]) or do(*args))
-    monkeypatch.setattr(training.trainer, "_PART", 2 * CONFIG.n_ctx)
-    monkeypatch.setattr(type(backend), "returns_memory", lambda self, x: False)
+    monkeypatch.setattr(type(backend), "part_size", lambda self, x: None)
     whole, losses = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
     assert turns == []
-    monkeypatch.setattr(type(backend), "returns_memory", lambda self, x: True)
+    monkeypatch.setattr(type(backend), "part_size", lambda self, x: 2 * CONFIG.n_ctx)
     parts, mean = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
     assert turns == [3]
     tolerance = 1e-6 if dtype == "float32" else 1e-3
@@ -242,10 +241,11 @@ def test_a_batch_without_windows_is_refused(backend, shape):
         learner.step(state, [np.zeros(shape, np.int32)])
 
 
-def test_only_a_cpu_returns_memory(backend):
+def test_a_gradient_is_taken_in_parts_on_a_cpu_alone(backend):
+    """Catches small parts on an accelerator, and in a framework that keeps its memory anyway."""
     x = backend.from_numpy(np.zeros(3, np.float32), device="cpu")
-    assert backend.returns_memory(x) == (backend.name != "tensorflow")
-    assert not type("", (type(backend),), {"device": lambda self, x: "cuda:0"})().returns_memory(x)
+    assert (backend.part_size(x) is None) == (backend.name == "tensorflow")
+    assert type("", (type(backend),), {"device": lambda self, x: "cuda:0"})().part_size(x) is None
 
 
 def test_parts_share_their_memory(jax):

@@ -17,13 +17,6 @@ from ..params import Params, map_tree
 from .optimizer import Moments, no_moments, rates, update
 from .recipe import Recipe
 
-_PART = 1024
-"""Tokens, about, that a gradient is taken of at a time, where memory comes from the system anew for each step.
-
-What JAX keeps for the way back of 3,072 tokens, 347 MB, cost it 94,000 page faults: a step of 4 layers, 256 wide, took
-0.85 (JAX), 0.74 (NumPy) and 0.84 to 1.01 (PyTorch) of its time in three parts of 1,024.
-"""
-
 
 class State(NamedTuple):
     """Where a run stands: all that the steps to come depend on, the data and the recipe aside."""
@@ -99,7 +92,7 @@ class Trainer:
             If a batch has no window, or is not of two axes.
         """
         device = self.backend.placement(state.params["wte"])
-        size = _PART if self.backend.returns_memory(state.params["wte"]) else None
+        size = self.backend.part_size(state.params["wte"])
         with self.backend.on(device):
             values, grads = [], None
             for tokens in batches:
