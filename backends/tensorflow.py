@@ -33,6 +33,11 @@ _exp, _max, _sum, _reshape, _row_softmax = map(
 _jit_softmax = tf.function(tf.nn.softmax, jit_compile=True, autograph=False, reduce_retracing=True)
 
 
+def _index(x: Any) -> Any:
+    """Return integers of any dtype as of one that tf.gather takes."""
+    return x if x.dtype in (tf.int32, tf.int64) else tf.cast(x, tf.int64)
+
+
 class _Namespace:
     """The array-API functions that portable code uses, over tf.Tensor."""
 
@@ -63,12 +68,11 @@ class _Namespace:
 
     @staticmethod
     def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
-        indices = indices if indices.dtype in (tf.int32, tf.int64) else tf.cast(indices, tf.int64)
-        return tf.gather(x, indices, axis=axis or 0)
+        return tf.gather(x, _index(indices), axis=axis or 0)
 
     @staticmethod
     def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
-        rank = x.shape.rank
+        rank, indices = x.shape.rank, _index(indices)
         plain = x.shape[:-1].is_fully_defined() and x.shape[:-1] == indices.shape[:-1]
         if plain and axis in (-1, rank - 1):  # XLA cannot compile the gradient of the other
             return tf.gather(x, indices, axis=-1, batch_dims=rank - 1)

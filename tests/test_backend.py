@@ -489,6 +489,15 @@ def counted():
     return step, traces
 
 
+def test_split_cuts_the_last_axis(backend):
+    """Catches parts of another axis, in another order, or of another size."""
+    a = np.arange(24, dtype=np.float32).reshape(2, 2, 6)
+    parts = [backend.to_numpy(part) for part in backend.split(backend.from_numpy(a), 3)]
+    assert len(parts) == 3
+    for part, expected in zip(parts, np.split(a, 3, axis=-1), strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
 def test_compiled_functions_compute_what_they_computed(backend):
     """Catches arguments that are mixed up or lost on the way, an int that is fixed by its first value."""
     step, traces = counted()

@@ -102,6 +102,7 @@ SHAPES = {
     "targets_of_another_length": Bad(
         "cross_entropy", [f(2, 5), i(3)], ["targets has shape [3]", "*batch = [2] from logits of shape [2, 5]"]
     ),
+    "targets_of_fewer_rows": Bad("cross_entropy", [f(3, 5), i(2)], ["targets has shape [2]", "*batch = [3]"]),
     "logits_of_a_scalar": Bad("unembed", [f(), f(4, 5)], ["x has shape []", "[*batch, d]"]),
     "axis_beyond_the_last": Bad("softmax", [f(2, 5)], ["axis is 2", "shape [2, 5]", "-2 to 1"], {"axis": 2}),
     "axis_before_the_first": Bad("softmax", [f(2, 5)], ["axis is -3", "shape [2, 5]", "-2 to 1"], {"axis": -3}),
@@ -145,6 +146,9 @@ TYPES = {
     "ids_are_floats": Bad("embed", [f(2), f(4, 3)], ["ids has dtype", "float32", "expected int"]),
     "ids_are_bools": Bad("embed", [b(2), f(4, 3)], ["ids has dtype", "bool", "expected int"]),
     "ids_and_table_swapped": Bad("embed", [f(4, 3), i(2)], ["w has dtype", "int32"]),
+    "targets_are_bools": Bad("cross_entropy", [f(2, 5), b(2)], ["targets has dtype", "bool", "expected int"]),
+    "targets_are_floats": Bad("cross_entropy", [f(2, 5), f(2)], ["targets has dtype", "float32", "expected int"]),
+    "logits_are_ints": Bad("cross_entropy", [i(2, 5), i(2)], ["logits has dtype", "int32", "float32"]),
     "mask_is_a_float_array": Bad(
         "attention", [*[f(2, 3, 5)] * 3, f(3, 3)], ["mask has dtype", "float32", "expected bool"]
     ),

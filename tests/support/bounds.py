@@ -61,6 +61,8 @@ _TANH = {
     ("jax", "float64"): 8.0,  # seen 6.92
 }
 
+LOG_ERROR = 8.0  # of every backend's log, between 1 and a million; seen 3.9
+
 
 def exp_error(backend: str, dtype: str) -> float:
     """Return the c of NUMERICS: the error of the backend's exp in units of u."""
@@ -135,6 +137,15 @@ def exponential(a: np.ndarray) -> np.ndarray:
 def hyperbolic_tangent(a: np.ndarray) -> np.ndarray:
     """Return tanh, as `exact`."""
     return _each(_mp.tanh, exact(a)) if a.dtype == np.float64 else np.tanh(exact(a))
+
+
+def logarithm(a: np.ndarray) -> np.ndarray:
+    """Return log, as `exact`."""
+    return _log(exact(a))
+
+
+def _log(x):
+    return _each(_mp.log, x) if x.dtype == object else np.log(x)
 
 
 def _sqrt(x):
@@ -409,6 +420,40 @@ def attention(
         in_range = in_range & (size_v.sum(axis=-2, keepdims=True) <= largest / 2)
         error = np.where(in_range, error, np.inf)
     return _stored(y, error, dtype)
+
+
+def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, c: float) -> Bounded:
+    """Bound the mean over N rows of l = log S + d_t, S = sum_k exp(-d_k), d_k = max x - x_k; c is exp's error.
+
+    With g the softmax of a row of n, as in `softmax` and to first order:
+
+    - S is at least 1, and has the relative error r = u (sum_k g_k d_k + c + n - 1), and 4s n by what is subnormal. Its
+      logarithm errs by as much, absolutely, and by LOG_ERROR u log S itself.
+    - d_t errs by u d_t and 4s, and the sum of the two, both positive, by u l. What a kernel subtracts in the place of
+      d_t, x_t - m - log S, is the same sum.
+    - The mean has N - 1 additions of positive numbers and a division, or a product with a rounded 1/N: it errs by the
+      mean of the rows' errors, by gamma(N + 1) times the mean, and by s.
+
+    There is no bound where a row has NaN, +inf, nothing but -inf or -inf at its target, or where a sum overflows.
+    """
+    dtype = logits.dtype.name
+    u, s, largest = FORMATS[computed_in(dtype)]
+    n = logits.shape[-1]
+    rows, targets = exact(logits.reshape(-1, n)), targets.reshape(-1, 1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        m = rows.max(axis=-1, keepdims=True)
+        defined = bool(np.isfinite(_float(m)).all())
+        d = m - rows
+        e = _exp(-d)
+        S = e.sum(axis=-1, keepdims=True)
+        log_S, d_t = _log(S), np.take_along_axis(d, targets, axis=-1)
+        value = (log_S + d_t).sum() / len(rows)
+        weights = _float(e / S)
+        r = u * (_weighted(weights, _float(d)).sum(axis=-1, keepdims=True) + c + n - 1) + 4 * n * s
+        errors = r + u * (LOG_ERROR * _float(log_S) + _float(d_t) + _float(log_S + d_t)) + 4 * s
+        error = errors.mean() + gamma(len(rows) + 1, u) * (float(value) + errors.mean()) + s
+        in_range = defined and float(value) * len(rows) * (1 + 1e-3) <= largest
+    return _stored(np.asarray(value), np.asarray(error if in_range else np.inf), dtype)
 
 
 def compute(op: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **options: Any) -> np.ndarray:

@@ -1,0 +1,126 @@
+"""cross_entropy: within a derived bound of the exact one, which is the mean over all targets, whatever they are."""
+
+from itertools import combinations
+
+import bounds
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import strategies
+from hypothesis import given
+
+import portable_gpt2 as pg
+
+
+def bound(logits, targets, backend):
+    return bounds.cross_entropy(logits, targets, c=bounds.exp_error(backend.name, logits.dtype.name))
+
+
+# The leading axes, of which none may be empty: a mean of nothing is none. And how many logits there are.
+SHAPES = [((), 5), ((1,), 1), ((3,), 4), ((2, 3), 7), ((2, 1, 2), 3)]
+
+
+@st.composite
+def logits_and_targets(draw, dtype):
+    leading = st.lists(st.integers(1, 3), max_size=3).map(tuple)
+    batch, n = draw(strategies.cases(SHAPES, st.tuples(leading, st.integers(1, 9))))
+    targets = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).integers(0, n, batch)
+    integers = draw(st.sampled_from([np.int32, np.int16, np.uint8]))
+    return draw(strategies.arrays((*batch, n), dtype)), np.asarray(targets, integers)
+
+
+@given(data=st.data())
+def test_cross_entropy_is_within_its_error_bound(backend, dtype, data):
+    """Catches a maximum that is not subtracted, another row's target, a sum for the mean, and sums in 16 bits."""
+    logits, targets = data.draw(logits_and_targets(dtype))
+    expected = bound(logits, targets, backend)
+    for form, op in bounds.forms(pg.cross_entropy, backend).items():
+        computed = bounds.compute(op, backend, logits, targets)
+        assert bounds.assert_within(expected, computed, "cross_entropy", backend, dtype, form) <= 1
+
+
+def test_the_bound_of_cross_entropy_is_tight(backend, dtype):
+    """Catches a bound that would admit anything, and compilers that change what is computed.
+
+    One row at a time, of few logits: the errors of many cancel, which a bound does not know.
+    """
+    random = np.random.default_rng(1)
+    given = [
+        (random.normal(0, width, (1, 6)).astype(bounds.host_dtype(dtype)), random.integers(0, 6, 1, np.int32))
+        for width in (1, 10, 60) * 8
+    ]
+    for form, op in bounds.forms(pg.cross_entropy, backend, compiled=True).items():
+        worst = max(
+            bounds.assert_within(
+                bound(*each, backend), bounds.compute(op, backend, *each), "cross_entropy", backend, dtype, form
+            )
+            for each in given
+        )
+        assert worst >= 0.01, f"{form}: the bound is {1 / worst:.0f} times the worst error"
+
+
+@strategies.wide_dtypes
+def test_log_errs_by_no_more_than_is_stated(backend, dtype):
+    """Catches a stated error of log that does not hold: the bound of cross_entropy rests on it."""
+    random = np.random.default_rng(2)
+    n = 50_000 if dtype == "float32" else 2_000
+    x = np.concatenate([1 + 10 ** random.uniform(-7, 0, n), 10 ** random.uniform(0, 6, n)]).astype(dtype)
+    x = x[x > 1]
+    log = bounds.logarithm(x)
+    error = bounds.distance(bounds.compute(backend.xp.log, backend, x), log) / log.astype(np.float64)
+    seen = float(np.max(error)) / bounds.FORMATS[dtype].unit
+    bounds.record("log", backend.name, dtype, seen / bounds.LOG_ERROR)
+    assert seen <= bounds.LOG_ERROR, f"seen {seen:.2f}, in units of u; stated is {bounds.LOG_ERROR}"
+
+
+def test_cross_entropy_over_a_vocabulary_is_within_its_error_bound(backend):
+    """Catches a fused kernel that goes wrong on long rows, and logits so far apart that a probability is 0."""
+    random = np.random.default_rng(3)
+    for offset, width in [(0, 3), (1e4, 300), (-1e30, 1e29)]:
+        logits = random.normal(offset, width, (2, 3, 5000)).astype(np.float32)
+        targets = random.integers(0, 5000, (2, 3), np.int32)
+        for form, op in bounds.forms(pg.cross_entropy, backend).items():
+            ratio = bound(logits, targets, backend).ratio(bounds.compute(op, backend, logits, targets))
+            assert ratio <= 1, f"{form}, about {offset}: the error is {ratio:.3g} times its bound"
+
+
+@pytest.mark.parametrize("target", [-100, -7])
+def test_a_target_that_is_none_is_not_left_out(backend, target):
+    """Catches the index -100, which torch and transformers leave out of the mean: the rest would pass for the whole."""
+    logits = np.random.default_rng(4).normal(0, 1, (3, 6)).astype(np.float32)
+    targets = np.asarray([1, target, 2], np.int32)
+    rest = bounds.cross_entropy(logits[[0, 2]], targets[[0, 2]], c=0).value
+    try:
+        computed = bounds.compute(pg.cross_entropy, backend, logits, targets)
+    except Exception:  # an index out of range, whatever the framework calls it
+        return
+    assert np.isnan(computed), f"{computed} came of a target of {target}; the others' mean is {rest}"
+
+
+@pytest.mark.parametrize("row", [[0, np.nan, 1], [0, np.inf, 1], [-np.inf] * 3], ids=str)
+def test_an_undefined_row_makes_the_mean_undefined(backend, dtype, row):
+    """Catches a NaN that is lost among rows that are defined."""
+    logits = np.asarray([[1, 2, 3], row], bounds.host_dtype(dtype))
+    for form, op in bounds.forms(pg.cross_entropy, backend).items():
+        assert np.isnan(bounds.compute(op, backend, logits, np.zeros(2, np.int32))), form
+
+
+def test_an_impossible_target_costs_infinity(backend, dtype):
+    """Catches a logarithm of 0 that becomes NaN, and -inf beside the target that is not simply left out."""
+    logits = np.asarray([[1.0, -np.inf]], bounds.host_dtype(dtype))
+    for form, op in bounds.forms(pg.cross_entropy, backend).items():
+        assert bounds.compute(op, backend, logits, np.ones(1, np.int32)) == np.inf, form
+        assert bounds.compute(op, backend, logits, np.zeros(1, np.int32)) == 0, form
+
+
+@pytest.mark.parametrize("dtype", strategies.SHARED_DTYPES)
+def test_backends_agree_on_cross_entropy(dtype):
+    """Catches two backends that are both near the truth by their own account, and not near each other."""
+    random = np.random.default_rng(5)
+    logits = random.normal(0, 4, (3, 40)).astype(bounds.host_dtype(dtype))
+    targets = random.integers(0, 40, 3, np.int32)
+    results = bounds.compute_everywhere(pg.cross_entropy, dtype, logits, targets)
+    errors = {name: bound(logits, targets, pg.get_backend(name)).error for name in results}
+    for one, other in combinations(results, 2):
+        ratio = bounds.Bounded(bounds.exact(results[other]), errors[one] + errors[other]).ratio(results[one])
+        assert ratio <= 1, f"{one} and {other} differ by {ratio:.3g} times the sum of their bounds"
