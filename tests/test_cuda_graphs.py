@@ -51,7 +51,7 @@ class Recording(TorchDispatchMode):
             assert function is torch.ops.aten.index_copy_.default, function
             return args[0]
         result = function(*args, **kwargs)
-        assert isinstance(result, torch.Tensor | tuple), function
+        assert isinstance(result, torch.Tensor | tuple | list), function
         made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         made = [x for x in made if memory(x) not in map(memory, given)]  # not a view
         for x in made:
