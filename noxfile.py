@@ -43,7 +43,7 @@ def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) 
     """Run pytest, and once more where JAX computes in float64."""
     # To choose tests that are all of the one kind or all of the other is no mistake.
     codes = [0, 5] if session.posargs else [0]
-    # Compiling, most of the time, uses one core. Each of two takes half of the files, and then what the other has left.
+    # Compiling, most of the time, uses one core. Each of two takes half of the tests, then what the other has left.
     args = ("-n", "2", "--dist", "worksteal", *args)
     session.run("pytest", *args, *session.posargs, env=env, success_codes=codes)
     if x64:

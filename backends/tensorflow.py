@@ -34,7 +34,7 @@ _jit_softmax = tf.function(tf.nn.softmax, jit_compile=True, autograph=False, red
 
 
 def _index(x: Any) -> Any:
-    """Return integers of any dtype as of one that tf.gather takes."""
+    """Return integers in a dtype that TensorFlow looks up by."""
     return x if x.dtype in (tf.int32, tf.int64) else tf.cast(x, tf.int64)
 
 
@@ -299,7 +299,7 @@ class TensorflowBackend(Backend):
         return tf.where(((rows >= 0) & (rows < n))[:, None], taken, buffer)
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
-        return tf.tensor_scatter_nd_add(x, indices[:, None], rows)
+        return tf.tensor_scatter_nd_add(x, _index(indices)[:, None], rows)
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:

@@ -34,6 +34,11 @@ _Axis = int | tuple[int, ...] | None
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
+def _index(x: Any) -> Any:
+    """Return integers in a dtype that torch looks up by."""
+    return x if x.dtype in (torch.int32, torch.int64) else x.long()
+
+
 class _Namespace:
     """The array-API functions that portable code uses, over torch.Tensor."""
 
@@ -63,11 +68,12 @@ class _Namespace:
 
     @staticmethod
     def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
-        indices = indices if indices.dtype in (torch.int32, torch.int64) else indices.long()
-        return torch.index_select(x, axis or 0, indices)
+        return torch.index_select(x, axis or 0, _index(indices))
 
     @staticmethod
     def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
+        if x.shape[:-1] == indices.shape[:-1] and axis in (-1, x.ndim - 1):
+            return torch.gather(x, -1, indices.long())  # the other takes what is out of range modulo the length
         return torch.take_along_dim(x, indices.long(), axis)
 
     @staticmethod
@@ -190,9 +196,11 @@ def _embed(ids: Any, w: Any) -> Any:
 def _cross_entropy(logits: Any, targets: Any) -> Any:
     if logits.dtype not in _WIDE or targets.dtype not in (torch.int32, torch.int64):
         return NotImplemented
-    if targets.shape != logits.shape[:-1] or _is_distributed(logits) or _is_distributed(targets):
+    if not logits.ndim or targets.shape != logits.shape[:-1] or targets.device != logits.device:
         return NotImplemented
-    # F.cross_entropy would leave out where the target is -100.
+    if _is_distributed(logits) or _is_distributed(targets):
+        return NotImplemented
+    # F.cross_entropy leaves out, unless it is told otherwise, where the target is -100.
     return -torch.log_softmax(logits, -1).gather(-1, targets.long()[..., None]).mean()
 
 
@@ -397,14 +405,14 @@ class TorchBackend(Backend):
         return buffer
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
-        return x.index_add(0, indices, rows)
+        return x.index_add(0, _index(indices), rows)
 
     def split(self, x: Any, n: int) -> Sequence[Any]:
-        parts: Sequence[Any] = x.chunk(n, -1)  # the gradient of which is one array, and of slices a sum of n
+        parts: Sequence[Any] = x.chunk(n, -1)  # its gradient is one concatenation, that of slices a sum of n arrays
         return parts
 
     def part_size(self, x: Any) -> int | None:
-        return 2048 if self.device(x) == "cpu" else None  # of 1024 its products are slower
+        return 2048 if self.device(x) == "cpu" else None  # 12 windows of 256: 0.576 s, of 1024 0.611
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:

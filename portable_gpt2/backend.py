@@ -175,7 +175,7 @@ class Backend:
         raise NotImplementedError
 
     def part_size(self, x: Any) -> int | None:
-        """Return of how many tokens, about, a gradient beside x is best taken at a time; None for all at once.
+        """Return of about how many tokens at a time a gradient is best taken where x is; None for all at once.
 
         Large arrays that are freed on a CPU go back to the system, unless the framework keeps them, and to take them
         again costs page faults; small parts use the same memory again.
@@ -251,7 +251,7 @@ class Backend:
         return x + xp.matmul(xp.astype(chosen, x.dtype), rows)
 
     def split(self, x: Any, n: int) -> Sequence[Any]:
-        """Return the n equal parts of x along its last axis."""
+        """Return the n equal parts of x along its last axis, which n divides. They may share x's memory."""
         size = self.shape(x)[-1] // n
         return [x[..., i * size : (i + 1) * size] for i in range(n)]
 

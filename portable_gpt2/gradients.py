@@ -175,7 +175,8 @@ def cross_entropy(
     backend = backend_of(logits)
     xp = backend.xp
     *start, vocab = backend.shape(logits)
-    is_target = targets[..., None] == backend.arange(vocab, like=targets)
+    ids = backend.arange(vocab, like=targets)
+    is_target = xp.astype(targets, ids.dtype)[..., None] == ids
 
     def backward(dy: Any = 1.0) -> Any:
         p = ops.softmax(logits)

@@ -102,6 +102,7 @@ SHAPES = {
     "targets_of_another_length": Bad(
         "cross_entropy", [f(2, 5), i(3)], ["targets has shape [3]", "*batch = [2] from logits of shape [2, 5]"]
     ),
+    "logits_are_a_scalar": Bad("cross_entropy", [f(), i()], ["logits has shape []", "[*batch, vocab]"]),
     "targets_of_fewer_rows": Bad("cross_entropy", [f(3, 5), i(2)], ["targets has shape [2]", "*batch = [3]"]),
     "logits_of_a_scalar": Bad("unembed", [f(), f(4, 5)], ["x has shape []", "[*batch, d]"]),
     "axis_beyond_the_last": Bad("softmax", [f(2, 5)], ["axis is 2", "shape [2, 5]", "-2 to 1"], {"axis": 2}),

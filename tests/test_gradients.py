@@ -7,6 +7,7 @@ imaginary part is the derivative without a difference being taken, exact to roun
 import bounds
 import numpy as np
 import pytest
+import strategies
 from cases import UNIT, assert_agrees
 from plain_gpt2 import on_backend, plain_gpt2, random_weights
 
@@ -246,6 +247,18 @@ def test_gradients_of_the_loss_agree_on_every_backend(backend, name):
         ratio = max(abs(got[path] - truth[path]).max() for path in truth) / (4 * error)
         bounds.record("gradient", backend.name, "float32", float(ratio))
         assert ratio <= 1, way
+
+
+def test_the_gradient_by_hand_takes_ids_of_any_integer_dtype(backend):
+    """Catches ids that are compared, or added up by, in a dtype that the framework lacks."""
+    params = on_backend(backend, random_weights(CONFIG))
+    expected, backward = gradients.loss(params, backend.from_numpy(TOKENS), CONFIG)
+    truth = arrays_of(backend, backward())
+    for dtype in strategies.integer_dtypes(backend):
+        value, backward = gradients.loss(params, backend.from_numpy(TOKENS.astype(dtype)), CONFIG)
+        assert backend.to_numpy(value) == backend.to_numpy(expected), dtype
+        for path, a in arrays_of(backend, backward()).items():
+            np.testing.assert_array_equal(a, truth[path], err_msg=f"{path}, {dtype}")
 
 
 def test_a_row_that_is_read_twice_gets_both_gradients(backend):

@@ -232,13 +232,43 @@ def test_a_part_is_of_a_thousand_tokens_where_that_divides_the_batch(batch, seq,
     assert training.trainer._in_parts(tokens, None).shape == (1, *tokens.shape)
 
 
-@pytest.mark.parametrize("shape", [(0, 17), (17,), (2, 3, 17)])
-def test_a_batch_without_windows_is_refused(backend, shape):
-    """Catches a step along the gradient of nothing."""
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        (np.zeros((0, 17), np.int32), ValueError, r"shape \[0, 17\]; expected int \[batch, seq\]"),
+        (np.zeros(17, np.int32), ValueError, r"shape \[17\]; expected int \[batch, seq\]"),
+        (
+            np.zeros((2, 1), np.int32),
+            ValueError,
+            r"nothing to predict; expected int \[batch, seq \+ 1\]",
+        ),
+        (np.full((2, 17), CONFIG.n_vocab), ValueError, f"token id {CONFIG.n_vocab} is not in the vocabulary"),
+        (np.full((2, 17), -1), ValueError, "token id -1 is not in the vocabulary"),
+        (np.zeros((2, 17)), TypeError, "dtype float64; expected integers"),
+        (
+            np.zeros((2, CONFIG.n_ctx + 2), np.int32),
+            ValueError,
+            f"{CONFIG.n_ctx + 1} tokens .* n_ctx",
+        ),
+    ],
+    ids=["no window", "one axis", "nothing to predict", "beyond the vocabulary", "negative", "floats", "too long"],
+)
+def test_what_is_no_batch_of_windows_is_refused(backend, text, kind, message):
+    """Catches a step along the gradient of nothing, or of ids that a framework takes for others."""
     learner = Trainer(CONFIG, RECIPE, backend)
     state = learner.start(pg.init_params(CONFIG, backend=backend))
-    with pytest.raises(ValueError, match=r"a batch has shape .*; expected windows of text, \[batch, seq \+ 1\]"):
-        learner.step(state, [np.zeros(shape, np.int32)])
+    for call in (lambda: learner.step(state, [text]), lambda: learner.evaluate(state.params, text)):
+        with pytest.raises(kind, match=message):
+            call()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int64"])
+def test_windows_may_be_of_any_integer_dtype(backend, dtype):
+    """Catches ids that are compared, or looked up, in a dtype that the framework lacks."""
+    learner = Trainer(CONFIG, RECIPE, backend)
+    state, text = learner.start(pg.init_params(CONFIG, backend=backend)), texts(0, 2)
+    assert learner.step(state, [text.astype(dtype)])[1] == learner.step(state, [text.astype(np.int32)])[1]
+    assert learner.evaluate(state.params, text.astype(dtype)) == learner.evaluate(state.params, text.astype(np.int32))
 
 
 def test_a_gradient_is_taken_in_parts_on_a_cpu_alone(backend):

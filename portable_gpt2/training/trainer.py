@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import gradients
 from ..backend import Backend
-from ..checks import check_params
+from ..checks import check_ids, check_length, check_params
 from ..config import GPT2Config
 from ..model import loss
 from ..params import Params, map_tree
@@ -75,7 +75,7 @@ class Trainer:
         ----------
         state : State
         batches : int arrays [batch, seq + 1]
-            Windows of text, as many arrays as the recipe accumulates.
+            Windows of text, as many arrays as the recipe accumulates, of any integer dtype.
 
         Returns
         -------
@@ -89,16 +89,18 @@ class Trainer:
         Raises
         ------
         ValueError
-            If a batch has no window, or is not of two axes.
+            If a batch has no window, is not of two axes, or has an id that is not in the vocabulary, or if its windows
+            are longer than n_ctx + 1.
+        TypeError
+            If it is not of integers.
         """
         device = self.backend.placement(state.params["wte"])
         size = self.backend.part_size(state.params["wte"])
         with self.backend.on(device):
             values, grads = [], None
             for tokens in batches:
-                value, more = self._gradient(
-                    state.params, self.backend.from_numpy(_in_parts(tokens, size), device=device)
-                )
+                parts = self.backend.from_numpy(_in_parts(self._windows(tokens), size), device=device)
+                value, more = self._gradient(state.params, parts)
                 values.append(value)
                 grads = more if grads is None else self._add(grads, more)
             now = self.backend.from_numpy(rates(state.step, self.recipe), self.recipe.master_dtype, device)
@@ -107,7 +109,8 @@ class Trainer:
             return State(state.step + 1, params, moments), float(np.mean(losses)), float(self.backend.to_numpy(norm))
 
     def evaluate(self, params: Params, windows: np.ndarray) -> float:
-        """Return the mean loss of windows of text, int [n, seq + 1], in nats a token."""
+        """Return the mean loss of windows of text, int [n, seq + 1], in nats a token; they are checked as by `step`."""
+        windows = self._windows(windows)
         device = self.backend.placement(params["wte"])
         size, losses = self.recipe.batch_size, []
         with self.backend.on(device):
@@ -116,6 +119,13 @@ class Trainer:
                 value = self._loss(params, self.backend.from_numpy(batch, device=device))
                 losses.append(len(batch) * float(self.backend.to_numpy(value)))
         return float(np.sum(losses) / len(windows))
+
+    def _windows(self, given: Any) -> np.ndarray:
+        tokens = check_ids(given, self.config, axes=2)
+        if tokens.shape[1] < 2:
+            raise ValueError("a window has one token, and nothing to predict; expected int [batch, seq + 1]")
+        check_length(tokens.shape[1] - 1, self.config)
+        return tokens
 
     def _loss_of(self, _: Any, params: Params, tokens: Any) -> Any:
         return loss(self._computing(params), tokens, self.config)
@@ -169,10 +179,8 @@ def _in_parts(tokens: np.ndarray, size: int | None) -> np.ndarray:
     >>> _in_parts(np.zeros((12, 257)), 1024).shape, _in_parts(np.zeros((7, 257)), 1024).shape
     ((3, 4, 257), (1, 7, 257))
     """
-    if tokens.ndim != 2 or not tokens.size:
-        raise ValueError(f"a batch has shape {list(tokens.shape)}; expected windows of text, [batch, seq + 1]")
     batch, length = tokens.shape
     if size is None:
         return tokens[None]
     divisors = (n for n in range(1, batch + 1) if batch % n == 0)
-    return tokens.reshape(-1, min(divisors, key=lambda n: abs(math.log(n * max(1, length - 1) / size))), length)
+    return tokens.reshape(-1, min(divisors, key=lambda n: abs(math.log(n * (length - 1) / size))), length)

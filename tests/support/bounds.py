@@ -61,7 +61,7 @@ _TANH = {
     ("jax", "float64"): 8.0,  # seen 6.92
 }
 
-LOG_ERROR = 8.0  # of every backend's log, between 1 and a million; seen 3.9
+LOG_ERROR = 8.0  # of every backend's log between 1 and a million; seen 3.9 in tf.math.log, 3.6 in NumPy's, 2.0 in JAX's
 
 
 def exp_error(backend: str, dtype: str) -> float:

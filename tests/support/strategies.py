@@ -1,5 +1,7 @@
 """Arrays as the ops meet them: every number of axes, empty ones too, every magnitude, every layout in memory."""
 
+from typing import Any
+
 import bounds
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -22,6 +24,19 @@ SHARED_DTYPES = ["float32", "bfloat16", "float16", pytest.param("float64", marks
 wide_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 LAYOUTS = ["C", "Fortran", "transposed", "strided", "reversed", "read-only"]
+
+
+def integer_dtypes(backend: Any) -> list[str]:
+    """Return the dtypes of ids that the backend takes: JAX has no int64 without its x64 switch."""
+
+    def takes(dtype: str) -> bool:
+        try:
+            backend.from_numpy(np.zeros(1, dtype))
+        except TypeError:
+            return False
+        return True
+
+    return [dtype for dtype in ("int8", "uint8", "int16", "int32", "int64") if takes(dtype)]
 
 
 def shapes(*, least: int = 0, most: int = 5) -> st.SearchStrategy[tuple[int, ...]]:
