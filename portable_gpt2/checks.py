@@ -1,33 +1,184 @@
-"""What is asked of a model, checked on the host before anything is computed."""
+"""Validation of what users pass. A check returns the value as Python's own type, which the code then computes with.
+
+NumPy's narrow integers wrap around, and its floats round: a number that was validated is an ``int`` or a ``float`` from
+here on. Messages name the argument, what was given, and what was expected.
+"""
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
+import os
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .backend import backend_of
-from .config import GPT2Config
-from .params import Params, flatten, shapes
-from .sampling import check_options
+
+if TYPE_CHECKING:
+    from .config import GPT2Config
+
+LARGEST = 2**63 - 1
+"""The largest count that is accepted: more would not fit into the integers of NumPy and of the frameworks."""
+
+
+def shown(x: Any) -> str:
+    """Return the repr of a value, shortened to a line: it may have a million characters, or raise."""
+    try:
+        text = " ".join(repr(x).split())
+    except Exception as error:  # an int of more than 4,300 digits has no repr; a stranger's class may raise anything
+        text = f"<{type(x).__name__} that cannot be printed: {type(error).__name__}>"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def is_int(x: Any) -> bool:
-    """Return whether x is a whole number, Python's or NumPy's, and no bool."""
+    """Return whether x is a whole number, Python's or NumPy's. A bool is not one, and neither is 1.0."""
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
-def check_params(params: Params, config: GPT2Config) -> None:
-    """Refuse parameters of another model: one block too many or too few would compute something else in silence."""
-    expected, found = shapes(config), dict(flatten(params))
-    for verb, paths in (("lack", expected.keys() - found.keys()), ("hold", found.keys() - expected.keys())):
-        if paths:
-            raise ValueError(f"the parameters {verb} {', '.join(sorted(paths)[:3])}; config says {config}")
-    for path, x in found.items():
-        if (shape := backend_of(x).shape(x)) != expected[path]:
-            raise ValueError(f"{path} has shape {list(shape)}; config makes it {list(expected[path])}")
+def is_number(x: Any) -> bool:
+    """Return whether x is a real number, Python's or NumPy's. A bool is not one."""
+    return isinstance(x, numbers.Real | np.integer | np.floating) and not isinstance(x, bool)
+
+
+def integer(name: str, x: Any, low: int = 0, high: int = LARGEST, *, note: str = "") -> int:
+    """Return a whole number from low to high as Python's int.
+
+    Raises
+    ------
+    ValueError
+        If x is not a whole number, or is out of the range. `note` is added to what was expected.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_gpt2.checks import integer
+    >>> integer("top_k", np.uint8(200)) + 100
+    300
+    """
+    if is_int(x) and low <= (value := operator.index(x)) <= high:
+        return value
+    if low == -LARGEST:
+        expected = "an int"
+    elif high == LARGEST:
+        expected = f"an int of at least {low}" if not is_int(x) or x < low else "an int below 2**63"
+    else:
+        expected = f"an int from {low} to {high}"
+    raise ValueError(f"{name} is {shown(x)}; expected {expected}{note and f' ({note})'}")
+
+
+def number(
+    name: str,
+    x: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    note: str = "",
+) -> float:
+    """Return a finite number from low to high as Python's float. With `above` or `below`, that end is left out.
+
+    Raises
+    ------
+    ValueError
+        If x is not a number, is NaN or infinite, or is out of the range. `note` is added to what was expected.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_gpt2.checks import number
+    >>> number("temperature", np.float32(0.5))
+    0.5
+    """
+    try:
+        value = float(x) if is_number(x) else math.nan
+    except OverflowError:  # an int beyond the largest float
+        value = math.nan
+    in_range = (low < value if above else low <= value) and (value < high if below else value <= high)
+    if in_range and math.isfinite(value):
+        return value
+    expected = f"a number {'above' if above else 'of at least'} {low:g}"
+    if high < math.inf:
+        ends = f"{'below' if below else 'at most'} {high:g}"
+        expected = f"{expected} and {ends}" if above or below else f"a number from {low:g} to {high:g}"
+    raise ValueError(f"{name} is {shown(x)}; expected {expected}{note and f' ({note})'}")
+
+
+def seed(x: Any) -> int:
+    """Return a seed of a random stream: an int from 0 to 2**64 - 1."""
+    if not is_int(x) or not 0 <= x < 2**64:
+        raise ValueError(f"seed is {shown(x)}; expected an int from 0 to 2**64 - 1")
+    return operator.index(x)
+
+
+def random_seed() -> int:
+    """Return a seed for where none was given, short enough to be typed again."""
+    return secrets.randbits(32)
+
+
+def path(name: str, x: Any) -> Path:
+    """Return a path that names something: an empty one would be the current directory.
+
+    Raises
+    ------
+    TypeError
+        If x is not a str or an `os.PathLike` of one.
+    ValueError
+        If it is empty, or holds a NUL, which no path can.
+
+    Examples
+    --------
+    >>> from portable_gpt2.checks import path
+    >>> path("directory", "")
+    Traceback (most recent call last):
+    ...
+    ValueError: directory is an empty path; if it comes from a variable, the variable is not set
+    """
+    try:
+        text = os.fspath(x)
+    except TypeError:
+        text = None
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {shown(x)}; expected a path, as a str or a pathlib.Path")
+    if not text.strip():
+        raise ValueError(f"{name} is an empty path; if it comes from a variable, the variable is not set")
+    if "\0" in text:
+        raise ValueError(f"{name} is {shown(text)}, which holds a NUL character; no path can")
+    return Path(text)
+
+
+def memory(n_bytes: int, what: str) -> None:
+    """Refuse what needs more memory than the machine has, before anything is made.
+
+    Parameters
+    ----------
+    n_bytes : int
+        How many bytes it takes at least.
+    what : str
+        What takes them, as the message begins: ``a vocabulary of 10**12 entries``.
+
+    Raises
+    ------
+    ValueError
+        If the machine has less memory. Where the system does not say how much it has, nothing is refused.
+    """
+    if n_bytes > (total := total_memory()):
+        raise ValueError(
+            f"{what} would take {n_bytes / 2**30:,.1f} GiB of memory; this machine has {total / 2**30:,.1f}"
+        )
+
+
+def total_memory() -> float:
+    """Return the machine's memory in bytes; infinity where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def check_ids(given: Any, config: GPT2Config, axes: int) -> np.ndarray:
@@ -57,14 +208,13 @@ def check_length(seq: int, config: GPT2Config) -> None:
         raise ValueError(f"{seq} tokens were given; the model has n_ctx = {config.n_ctx} positions")
 
 
-def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: GPT2Config, sliding: bool) -> None:
-    """Refuse prompts that do not fit into the context together with what is to be drawn."""
-    if not is_int(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected an int of at least 0")
+def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: GPT2Config, sliding: bool) -> int:
+    """Return how many new tokens were asked for; refuse prompts that do not fit into the context with so many."""
+    max_new_tokens = integer("max_new_tokens", max_new_tokens)
     if sliding:
         if config.n_ctx < 2:
             raise ValueError("sliding needs a context of two tokens at least; the model has n_ctx = 1")
-        return
+        return max_new_tokens
     longest = max(map(len, prompts), default=0)
     if longest + max_new_tokens > config.n_ctx:
         room = config.n_ctx - longest
@@ -73,6 +223,7 @@ def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: GP
             f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} do not fit into "
             f"n_ctx = {config.n_ctx}: {advice}, or let the window slide (sliding)"
         )
+    return max_new_tokens
 
 
 def check_stop(stop: str | int | Iterable[str | int] | None, config: GPT2Config) -> tuple[set[int], list[str]]:
@@ -91,19 +242,3 @@ def check_stop(stop: str | int | Iterable[str | int] | None, config: GPT2Config)
         else:
             ends.add(int(each))
     return ends, strings
-
-
-def check_drawing(
-    temperature: Any, top_k: Any, top_p: Any, min_p: Any, repetition_penalty: Any, seed: int | None
-) -> dict[str, Any]:
-    """Return the options of `sampling.sample`, with a seed that is drawn if none is given."""
-    options = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": secrets.randbits(63) if seed is None else seed,
-    }
-    check_options(**options)
-    return options

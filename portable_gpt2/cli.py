@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterable
@@ -17,9 +16,9 @@ from typing import Any, NoReturn
 
 from .backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
 from .checkpoint import SHIPPED, convert
-from .checks import check_drawing
 from .completion import Completion
 from .gpt2 import GPT2
+from .sampling import Sampling
 from .training.command import add_options as add_training_options
 from .training.command import run as run_training
 
@@ -67,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="make what was used less likely (default: 1)"
     )
-    add("--seed", type=int, help="the same seed draws the same text on every backend (default: one is drawn)")
+    add(
+        "--seed",
+        type=int,
+        help="the same seed gives the same text on every backend (default: random, one for each prompt)",
+    )
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given several times")
     add("--stop-token", action="append", default=[], type=int, metavar="ID", help="end before this token id")
     add("--num-samples", type=int, default=1, metavar="N", help="continue each prompt N times (default: 1)")
@@ -176,20 +179,20 @@ def _load(arguments: argparse.Namespace) -> GPT2:
 def _generate(arguments: argparse.Namespace) -> int:
     contents = {name: _read(name) for name in arguments.prompt_file}
     prompts = [*arguments.prompt, *map(contents.__getitem__, arguments.prompt_file)] or [""]
-    drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    check_drawing(**{name: getattr(arguments, name) for name in drawing})  # before a model is loaded
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    sampling = Sampling(**{name: getattr(arguments, name) for name in names})  # checked before a model is loaded
     model = _load(arguments)
-    seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "sliding")
-    options = {name: getattr(arguments, name) for name in (*names, "allow_special")}
+    options = {name: getattr(arguments, name) for name in (*names, "max_new_tokens", "sliding", "allow_special")}
     options["stop"] = [*arguments.stop, *arguments.stop_token]
     alone = len(prompts) == arguments.num_samples == 1 and not arguments.json
     if alone:
-        pieces = model.stream(prompts[0], seed=seed, **options)
+        options["seed"] = sampling.seed
+        pieces = model.stream(prompts[0], **options)
     else:
         many = {"num_samples": arguments.num_samples, "batch_size": arguments.batch_size}
-        completions = model.complete(prompts, seed=seed, **many, **options)
-    print(f"{model!r}, seed {seed}, from {model.source}", file=sys.stderr, flush=True)
+        completions = model.complete(prompts, **many, **options)
+    seed = "" if options["seed"] is None else f", seed {options['seed']}"
+    print(f"{model!r}{seed}, from {model.source}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     if alone:
         _write(prompts[0])
@@ -199,21 +202,22 @@ def _generate(arguments: argparse.Namespace) -> int:
         drawn = min(drawn, arguments.max_new_tokens)  # a text that ends within a character has a piece more
         _write("\n")
     else:
-        drawn = _write_all(completions, arguments, seed)
+        drawn = _write_all(completions, arguments)
     seconds = time.perf_counter() - start
     print(f"{drawn} tokens in {seconds:.2f} s, {drawn / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
 
 
-def _write_all(completions: Iterable[Completion], arguments: argparse.Namespace, seed: int) -> int:
+def _write_all(completions: Iterable[Completion], arguments: argparse.Namespace) -> int:
     """Write texts as they are complete; return how many tokens they have."""
     drawn = 0
     for i, completion in enumerate(completions):
         drawn += len(completion.tokens)
         if arguments.json:
-            _write(json.dumps({**dataclasses.asdict(completion), "seed": seed}) + "\n")
+            _write(json.dumps(dataclasses.asdict(completion)) + "\n")
         else:
             which = f"prompt {i // arguments.num_samples + 1}, sample {completion.index + 1}"
+            which += f", seed {completion.seed}" if arguments.seed is None else ""
             _write(f"{'=' * 20} {which} {'=' * 20}\n{completion.prompt}{completion.text}\n")
     return drawn
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from .generate import Decoder, Text
+from .sampling import Sampling
 from .tokenizer import Tokenizer
 
 _T = TypeVar("_T")
@@ -29,11 +30,13 @@ class Completion:
         Which of several samples of the prompt it is, from 0.
     finish_reason : str
         ``stop`` if it ended by itself, ``length`` if max_new_tokens did it.
+    seed : int
+        The seed that it was sampled with: with it, the same prompt gives the same text.
 
     Examples
     --------
     >>> from portable_gpt2 import Completion
-    >>> Completion("To be", ", or not", [11, 393, 407], 0, "length").text
+    >>> Completion("To be", ", or not", [11, 393, 407], 0, "length", seed=7).text
     ', or not'
     """
 
@@ -42,6 +45,7 @@ class Completion:
     tokens: list[int]
     index: int
     finish_reason: str
+    seed: int
 
 
 class Reader:
@@ -105,6 +109,7 @@ class Row(NamedTuple):
 
     prompt: str
     ids: list[int]
+    sampling: Sampling
     sample: int
 
 
@@ -115,13 +120,12 @@ def complete(
     max_new_tokens: int,
     ends: set[int],
     stops: Sequence[str],
-    options: dict[str, Any],
 ) -> Iterator[Completion]:
     """Complete a batch; each row ends by itself, at a token of ends or before a string of stops."""
-    texts = [Text(list(row.ids), row.sample) for row in rows]
+    texts = [Text(list(row.ids), row.sampling, row.sample) for row in rows]
     readers = {text: Reader(tokenizer.decoder(), stops) for text in texts}
     written: dict[Text, list[str]] = {text: [] for text in texts}
-    for text in decoder.stream(texts, max_new_tokens, **options):
+    for text in decoder.stream(texts, max_new_tokens):
         if text.tokens[-1] in ends:
             text.tokens.pop()
             text.ended = True
@@ -132,7 +136,9 @@ def complete(
         if not readers[text].ended:
             written[text].append(readers[text].read(None))
         reason = "stop" if text.ended or readers[text].ended else "length"
-        yield Completion(row.prompt, "".join(written[text]), text.tokens[len(row.ids) :], row.sample, reason)
+        assert row.sampling.seed is not None
+        ids = text.tokens[len(row.ids) :]
+        yield Completion(row.prompt, "".join(written[text]), ids, row.sample, reason, row.sampling.seed)
 
 
 def batched(items: Iterable[_T], n: int) -> Iterator[list[_T]]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .checks import integer, number
+
 
 @dataclass(frozen=True)
 class GPT2Config:
@@ -61,19 +63,16 @@ class GPT2Config:
             value = getattr(self, name)
             if name == "n_inner" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a positive int")
+            object.__setattr__(self, name, integer(name, value, 1))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide")
-        eps = self.layer_norm_epsilon
-        if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 <= eps < float("inf"):
-            raise ValueError(f"layer_norm_epsilon is {self.layer_norm_epsilon!r}; expected a number of at least 0")
+        object.__setattr__(self, "layer_norm_epsilon", number("layer_norm_epsilon", self.layer_norm_epsilon))
         for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
-        eos = self.eos_token_id
-        if eos is not None and (not isinstance(eos, int) or isinstance(eos, bool) or not 0 <= eos < self.n_vocab):
-            raise ValueError(f"eos_token_id is {self.eos_token_id!r}; the vocabulary has ids 0 to {self.n_vocab - 1}")
+        if self.eos_token_id is not None:
+            eos = integer("eos_token_id", self.eos_token_id, 0, self.n_vocab - 1, note="an id of the vocabulary")
+            object.__setattr__(self, "eos_token_id", eos)
 
     @property
     def head_size(self) -> int:

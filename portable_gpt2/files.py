@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, whatever happens while they are written."""
+"""Files and directories: what is read is a regular file, and what is written is complete or absent."""
 
 from __future__ import annotations
 
@@ -7,9 +7,67 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from .checks import shown
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def regular(file: Path) -> Path:
+    """Return a path if it leads to a regular file, whatever symbolic links it goes through.
+
+    To open a named pipe would wait for a writer, perhaps for ever, and a device such as ``/dev/zero`` has no end.
+
+    Raises
+    ------
+    OSError
+        If there is no such file (FileNotFoundError), it is something other than a regular file, or it cannot be reached:
+        its symbolic links form a loop, its name is too long, a directory above it may not be read. The message is a
+        sentence that names it.
+
+    Examples
+    --------
+    >>> import pathlib
+    >>> from portable_gpt2 import files
+    >>> files.regular(pathlib.Path("/"))
+    Traceback (most recent call last):
+    ...
+    OSError: /: is a directory; expected a regular file
+    """
+    try:
+        kind = stat.S_IFMT(file.stat().st_mode)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except OSError as error:
+        loop = error.errno == errno.ELOOP
+        raise OSError(f"{file}: {'a loop of symbolic links' if loop else error.strerror}") from None
+    except ValueError as error:  # a NUL in the name
+        raise OSError(f"{shown(str(file))}: {error}") from None
+    if kind != stat.S_IFREG:
+        raise OSError(f"{file}: is {_KINDS.get(kind, 'something else')}; expected a regular file")
+    return file
+
+
+def holds_file(file: Path) -> bool:
+    """Return whether there is a file of this name; if there is something else, refuse it as `regular` does."""
+    try:
+        regular(file)
+    except FileNotFoundError:
+        if file.is_symlink():
+            raise FileNotFoundError(f"{file}: a symbolic link to {os.readlink(file)}, where there is no file") from None
+        return False
+    return True
 
 
 @contextlib.contextmanager

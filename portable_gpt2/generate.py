@@ -17,7 +17,7 @@ from .config import GPT2Config
 from .model import Cache, grow_cache, new_cache, output_table, transformer
 from .ops import unembed
 from .params import Params
-from .sampling import sample
+from .sampling import Sampling, sample_with
 
 _SMALLEST = 64
 
@@ -29,7 +29,9 @@ class Text:
     Parameters
     ----------
     tokens : list of int
-        The prompt, of at least one token, and what was drawn after it.
+        The prompt, of at least one token, and the tokens that were sampled after it.
+    sampling : Sampling
+        How its tokens are sampled.
     index : int
         Which of several samples of one prompt it is.
     ended : bool
@@ -37,6 +39,7 @@ class Text:
     """
 
     tokens: list[int]
+    sampling: Sampling
     index: int = 0
     ended: bool = False
 
@@ -87,8 +90,8 @@ class Decoder:
     def _ints(self, values: Any) -> Any:
         return self.backend.from_numpy(np.asarray(values, np.int32), device=self.device)
 
-    def stream(self, texts: Sequence[Text], max_new_tokens: int, **options: Any) -> Iterator[Text]:
-        """Draw new tokens, each by `sampling.sample` with these options; yield a text whenever one was added to it.
+    def stream(self, texts: Sequence[Text], max_new_tokens: int) -> Iterator[Text]:
+        """Sample new tokens; yield a text whenever one was added to it.
 
         Whoever finds a text complete marks it so. A text that fills n_ctx goes on from its last n_ctx // 2 tokens;
         texts of several lengths must not come to that, as the longest would cut the others.
@@ -98,10 +101,10 @@ class Decoder:
             length = max(len(text.tokens) for text in texts)
             read = length if length < n_ctx else n_ctx // 2
             drawn = min(max_new_tokens, n_ctx - read)
-            yield from self._fill(texts, read, read + drawn, options)
+            yield from self._fill(texts, read, read + drawn)
             max_new_tokens -= drawn
 
-    def _fill(self, texts: Sequence[Text], read: int, final: int, options: Any) -> Iterator[Text]:
+    def _fill(self, texts: Sequence[Text], read: int, final: int) -> Iterator[Text]:
         """Read the last tokens of each text, and draw until the longest is of its final length."""
         unread = [text.tokens[-read:] for text in texts]
         padding = [read - len(tokens) for tokens in unread]
@@ -119,7 +122,7 @@ class Decoder:
             for text, row in zip(texts, logits, strict=True):
                 if not text.ended:
                     seen = text.tokens
-                    text.tokens.append(sample(row, len(seen), seen=seen, index=text.index, **options))
+                    text.tokens.append(sample_with(text.sampling, row, len(seen), seen, text.index))
                     yield text
             if all(text.ended for text in texts):
                 return

@@ -12,12 +12,13 @@ import numpy as np
 
 from .backend import Backend, backend_of, get_backend
 from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
-from .checks import check_drawing, check_ids, check_length, check_params, check_room, check_stop, is_int
+from .checks import check_ids, check_length, check_room, check_stop, integer
 from .completion import Completion, Reader, Row, batched, complete
 from .config import GPT2Config
 from .generate import Decoder, Text, padded_length
 from .model import gpt2
-from .params import Params, flatten, nest, shapes
+from .params import Params, check_params, flatten, nest, shapes
+from .sampling import Sampling
 from .score import Score, log_probs
 from .tokenizer import Tokenizer
 
@@ -208,7 +209,7 @@ class GPT2:
             See `sampling.sample`: temperature 0 is greedy; 0 or None switch top_k off, None top_p and min_p, 1 the
             penalty.
         seed : int, optional
-            The same seed draws the same tokens on every backend. One is drawn unless given.
+            The same seed gives the same tokens on every backend; a random one unless given.
         stop : int or ints, optional
             Token ids that end the continuation, and are not part of it.
         sliding : bool
@@ -227,9 +228,9 @@ class GPT2:
         ends, strings = check_stop(stop, self.config)
         if strings:
             raise TypeError(f"stop names {strings[0]!r}; expected token ids (stream and generate take strings)")
-        check_room([prompt], max_new_tokens, self.config, sliding)
-        options = check_drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        drawn = self._decoder.stream([Text(prompt)], max_new_tokens, **options)
+        max_new_tokens = check_room([prompt], max_new_tokens, self.config, sliding)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        drawn = self._decoder.stream([Text(prompt, sampling)], max_new_tokens)
         return takewhile(lambda token: token not in ends, (text.tokens[-1] for text in drawn))
 
     def stream(
@@ -288,7 +289,8 @@ class GPT2:
         """Return an iterator over what continues several prompts, computed several at a time.
 
         Each text is what the prompt alone would have given with the same seed: it depends neither on the other prompts
-        nor on their order.
+        nor on their order. Equal prompts therefore get equal texts if a seed is given; without one, each prompt gets a
+        random seed of its own, which `Completion` has.
 
         Parameters
         ----------
@@ -316,21 +318,20 @@ class GPT2:
         tokenizer = self._require_tokenizer()
         if isinstance(prompts, str):
             raise TypeError(f"prompts is the text {prompts[:40]!r}; expected several, such as a list of one")
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if not is_int(value) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected an int of at least 1")
+        num_samples, batch_size = integer("num_samples", num_samples, 1), integer("batch_size", batch_size, 1)
         prompts = list(prompts)
         ids = [self._prompt_ids(prompt, allow_special) for prompt in prompts]
         ends, strings = check_stop(stop, self.config)
-        check_room(ids, max_new_tokens, self.config, sliding)
-        options = check_drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        rows = [Row(p, t, k) for p, t in zip(prompts, ids, strict=True) for k in range(num_samples)]
+        max_new_tokens = check_room(ids, max_new_tokens, self.config, sliding)
+        options = (temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        samplings = [Sampling(*options) for _ in prompts] or [Sampling(*options)]  # without a prompt, they are checked
+        rows = [Row(p, t, s, k) for p, t, s in zip(prompts, ids, samplings, strict=False) for k in range(num_samples)]
         # Where the window slides, the longest text would cut the others: only those of one length go together.
         groups = groupby(rows, key=lambda row: len(row.ids) if sliding else 0)
         batches = (batch for _, group in groups for batch in batched(group, batch_size))
         ends.update(self._end_of_text())
         return chain.from_iterable(
-            complete(self._decoder, tokenizer, batch, max_new_tokens, ends, strings, options) for batch in batches
+            complete(self._decoder, tokenizer, batch, max_new_tokens, ends, strings) for batch in batches
         )
 
     @overload
@@ -419,8 +420,7 @@ class GPT2:
         """
         n_ctx = self.config.n_ctx
         stride = n_ctx // 2 if stride is None else stride
-        if not is_int(stride) or not 1 <= stride < n_ctx:
-            raise ValueError(f"stride is {stride!r}; expected an int from 1 to n_ctx - 1 = {n_ctx - 1}")
+        stride = integer("stride", stride, 1, n_ctx - 1, note="the largest is n_ctx - 1")
         tokens = [] if isinstance(ids, list) and not ids else check_ids(ids, self.config, axes=1).tolist()
         start = [self._start("bos was asked for")] if bos else []
 

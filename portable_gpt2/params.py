@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.random import Philox
 
-from .backend import Backend, get_backend
+from . import checks
+from .backend import Backend, backend_of, get_backend
 from .config import GPT2Config
 
 Params = dict[str, Any]
@@ -226,7 +227,7 @@ def _initial(path: str, shape: tuple[int, ...], stdev: float, seed: int) -> np.n
 def _normal(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Draw from N(0, 1) by Box and Muller's transform of raw Philox words, whose stream NumPy promises to keep."""
     scope = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
-    key = np.asarray([check_seed(seed), scope], np.uint64)  # a plain list of the two would pass through float64
+    key = np.asarray([checks.seed(seed), scope], np.uint64)  # a plain list of the two would pass through float64
     n = math.prod(shape)
     words = Philox(key=key).random_raw(2 * ((n + 1) // 2)).reshape(2, -1)
     u, v = ((words >> np.uint64(12)) + 0.5) * 2.0**-52  # strictly between 0 and 1
@@ -234,8 +235,12 @@ def _normal(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)])[:n].reshape(shape)
 
 
-def check_seed(seed: int) -> int:
-    """Return the seed if it is one: an int of 64 bits without a sign."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed!r}; expected an int from 0 to 2**64 - 1")
-    return int(seed)
+def check_params(params: Params, config: GPT2Config) -> None:
+    """Refuse parameters of another model: one block too many or too few would compute something else in silence."""
+    expected, found = shapes(config), dict(flatten(params))
+    for verb, paths in (("lack", expected.keys() - found.keys()), ("hold", found.keys() - expected.keys())):
+        if paths:
+            raise ValueError(f"the parameters {verb} {', '.join(sorted(paths)[:3])}; config says {config}")
+    for path, x in found.items():
+        if (shape := backend_of(x).shape(x)) != expected[path]:
+            raise ValueError(f"{path} has shape {list(shape)}; config makes it {list(expected[path])}")

@@ -9,20 +9,37 @@ than the frameworks' logits do. Filters only mask entries; they do not shift the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.random import Philox  # now: imported at the first draw, it would swallow a Ctrl-C
 
-from .params import check_seed
+from . import checks
 
 
-def check_options(
-    temperature: Any, top_k: Any, top_p: Any, seed: Any, min_p: Any = None, repetition_penalty: Any = 1.0
-) -> None:
-    """Refuse options that make no sense.
+@dataclass(frozen=True)
+class Sampling:
+    """The options of sampling, validated once.
+
+    Parameters
+    ----------
+    temperature : float
+        What the logits are divided by; 0 takes the largest.
+    top_k : int, optional
+        Keep the k largest logits, and all that equal the smallest of these; 0 or None keeps all.
+    top_p : float, optional
+        Of the tokens that top_k kept, keep the smallest set whose total probability reaches top_p. The token that
+        crosses the threshold is kept (Hugging Face's rule; OpenAI's code leaves it out). None keeps all.
+    min_p : float, optional
+        Of the tokens that top_p kept, drop those whose probability is below min_p times that of the most likely token.
+        None drops none.
+    repetition_penalty : float
+        Divides the positive logits of the tokens that the text holds already, and multiplies the negative ones: above 1
+        they become less likely, 1 changes nothing. It applies to greedy choice too.
+    seed : int, optional
+        Names the random stream, from 0 to 2^64 - 1; a random one unless given.
 
     Raises
     ------
@@ -30,21 +47,36 @@ def check_options(
         If temperature is not a finite number of at least 0, top_k not None or an int of at least 0, top_p or min_p not
         None or a number above 0 and at most 1, repetition_penalty not a finite number above 0, or seed not an int from
         0 to 2^64 - 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_gpt2.sampling import Sampling
+    >>> Sampling(top_k=np.uint8(1), seed=7)
+    Sampling(temperature=1.0, top_k=1, top_p=None, min_p=None, repetition_penalty=1.0, seed=7)
     """
-    if not _is_number(temperature) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature!r}; expected a number of at least 0 (0 is greedy)")
-    if top_k is not None and (not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or top_k < 0):
-        raise ValueError(f"top_k is {top_k!r}; expected an int of at least 0 (0 or None is off)")
-    for name, share in (("top_p", top_p), ("min_p", min_p)):
-        if share is not None and (not _is_number(share) or not 0 < share <= 1):
-            raise ValueError(f"{name} is {share!r}; expected a number above 0 and at most 1 (None is off)")
-    if not _is_number(repetition_penalty) or not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty is {repetition_penalty!r}; expected a number above 0 (1 is off)")
-    check_seed(seed)
 
+    temperature: float = 1.0
+    top_k: int | None = 40
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
+    def __post_init__(self) -> None:
+        made: dict[str, Any] = {
+            "temperature": checks.number("temperature", self.temperature, note="0 is greedy"),
+            "top_k": None if self.top_k is None else checks.integer("top_k", self.top_k, note="0 or None is off"),
+            "repetition_penalty": checks.number(
+                "repetition_penalty", self.repetition_penalty, above=True, note="1 is off"
+            ),
+            "seed": checks.random_seed() if self.seed is None else checks.seed(self.seed),
+        }
+        for name in ("top_p", "min_p"):
+            if (share := getattr(self, name)) is not None:
+                made[name] = checks.number(name, share, 0, 1, above=True, note="None is off")
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
 
 
 def sample(
@@ -60,7 +92,7 @@ def sample(
     seed: int = 0,
     index: int = 0,
 ) -> int:
-    """Draw the token at a position from the logits that the model computed for it.
+    """Sample the token at a position from the logits that the model computed for it.
 
     Parameters
     ----------
@@ -68,22 +100,12 @@ def sample(
         Of one text, on the host.
     position : int
         The token's position in the whole text, the prompt included.
-    temperature : float
-        What the logits are divided by; 0 takes the largest.
-    top_k : int, optional
-        Keep the k largest logits, and what equals the smallest of them; 0 or None keeps all.
-    top_p : float, optional
-        Of what top_k left, keep the fewest entries whose probabilities reach top_p, the one that crosses it included
-        (Hugging Face's rule; OpenAI's code leaves that one out). None keeps all.
-    min_p : float, optional
-        Of what top_p left, keep the entries that are at least min_p times as probable as the likeliest. None keeps all.
-    repetition_penalty : float
-        Divides the positive logits of the tokens in seen, and multiplies the negative ones: above 1 they become less
-        likely, 1 changes nothing. Greedy choice is changed too.
+    temperature, top_k, top_p, min_p, repetition_penalty, seed
+        See `Sampling`.
     seen : ints
-        The token ids of the text so far, the prompt included.
-    seed, index : int
-        Name the random stream: the seed, and which of several samples of one text this is.
+        The token ids of the text so far, the prompt included: those that repetition_penalty applies to.
+    index : int
+        Names the random stream together with the seed: which of several samples of one text this is.
 
     Returns
     -------
@@ -93,7 +115,7 @@ def sample(
     Raises
     ------
     ValueError
-        If the logits hold a NaN, or the largest of them is not finite.
+        If an option is not valid, or the logits hold a NaN, or the largest of them is not finite.
 
     Examples
     --------
@@ -102,16 +124,22 @@ def sample(
     >>> sample(np.asarray([0.0, 3.0, 1.0]), 5, temperature=0)
     1
     """
-    x = np.asarray(logits)
-    if x.dtype not in (np.float32, np.float64):
-        x = x.astype(np.float32)
+    options = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, checks.seed(seed))
+    position, index = checks.integer("position", position), checks.integer("index", index)
+    return sample_with(options, np.asarray(logits), position, seen, index)
+
+
+def sample_with(options: Sampling, logits: np.ndarray, position: int, seen: Sequence[int], index: int) -> int:
+    """Do what `sample` does, with options that are validated already."""
+    x = logits if logits.dtype in (np.float32, np.float64) else logits.astype(np.float32)
     check_finite(x.max())
-    if repetition_penalty != 1 and len(seen):
-        x = penalised(x.astype(np.float64), seen, repetition_penalty)
-    if temperature == 0:
+    if options.repetition_penalty != 1 and len(seen):
+        x = penalised(x.astype(np.float64), seen, options.repetition_penalty)
+    if options.temperature == 0:
         return int(np.argmax(x))
-    kept, scaled = survivors(x, temperature, top_k, top_p, min_p)
-    return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, seed, index))])
+    kept, scaled = survivors(x, options.temperature, options.top_k, options.top_p, options.min_p)
+    assert options.seed is not None
+    return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, options.seed, index))])
 
 
 def check_finite(largest: Any) -> None:

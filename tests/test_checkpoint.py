@@ -309,17 +309,17 @@ REFUSED = [  # entry, its value, what the message says besides
     ("is_encoder_decoder", True, "decoder"),
     ("model_type", "llama", "expected 'gpt2'"),
     ("model_type", 3, "expected 'gpt2'"),
-    ("n_layer", "1", "expected a positive int"),
-    ("n_layer", 0, "expected a positive int"),
-    ("n_layer", -1, "expected a positive int"),
-    ("n_layer", 1.0, "expected a positive int"),
-    ("n_layer", True, "expected a positive int"),
-    ("n_layer", [1], "expected a positive int"),
+    ("n_layer", "1", "expected an int of at least 1"),
+    ("n_layer", 0, "expected an int of at least 1"),
+    ("n_layer", -1, "expected an int of at least 1"),
+    ("n_layer", 1.0, "expected an int of at least 1"),
+    ("n_layer", True, "expected an int of at least 1"),
+    ("n_layer", [1], "expected an int of at least 1"),
     ("n_head", 3, "does not divide"),
-    ("n_head", "1", "expected a positive int"),
-    ("n_embd", {}, "expected a positive int"),
-    ("n_inner", 8.0, "expected a positive int"),
-    ("n_inner", 0, "expected a positive int"),
+    ("n_head", "1", "expected an int of at least 1"),
+    ("n_embd", {}, "expected an int of at least 1"),
+    ("n_inner", 8.0, "expected an int of at least 1"),
+    ("n_inner", 0, "expected an int of at least 1"),
     ("layer_norm_epsilon", "1e-5", "expected a number"),
     ("layer_norm_epsilon", -1e-5, "expected a number"),
     ("layer_norm_epsilon", math.nan, "expected a number"),
@@ -328,9 +328,9 @@ REFUSED = [  # entry, its value, what the message says besides
     ("scale_attn_weights", 1, "expected true or false"),
     ("scale_attn_weights", "false", "expected true or false"),
     ("scale_attn_by_inverse_layer_idx", "true", "expected true or false"),
-    ("eos_token_id", "0", "the vocabulary has ids 0 to 23"),
-    ("eos_token_id", False, "the vocabulary has ids 0 to 23"),
-    ("eos_token_id", 1.0, "the vocabulary has ids 0 to 23"),
+    ("eos_token_id", "0", "expected an int from 0 to 23 (an id of the vocabulary)"),
+    ("eos_token_id", False, "expected an int from 0 to 23 (an id of the vocabulary)"),
+    ("eos_token_id", 1.0, "expected an int from 0 to 23 (an id of the vocabulary)"),
 ]
 
 
@@ -350,7 +350,7 @@ def test_sizes_by_hugging_face_s_names_are_checked_too(tmp_path, value):
     for entry, ours in (("vocab_size", "n_vocab"), ("n_positions", "n_ctx")):
         directory = write(tmp_path / "it", eos_token_id=[])
         (directory / "config.json").write_text(json.dumps({**ENTRIES, "eos_token_id": None, entry: value}))
-        with pytest.raises(pg.CheckpointError, match=f"config.json: {ours} is .*expected a positive int"):
+        with pytest.raises(pg.CheckpointError, match=f"config.json: {ours} is .*expected an int of at least 1"):
             read_checkpoint(directory)
 
 

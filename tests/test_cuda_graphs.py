@@ -103,10 +103,11 @@ OPTIONS = pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 7}], 
 def texts(model, prompts, n, **options):
     """Return the tokens that a batch is continued by, padded before."""
     from portable_gpt2.generate import Text
+    from portable_gpt2.sampling import Sampling
 
-    batch = [Text(list(prompt), index) for index, prompt in enumerate(prompts)]
-    options = {"temperature": 1.0, "top_k": 40, "top_p": None, "seed": 3, **options}
-    for _ in model._decoder.stream(batch, n, **options):
+    sampling = Sampling(**{"seed": 3, **options})
+    batch = [Text(list(prompt), sampling, index) for index, prompt in enumerate(prompts)]
+    for _ in model._decoder.stream(batch, n):
         pass
     return [text.tokens for text in batch]
 

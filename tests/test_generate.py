@@ -87,11 +87,11 @@ def test_logits_while_generating_are_as_near_to_the_truth_as_a_plain_implementat
     truth, error = truth_and_error(WEIGHTS, np.asarray([text]), CONFIG)
     rows = []
 
-    def dictate(logits, position, **options):
+    def dictate(options, logits, position, seen, index):
         rows.append(logits)
         return text[position]
 
-    monkeypatch.setattr(generate, "sample", dictate)
+    monkeypatch.setattr(generate, "sample_with", dictate)
     assert list(model.stream_ids(text[:50], max_new_tokens=100)) == text[50:]
 
     ratio = float(abs(np.stack(rows) - truth[0, 49:-1]).max()) / (4 * error)

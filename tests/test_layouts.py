@@ -256,7 +256,7 @@ def test_two_checkpoints_in_one_directory_are_refused(tmp_path):
     [
         ({"n_vocab": None}, "n_vocab is missing; expected n_ctx, n_embd"),
         ({"n_inner": 3}, "n_inner is not known; expected n_ctx, n_embd"),
-        ({"n_layer": "2"}, "n_layer is '2'; expected a positive int"),
+        ({"n_layer": "2"}, "n_layer is '2'; expected an int of at least 1"),
     ],
 )
 def test_hparams_that_are_none_are_refused(tmp_path, change, why):

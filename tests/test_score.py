@@ -126,7 +126,7 @@ def test_a_perplexity_beyond_all_numbers_is_infinite():
 @pytest.mark.parametrize("stride", [0, 40, -1, 1.5, True])
 def test_a_stride_that_makes_no_sense_is_refused(model, stride):
     """Catches windows that do not move, or that leave a token without context."""
-    with pytest.raises(ValueError, match=r"stride is .*; expected an int from 1 to n_ctx - 1 = 39"):
+    with pytest.raises(ValueError, match=r"stride is .*; expected an int from 1 to 39 .the largest is n_ctx - 1."):
         model.score_ids(some_ids(5), stride=stride)
 
 

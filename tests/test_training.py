@@ -340,7 +340,7 @@ def test_evaluation_is_the_mean_over_all_windows(backend):
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"final_rate": 1.5}, "final_rate is 1.5; expected a number from 0 to 1"),
         ({"beta1": 1.0}, "beta1 is 1.0; expected a number of at least 0 and below 1"),
-        ({"clip": 0}, "clip is 0; expected a number above 0, or nothing"),
+        ({"clip": 0}, "clip is 0; expected a number above 0 .or None."),
         ({"seed": -1}, "seed is -1"),
         ({"dtype": "float16"}, "dtype is 'float16'; choose one of float32, float64, bfloat16 .the gradients"),
     ],

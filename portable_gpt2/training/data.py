@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.random import Philox
 from tokenizers import models, pre_tokenizers, trainers
 
-from ..params import check_seed
+from .. import checks
 from ..tokenizer import END_OF_TEXT, Tokenizer
 
 _CHUNK = 1 << 20  # characters that are encoded at a time
@@ -164,7 +164,7 @@ def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed:
     """
     check_room(len(tokens), length, "text")
     starts = len(tokens) - length + 1
-    key = np.asarray([check_seed(seed), _STREAM], np.uint64)
+    key = np.asarray([checks.seed(seed), _STREAM], np.uint64)
     words = Philox(key=key, counter=[0, index, 0, 0]).random_raw(batch_size)
     first = (words % np.uint64(starts)).astype(np.int64)  # of 2^64 words, that none is likelier shows to nobody
     found: np.ndarray = tokens[first[:, None] + np.arange(length)].astype(np.int32)

@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import is_int
-from ..params import check_seed
+from ..checks import integer, number, seed
 
 _POSITIVE = ("steps", "batch_size", "accumulate", "eval_every")
 _COMPUTE = ("float32", "float64", "bfloat16")
@@ -78,29 +77,22 @@ class Recipe:
     eval_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            self._check(name, is_int, 1, None, "an int of at least 1")
+        made: dict[str, Any] = {name: integer(name, getattr(self, name), 1) for name in _POSITIVE}
+        made["warmup"] = integer("warmup", self.warmup)
+        made["seed"] = seed(self.seed)
+        made |= {name: number(name, getattr(self, name)) for name in ("learning_rate", "weight_decay", "eps")}
+        made["final_rate"] = number("final_rate", self.final_rate, 0, 1)
+        made |= {name: number(name, getattr(self, name), 0, 1, below=True) for name in ("beta1", "beta2")}
         if self.context is not None:
-            self._check("context", is_int, 1, None, "an int of at least 1, or nothing")
-        self._check("warmup", is_int, 0, None, "an int of at least 0")
-        self._check("learning_rate", _is_number, 0, None, "a number of at least 0")
-        self._check("weight_decay", _is_number, 0, None, "a number of at least 0")
-        self._check("final_rate", _is_number, 0, 1, "a number from 0 to 1")
-        self._check("eps", _is_number, 0, None, "a number of at least 0")
-        for name in ("beta1", "beta2"):
-            self._check(name, _is_number, 0, 1 - 1e-9, "a number of at least 0 and below 1")
-        if self.clip is not None and not (_is_number(self.clip) and self.clip > 0):
-            raise ValueError(f"clip is {self.clip!r}; expected a number above 0, or nothing")
-        check_seed(self.seed)
+            made["context"] = integer("context", self.context, 1, note="or None")
+        if self.clip is not None:
+            made["clip"] = number("clip", self.clip, above=True, note="or None")
         if self.dtype not in _COMPUTE:
             raise ValueError(
                 f"dtype is {self.dtype!r}; choose one of {', '.join(_COMPUTE)} (the gradients of float16 would vanish)"
             )
-
-    def _check(self, name: str, is_kind: Any, low: float, high: float | None, expected: str) -> None:
-        value = getattr(self, name)
-        if not is_kind(value) or not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
-            raise ValueError(f"{name} is {value!r}; expected {expected}")
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
 
     @property
     def master_dtype(self) -> str:
@@ -110,7 +102,3 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return its numbers by name."""
         return dataclasses.asdict(self)
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)

@@ -10,10 +10,10 @@ import numpy as np
 
 from .. import gradients
 from ..backend import Backend
-from ..checks import check_ids, check_length, check_params
+from ..checks import check_ids, check_length
 from ..config import GPT2Config
 from ..model import loss
-from ..params import Params, map_tree
+from ..params import Params, check_params, map_tree
 from .optimizer import Moments, no_moments, rates, update
 from .recipe import Recipe
 
