@@ -14,6 +14,11 @@ from pathlib import Path
 
 from .checks import shown
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -32,9 +37,9 @@ def regular(file: Path) -> Path:
     Raises
     ------
     OSError
-        If there is no such file (FileNotFoundError), it is something other than a regular file, or it cannot be reached:
-        its symbolic links form a loop, its name is too long, a directory above it may not be read. The message is a
-        sentence that names it.
+        If there is no such file (FileNotFoundError), it is something other than a regular file, or it cannot be
+        reached: its symbolic links form a loop, its name is too long, a directory above it may not be read. The message
+        is a sentence that names it.
 
     Examples
     --------
@@ -68,6 +73,90 @@ def holds_file(file: Path) -> bool:
             raise FileNotFoundError(f"{file}: a symbolic link to {os.readlink(file)}, where there is no file") from None
         return False
     return True
+
+
+class Locked(OSError):
+    """Another process, or another thread of this one, holds a lock. `pid` is its process id, if it is known."""
+
+    def __init__(self, file: Path, pid: int | None) -> None:
+        super().__init__(f"{file}: locked by {f'process {pid}' if pid else 'another process'}")
+        self.pid = pid
+
+
+@contextlib.contextmanager
+def lock(file: Path) -> Iterator[bool]:
+    """Hold the lock of a file while the block runs. The file is made for the lock, and removed when the block ends.
+
+    The system frees the lock when its process ends, however it ends: a file that ``kill -9`` left does not block. The
+    block gets True, or False where there are no locks (Windows, some network file systems); it then runs without one.
+
+    Parameters
+    ----------
+    file : Path
+        A name that is used for nothing else; its directory must exist.
+
+    Raises
+    ------
+    Locked
+        If somebody else holds the lock. Its `pid` is the id of that process.
+
+    Examples
+    --------
+    >>> import os, pathlib, tempfile
+    >>> from portable_gpt2 import files
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "lock")
+    >>> with files.lock(file):
+    ...     try:
+    ...         with files.lock(file):
+    ...             pass
+    ...     except files.Locked as error:
+    ...         print(error.pid == os.getpid())
+    True
+    >>> file.exists()
+    False
+    """
+    if fcntl is None:
+        yield False
+        return
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            held = _flock(descriptor, file)
+            if _is_open(descriptor, file):
+                break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the holder removed the file between our two calls; this lock would exclude nobody
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, b"%d\n" % os.getpid())
+        yield held
+    finally:
+        file.unlink(missing_ok=True)  # while the lock is held: whoever opened the file before sees that it is gone
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, file: Path) -> bool:
+    """Lock an open file, or return False where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.pread(descriptor, 32, 0).strip()
+        raise Locked(file, int(text) if text.isdigit() else None) from None
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+            return False
+        raise
+    return True
+
+
+def _is_open(descriptor: int, file: Path) -> bool:
+    """Return whether a name still leads to the file that was opened under it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(file))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
