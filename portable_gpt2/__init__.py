@@ -1,53 +1,31 @@
-"""GPT-2 written once against the array API standard, and run by NumPy, TensorFlow, JAX and PyTorch."""
+"""GPT-2 written once against the array API standard, and run by NumPy, TensorFlow, JAX and PyTorch.
 
-from . import gradients as gradients
-from . import training as training
-from .backend import (
-    Backend,
-    BackendNotInstalled,
-    available_backends,
-    backend_of,
-    get_backend,
-    to_numpy,
-    use_backend,
-)
-from .checkpoint import CheckpointError
-from .completion import Completion
-from .config import GPT2Config
-from .gpt2 import GPT2
-from .model import gpt2, grow_cache, loss, new_cache
-from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, softmax, unembed
-from .params import init_conv1d, init_params
-from .score import Score
-from .tokenizer import Tokenizer
+The public names are those of `portable_gpt2.api`, which is imported when one of them is used for the first time. Until
+then little is imported: the command can answer Ctrl-C without a traceback before NumPy is there.
+"""
 
-__all__ = [
-    "GPT2",
-    "Backend",
-    "BackendNotInstalled",
-    "CheckpointError",
-    "Completion",
-    "GPT2Config",
-    "Score",
-    "Tokenizer",
-    "attention",
-    "attention_weights",
-    "available_backends",
-    "backend_of",
-    "conv1d",
-    "cross_entropy",
-    "embed",
-    "gelu",
-    "get_backend",
-    "gpt2",
-    "grow_cache",
-    "init_conv1d",
-    "init_params",
-    "layer_norm",
-    "loss",
-    "new_cache",
-    "softmax",
-    "to_numpy",
-    "unembed",
-    "use_backend",
-]
+from importlib import import_module
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import gradients as gradients
+    from . import training as training
+    from .api import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        """Return a submodule, or a public name."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if PathFinder.find_spec(f"{__name__}.{name}", __spec__.submodule_search_locations) is not None:
+            return import_module(f".{name}", __name__)
+        api = import_module(".api", __name__)
+        public = {each: getattr(api, each) for each in api.__all__} | {"__all__": api.__all__}
+        globals().update(public)  # from now on they are found without this function
+        if name not in public:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return public[name]
+
+    def __dir__():
+        return sorted({*globals(), *import_module(".api", __name__).__all__})

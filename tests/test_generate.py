@@ -218,7 +218,7 @@ def test_generation_enters_the_models_device(backend, monkeypatch):
     monkeypatch.setattr(backend, "on", Entered)
     for name in ("transformer", "new_cache", "grow_cache", "unembed"):
         watch(generate, name)
-    watch(importlib.import_module("portable_gpt2.gpt2"), "gpt2")
+    watch(importlib.import_module("portable_gpt2.language_model"), "gpt2")
 
     model = pg.GPT2(CONFIG, on_backend(backend, WEIGHTS))
     list(model.stream_ids([3] * 60, max_new_tokens=6))

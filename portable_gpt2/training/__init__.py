@@ -1,7 +1,7 @@
 """Training, written once: AdamW on the loss, by each framework's gradients or by those of `gradients`.
 
 ``recipe`` says how, ``data`` is what it reads, ``optimizer`` and ``trainer`` are a step, ``run`` is its directory and
-``train`` the loop; ``command`` is all of it as ``portable-gpt2 train``.
+``train`` the loop.
 """
 
 from .data import batch, train_tokenizer, windows, write_tokens

@@ -1,4 +1,4 @@
-"""The ``portable-gpt2`` command: text on stdout, all else on stderr, wrong use in one line with exit status 2."""
+"""The commands and their options."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
-from .checkpoint import SHIPPED, convert
-from .completion import Completion
-from .gpt2 import GPT2
-from .sampling import Sampling
-from .training.command import add_options as add_training_options
-from .training.command import run as run_training
+from ..backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
+from ..checkpoint import SHIPPED, convert
+from ..completion import Completion
+from ..language_model import GPT2
+from ..sampling import Sampling
+from .train import add_options as add_training_options
+from .train import run as run_training
 
 USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
 
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
         try:
@@ -244,7 +244,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _attend(arguments: argparse.Namespace) -> int:
-    from . import plot
+    from .. import plot
 
     plot.check_file(arguments.output)
     model = _load(arguments)
@@ -315,7 +315,3 @@ def _backends(arguments: argparse.Namespace) -> int:
     for first, second, last in rows:
         print(f"{first:{widths[0]}}  {second:{widths[1]}}  {last}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,11 +14,11 @@ from ..checkpoint import cast, read_checkpoint
 from ..config import GPT2Config
 from ..params import Params, count, init_params, nest
 from ..tokenizer import Tokenizer
-from .data import check_room, train_tokenizer, write_tokens
-from .recipe import Recipe
-from .run import Run, check_new
-from .train import train
-from .trainer import State, Trainer
+from ..training.data import check_room, train_tokenizer, write_tokens
+from ..training.recipe import Recipe
+from ..training.run import Run, check_new
+from ..training.train import train
+from ..training.trainer import State, Trainer
 
 _MODEL = {
     "n_layer": (4, "blocks"),

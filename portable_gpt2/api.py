@@ -1,0 +1,51 @@
+"""The public names of portable_gpt2, which has them as its own attributes."""
+
+from .backend import (
+    Backend,
+    BackendNotInstalled,
+    available_backends,
+    backend_of,
+    get_backend,
+    to_numpy,
+    use_backend,
+)
+from .checkpoint import CheckpointError
+from .completion import Completion
+from .config import GPT2Config
+from .language_model import GPT2
+from .model import gpt2, grow_cache, loss, new_cache
+from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, softmax, unembed
+from .params import init_conv1d, init_params
+from .score import Score
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "GPT2",
+    "Backend",
+    "BackendNotInstalled",
+    "CheckpointError",
+    "Completion",
+    "GPT2Config",
+    "Score",
+    "Tokenizer",
+    "attention",
+    "attention_weights",
+    "available_backends",
+    "backend_of",
+    "conv1d",
+    "cross_entropy",
+    "embed",
+    "gelu",
+    "get_backend",
+    "gpt2",
+    "grow_cache",
+    "init_conv1d",
+    "init_params",
+    "layer_norm",
+    "loss",
+    "new_cache",
+    "softmax",
+    "to_numpy",
+    "unembed",
+    "use_backend",
+]
