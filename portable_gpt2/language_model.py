@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from . import checks
 from .backend import Backend, backend_of, get_backend
 from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
 from .checks import check_ids, check_length, check_room, check_stop, integer
@@ -151,6 +152,7 @@ class GPT2:
         FileExistsError
             If the directory exists and may not be replaced. Nothing is written.
         """
+        directory = checks.path("directory", directory)
         tensors = {path: stored(x) for path, x in flatten(self.params)}
         write_checkpoint(directory, self.config, tensors, self.tokenizer, force=force)
 

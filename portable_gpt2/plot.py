@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from . import checks
+
 _PANEL = 2.2  # inches of a map in a grid
 _LABELLED = 60  # tokens that have room for their names on an axis
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "$": r"\$"})
@@ -111,7 +113,7 @@ def check_file(file: str | os.PathLike[str]) -> None:
     FileNotFoundError
         If there is no such directory.
     """
-    file, formats = Path(file), _figure(1, 1).canvas.get_supported_filetypes()
+    file, formats = checks.path("file", file), _figure(1, 1).canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in formats:
         raise ValueError(f"{file}: the name ends in no format that can be drawn: {', '.join(sorted(formats))}")
     if not file.parent.is_dir():
@@ -120,7 +122,7 @@ def check_file(file: str | os.PathLike[str]) -> None:
 
 def save(figure: Any, file: str | os.PathLike[str]) -> None:
     """Write a figure in the format that the file's name ends in; the file appears complete or not at all."""
-    file = Path(file)
+    file = checks.path("file", file)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as room:
         draft = Path(room, file.name)
         with warnings.catch_warnings():

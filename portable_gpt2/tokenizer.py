@@ -15,6 +15,8 @@ from typing import Any
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from . import checks
+
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE = "vocab.json", "merges.txt", "tokenizer.json"
 ADDED_FILE = "added_tokens.json"  # of old tokenizers of transformers
@@ -98,7 +100,7 @@ class Tokenizer:
         ValueError
             If a file is malformed. The message names it.
         """
-        directory = Path(directory)
+        directory = checks.path("directory", directory)
         file = directory / TOKENIZER_FILE
         try:
             if file.is_file():
@@ -127,8 +129,9 @@ class Tokenizer:
         ``vocab.json`` and ``merges.txt`` cannot hold all of a ``tokenizer.json``: tokens that were added beside the
         vocabulary would be lost, ``<|endoftext|>`` often among them.
         """
+        directory = checks.path("directory", directory)
         if self._files == [TOKENIZER_FILE]:
-            self._tokenizer.save(str(Path(directory, TOKENIZER_FILE)))
+            self._tokenizer.save(str(directory / TOKENIZER_FILE))
         else:
             self._tokenizer.model.save(str(directory))
 

@@ -375,7 +375,7 @@ WRONG = [  # what follows `generate`, and what the message says
     (["x", "--model", "."], "config.json: no such file; a checkpoint holds config.json and model.safetensors"),
     (["x", "--model", "nameless"], "the model has no tokenizer: its checkpoint had no vocab.json and merges.txt"),
     (["x", *IT, "--backend", "keras"], "unknown backend 'keras'; the known backends are "),
-    (["x", *IT, "--backend", ""], "unknown backend ''; the known backends are "),
+    (["x", *IT, "--backend", ""], "argument --backend: the value is empty; if it comes from a variable"),
     (["x", *IT, "--device", "cuda:77"], "backend 'numpy' has no device 'cuda:77'; the devices here are cpu"),
     (["x", *IT, "--dtype", "int8"], "backend 'numpy' has no floating dtype 'int8'; choose one of float32"),
     (["x", *IT, "-n", "-1"], "max_new_tokens is -1; expected an int of at least 0"),

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import checks
 from ..backend import StoredTensor
 from ..config import GPT2Config
 from ..tokenizer import Tokenizer
@@ -78,7 +79,7 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 
 def _find(source: str | os.PathLike[str]) -> tuple[Path, str]:
     """Return the directory that is meant, and where it is from if that is not plain."""
-    directory = Path(source)
+    directory = checks.path("source", source)
     if directory.is_dir():
         return directory, ""
     if isinstance(source, str) and source in shipped_models():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import checks
 from ..backend import StoredTensor, float_dtypes
 from ..config import GPT2Config
 from ..files import appearing
@@ -70,7 +71,7 @@ def write_files(
 
 def _free(directory: str | os.PathLike[str], force: bool) -> Path:
     """Return a directory that may be written, by its real path: a link to a directory stays one."""
-    directory = Path(os.path.realpath(directory))
+    directory = Path(os.path.realpath(checks.path("directory", directory)))
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory}: exists already; give a new directory, this is none")
     if directory.exists() and any(directory.iterdir()) and not force:
@@ -117,6 +118,7 @@ def convert(
     """
     if dtype is not None and dtype not in float_dtypes:
         raise ValueError(f"no floating dtype {dtype!r}; choose one of {', '.join(float_dtypes)}")
+    checks.path("source", source)
     _free(directory, force)  # before anything is fetched or read
     found, inside = read_checkpoint(source), Path(source).resolve()
     if Path(directory).resolve() in inside.parents:

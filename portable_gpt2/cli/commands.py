@@ -30,6 +30,23 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class _Command(_Parser):
+    """The parser of one command. It refuses an empty value of every argument that has no type: a path, or a name.
+
+    An argument whose value is text says so by ``type=str``.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", None, _not_empty)
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty; if it comes from a variable, the variable is not set")
+    return text
+
+
 def _number_or_off(text: str) -> float | None:
     try:
         return None if text == "off" else float(text)
@@ -46,7 +63,7 @@ def _index_or_all(text: str) -> int | str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="portable-gpt2", description="GPT-2, written once, on the array framework of your choice.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
 
     generate = commands.add_parser(
         "generate",
@@ -55,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "Without a prompt the text starts from <|endoftext|>.",
     )
     add = generate.add_argument
-    add("prompt", nargs="*", help="a text to continue")
+    add("prompt", nargs="*", type=str, help="a text to continue")
     add("--prompt-file", action="append", default=[], metavar="FILE", help="a file to continue, whole; - is stdin")
     _add_model(generate)
     add("-n", "--max-new-tokens", type=int, default=100, metavar="N", help="draw at most N tokens (default: 100)")
@@ -71,7 +88,14 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="the same seed gives the same text on every backend (default: random, one for each prompt)",
     )
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given several times")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        type=str,
+        metavar="TEXT",
+        help="end before TEXT; may be given several times",
+    )
     add("--stop-token", action="append", default=[], type=int, metavar="ID", help="end before this token id")
     add("--num-samples", type=int, default=1, metavar="N", help="continue each prompt N times (default: 1)")
     add("--batch-size", type=int, default=8, metavar="N", help="compute N texts at a time (default: 8)")
@@ -100,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw the attention weights of a text: rows look at columns.",
     )
     add = attend.add_argument
-    add("text", help="a text")
+    add("text", type=str, help="a text")
     _add_model(attend)
     add("--layer", type=_index_or_all, default="all", metavar="N", help="a layer, from 0, or all (default)")
     add("--head", type=_index_or_all, default="all", metavar="N", help="a head, from 0, or all (default)")

@@ -81,8 +81,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for name, text in _RECIPE.items():
         default = getattr(Recipe(), name)
         said = "n_ctx" if name == "context" else default
-        kind = str if name == "dtype" else int if name in _INTS else _number_or_off if name == "clip" else float
-        add(_option(name), type=kind, metavar="NAME" if kind is str else "N", help=f"{text} (default: {said})")
+        kind: Any = None if name == "dtype" else int if name in _INTS else _number_or_off if name == "clip" else float
+        add(_option(name), type=kind, metavar="N" if kind else "NAME", help=f"{text} (default: {said})")
 
 
 def run(arguments: argparse.Namespace, read: Callable[[str], str]) -> int:

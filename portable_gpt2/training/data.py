@@ -85,7 +85,7 @@ def write_tokens(
     int
         How many ids were written.
     """
-    n = 0
+    n, file = 0, checks.path("file", file)
     with open(file, "ab") as stream:
         for ids in progress(_encoded(texts, tokenizer)):
             stream.write(np.asarray(ids, _token_dtype(n_vocab)).tobytes())
@@ -131,6 +131,7 @@ def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
     ValueError
         If the file is cut off, or an id is not in the vocabulary.
     """
+    file = checks.path("file", file)
     dtype, size = _token_dtype(n_vocab), os.path.getsize(file)
     if not size or size % dtype.itemsize:
         raise ValueError(f"{os.fspath(file)}: {size} bytes are no token ids of {dtype.itemsize} bytes; start a new run")

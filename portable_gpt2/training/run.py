@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import checks
 from ..backend import Backend, StoredTensor
 from ..checkpoint import WEIGHTS_FILE, read_checkpoint, stored, write_files
 from ..checkpoint.safetensors_files import map_safetensors, write_safetensors
@@ -62,7 +63,7 @@ class Run:
         n_training: int,
         where: Mapping[str, Any],
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = checks.path("directory", directory)
         self.recipe, self.config, self.tokenizer = recipe, config, tokenizer
         self.n_training, self.where = n_training, dict(where)
 
@@ -113,7 +114,7 @@ class Run:
         ValueError
             If there is none, or it ended before its first checkpoint.
         """
-        file = Path(directory, _INSIDE, _RUN)
+        file = checks.path("directory", directory) / _INSIDE / _RUN
         if not file.is_file():
             raise ValueError(f"{os.fspath(directory)}: holds no training run to resume; start one there, with data")
         entries = json.loads(file.read_text("utf-8"))
@@ -197,7 +198,7 @@ class Run:
 
 def check_new(directory: str | os.PathLike[str]) -> None:
     """Refuse a directory that holds anything."""
-    path = Path(directory)
+    path = checks.path("directory", directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: exists already; give a new directory, or resume the run that it holds")
 
