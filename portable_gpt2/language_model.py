@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain, groupby, takewhile
 from typing import Any, overload
 
@@ -240,7 +240,7 @@ class GPT2:
         prompt: str,
         *,
         stop: str | int | Iterable[str | int] | None = None,
-        allow_special: bool = False,
+        allow_special: bool | Collection[str] = False,
         **options: Any,
     ) -> Iterator[str]:
         """Return an iterator over the text that continues a prompt, in pieces as they come.
@@ -255,8 +255,9 @@ class GPT2:
             What to continue.
         stop : str, int, or several of them, optional
             Strings, found across the borders of tokens too, and token ids that end the text and are not part of it.
-        allow_special : bool
-            Whether ``<|endoftext|>`` in the prompt is the special token; text otherwise.
+        allow_special : bool or collection of str
+            Which special tokens that the prompt spells are that one token and not text: none (False), all (True), or
+            those of these names; see `Tokenizer.encode`.
         **options
             As for `stream_ids`.
 
@@ -286,7 +287,7 @@ class GPT2:
         seed: int | None = None,
         stop: str | int | Iterable[str | int] | None = None,
         sliding: bool = False,
-        allow_special: bool = False,
+        allow_special: bool | Collection[str] = False,
     ) -> Iterator[Completion]:
         """Return an iterator over what continues several prompts, computed several at a time.
 
@@ -366,16 +367,26 @@ class GPT2:
 
     @overload
     def score(
-        self, texts: str, *, stride: int | None = None, bos: bool = False, allow_special: bool = False
+        self, texts: str, *, stride: int | None = None, bos: bool = False, allow_special: bool | Collection[str] = False
     ) -> Score: ...
 
     @overload
     def score(
-        self, texts: list[str], *, stride: int | None = None, bos: bool = False, allow_special: bool = False
+        self,
+        texts: list[str],
+        *,
+        stride: int | None = None,
+        bos: bool = False,
+        allow_special: bool | Collection[str] = False,
     ) -> list[Score]: ...
 
     def score(
-        self, texts: str | list[str], *, stride: int | None = None, bos: bool = False, allow_special: bool = False
+        self,
+        texts: str | list[str],
+        *,
+        stride: int | None = None,
+        bos: bool = False,
+        allow_special: bool | Collection[str] = False,
     ) -> Score | list[Score]:
         """Return the log-probability of every token of a text given those before it; of several texts, a list.
 
@@ -393,8 +404,9 @@ class GPT2:
         bos : bool
             Whether to put ``<|endoftext|>`` before the text, which is how a document begins in GPT-2's training data.
             Then its first token is scored too; otherwise nothing comes before it, and its log-probability is NaN.
-        allow_special : bool
-            Whether ``<|endoftext|>`` in the text, between documents, is the special token; text otherwise.
+        allow_special : bool or collection of str
+            Which special tokens that the text spells, such as ``<|endoftext|>`` between documents, are that one token
+            and not text: none (False), all (True), or those of these names; see `Tokenizer.encode`.
 
         Returns
         -------
@@ -434,13 +446,15 @@ class GPT2:
         found = log_probs(logits_of, start + tokens, n_ctx, stride)[len(start) :]
         return Score(tokens, found, sum(n for n, p in zip(lengths, found, strict=True) if not np.isnan(p)))
 
-    def trace(self, text: str | Sequence[int]) -> dict[str, Any]:
+    def trace(self, text: str | Sequence[int], *, allow_special: bool | Collection[str] = False) -> dict[str, Any]:
         """Return what the model computes on the way to its logits, by scope path.
 
         Parameters
         ----------
         text : str or ints
             A text, or token ids [seq].
+        allow_special : bool or collection of str
+            Which special tokens that the text spells are that one token; as for `score`.
 
         Returns
         -------
@@ -463,7 +477,7 @@ class GPT2:
         >>> {name: x.shape for name, x in model.trace([1, 2, 3]).items()}["h0/attn/weights"]
         (1, 2, 3, 3)
         """
-        ids = self._require_tokenizer().encode(text) if isinstance(text, str) else text
+        ids = self._require_tokenizer().encode(text, allow_special=allow_special) if isinstance(text, str) else text
         tokens = check_ids(ids, self.config, axes=1)[None]
         check_length(tokens.shape[1], self.config)
         found: dict[str, Any] = {}
@@ -491,6 +505,6 @@ class GPT2:
             return end
         raise ValueError(f"{why}, and the vocabulary has no <|endoftext|> to start from")
 
-    def _prompt_ids(self, prompt: str, allow_special: bool) -> list[int]:
+    def _prompt_ids(self, prompt: str, allow_special: bool | Collection[str]) -> list[int]:
         ids = self._require_tokenizer().encode(prompt, allow_special=allow_special)
         return ids or [self._start("the prompt is empty")]

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import codecs
-import json
 import operator
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from . import checks
-
-END_OF_TEXT = "<|endoftext|>"
-VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE = "vocab.json", "merges.txt", "tokenizer.json"
-ADDED_FILE = "added_tokens.json"  # of old tokenizers of transformers
-_PAIRS = (VOCAB_FILE, MERGES_FILE), ("encoder.json", "vocab.bpe")  # Hugging Face's names and OpenAI's
+from .checks import shown
+from .tokenizer_files import END_OF_TEXT, TOKENIZER_FILE, Definition, definition, pair_of_files, read_files
 
 
 class Tokenizer:
     """GPT-2's tokenizer, on the tokenizers package; with GPT-2's files its ids are tiktoken's.
 
-    Any text comes back from its ids, and text that spells ``<|endoftext|>`` is text unless that is allowed. Any ids
-    decode: bytes that are not UTF-8 become U+FFFD.
+    Any text comes back from its ids, and text that spells a special token such as ``<|endoftext|>`` is text unless that
+    token is allowed. Any ids decode: bytes that are not UTF-8 become U+FFFD. A tokenizer that works otherwise (a
+    normalizer, dropout, a space before each text ...) is refused, and the message names what it asks for.
+
+    Tokens that were added to the vocabulary and are not special are found in every text, as transformers finds them.
 
     What is a letter, a number or a space is the package's to decide, by the Unicode tables that it was built with.
     Those of tokenizers 0.23 and of tiktoken 0.14 (Unicode 16) are the same for every code point.
@@ -39,8 +37,10 @@ class Tokenizer:
 
     Raises
     ------
+    TypeError
+        If it is not the package's tokenizer.
     ValueError
-        If it is not a byte-level BPE, or two entries of its vocabulary have one id.
+        If it is not a byte-level BPE that works as GPT-2's does, or two entries of its vocabulary have one id.
 
     Examples
     --------
@@ -62,134 +62,205 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        if not isinstance(tokenizer.model, models.BPE) or "ByteLevel" not in repr(tokenizer.pre_tokenizer):
-            raise ValueError(
-                f"expected a byte-level BPE, as GPT-2's is; got the model {type(tokenizer.model).__name__} behind the "
-                f"pre-tokenizer {type(tokenizer.pre_tokenizer).__name__}"
+        if not isinstance(tokenizer, tokenizers.Tokenizer):
+            raise TypeError(
+                f"tokenizer is {shown(tokenizer)}; expected a tokenizers.Tokenizer (of one of transformers, "
+                f"backend_tokenizer), or a directory for Tokenizer.load"
             )
-        entries: dict[int, str] = {}
-        for entry, token in tokenizer.get_vocab().items():
-            if (other := entries.setdefault(token, entry)) != entry:
-                raise ValueError(f"{other!r} and {entry!r} have one id, {token}: the text of one would be the other's")
-        if END_OF_TEXT in (token.content for token in tokenizer.get_added_tokens_decoder().values()):
-            tokenizer.add_special_tokens([END_OF_TEXT])  # it may have been added as a word
-        tokenizer.encode_special_tokens = True  # as text
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        self._files = [TOKENIZER_FILE]
+        try:
+            files = {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
+        except Exception as error:  # the package raises no other class, where a part of it was written in Python
+            raise ValueError(f"the tokenizer cannot be written down as {TOKENIZER_FILE}: {error}") from error
+        self._define(definition(files), files)
+
+    def _define(self, found: Definition, files: dict[str, bytes]) -> None:
+        self._files = files
+        self._bpe = tokenizers.Tokenizer(models.BPE(found.vocab, found.merges))
+        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._added = found.added
+        self._added_by_id = {token.id: content for content, token in found.added.items()}
+        self._n_vocab = 1 + max((*found.vocab.values(), *self._added_by_id), default=-1)
+        self._patterns: dict[frozenset[str], list[re.Pattern[str]]] = {}
+
+    @classmethod
+    def _from_files(cls, files: dict[str, bytes], directory: Path | None = None) -> Tokenizer:
+        made = cls.__new__(cls)
+        made._define(definition(files, directory), files)
+        return made
 
     @classmethod
     def from_bpe(cls, bpe: models.BPE) -> Tokenizer:
         """Return GPT-2's tokenizer with another vocabulary and other merges: what two files hold, and are saved as."""
         tokenizer = tokenizers.Tokenizer(bpe)
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made = cls(tokenizer)
-        made._files = [VOCAB_FILE, MERGES_FILE]
-        return made
+        found = definition({TOKENIZER_FILE: tokenizer.to_str().encode()})
+        return cls._from_files(pair_of_files(found))
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer | None:
         """Read ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt``; None where there is neither.
 
-        The first holds all that the others do, and tokens that were added beside them. OpenAI's ``encoder.json`` and
-        ``vocab.bpe`` are the other two by other names.
+        The first holds all that the others do, and tokens that were added to them. Next to the others, added tokens are
+        in ``added_tokens.json`` or ``tokenizer_config.json``. Which tokens are special is said there too, or in
+        ``special_tokens_map.json``. OpenAI's ``encoder.json`` and ``vocab.bpe`` are the other two by other names.
 
         Raises
         ------
         ValueError
-            If a file is malformed. The message names it.
+            If a file is malformed, or asks for a tokenizer that does not work as GPT-2's does. The message names the
+            file and the entry.
+        OSError
+            If something other than a file has the name of one.
         """
-        directory = checks.path("directory", directory)
-        file = directory / TOKENIZER_FILE
-        try:
-            if file.is_file():
-                return cls(tokenizers.Tokenizer.from_file(str(file)))
-            for vocab, merges in ((directory / vocab, directory / merges) for vocab, merges in _PAIRS):
-                if not (vocab.is_file() and merges.is_file()):
-                    continue
-                file = directory / ADDED_FILE
-                if file.is_file() and json.loads(file.read_bytes()):
-                    raise ValueError(f"holds tokens beside {vocab.name}: save the tokenizer as {TOKENIZER_FILE}")
-                file = vocab
-                ids = _read_vocab(vocab)
-                file = merges
-                bpe = models.BPE(ids, _read_merges(merges, ids))
-                file = vocab
-                return cls.from_bpe(bpe)
-        except BaseException as error:  # the package raises Exception itself, or panics, which is not even that
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise ValueError(f"{file}: {error}") from error
-        return None
+        where = checks.path("directory", directory)
+        files = read_files(where)
+        return None if files is None else cls._from_files(files, where)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write it into an existing directory, in the files that it came from.
-
-        ``vocab.json`` and ``merges.txt`` cannot hold all of a ``tokenizer.json``: tokens that were added beside the
-        vocabulary would be lost, ``<|endoftext|>`` often among them.
-        """
-        directory = checks.path("directory", directory)
-        if self._files == [TOKENIZER_FILE]:
-            self._tokenizer.save(str(directory / TOKENIZER_FILE))
-        else:
-            self._tokenizer.model.save(str(directory))
+        """Write its files into an existing directory: those that it came from, as they were."""
+        where = checks.path("directory", directory)
+        for name, content in self._files.items():
+            (where / name).write_bytes(content)
 
     def __len__(self) -> int:
-        """Return the number of entries of the vocabulary."""
-        return self._tokenizer.get_vocab_size()
+        """Return the number of entries of the vocabulary, added tokens included."""
+        return self._bpe.get_vocab_size() + sum(self._bpe.token_to_id(content) is None for content in self._added)
+
+    @property
+    def n_vocab(self) -> int:
+        """One more than the largest id: the least vocabulary of a model that has all of them. There may be gaps."""
+        return self._n_vocab
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The id of each special token, by name."""
+        special = ((content, token.id) for content, token in self._added.items() if token.special)
+        return dict(sorted(special, key=operator.itemgetter(1)))
 
     @property
     def end_of_text(self) -> int | None:
         """The id of ``<|endoftext|>``, if the vocabulary has one."""
-        return self._tokenizer.token_to_id(END_OF_TEXT)
+        return self._added[END_OF_TEXT].id if END_OF_TEXT in self._added else None
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, *, allow_special: bool | Collection[str] = False) -> list[int]:
         """Return the ids of a text.
 
         Parameters
         ----------
         text : str
             What `decode` returns for these ids.
-        allow_special : bool, default False
-            Whether ``<|endoftext|>`` inside the text is that one token. Leave it off for text from elsewhere: whoever
-            wrote it could end the prompt in its midst. Other special tokens are text in any case.
+        allow_special : bool or collection of str, default False
+            Which special tokens are that one token where the text spells them: none (False), all (True), or those of
+            these names. The others are text. Allow none in text from elsewhere: its author could end the prompt early,
+            or write in another's name. Of two that begin at one place, the longer one is found.
 
         Raises
         ------
         TypeError
-            If it is no str.
+            If it is no str, or allow_special is one.
         ValueError
             If it holds a lone surrogate, which is half a character, a character that the vocabulary cannot spell, or,
-            where that is allowed, an ``<|endoftext|>`` that the vocabulary lacks.
+            where all are allowed, an ``<|endoftext|>`` that the vocabulary lacks; or if allow_special names a token
+            that is not a special one of the vocabulary.
+
+        Examples
+        --------
+        >>> import portable_gpt2 as pg
+        >>> from portable_gpt2.checkpoint import SHIPPED
+        >>> tokenizer = pg.Tokenizer.load(SHIPPED / "shakespeare")
+        >>> tokenizer.special_tokens
+        {'<|endoftext|>': 0}
+        >>> tokenizer.encode("<|endoftext|>", allow_special=["<|endoftext|>"])
+        [0]
+        >>> len(tokenizer.encode("<|endoftext|>"))
+        9
         """
         if not isinstance(text, str):
             raise TypeError(f"expected text as a str; got {type(text).__name__}")
         try:
-            spelled = text.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"character {error.start} of the text, {text[error.start]!r}, is a lone surrogate, which has no UTF-8 "
                 f"form: decode the text with errors='replace' where it is read"
             ) from None
-        if not self._lacking.isdisjoint(spelled):
-            i, c = next((i, c) for i, c in enumerate(text) if not self._lacking.isdisjoint(c.encode()))
-            raise ValueError(
-                f"the vocabulary cannot spell character {i} of the text, {c!r}: it lacks {len(self._lacking)} of the "
-                f"256 bytes, all of which a byte-level BPE should have"
-            )
-        first, *rest = text.split(END_OF_TEXT) if allow_special else [text]
-        ids = self._ids(first)
-        if rest:
-            end = self.end_of_text
-            if end is None:
-                raise ValueError(f"the text holds {END_OF_TEXT}, which the vocabulary lacks: do not allow it there")
-            for part in rest:
-                ids += [end, *self._ids(part)]
+        allowed = self.allowed(allow_special)
+        if allow_special is True and self.end_of_text is None and END_OF_TEXT in text:
+            raise ValueError(f"the text holds {END_OF_TEXT}, which the vocabulary lacks: do not allow it there")
+        ids: list[int] = []
+        start = 0
+        for part in self._parts(text, allowed):
+            if isinstance(part, int):
+                ids.append(part)
+                start += len(self._added_by_id[part])
+            else:
+                self._check_spelling(part, start)
+                ids += self._bpe.encode(part, add_special_tokens=False).ids
+                start += len(part)
         return ids
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def allowed(self, allow_special: bool | Collection[str]) -> frozenset[str]:
+        """Return the special tokens that an ``allow_special``, as `encode` takes it, allows.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `encode` does.
+        """
+        if isinstance(allow_special, bool):
+            return frozenset(self.special_tokens if allow_special else ())
+        if isinstance(allow_special, str) or not isinstance(allow_special, Collection):
+            hint = f" ([{allow_special!r}] names one)" if isinstance(allow_special, str) else ""
+            raise TypeError(f"allow_special is {shown(allow_special)}; expected True, False, or a list of names{hint}")
+        for name in allow_special:
+            if not isinstance(name, str):
+                raise TypeError(f"allow_special names {shown(name)}; expected the names of special tokens, each a str")
+            if name not in self.special_tokens:
+                known = ", ".join(self.special_tokens) or "none"
+                raise ValueError(
+                    f"allow_special names {shown(name)}, which is not a special token of this tokenizer; it has {known}"
+                )
+        return frozenset(allow_special)
+
+    def found_whole(self, allowed: frozenset[str]) -> list[str]:
+        """Return the tokens that are found in a text as a whole where these special ones are allowed."""
+        return [content for content, token in self._added.items() if not token.special or content in allowed]
+
+    def _parts(self, text: str, allowed: frozenset[str]) -> list[str | int]:
+        """Split a text at added tokens: return their ids, and the text between them."""
+        parts: list[str | int] = [text]
+        for pattern in self._splitters(allowed):
+            split = ([part] if isinstance(part, int) else self._split(pattern, part) for part in parts)
+            parts = [each for found in split for each in found]
+        return parts
+
+    def _split(self, pattern: re.Pattern[str], text: str) -> list[str | int]:
+        return [self._added[part].id if i % 2 else part for i, part in enumerate(pattern.split(text))]
+
+    def _splitters(self, allowed: frozenset[str]) -> list[re.Pattern[str]]:
+        """Return patterns that find added tokens, of two that begin at one place the longer; one after the other."""
+        if allowed not in self._patterns:
+            whole = sorted(self.found_whole(allowed), key=len, reverse=True)
+            rounds = [
+                [content for content in whole if self._added[content].normalized is late] for late in (False, True)
+            ]
+            self._patterns[allowed] = [re.compile(f"({'|'.join(map(re.escape, each))})") for each in rounds if each]
+        return self._patterns[allowed]
+
+    def _check_spelling(self, text: str, start: int) -> None:
+        """Refuse a character that the vocabulary cannot spell: the package would drop it."""
+        if not self._lacking or self._lacking.isdisjoint(text.encode()):
+            return
+        i, c = next((i, c) for i, c in enumerate(text, start) if not self._lacking.isdisjoint(c.encode()))
+        raise ValueError(
+            f"the vocabulary cannot spell character {i} of the text, {c!r}: it lacks {len(self._lacking)} of the 256 "
+            f"bytes, all of which a byte-level BPE should have"
+        )
+
+    @cached_property
+    def _lacking(self) -> frozenset[int]:
+        """The bytes that have no token."""
+        return frozenset(b[0] for c, b in _BYTES.items() if self._bpe.token_to_id(c) is None)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of some ids; bytes that are not UTF-8 become U+FFFD.
@@ -241,66 +312,13 @@ class Tokenizer:
         return spelled
 
     def _spelled(self, token: int) -> bytes | None:
+        if isinstance(token, bool):
+            raise TypeError(f"{token} is a bool, which cannot be interpreted as an integer; expected a token id")
         token = operator.index(token)
-        spelled = self._tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
-        if spelled is None:
-            return None
-        if token in self._added:
-            return spelled.encode()
-        return b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in spelled)
-
-    @cached_property
-    def _lacking(self) -> frozenset[int]:
-        """The bytes that have no token: the package would drop them in silence."""
-        return frozenset(b[0] for c, b in _BYTES.items() if self._tokenizer.token_to_id(c) is None)
-
-    @cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.get_added_tokens_decoder())
-
-
-# The package reads these two files as well, three times as fast (GPT-2's in 65 ms against 200), but takes in silence an
-# id modulo 2**32, the last of two equal lines, and a file that is cut at the end of a line.
-
-
-def _read_vocab(file: Path) -> dict[str, int]:
-    """Return the id of each entry of a vocabulary."""
-    ids = json.loads(file.read_text("utf-8"), object_pairs_hook=_without_doubles)
-    if not isinstance(ids, dict):
-        raise ValueError(f"expected an object, of entries and their ids; got {type(ids).__name__}")
-    for entry, token in ids.items():
-        if type(token) is not int or not 0 <= token < 2**32:
-            raise ValueError(f"the id of {entry!r} is {token!r}; expected a whole number below 2**32")
-    return ids
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    once = dict(pairs)
-    if len(once) < len(pairs):
-        [(entry, _)] = Counter(entry for entry, _ in pairs).most_common(1)
-        raise ValueError(f"{entry!r} stands in it twice")
-    return once
-
-
-def _read_merges(file: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Return the pairs that a BPE merges, in order."""
-    lines = file.read_text("utf-8").removesuffix("\n").split("\n")
-    start = int(lines[0].startswith("#version") or lines == [""])
-    merges: dict[tuple[str, str], int] = {}
-    last = -1
-    for number, line in enumerate(lines[start:], start=start + 1):
-        left, _, right = line.partition(" ")
-        made = left + right
-        if left not in ids or right not in ids or made not in ids:
-            lacking = next(entry for entry in (left, right, made) if entry not in ids)
-            raise ValueError(f"line {number}, {line[:80]!r}: {lacking[:80]!r} is not in the vocabulary")
-        if (first := merges.setdefault((left, right), number)) != number:
-            raise ValueError(f"line {number}, {line!r}, is line {first} again")
-        last = max(last, ids[made])
-    for entry, token in ids.items():  # after the last, special tokens may follow, which no two entries spell
-        if token > last and any(entry[:i] in ids and entry[i:] in ids for i in range(1, len(entry))):
-            raise ValueError(f"no line makes {entry!r}, whose id is {token}: the file has lost its end")
-    return list(merges)
+        if token in self._added_by_id:
+            return self._added_by_id[token].encode()
+        spelled = self._bpe.id_to_token(token) if 0 <= token < 2**32 else None
+        return None if spelled is None else b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in spelled)
 
 
 def _printable_bytes() -> dict[str, bytes]:

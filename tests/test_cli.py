@@ -1,5 +1,6 @@
 """The command: text on stdout and nothing else, the rest on stderr, wrong use in one line and never a traceback."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 
 import portable_gpt2 as pg
 from portable_gpt2.backend import known_backends
@@ -244,6 +246,7 @@ def test_without_a_prompt_the_text_starts_from_end_of_text(command, it):
         (["--min-p", "off", "--repetition-penalty", "3"], {"repetition_penalty": 3}),
         (["--sliding", "-n", "90"], {"sliding": True, "max_new_tokens": 90}),
         (["--allow-special"], {"allow_special": True}),
+        (["--allow-special-token", "<|endoftext|>"], {"allow_special": ["<|endoftext|>"]}),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -255,6 +258,34 @@ def test_every_option_reaches_the_model(command, it, args, options):
     expected = it.generate(prompt, **{**plain, **options})
     assert (status, out) == (0, f"{prompt}{expected}\n")
     assert expected != it.generate(prompt, **plain)
+
+
+def test_special_tokens_may_be_allowed_by_name(command, checkpoints, it):
+    """Catches a name that allows them all, one that is dropped, and one that the tokenizer lacks and nobody misses."""
+    whole = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe("added"))
+    whole.add_special_tokens(["<|user|>", "<|bot|>"])
+    config = dataclasses.replace(tiny.CONFIG, n_vocab=386)
+    model = tiny.model(pg.get_backend("numpy"), config, tokenizer=pg.Tokenizer(whole))
+    model.save(checkpoints / "chat", force=True)
+    text = "<|user|>To be<|bot|>"
+    (checkpoints / "chat.txt").write_text(text)
+    found = {}
+    for options, allowed in (
+        ([], False),
+        (["--allow-special-token", "<|bot|>"], ["<|bot|>"]),
+        (["--allow-special-token", "<|bot|>", "--allow-special-token", "<|user|>"], ["<|bot|>", "<|user|>"]),
+        (["--allow-special"], True),
+    ):
+        status, out, _ = command("score", "chat.txt", "--model", "chat", "--json", *options)
+        assert status == 0
+        found[str(allowed)] = json.loads(out)["tokens"]
+        assert found[str(allowed)] == model.tokenizer.encode(text, allow_special=allowed)
+    assert [384 in tokens for tokens in found.values()] == [False, False, True, True]
+    assert [385 in tokens for tokens in found.values()] == [False, True, True, True]
+    for arguments in (["generate", "x"], ["score", "chat.txt"], ["attend", "x", "-o", "x.png"]):
+        status, _, error = command(*arguments, "--model", "chat", "--allow-special-token", "<|use|>")
+        assert (status, error.count("\n")) == (2, 1 if arguments[0] == "generate" else error.count("\n"))
+        assert "allow_special names '<|use|>', which is not a special token of this tokenizer; it has <|endoft" in error
 
 
 # score

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..backend import available_backends, how_to_install
-from ..tokenizer import ADDED_FILE, MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
+from ..tokenizer_files import ADDED_FILE, MERGES_FILE, SETTINGS_FILE, SPECIAL_FILE, TOKENIZER_FILE, VOCAB_FILE
 from .errors import CheckpointError
 from .formats import INDEX, WEIGHTS_FILE, formats, read_index
 
@@ -39,7 +39,9 @@ def download(source: str) -> Path:
     """
     from huggingface_hub import constants
 
-    directory = _fetch(source, ["config.json", TOKENIZER_FILE, WEIGHTS_FILE, WEIGHTS_FILE + INDEX])
+    directory = _fetch(
+        source, ["config.json", TOKENIZER_FILE, SETTINGS_FILE, SPECIAL_FILE, WEIGHTS_FILE, WEIGHTS_FILE + INDEX]
+    )
     pinned = f"{source.partition('@')[0]}@{directory.name}"
     if not (directory / TOKENIZER_FILE).is_file():
         _fetch(pinned, [VOCAB_FILE, MERGES_FILE, ADDED_FILE])

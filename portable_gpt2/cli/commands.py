@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-samples", type=int, default=1, metavar="N", help="continue each prompt N times (default: 1)")
     add("--batch-size", type=int, default=8, metavar="N", help="compute N texts at a time (default: 8)")
     add("--sliding", action="store_true", help="go on from the last half of the context where it is full")
-    add("--allow-special", action="store_true", help="let <|endoftext|> in a prompt be the special token")
+    _add_special(generate, "a prompt")
     add("--json", action="store_true", help="write a JSON object a text, one on each line")
     generate.set_defaults(run=_generate)
 
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(score)
     add("--stride", type=int, metavar="N", help="move the window by N tokens (default: half of the context)")
     add("--bos", action="store_true", help="put <|endoftext|> before each text, and score its first token too")
-    add("--allow-special", action="store_true", help="let <|endoftext|> in a text be the special token")
+    _add_special(score, "a text")
     add("--json", action="store_true", help="write a JSON object a text, with each token's log-probability")
     score.set_defaults(run=_score)
 
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add = attend.add_argument
     add("text", type=str, help="a text")
     _add_model(attend)
+    _add_special(attend, "the text")
     add("--layer", type=_index_or_all, default="all", metavar="N", help="a layer, from 0, or all (default)")
     add("--head", type=_index_or_all, default="all", metavar="N", help="a head, from 0, or all (default)")
     add("-o", "--output", required=True, metavar="FILE", help="what to write: attention.png, .svg, .pdf ...")
@@ -188,6 +189,26 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     add("--dtype", help="float32 (default), float64, bfloat16, float16")
 
 
+def _add_special(command: argparse.ArgumentParser, where: str) -> None:
+    add = command.add_argument
+    add(
+        "--allow-special", action="store_true", help=f"read special tokens in {where}, such as <|endoftext|>, as tokens"
+    )
+    add(
+        "--allow-special-token",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="read this special token as a token and others as text; may be given several times",
+    )
+
+
+def _allow_special(arguments: argparse.Namespace) -> bool | list[str]:
+    """Return what the options say, as `Tokenizer.encode` takes it."""
+    names: list[str] = arguments.allow_special_token
+    return arguments.allow_special or names or False
+
+
 def _load(arguments: argparse.Namespace) -> GPT2:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console of few characters must not end the text
@@ -206,7 +227,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(Sampling)]
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})  # checked before a model is loaded
     model = _load(arguments)
-    options = {name: getattr(arguments, name) for name in (*names, "max_new_tokens", "sliding", "allow_special")}
+    options = {name: getattr(arguments, name) for name in (*names, "max_new_tokens", "sliding")}
+    options["allow_special"] = _allow_special(arguments)
     options["stop"] = [*arguments.stop, *arguments.stop_token]
     alone = len(prompts) == arguments.num_samples == 1 and not arguments.json
     if alone:
@@ -251,7 +273,7 @@ def _score(arguments: argparse.Namespace) -> int:
     model = _load(arguments)
     print(f"{model!r}, from {model.source}", file=sys.stderr, flush=True)
     for name, text in texts.items():
-        options = {"stride": arguments.stride, "bos": arguments.bos, "allow_special": arguments.allow_special}
+        options = {"stride": arguments.stride, "bos": arguments.bos, "allow_special": _allow_special(arguments)}
         score = model.score(text, **options)
         if arguments.json:
             log_probs = [None if math.isnan(p) else p for p in score.log_probs.tolist()]
@@ -278,7 +300,8 @@ def _attend(arguments: argparse.Namespace) -> int:
         if index != "all" and not 0 <= index < n:
             raise ValueError(f"there is no {name} {index}; the model has {n}, from 0")
         chosen[name] = range(n) if index == "all" else [index]
-    traced = model.trace(arguments.text)
+    allow_special = _allow_special(arguments)
+    traced = model.trace(arguments.text, allow_special=allow_special)
     assert model.tokenizer is not None  # without one, trace has refused the text
     maps = {
         f"layer {i}, head {j}": to_numpy(traced[f"h{i}/attn/weights"])[0, j]
@@ -287,7 +310,8 @@ def _attend(arguments: argparse.Namespace) -> int:
     }
     if len(maps) == 1:
         ((name, weights),) = maps.items()
-        names = [model.tokenizer.decode([token]) for token in model.tokenizer.encode(arguments.text)]
+        tokens = model.tokenizer.encode(arguments.text, allow_special=allow_special)
+        names = [model.tokenizer.decode([token]) for token in tokens]
         figure = plot.draw_attention(weights, names, name)
     else:
         columns = len(chosen["head"]) if len(chosen["head"]) > 1 else math.isqrt(len(maps) - 1) + 1

@@ -13,7 +13,8 @@ from numpy.random import Philox
 from tokenizers import models, pre_tokenizers, trainers
 
 from .. import checks
-from ..tokenizer import END_OF_TEXT, Tokenizer
+from ..tokenizer import Tokenizer
+from ..tokenizer_files import END_OF_TEXT
 
 _CHUNK = 1 << 20  # characters that are encoded at a time
 _STREAM = int.from_bytes(b"windows", "little")  # of random words, beside those of parameters and draws
