@@ -174,7 +174,7 @@ WRONG = [
     ([], "--data: name the texts to train on, or a run to --resume"),
     (["--data", "nowhere.txt"], "nowhere.txt"),
     (["--data", "a.txt", "--steps", "0"], "steps is 0; expected an int of at least 1"),
-    (["--data", "a.txt", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--data", "a.txt", "--steps", "many"], "argument --steps: 'many': expected a whole number"),
     (["--data", "a.txt", *SMALL, "--n-head", "3"], "n_embd is 8, which n_head = 3 does not divide"),
     (["--data", "a.txt", "--vocab-size", "100"], "a vocabulary of 100 is asked for"),
     (["--data", "a.txt", "--held-out", "1.5"], "--held-out 1.5: expected a file, or a share"),

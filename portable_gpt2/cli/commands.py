@@ -4,66 +4,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
-import json
+import errno
 import math
-import os
+import signal
 import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from .. import strict_json
 from ..backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
 from ..checkpoint import SHIPPED, convert
 from ..completion import Completion
 from ..language_model import GPT2
 from ..sampling import Sampling
+from . import signals, streams
+from .options import FAILED, Command, Parser, at_least, index_or_all, number_or_off, stop_text
+from .texts import Texts
 from .train import add_options as add_training_options
 from .train import run as run_training
 
-USAGE_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-class _Command(_Parser):
-    """The parser of one command. It refuses an empty value of every argument that has no type: a path, or a name.
-
-    An argument whose value is text says so by ``type=str``.
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.register("type", None, _not_empty)
-
-
-def _not_empty(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the value is empty; if it comes from a variable, the variable is not set")
-    return text
-
-
-def _number_or_off(text: str) -> float | None:
-    try:
-        return None if text == "off" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor off") from None
-
-
-def _index_or_all(text: str) -> int | str:
-    try:
-        return text if text == "all" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither an index nor all") from None
+_SIGPIPE = 13  # by which a shell reports that nobody reads stdout; Windows has no such signal
+_JSON = "; a number that is not finite is null"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="portable-gpt2", description="GPT-2, written once, on the array framework of your choice.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
+    parser = Parser(prog="portable-gpt2", description="GPT-2, written once, on the array framework of your choice.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
 
     generate = commands.add_parser(
         "generate",
@@ -75,11 +42,18 @@ def _parser() -> argparse.ArgumentParser:
     add("prompt", nargs="*", type=str, help="a text to continue")
     add("--prompt-file", action="append", default=[], metavar="FILE", help="a file to continue, whole; - is stdin")
     _add_model(generate)
-    add("-n", "--max-new-tokens", type=int, default=100, metavar="N", help="draw at most N tokens (default: 100)")
+    add(
+        "-n",
+        "--max-new-tokens",
+        type=at_least(0),
+        default=100,
+        metavar="N",
+        help="sample at most N (default: 100)",
+    )
     add("--temperature", type=float, default=1.0, metavar="T", help="divide the logits by T; 0 is greedy (default: 1)")
     add("--top-k", type=int, default=40, metavar="K", help="draw from the K likeliest; 0 is off (default: 40)")
-    add("--top-p", type=_number_or_off, metavar="P", help="draw from the fewest that reach P together (default: off)")
-    add("--min-p", type=_number_or_off, metavar="P", help="and are P times as likely as the likeliest (default: off)")
+    add("--top-p", type=number_or_off, metavar="P", help="draw from the fewest that reach P together (default: off)")
+    add("--min-p", type=number_or_off, metavar="P", help="and are P times as likely as the likeliest (default: off)")
     add(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="make what was used less likely (default: 1)"
     )
@@ -92,16 +66,16 @@ def _parser() -> argparse.ArgumentParser:
         "--stop",
         action="append",
         default=[],
-        type=str,
+        type=stop_text,
         metavar="TEXT",
         help="end before TEXT; may be given several times",
     )
-    add("--stop-token", action="append", default=[], type=int, metavar="ID", help="end before this token id")
-    add("--num-samples", type=int, default=1, metavar="N", help="continue each prompt N times (default: 1)")
-    add("--batch-size", type=int, default=8, metavar="N", help="compute N texts at a time (default: 8)")
+    add("--stop-token", action="append", default=[], type=at_least(0), metavar="ID", help="end before this token id")
+    add("--num-samples", type=at_least(1), default=1, metavar="N", help="continue each prompt N times (default: 1)")
+    add("--batch-size", type=at_least(1), default=8, metavar="N", help="compute N texts at a time (default: 8)")
     add("--sliding", action="store_true", help="go on from the last half of the context where it is full")
     _add_special(generate, "a prompt")
-    add("--json", action="store_true", help="write a JSON object a text, one on each line")
+    add("--json", action="store_true", help=f"write a JSON object for each text, one on each line{_JSON}")
     generate.set_defaults(run=_generate)
 
     score = commands.add_parser(
@@ -112,10 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     add = score.add_argument
     add("file", nargs="+", help="a text, in UTF-8; - is stdin")
     _add_model(score)
-    add("--stride", type=int, metavar="N", help="move the window by N tokens (default: half of the context)")
+    add("--stride", type=at_least(1), metavar="N", help="move the window by N tokens (default: half of the context)")
     add("--bos", action="store_true", help="put <|endoftext|> before each text, and score its first token too")
     _add_special(score, "a text")
-    add("--json", action="store_true", help="write a JSON object a text, with each token's log-probability")
+    add(
+        "--json",
+        action="store_true",
+        help=f"write a JSON object for each text, with each token's log-probability{_JSON}",
+    )
     score.set_defaults(run=_score)
 
     attend = commands.add_parser(
@@ -127,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     add("text", type=str, help="a text")
     _add_model(attend)
     _add_special(attend, "the text")
-    add("--layer", type=_index_or_all, default="all", metavar="N", help="a layer, from 0, or all (default)")
-    add("--head", type=_index_or_all, default="all", metavar="N", help="a head, from 0, or all (default)")
+    add("--layer", type=index_or_all, default="all", metavar="N", help="a layer, from 0, or all (default)")
+    add("--head", type=index_or_all, default="all", metavar="N", help="a head, from 0, or all (default)")
     add("-o", "--output", required=True, metavar="FILE", help="what to write: attention.png, .svg, .pdf ...")
     attend.set_defaults(run=_attend)
 
@@ -139,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "Ctrl-C saves; --resume goes on, to the same bits.",
     )
     add_training_options(train)
-    train.set_defaults(run=lambda arguments: run_training(arguments, _read))
+    train.set_defaults(run=lambda arguments: run_training(arguments, Texts().read))
 
     convert = commands.add_parser(
         "convert",
@@ -158,22 +136,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit status."""
+def run(argv: list[str] | None) -> int:
+    """Run a command; return its exit status.
+
+    An error that a function of this package raises for what it was given takes one line. Every other error is a bug,
+    and its traceback shows where.
+    """
     try:
-        try:
-            arguments = _parser().parse_args(argv)
-            return int(arguments.run(arguments))
-        finally:
-            _write("")  # a pipe that is closed shows here, and not when the interpreter ends
+        arguments = _parser().parse_args(argv)
+        return int(arguments.run(arguments))
     except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush would complain
-        return PIPE_CLOSED
+        return signals.status(signal.SIGINT)
+    except streams.LostOutput as error:
+        if error.errno == errno.EPIPE:
+            return signals.status(_SIGPIPE)
+        return _failed(str(error.strerror))
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
-        print(f"portable-gpt2: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE_ERROR
+        return _failed(str(error))
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _failed(f"out of memory: {error}")
+
+
+def _failed(message: str) -> int:
+    streams.say(f"portable-gpt2: {' '.join(message.split())}")
+    return FAILED
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether the memory of the host or of a device is full, by Python's error or by a framework's words."""
+    words = ("RESOURCE_EXHAUSTED", "OOM when", "can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -210,8 +204,6 @@ def _allow_special(arguments: argparse.Namespace) -> bool | list[str]:
 
 
 def _load(arguments: argparse.Namespace) -> GPT2:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console of few characters must not end the text
     return GPT2.load(
         arguments.model,
         backend=arguments.backend,
@@ -222,12 +214,14 @@ def _load(arguments: argparse.Namespace) -> GPT2:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    contents = {name: _read(name) for name in arguments.prompt_file}
-    prompts = [*arguments.prompt, *map(contents.__getitem__, arguments.prompt_file)] or [""]
     names = [field.name for field in dataclasses.fields(Sampling)]
-    sampling = Sampling(**{name: getattr(arguments, name) for name in names})  # checked before a model is loaded
+    options: dict[str, Any] = {name: None if (x := getattr(arguments, name)) == "off" else x for name in names}
+    sampling = Sampling(**options)  # checked before a text is read or a model loaded
+    streams.write("")
+    texts = Texts()
+    prompts = [*arguments.prompt, *map(texts.read, arguments.prompt_file)] or [""]
     model = _load(arguments)
-    options = {name: getattr(arguments, name) for name in (*names, "max_new_tokens", "sliding")}
+    options |= {name: getattr(arguments, name) for name in ("max_new_tokens", "sliding")}
     options["allow_special"] = _allow_special(arguments)
     options["stop"] = [*arguments.stop, *arguments.stop_token]
     alone = len(prompts) == arguments.num_samples == 1 and not arguments.json
@@ -238,19 +232,19 @@ def _generate(arguments: argparse.Namespace) -> int:
         many = {"num_samples": arguments.num_samples, "batch_size": arguments.batch_size}
         completions = model.complete(prompts, **many, **options)
     seed = "" if options["seed"] is None else f", seed {options['seed']}"
-    print(f"{model!r}{seed}, from {model.source}", file=sys.stderr, flush=True)
+    streams.say(f"{model!r}{seed}, from {model.source}")
     start = time.perf_counter()
     if alone:
-        _write(prompts[0])
+        streams.write(prompts[0])
         drawn = 0
         for drawn, piece in enumerate(pieces, 1):  # noqa: B007 - counted for the last line
-            _write(piece)
+            streams.write(piece)
         drawn = min(drawn, arguments.max_new_tokens)  # a text that ends within a character has a piece more
-        _write("\n")
+        streams.write("\n")
     else:
         drawn = _write_all(completions, arguments)
     seconds = time.perf_counter() - start
-    print(f"{drawn} tokens in {seconds:.2f} s, {drawn / seconds:.1f} tokens/s", file=sys.stderr)
+    streams.say(f"{drawn} tokens in {seconds:.2f} s, {drawn / seconds:.1f} tokens/s")
     return 0
 
 
@@ -260,29 +254,29 @@ def _write_all(completions: Iterable[Completion], arguments: argparse.Namespace)
     for i, completion in enumerate(completions):
         drawn += len(completion.tokens)
         if arguments.json:
-            _write(json.dumps(dataclasses.asdict(completion)) + "\n")
+            streams.write(strict_json.line(dataclasses.asdict(completion)))
         else:
             which = f"prompt {i // arguments.num_samples + 1}, sample {completion.index + 1}"
             which += f", seed {completion.seed}" if arguments.seed is None else ""
-            _write(f"{'=' * 20} {which} {'=' * 20}\n{completion.prompt}{completion.text}\n")
+            streams.write(f"{'=' * 20} {which} {'=' * 20}\n{completion.prompt}{completion.text}\n")
     return drawn
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    texts = {name: _read(name) for name in arguments.file}
+    streams.write("")
+    texts = Texts()
+    contents = [(name, texts.read(name)) for name in arguments.file]
     model = _load(arguments)
-    print(f"{model!r}, from {model.source}", file=sys.stderr, flush=True)
-    for name, text in texts.items():
+    streams.say(f"{model!r}, from {model.source}")
+    for name, text in contents:
         options = {"stride": arguments.stride, "bos": arguments.bos, "allow_special": _allow_special(arguments)}
         score = model.score(text, **options)
         if arguments.json:
-            log_probs = [None if math.isnan(p) else p for p in score.log_probs.tolist()]
-            entries = {"tokens": score.tokens, "log_probs": log_probs, "total": score.total, "n_bytes": score.n_bytes}
-            perplexities = {"perplexity": score.perplexity, "byte_perplexity": score.byte_perplexity}
-            known = {key: None if math.isnan(value) else value for key, value in perplexities.items()}
-            _write(json.dumps({"file": name, **entries, **known}) + "\n")
+            found = {"tokens": score.tokens, "log_probs": score.log_probs.tolist()}
+            found |= {key: getattr(score, key) for key in ("total", "n_bytes", "perplexity", "byte_perplexity")}
+            streams.write(strict_json.line({"file": name, **found}))
         else:
-            _write(
+            streams.write(
                 f"{name}: perplexity {score.perplexity:.4f} per token, {score.byte_perplexity:.4f} per byte; "
                 f"log-probability {score.total:.4f} of {score.n_tokens} tokens, {score.n_bytes} bytes\n"
             )
@@ -317,28 +311,16 @@ def _attend(arguments: argparse.Namespace) -> int:
         columns = len(chosen["head"]) if len(chosen["head"]) > 1 else math.isqrt(len(maps) - 1) + 1
         figure = plot.draw_grid(maps, columns, arguments.text)
     plot.save(figure, arguments.output)
-    print(f"wrote {arguments.output}", file=sys.stderr)
+    streams.say(f"wrote {arguments.output}")
     return 0
-
-
-def _read(file: str) -> str:
-    """Return the text of a file, or of stdin, as it is: no line ending is changed or removed."""
-    try:
-        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from error
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     found = convert(
         arguments.source, arguments.directory, dtype=arguments.dtype, force=arguments.force, progress=_progress
     )
-    print(f"{arguments.directory}: from {found}", file=sys.stderr)
+    streams.say(f"{arguments.directory}: from {found}")
     return 0
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def _progress(tensors: Iterable[Any]) -> Iterable[Any]:
@@ -349,6 +331,7 @@ def _progress(tensors: Iterable[Any]) -> Iterable[Any]:
 
 
 def _backends(arguments: argparse.Namespace) -> int:
+    streams.write("")
     rows = [("backend", "version", "devices")]
     for name in known_backends():
         try:
@@ -361,5 +344,5 @@ def _backends(arguments: argparse.Namespace) -> int:
             rows.append((name, "-", " ".join(str(error).split())))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for first, second, last in rows:
-        print(f"{first:{widths[0]}}  {second:{widths[1]}}  {last}")
+        streams.write(f"{first:{widths[0]}}  {second:{widths[1]}}  {last}\n")
     return 0

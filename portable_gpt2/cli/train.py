@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..backend import get_backend
-from ..checkpoint import cast, read_checkpoint
+import numpy as np
+
+from .. import checks
+from ..backend import Backend, get_backend
+from ..checkpoint import Checkpoint, cast, read_checkpoint
 from ..config import GPT2Config
-from ..params import Params, count, init_params, nest
+from ..params import count, init_params, nest
 from ..tokenizer import Tokenizer
 from ..training.data import check_room, train_tokenizer, write_tokens
 from ..training.recipe import Recipe
 from ..training.run import Run, check_new
 from ..training.train import train
 from ..training.trainer import State, Trainer
+from . import signals, streams
+from .options import at_least, number_or_off
 
 _MODEL = {
     "n_layer": (4, "blocks"),
@@ -65,7 +69,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help=f"a text, or the last share of them (default: {_HELD_OUT})",
     )
     add("--tokenizer", metavar="DIR", help="the directory of a tokenizer's files")
-    add("--vocab-size", type=int, metavar="N", help=f"else, entries of the one to be made (default: {_VOCAB_SIZE})")
+    add(
+        "--vocab-size",
+        type=at_least(1),
+        metavar="N",
+        help=f"else, entries of the one to be made (default: {_VOCAB_SIZE})",
+    )
 
     add = command.add_argument_group("model").add_argument
     add(
@@ -81,7 +90,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for name, text in _RECIPE.items():
         default = getattr(Recipe(), name)
         said = "n_ctx" if name == "context" else default
-        kind: Any = None if name == "dtype" else int if name in _INTS else _number_or_off if name == "clip" else float
+        kind: Any = None if name == "dtype" else int if name in _INTS else number_or_off if name == "clip" else float
         add(_option(name), type=kind, metavar="N" if kind else "NAME", help=f"{text} (default: {said})")
 
 
@@ -96,52 +105,41 @@ def run(arguments: argparse.Namespace, read: Callable[[str], str]) -> int:
     run, trainer, state = _resumed(arguments) if arguments.resume else _begun(arguments, read)
     where = f"{trainer.backend.name}, {trainer.backend.device(state.params['wte'])}"
     n_tokens = run.recipe.batch_size * run.recipe.accumulate * (run.recipe.context or run.config.n_ctx)
-    print(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens a step", file=sys.stderr)
-    interrupted = []
-
-    def interrupt(*_: Any) -> None:
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, before)  # a second one ends at once
-
-    before = signal.signal(signal.SIGINT, interrupt)
+    streams.say(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens a step")
     bar = tqdm(total=run.recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5)
     reports = train(run, trainer, state)
-    try:
-        for report in reports:
-            if report.step > bar.n:
-                bar.update()
-            if report.loss is not None:
-                bar.set_postfix_str(f"loss {report.loss:.4f}, {n_tokens / report.seconds:,.0f} tokens/s", refresh=False)
-            if report.held_out is not None:
-                bar.write(f"step {report.step}: held-out loss {report.held_out:.4f}", file=sys.stderr)
-            if interrupted:
-                break
-    finally:
-        reports.close()  # which saves what was not
-        bar.close()
-        signal.signal(signal.SIGINT, before)
+    with signals.noted() as stopped:  # Ctrl-C, or a scheduler's warning before it kills the process
+        try:
+            for report in reports:
+                if report.step > bar.n:
+                    bar.update()
+                if report.loss is not None:
+                    speed = f"{n_tokens / report.seconds:,.0f} tokens/s"
+                    bar.set_postfix_str(f"loss {report.loss:.4f}, {speed}", refresh=False)
+                if report.held_out is not None:
+                    bar.write(f"step {report.step}: held-out loss {report.held_out:.4f}", file=sys.stderr)
+                if stopped:
+                    break
+        finally:
+            reports.close()  # which saves what was not
+            bar.close()
     if arguments.plot:
         plot.save(plot.draw_losses(run.metrics()), arguments.plot)
-        print(f"wrote {arguments.plot}", file=sys.stderr)
+        streams.say(f"wrote {arguments.plot}")
     last, best = run.last, run.best
     if last["step"] < run.recipe.steps:
-        print(
+        streams.say(
             f"stopped after step {last['step']} of {run.recipe.steps}; to go on: portable-gpt2 train --resume --out "
-            f"{run.directory}",
-            file=sys.stderr,
+            f"{run.directory}"
         )
-        return 128 + signal.SIGINT
+        return signals.status(stopped[0])
     loss = "" if best["held_out"] is None else f", held-out loss {best['held_out']:.4f} nats a token"
-    print(f"{run.directory}: the model of step {best['step']}{loss}", file=sys.stderr)
+    streams.say(f"{run.directory}: the model of step {best['step']}{loss}")
     return 0
 
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _number_or_off(text: str) -> float | str:
-    return text if text == "off" else float(text)
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -165,26 +163,31 @@ def _begun(arguments: argparse.Namespace, read: Callable[[str], str]) -> tuple[R
         raise ValueError("--data: name the texts to train on, or a run to --resume")
     chosen: dict[str, Any] = {name: None if x == "off" else x for name, x in _given(arguments, *_RECIPE).items()}
     recipe = Recipe(**chosen)
+    held_out = _HELD_OUT if arguments.held_out is None else arguments.held_out
+    share = _share(held_out)
     check_new(arguments.out)
     backend = get_backend(arguments.backend, arguments.device)
     backend.dtype(recipe.dtype)
-    texts = [read(file) for file in arguments.data]
-    held_out = arguments.held_out or _HELD_OUT
-    share = _share(held_out)
-    held_out_texts = [read(held_out)] if share is None else []
-
     if arguments.init_from:
-        config, tokenizer, params = _checkpoint(arguments, recipe, backend)
+        found = _checkpoint(arguments)
+        config, tokenizer = found.config, found.tokenizer
     else:
-        tokenizer = _tokenizer(arguments, texts)
-        shape = {name: default for name, (default, _) in _MODEL.items()} | _given(arguments, *_MODEL)
-        config = GPT2Config(n_vocab=len(tokenizer), eos_token_id=tokenizer.end_of_text, **shape)
-        scale_residual = bool(arguments.scale_residual)
-        params = init_params(
-            config, seed=recipe.seed, backend=backend, dtype=recipe.master_dtype, scale_residual=scale_residual
-        )
+        tokenizer = _tokenizer(arguments)
+        config = _config(arguments, tokenizer)
     if recipe.context is not None and recipe.context > config.n_ctx:
         raise ValueError(f"--context {recipe.context}: the model has n_ctx = {config.n_ctx} positions")
+    _check_memory(config, recipe, backend)
+
+    texts = [read(file) for file in arguments.data]
+    held_out_texts = [read(held_out)] if share is None else []
+    tokenizer = train_tokenizer(texts, config.n_vocab) if tokenizer is None else tokenizer
+    dtype = recipe.master_dtype
+    if arguments.init_from:
+        arrays = {path: cast(path, tensor, dtype).read() for path, tensor in found.tensors.items()}
+        params = nest({path: backend.from_numpy(array, dtype) for path, array in arrays.items()})
+    else:
+        scale_residual = bool(arguments.scale_residual)
+        params = init_params(config, seed=recipe.seed, backend=backend, dtype=dtype, scale_residual=scale_residual)
 
     def write(file: Path) -> int:
         n = write_tokens(texts, tokenizer, config.n_vocab, file, _progress)
@@ -214,9 +217,10 @@ def _share(text: str) -> float | None:
     return share
 
 
-def _tokenizer(arguments: argparse.Namespace, texts: list[str]) -> Tokenizer:
+def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
+    """Return the tokenizer that was given; None if one is to be made."""
     if arguments.tokenizer is None:
-        return train_tokenizer(texts, _VOCAB_SIZE if arguments.vocab_size is None else arguments.vocab_size)
+        return None
     if arguments.vocab_size is not None:
         raise ValueError("--vocab-size is of a tokenizer to be made; --tokenizer has its own")
     found = Tokenizer.load(arguments.tokenizer)
@@ -225,15 +229,40 @@ def _tokenizer(arguments: argparse.Namespace, texts: list[str]) -> Tokenizer:
     return found
 
 
-def _checkpoint(arguments: argparse.Namespace, recipe: Recipe, backend: Any) -> tuple[GPT2Config, Tokenizer, Params]:
+def _config(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> GPT2Config:
+    shape = {name: default for name, (default, _) in _MODEL.items()} | _given(arguments, *_MODEL)
+    if tokenizer is not None:
+        return GPT2Config(n_vocab=len(tokenizer), eos_token_id=tokenizer.end_of_text, **shape)
+    n_vocab = _VOCAB_SIZE if arguments.vocab_size is None else arguments.vocab_size
+    return GPT2Config(n_vocab=n_vocab, eos_token_id=0, **shape)  # as `train_tokenizer` makes it
+
+
+def _checkpoint(arguments: argparse.Namespace) -> Checkpoint:
     if given := _given(arguments, "tokenizer", "vocab_size", "scale_residual", *_MODEL):
         raise ValueError(f"{', '.join(map(_option, given))}: the checkpoint of --init-from has its own")
     found = read_checkpoint(arguments.init_from)
     if found.tokenizer is None:
         raise ValueError(f"{arguments.init_from}: has no tokenizer, without which no text can be read")
-    dtype = recipe.master_dtype
-    tensors = {path: cast(path, tensor, dtype).read() for path, tensor in found.tensors.items()}
-    return found.config, found.tokenizer, nest({path: backend.from_numpy(a, dtype) for path, a in tensors.items()})
+    return found
+
+
+def _check_memory(config: GPT2Config, recipe: Recipe, backend: Backend) -> None:
+    """Refuse a run that needs more memory than there is, before a text is read. The sums are lower bounds."""
+    context = recipe.context or config.n_ctx
+    windows = 12 * recipe.batch_size * (context + 1)  # where each token is in the text, and its id
+    checks.memory(windows, f"a batch of {recipe.batch_size} windows of {context} tokens")
+    scalar = backend.from_numpy(np.zeros(()), recipe.dtype)
+    if not backend.device(scalar).startswith("cpu"):
+        return  # how much memory an accelerator has is not known here
+    size = 8 if recipe.master_dtype == "float64" else 4
+    n = count(config)
+    checks.memory(4 * size * n, f"training {n:,} parameters, with a gradient and two moments of each,")
+    at_once = recipe.batch_size * context
+    if (part := backend.part_size(scalar)) is not None:
+        at_once = min(at_once, max(part, context))
+    # For the backward pass: the residual stream, queries, keys, values and hidden units of each layer, and the logits.
+    activations = config.n_layer * (5 * config.n_embd + config.n_hidden) + config.n_vocab
+    checks.memory(size * (4 * n + at_once * activations), f"training on {at_once:,} tokens at a time")
 
 
 def _progress(pieces: Iterable[Any]) -> Iterable[Any]:

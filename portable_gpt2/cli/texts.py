@@ -1,0 +1,111 @@
+"""Texts from files, pipes and stdin, in UTF-8."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import select
+import stat
+import time
+from collections.abc import Iterator
+
+from .. import checks
+from . import streams
+
+_STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+_CHUNK = 1 << 24  # bytes that are read at a time
+_PATIENCE = 5  # seconds that somebody has to open a named pipe for writing
+_OTHERS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16 does, and comes first therefore
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+class Texts:
+    """The texts that one command reads."""
+
+    def __init__(self) -> None:
+        self._drained: set[tuple[int, int]] = set()
+
+    def read(self, file: str) -> str:
+        """Return the text of a file; ``-`` is stdin.
+
+        No line ending is changed or removed. A byte order mark at the beginning is not text.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read, is a directory or a device (which may have no end), or is a named pipe that
+            nobody opens for writing.
+        ValueError
+            If it is not UTF-8, needs more memory than there is, or is stdin or a pipe that was read before.
+        """
+        data = b"".join(_within_memory(self._chunks(file), file))
+        for mark, encoding in _OTHERS.items():
+            if data.startswith(mark):
+                raise ValueError(
+                    f"{file}: not UTF-8 but {encoding}, as its byte order mark says; "
+                    f"iconv -f {encoding} -t UTF-8 converts it"
+                )
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8: {error}") from error
+
+    def _chunks(self, file: str) -> Iterator[bytes]:
+        try:
+            if file in _STDIN:
+                stream = streams.stdin()
+                self._check(file, stream.fileno(), once=True)
+                yield from iter(lambda: stream.read(_CHUNK), b"")
+                return
+            descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # it does not wait for a named pipe's writer
+            with os.fdopen(descriptor, "rb", buffering=0) as stream:
+                if self._check(file, descriptor) == stat.S_IFIFO:
+                    yield _first_of_pipe(file, descriptor)
+                os.set_blocking(descriptor, True)
+                yield from iter(lambda: stream.read(_CHUNK), b"")
+        except OSError as error:
+            raise error if error.errno is None else OSError(f"{file}: {error.strerror}") from error
+
+    def _check(self, file: str, descriptor: int, once: bool = False) -> int:
+        """Return the kind of an open file. Refuse what holds no text, and what may have no end."""
+        status = os.fstat(descriptor)
+        kind = stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFDIR:
+            raise OSError(f"{file}: is a directory; expected a text")
+        is_null = kind == stat.S_IFCHR and os.path.samestat(status, os.stat(os.devnull))
+        if kind in (stat.S_IFCHR, stat.S_IFBLK) and not is_null and not os.isatty(descriptor):
+            raise OSError(f"{file}: is a device; expected a text")
+        if kind == stat.S_IFREG:
+            checks.memory(2 * status.st_size, f"{file}: its text")  # as bytes, and as text
+        if once or kind in (stat.S_IFIFO, stat.S_IFSOCK):
+            if (identity := (status.st_dev, status.st_ino)) in self._drained:
+                raise ValueError(f"{file}: was read before, and can be read only once; save it in a file")
+            self._drained.add(identity)
+        return kind
+
+
+def _within_memory(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
+    n = 0
+    for chunk in chunks:
+        n += len(chunk)
+        checks.memory(2 * n, f"{file}: its text")
+        yield chunk
+
+
+def _first_of_pipe(file: str, descriptor: int) -> bytes:
+    """Return what a pipe holds already. Refuse a named one that nobody opens for writing."""
+    events = select.poll()
+    events.register(descriptor, select.POLLHUP)  # somebody opened it and closed it again
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            if (found := os.read(descriptor, _CHUNK)) or events.poll(0):
+                return found
+        except BlockingIOError:  # somebody has opened it and has written nothing yet
+            return b""
+        time.sleep(0.01)
+    raise OSError(f"{file}: is a named pipe that nobody opened for writing within {_PATIENCE} seconds")
