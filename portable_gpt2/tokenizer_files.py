@@ -150,7 +150,9 @@ _Accepted = tuple[Any, ...] | Callable[[Any], bool] | None
 
 def _is_the_text_alone(template: Any) -> bool:
     """Return whether a template adds no token to a text."""
-    return isinstance(template, list) and [step.get("Sequence", {}).get("id") for step in template] == ["A"]
+    return isinstance(template, list) and [set(step) if isinstance(step, dict) else None for step in template] == [
+        {"Sequence"}
+    ]
 
 
 # The steps before and after the model: what a sequence of such steps is called, the kinds of step that are accepted
@@ -230,9 +232,9 @@ def check_tokenizer(found: Mapping[str, Any]) -> None:
     for name, parts in cutters.items():
         _, kinds, why = _COMPONENTS[name]
         for part in parts:
-            if part.get("type") not in kinds:
-                raise ValueError(f"{name} is {shown(part.get('type'))}; {why}")
-            options = {"type": (None, ""), **{option: (value, why) for option, value in kinds[part["type"]].items()}}
+            if (step := part.get("type")) not in [*kinds]:
+                raise ValueError(f"{name} is {shown(step)}; {why}")
+            options = {"type": (None, ""), **{option: (value, why) for option, value in kinds[step].items()}}
             _check_entries(f"{name}.", part, options)
     if len(cutters["pre_tokenizer"]) > 1 or "add_prefix_space" not in cutters["pre_tokenizer"][0]:
         raise ValueError(f"pre_tokenizer is {shown(found['pre_tokenizer'])}; {_COMPONENTS['pre_tokenizer'][2]}")

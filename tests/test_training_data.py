@@ -8,7 +8,7 @@ import tokenizers
 from hypothesis import strategies as st
 
 from portable_gpt2.tokenizer import Tokenizer
-from portable_gpt2.training import batch, train_tokenizer, windows, write_tokens
+from portable_gpt2.training import batch, data, documents, train_tokenizer, windows, write_tokens
 from portable_gpt2.training.data import open_tokens, pieces
 
 ODD = st.text(st.sampled_from(list("ab' \n\t\r.1é\u00a0\u2028\u3000\u0085\x1c中🙂")), max_size=60)
@@ -26,6 +26,10 @@ def spaced():
 
 
 SPACED = st.text(st.sampled_from(list("a \n")), max_size=30)
+ADDED = ["foo bar", "\n\n", "b f", "a\n", "r  b", " foo", "x\x1c", "<|user|> "]
+WORDY = st.lists(st.sampled_from([*ADDED, "foo", " ", "bar", "\n", "a", "<|user|>", "\x1c", "!"]), max_size=20).map(
+    "".join
+)
 
 
 @hypothesis.given(text=ODD | SPACED | st.text(max_size=60), size=st.integers(1, 20))
@@ -35,6 +39,36 @@ def test_the_pieces_of_a_text_have_its_ids(spaced, text, size):
     found = list(pieces(text, size))
     assert "".join(found) == text
     assert [token for piece in found for token in spaced.encode(piece)] == spaced.encode(text)
+
+
+@hypothesis.given(
+    tokens=st.lists(
+        st.builds(tokenizers.AddedToken, st.sampled_from(ADDED), special=st.booleans(), normalized=st.booleans()),
+        max_size=5,
+        unique_by=lambda token: token.content,
+    ),
+    text=WORDY,
+    size=st.integers(1, 12),
+    allowed=st.booleans(),
+)
+@hypothesis.example([tokenizers.AddedToken("foo bar", special=False)], "a foo bar", 3, False)
+@hypothesis.example([tokenizers.AddedToken("foo bar", special=True)], "a foo bar", 3, True)
+def test_no_piece_ends_within_an_added_token(tokens, text, size, allowed):
+    """Catches "foo bar", which is one token, in two pieces: it would be other ids in training than in a prompt."""
+    whole = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe())
+    whole.add_tokens(tokens)
+    tokenizer = Tokenizer(whole)
+    found = list(pieces(text, size, tokenizer.found_whole(tokenizer.allowed(allowed))))
+    assert "".join(found) == text
+    ids = [token for piece in found for token in tokenizer.encode(piece, allow_special=allowed)]
+    assert ids == tokenizer.encode(text, allow_special=allowed)
+
+
+def test_what_python_takes_for_a_space_may_be_within_a_word():
+    """Catches a cut before U+001C: a space to Python, and a sign to GPT-2, which merges with the sign before it."""
+    made = train_tokenizer(["!\x1c!\x1c!\x1c"], 258)
+    assert len(made.encode("!\x1c")) == 1
+    assert [token for piece in pieces("a!\x1cb", 2) for token in made.encode(piece)] == made.encode("a!\x1cb")
 
 
 @pytest.mark.parametrize("text", ["so many words\n", "so many words\r\n", "words "])
@@ -57,6 +91,56 @@ def test_documents_end_where_the_next_begins(tokenizer, tmp_path):
     assert write_tokens(texts, tokenizer, 65_537, wide) == n
     assert wide.stat().st_size == 4 * n
     assert open_tokens(wide, 65_537).tolist() == open_tokens(tmp_path / "tokens", len(tokenizer)).tolist()
+
+
+DOCUMENTS = [
+    ("a", ["a"]),
+    ("a<|endoftext|>b", ["a", "b"]),
+    ("a<|endoftext|>b<|endoftext|>", ["a", "b"]),
+    ("<|endoftext|>a<|endoftext|><|endoftext|>b", ["a", "b"]),
+    ("a\n<|endoftext|>\nb\n<|endoftext|>\n", ["a\n", "\nb\n"]),
+    ("", []),
+    ("<|endoftext|>", []),
+    (" \n", []),
+    ("a<|endoftext|", ["a<|endoftext|"]),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), DOCUMENTS)
+def test_the_end_of_text_separates_documents(tokenizer, tmp_path, text, expected):
+    """Catches separators that are spelled out, twice the token where a file ends with it, and documents of nothing."""
+    assert list(documents(text)) == expected
+    write_tokens([text, "c"], tokenizer, 384, tmp_path / "tokens", allow_special=["<|endoftext|>"])
+    found = open_tokens(tmp_path / "tokens", 384).tolist()
+    end = [tokenizer.end_of_text]
+    assert found == [token for document in [*expected, "c"] for token in tokenizer.encode(document) + end]
+
+
+def test_119_separators_make_120_documents(tokenizer, tmp_path, monkeypatch):
+    """Catches a separator on the border of two pieces, whatever their size."""
+    text = "<|endoftext|>".join(f"Document {i}: to be, or not to be." for i in range(120))
+    for size in (1, 7, 50, 1 << 20):
+        monkeypatch.setattr(data, "_CHUNK", size)
+        write_tokens([text], tokenizer, 384, tmp_path / str(size), allow_special=True)
+        found = open_tokens(tmp_path / str(size), 384)
+        assert np.count_nonzero(found == tokenizer.end_of_text) == 120
+        assert tokenizer.decode(found) == text + "<|endoftext|>"
+    write_tokens([text], tokenizer, 384, tmp_path / "as text")
+    assert np.count_nonzero(open_tokens(tmp_path / "as text", 384) == tokenizer.end_of_text) == 1
+
+
+def test_other_special_tokens_are_tokens_only_if_they_are_named(tmp_path):
+    """Catches a chat's markers that are spelled out though they are allowed, and found though they are not."""
+    whole = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe())
+    whole.add_special_tokens(["<|user|>"])
+    tokenizer = Tokenizer(whole)
+    for name, allowed in {"named": ["<|user|>", "<|endoftext|>"], "not": ["<|endoftext|>"], "all": True}.items():
+        write_tokens(["<|user|>a<|endoftext|>b"], tokenizer, 385, tmp_path / name, allow_special=allowed)
+        assert (384 in open_tokens(tmp_path / name, 385)) is (name != "not")
+    with pytest.raises(
+        ValueError, match=r"'<\|user\|>' has the id 384 in the tokenizer; the model's vocabulary has 384"
+    ):
+        write_tokens(["<|user|>a"], tokenizer, 384, tmp_path / "small", allow_special=True)
 
 
 def test_a_token_file_that_is_damaged_is_refused(tmp_path):

@@ -4,7 +4,7 @@
 ``train`` the loop.
 """
 
-from .data import batch, train_tokenizer, windows, write_tokens
+from .data import batch, documents, train_tokenizer, windows, write_tokens
 from .optimizer import Moments, adamw, learning_rate
 from .recipe import Recipe
 from .run import Run
@@ -21,6 +21,7 @@ __all__ = [
     "Trainer",
     "adamw",
     "batch",
+    "documents",
     "learning_rate",
     "train",
     "train_tokenizer",

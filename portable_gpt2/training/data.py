@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 import tokenizers
@@ -61,34 +61,72 @@ def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     return Tokenizer.from_bpe(bpe.model)
 
 
+def documents(text: str) -> Iterator[str]:
+    r"""Return an iterator over the documents of a text, which ``<|endoftext|>`` separates, without the separators.
+
+    A part that is empty or only white space, such as the line ending after the last separator of a file, is not one.
+
+    Examples
+    --------
+    >>> from portable_gpt2.training import documents
+    >>> list(documents("To be<|endoftext|>or not<|endoftext|>\n"))
+    ['To be', 'or not']
+    """
+    start = 0
+    while start < len(text):
+        end = text.find(END_OF_TEXT, start)
+        end = len(text) if end < 0 else end
+        document = text[start:end]
+        if document and not document.isspace():
+            yield document
+        start = end + len(END_OF_TEXT)
+
+
 def write_tokens(
     texts: Iterable[str],
     tokenizer: Tokenizer,
     n_vocab: int,
     file: str | os.PathLike[str],
     progress: Callable[[Iterable[list[int]]], Iterable[list[int]]] = iter,
+    *,
+    allow_special: bool | Collection[str] = False,
 ) -> int:
-    """Append the ids of some texts to a file, ``<|endoftext|>`` after each if the vocabulary has one.
+    """Append the ids of some texts to a file, ``<|endoftext|>`` after each document if the vocabulary has one.
 
     Parameters
     ----------
     texts : strs
-        Documents. They are encoded piece by piece, into the ids that they have as a whole.
+        Documents, or several in a text with ``<|endoftext|>`` between them where that is allowed. They are encoded
+        piece by piece, into the ids that they have as a whole.
     tokenizer : Tokenizer
     n_vocab : int
         Of the model. Up to 65,536, an id takes two bytes; else four.
     file : path
     progress : callable, optional
         Wraps the iterable of pieces, as tqdm does.
+    allow_special : bool or collection of str
+        Which special tokens that the texts spell are that one token and not text, as for `Tokenizer.encode`. Where
+        ``<|endoftext|>`` is among them, it separates documents, as in `documents`.
 
     Returns
     -------
     int
         How many ids were written.
+
+    Raises
+    ------
+    ValueError
+        If an id is not in the vocabulary of the model, a text cannot be encoded, or ``<|endoftext|>`` separates
+        documents and the tokenizer lacks it.
     """
-    n, file = 0, checks.path("file", file)
+    n = 0
     with open(file, "ab") as stream:
-        for ids in progress(_encoded(texts, tokenizer)):
+        for ids in progress(_encoded(texts, tokenizer, tokenizer.allowed(allow_special))):
+            if (largest := max(ids, default=0)) >= n_vocab:
+                token = tokenizer.decode([largest])
+                raise ValueError(
+                    f"{token!r} has the id {largest} in the tokenizer; the model's vocabulary has {n_vocab} entries"
+                )
             stream.write(np.asarray(ids, _token_dtype(n_vocab)).tobytes())
             n += len(ids)
     return n
@@ -98,30 +136,41 @@ def _token_dtype(n_vocab: int) -> np.dtype:
     return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer, allowed: frozenset[str]) -> Iterator[list[int]]:
     """Yield the ids of some texts, piece by piece."""
+    whole = tokenizer.found_whole(allowed)
     for text in texts:
-        for piece in pieces(text):
-            yield tokenizer.encode(piece)
-        if tokenizer.end_of_text is not None:
-            yield [tokenizer.end_of_text]
+        for document in documents(text) if END_OF_TEXT in allowed else [text]:
+            for piece in pieces(document, tokens=whole):
+                yield tokenizer.encode(piece, allow_special=allowed)
+            if tokenizer.end_of_text is not None:
+                yield [tokenizer.end_of_text]
 
 
-def pieces(text: str, size: int = _CHUNK) -> Iterator[str]:
-    """Cut a text into pieces of about a size whose ids, one after the other, are those of the whole.
+def pieces(text: str, size: int | None = None, tokens: Iterable[str] = ()) -> Iterator[str]:
+    """Split a text into pieces of about a size whose ids, one after the other, are those of the whole.
 
-    A space that follows a visible character begins a token in any case: no token of GPT-2's has a space behind anything
-    but spaces.
+    A space that follows a visible character begins a word in any case: a word of GPT-2's has no space after anything
+    but spaces. Tokens that are found whole, before the text is split into words, may have one: no piece ends within
+    what may be one of ``tokens`` (`Tokenizer.found_whole`).
     """
+    size = _CHUNK if size is None else size
+    across = [token for token in tokens if _BORDER.search(token)]
     start = 0
     while start < len(text):
-        found = _CUT.search(text, start + size)
-        end = found.start() if found else len(text)
+        borders = (found.start() for found in _BORDER.finditer(text, start + size))
+        end = next((i for i in borders if not any(_spans(token, text, i) for token in across)), len(text))
         yield text[start:end]
         start = end
 
 
-_CUT = re.compile(r"(?<=\S)\s")
+def _spans(token: str, text: str, i: int) -> bool:
+    """Return whether a token stands in a text with its beginning before place i, and its end after it."""
+    return token in text[max(i - len(token) + 1, 0) : i + len(token) - 1]
+
+
+# White space after a visible character, as the tokenizers package sees it: to Python, U+001C to U+001F are spaces, too.
+_BORDER = re.compile(r"(?<=\S)[^\S\x1c-\x1f]")
 
 
 def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
