@@ -5,13 +5,19 @@ array_api_compat.torch would serve, but it resolves types on every call, which s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import inspect
 import math
 import mmap
+import re
+import struct
+import sys
 import warnings
 import weakref
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +25,10 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from portable_gpt2.backend import Backend, StoredTensor
+from portable_gpt2.checkpoint.errors import CheckpointError
 
 _FLOATS = {
     "float32": torch.float32,
@@ -365,31 +372,39 @@ class TorchBackend(Backend):
 
     def to_numpy(self, x: Any) -> np.ndarray:
         x = x.detach()
-        x = (x.full_tensor() if _is_distributed(x) else x).cpu()
+        x = (x.full_tensor() if _is_distributed(x) else x).cpu().resolve_neg()
         if x.dtype == torch.bfloat16:
             return np.asarray(x.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-        return np.asarray(x.resolve_neg().numpy())
+        return np.asarray(x.numpy())
 
-    def read_checkpoint(self, path: str) -> dict[str, StoredTensor]:
-        # What is no zip file is of before PyTorch 1.6, and cannot be mapped. No pickle is executed.
-        is_mapped = zipfile.is_zipfile(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+    def read_checkpoint(self, path: str) -> Any:
+        storages = _mappable(path)
+        held = _load(path, is_mapped=storages is not None)
+        if storages is not None and not _lie_at(storages, held):
+            storages, held = None, _load(path, is_mapped=False)
+        tensors = Counter(x.untyped_storage().data_ptr() for x in tree_leaves(held) if _is_plain(x))
 
-        def stored(name: str, x: Any) -> StoredTensor:
-            if not isinstance(name, str) or not isinstance(x, torch.Tensor):
-                raise TypeError(f"{name!r} is of type {type(x).__name__}; expected names and tensors")
+        def read(x: Any, is_alone: bool) -> np.ndarray:
+            a = memory = self.to_numpy(x)
+            if not is_alone:
+                return a.copy()  # what is written to it must not reach another parameter
+            while isinstance(memory.base, np.ndarray):
+                memory = memory.base
+            if storages is not None and x.is_contiguous():
+                weakref.finalize(memory, _let_go, x).atexit = False
+            return a
 
-            def read() -> np.ndarray:
-                a = memory = self.to_numpy(x)
-                while isinstance(memory.base, np.ndarray):
-                    memory = memory.base
-                if is_mapped and x.is_contiguous():
-                    weakref.finalize(memory, _let_go, x).atexit = False
-                return a
+        def stored(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            dtype = str(x.dtype).removeprefix("torch.")
+            if not _is_plain(x):
+                kind = "without data" if x.is_meta else str(x.layout).removeprefix("torch.").replace("_", " ")
+                return StoredTensor(tuple(x.shape), f"{dtype} ({kind})", functools.partial(read, x, True))
+            is_alone = tensors[x.untyped_storage().data_ptr()] == 1
+            return StoredTensor(tuple(x.shape), dtype, functools.partial(read, x, is_alone))
 
-            return StoredTensor(tuple(x.shape), str(x.dtype).removeprefix("torch."), read)
-
-        return {name: stored(name, x) for name, x in tensors.items()}
+        return tree_map(stored, held)
 
     def arange(self, n: Any, *, like: Any) -> Any:
         return _replicated(torch.arange(n, device=like.device), like)
@@ -446,6 +461,71 @@ class TorchBackend(Backend):
         # In Fortran order a tall matrix is read at the memory's speed where rows are few: of a decode step wte for the
         # logits, at half of it otherwise, and c_proj of the mlp, at three quarters.
         return x.mT.contiguous().mT if x.ndim == 2 and x.shape[0] >= 4 * x.shape[1] and not x.mT.is_contiguous() else x
+
+
+def _load(path: str, is_mapped: bool) -> Any:
+    """Return what a file of PyTorch holds. No pickle is executed: its tensors, numbers, strings and lists are read."""
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", UserWarning)  # of old pickles, of TorchScript
+            if is_mapped:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            stream = stack.enter_context(open(path, "rb"))
+            return torch.load(stream, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:
+        # Its own messages advise to execute the pickle.
+        text = str(error)
+        if named := re.search(r"GLOBAL (\S+)|class (\S+)|TorchScript", text):
+            kind = next((name for name in named.groups() if name), "a TorchScript program")
+            raise CheckpointError(
+                f"holds objects other than tensors ({kind[:80]}), and no pickle is executed to make them; if you trust "
+                f"the file, save its state_dict alone, as model.safetensors, with the program that wrote it"
+            ) from None
+        raise CheckpointError(
+            f"is not a whole file of tensors as PyTorch writes them ({type(error).__name__}); it may be cut off or "
+            f"damaged: download or write it again"
+        ) from None
+
+
+def _mappable(path: str) -> list[tuple[int, int]] | None:
+    """Return where the storages of a file lie, as offsets and lengths; None if they cannot be used as they lie there.
+
+    torch.load maps whatever stands in the zip file, though it be compressed or in the other byte order. A file of
+    before PyTorch 1.6 is not a zip file at all.
+    """
+    found = []
+    try:
+        path.encode()  # torch maps only what has a name in UTF-8
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
+            members = archive.infolist()
+            if len({member.filename for member in members}) < len(members) or members[0].header_offset:
+                return None
+            for member in members:
+                stream.seek(member.header_offset)
+                header = stream.read(30)
+                flags, method, *lengths = struct.unpack("<4x2xHH16xHH", header)
+                if header[:4] != b"PK\3\4" or (flags | member.flag_bits) & 1 or method or member.compress_type:
+                    return None
+                if member.filename.endswith("/byteorder") and archive.read(member) != sys.byteorder.encode():
+                    return None
+                if "/data/" in member.filename and member.file_size:
+                    found.append((member.header_offset + len(header) + sum(lengths), member.file_size))
+    except (OSError, ValueError, LookupError, struct.error, zipfile.BadZipFile, NotImplementedError):
+        return None
+    return sorted(found)
+
+
+def _lie_at(storages: list[tuple[int, int]], held: Any) -> bool:
+    """Return whether mapped tensors use exactly these places of a file."""
+    used = {(s.data_ptr(), s.nbytes()) for s in (x.untyped_storage() for x in tree_leaves(held) if _is_plain(x))}
+    used = sorted((start, n) for start, n in used if n)
+    start = used[0][0] - storages[0][0] if used and storages else 0
+    return start % mmap.PAGESIZE == 0 and used == [(start + offset, n) for offset, n in storages]
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta and not x.is_quantized
 
 
 def _let_go(x: Any) -> None:

@@ -212,13 +212,16 @@ class Backend:
         """Return x on the host, where nothing need be copied as a view; bfloat16 becomes ml_dtypes' bfloat16."""
         raise NotImplementedError
 
-    def read_checkpoint(self, path: str) -> dict[str, StoredTensor]:
-        """Return the tensors of a file of the framework's own format by their names in it, as NumPy arrays to be read.
+    def read_checkpoint(self, path: str) -> Mapping[str, Any]:
+        """Return what a file of the framework's own format holds, by the names in it: each tensor as a `StoredTensor`.
+
+        Where the file nests objects, so does the result: dicts, lists, numbers and strings stand where they do there.
 
         Optional. An adapter that has it says which files it is for in the entry-point group
         ``portable_gpt2.checkpoints``: the name of an entry point is the backend's, its value a tuple of patterns of
         file names (as `fnmatch` understands them), in a module that imports no framework. No file is to be executed.
-        What is raised, here or by a tensor's `read`, may be any Exception: the caller says which file it was.
+        What is raised, here or by a tensor's `read`, may be any Exception: the caller says which file it was. The text
+        of a `CheckpointError` is shown as it is.
         """
         raise NotImplementedError
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .checks import integer, number
+from .checks import integer, is_int, number, shown
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,19 @@ class GPT2Config:
         Whether attention scores are divided by the square root of the head size.
     scale_attn_by_inverse_layer_idx : bool
         Whether the scores of layer i (from 0) are divided by i + 1 as well.
-    eos_token_id : int, optional
-        The id of ``<|endoftext|>``, if the vocabulary has one.
+    eos_token_id : int or tuple of ints, optional
+        The ids that end a text; GPT-2's is that of ``<|endoftext|>``. None: the vocabulary has no such token.
     tie_word_embeddings : bool
         Whether the logits are products with wte, as in all that OpenAI published; else there is a table lm_head.
+    bos_token_id : int, optional
+        The id that a text starts from where nothing comes before it. None: the first of eos_token_id, as in GPT-2.
+    pad_token_id : int, optional
+        The id that other programs pad with. It is kept for them, and changes nothing here.
 
     Raises
     ------
     ValueError
-        If a number is not positive, n_embd is not a multiple of n_head, or eos_token_id is not in the vocabulary.
+        If a number is not positive, n_embd is not a multiple of n_head, or an id is not in the vocabulary.
 
     Examples
     --------
@@ -55,8 +59,10 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
     tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx", "n_inner"):
@@ -69,10 +75,31 @@ class GPT2Config:
         object.__setattr__(self, "layer_norm_epsilon", number("layer_norm_epsilon", self.layer_norm_epsilon))
         for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
-        if self.eos_token_id is not None:
-            eos = integer("eos_token_id", self.eos_token_id, 0, self.n_vocab - 1, note="an id of the vocabulary")
-            object.__setattr__(self, "eos_token_id", eos)
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; expected true or false")
+        given = self.eos_token_id
+        given = given if isinstance(given, list | tuple) else () if given is None else (given,)
+        ends = tuple(dict.fromkeys(self._id("eos_token_id", end) for end in given))
+        object.__setattr__(self, "eos_token_id", ends if len(ends) > 1 else next(iter(ends), None))
+        for name in ("bos_token_id", "pad_token_id"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, self._id(name, getattr(self, name)))
+        if self.bos_token_id in ends[:1]:  # so that `dataclasses.replace` of the one replaces the other
+            object.__setattr__(self, "bos_token_id", None)
+
+    def _id(self, name: str, value: Any) -> int:
+        return integer(name, value, 0, self.n_vocab - 1, note="an id of the vocabulary")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text: eos_token_id as a tuple."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
+    def start(self) -> int | None:
+        """The id that a text starts from where nothing comes before it: bos_token_id, or the first of the ends."""
+        return self.bos_token_id if self.bos_token_id is not None else next(iter(self.ends), None)
 
     @property
     def head_size(self) -> int:
@@ -124,29 +151,48 @@ class GPT2Config:
             contradicts another.
         """
         if entries.get("model_type", "gpt2") != "gpt2":
-            raise ValueError(f"model_type is {entries['model_type']!r}; expected 'gpt2'")
+            raise ValueError(f"model_type is {shown(entries['model_type'])}; expected 'gpt2'")
         for name, (accepted, why) in _FIXED.items():
             if name in entries and entries[name] not in accepted:
-                raise ValueError(f"{name} is {entries[name]!r}; {why}")
-        for alias, name in _ALIASES.items():
+                raise ValueError(f"{name} is {shown(entries[name])}; {why}")
+        for alias, name in ALIASES.items():
             if entries.get(alias) is not None:
                 if entries.get(name, entries[alias]) != entries[alias]:
-                    raise ValueError(f"{name} is {entries[name]} and {alias} is {entries[alias]}; they must be equal")
+                    raise ValueError(
+                        f"{name} is {shown(entries[name])} and {alias} is {shown(entries[alias])}; they must be equal"
+                    )
                 entries = {**entries, name: entries[alias]}
         if entries.get("tie_word_embeddings", True) is None:
             entries = {**entries, "tie_word_embeddings": True}
-        eos = entries.get("eos_token_id", cls.eos_token_id)
         n_vocab = entries.get("vocab_size", cls.n_vocab)
-        if isinstance(eos, list):  # as transformers writes several
-            eos = eos[0] if eos else None
-        if isinstance(eos, int) and isinstance(n_vocab, int) and not 0 <= eos < n_vocab:
-            eos = None  # a small vocabulary beside the default's id
         return cls(
             n_vocab=n_vocab,
             n_ctx=entries.get("n_positions", cls.n_ctx),
-            eos_token_id=eos,
+            **_special_ids({"eos_token_id": cls.eos_token_id, **entries}, n_vocab),
             **{name: entries[name] for name in _SAME_NAME if name in entries},
         )
+
+    def with_generation(self, entries: Mapping[str, Any]) -> GPT2Config:
+        """Return this configuration with the special ids that a ``generation_config.json`` names.
+
+        As in transformers, that file alone says which ids end a text where there is one: if it names none, none of
+        ``config.json`` does. An id to start from that it leaves out stays as it is.
+
+        Raises
+        ------
+        ValueError
+            If one of these entries is malformed.
+
+        Examples
+        --------
+        >>> import portable_gpt2 as pg
+        >>> pg.GPT2Config(eos_token_id=50256).with_generation({"eos_token_id": [198, 50256]}).eos_token_id
+        (198, 50256)
+        """
+        ids = _special_ids(entries, self.n_vocab)
+        for name, value in (("bos_token_id", self.start), ("pad_token_id", self.pad_token_id)):
+            ids[name] = value if ids[name] is None else ids[name]
+        return replace(self, **ids)
 
     @classmethod
     def from_hparams(cls, entries: Mapping[str, Any]) -> GPT2Config:
@@ -162,6 +208,22 @@ class GPT2Config:
                 raise ValueError(f"{', '.join(sorted(names))} {what}; expected {', '.join(sorted(_HPARAMS))}")
         return cls.from_dict({"vocab_size": entries["n_vocab"], **entries})
 
+    @classmethod
+    def from_nanogpt(cls, entries: Mapping[str, Any]) -> GPT2Config:
+        """Return the configuration that the ``model_args`` of nanoGPT's ``ckpt.pt`` describe.
+
+        Raises
+        ------
+        ValueError
+            If an entry is missing or malformed, or one that is not known asks for something.
+        """
+        if names := [name for name in _NANOGPT if name not in entries]:
+            raise ValueError(f"{', '.join(names)} is missing; expected {', '.join(_NANOGPT)}")
+        for name in entries.keys() - _NANOGPT.keys() - {"bias", "dropout"}:
+            if entries[name]:
+                raise ValueError(f"{name} is {shown(entries[name])}, which is not an entry of nanoGPT's model")
+        return cls.from_dict({_NANOGPT[name]: entries[name] for name in _NANOGPT})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of a Hugging Face ``config.json`` that describe this configuration."""
         return {
@@ -170,10 +232,23 @@ class GPT2Config:
             "activation_function": "gelu_new",
             "vocab_size": self.n_vocab,
             "n_positions": self.n_ctx,
-            "bos_token_id": self.eos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "bos_token_id": self.start,
+            "eos_token_id": list(self.ends) if len(self.ends) > 1 else self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
             **{name: getattr(self, name) for name in _SAME_NAME},
         }
+
+
+def _special_ids(entries: Mapping[str, Any], n_vocab: Any) -> dict[str, Any]:
+    """Return the special ids that the entries of a file name. Those beyond a small vocabulary are left of a default."""
+
+    def is_beyond(value: Any) -> bool:
+        return is_int(value) and is_int(n_vocab) and not 0 <= value < n_vocab
+
+    ids = {name: entries.get(name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    if isinstance(ids["eos_token_id"], list):
+        ids["eos_token_id"] = tuple(end for end in ids["eos_token_id"] if not is_beyond(end))
+    return {name: None if is_beyond(value) else value for name, value in ids.items()}
 
 
 _SAME_NAME = (
@@ -190,8 +265,17 @@ _SAME_NAME = (
 # All that OpenAI's hparams.json says.
 _HPARAMS = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"}
 
+# What nanoGPT's model_args call what config.json does.
+_NANOGPT = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+}
+
 # Other names that transformers reads as these.
-_ALIASES = {
+ALIASES = {
     "n_ctx": "n_positions",
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, takewhile
 from typing import Any, overload
 
@@ -51,6 +51,8 @@ class GPT2:
         Where.
     source : str or None
         What it was loaded from, in a few words.
+    companions : dict
+        Files of the checkpoint that it was loaded from which other programs read, by name; `save` writes them again.
 
     Examples
     --------
@@ -65,6 +67,7 @@ class GPT2:
         check_params(params, config)
         self.config, self.tokenizer = config, tokenizer
         self.source: str | None = None
+        self.companions: Mapping[str, bytes] = {}
         self.backend: Backend = backend_of(params["wte"])
         self.device = self.backend.device(params["wte"])
         self._device = self.backend.placement(params["wte"])
@@ -134,11 +137,14 @@ class GPT2:
                 tensor = cast(path, tensors.pop(path), dtype)
                 params[path] = owner.prepare(path, owner.from_numpy(tensor.read(), dtype))
         model = cls(found.config, nest({path: params[path] for path in shapes(found.config)}), found.tokenizer)
-        model.source = found.source
+        model.source, model.companions = found.source, found.companions
         return model
 
     def save(self, directory: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the model, and its tokenizer if it has one, as a checkpoint that `load` and transformers read.
+
+        Files of transformers that stood next to a model which was loaded (``generation_config.json``, chat templates
+        ...) are written again.
 
         Parameters
         ----------
@@ -154,7 +160,7 @@ class GPT2:
         """
         directory = checks.path("directory", directory)
         tensors = {path: stored(x) for path, x in flatten(self.params)}
-        write_checkpoint(directory, self.config, tensors, self.tokenizer, force=force)
+        write_checkpoint(directory, self.config, tensors, self.tokenizer, companions=self.companions, force=force)
 
     def logits(self, token_ids: Any) -> Any:
         """Return the logits of the token that follows each token.
@@ -246,8 +252,9 @@ class GPT2:
         """Return an iterator over the text that continues a prompt, in pieces as they come.
 
         There is a piece for each token, empty while a character that is split over tokens is not whole, or while the
-        text may be the beginning of a stop string. The text ends at ``<|endoftext|>``, or before what ``stop`` names.
-        An empty prompt starts from ``<|endoftext|>``.
+        text may be the beginning of a stop string. The text ends at ``<|endoftext|>`` or another of the
+        configuration's ends (`GPT2Config.eos_token_id`), or before what ``stop`` names. An empty prompt starts from the
+        configuration's bos_token_id, which is ``<|endoftext|>`` in GPT-2.
 
         Parameters
         ----------
@@ -402,8 +409,9 @@ class GPT2:
             How far apart windows start, from 1 to n_ctx - 1; n_ctx // 2 unless given. Less is slower, and gives each
             token more to go by.
         bos : bool
-            Whether to put ``<|endoftext|>`` before the text, which is how a document begins in GPT-2's training data.
-            Then its first token is scored too; otherwise nothing comes before it, and its log-probability is NaN.
+            Whether to put the configuration's bos_token_id before the text. In GPT-2 it is ``<|endoftext|>``, with
+            which a document begins in its training data. Then the first token of the text is scored too; otherwise
+            nothing comes before that token, and its log-probability is NaN.
         allow_special : bool or collection of str
             Which special tokens that the text spells, such as ``<|endoftext|>`` between documents, are that one token
             and not text: none (False), all (True), or those of these names; see `Tokenizer.encode`.
@@ -495,14 +503,15 @@ class GPT2:
         return self.tokenizer
 
     def _end_of_text(self) -> list[int]:
-        """Return the ids that end a text: the tokenizer's ``<|endoftext|>``, and the configuration's if it differs."""
+        """Return the ids that end a text: the tokenizer's ``<|endoftext|>``, and the configuration's."""
         known = None if self.tokenizer is None else self.tokenizer.end_of_text
-        return list(dict.fromkeys(end for end in (known, self.config.eos_token_id) if end is not None))
+        return list(dict.fromkeys(end for end in (known, *self.config.ends) if end is not None))
 
     def _start(self, why: str) -> int:
         """Return the id that a text starts from where nothing comes before it."""
-        for end in self._end_of_text():
-            return end
+        for start in (self.config.start, *self._end_of_text()):
+            if start is not None:
+                return start
         raise ValueError(f"{why}, and the vocabulary has no <|endoftext|> to start from")
 
     def _prompt_ids(self, prompt: str, allow_special: bool | Collection[str]) -> list[int]:

@@ -246,7 +246,10 @@ HONOURED = [  # entries, and what they make of CONFIG
     ({"n_positions": None, "n_ctx": 16}, {"n_ctx": 16}),
     ({"n_positions": None, "max_position_embeddings": 16}, {"n_ctx": 16}),
     ({"eos_token_id": 23}, {"eos_token_id": 23}),
-    ({"eos_token_id": [5, 7]}, {"eos_token_id": 5}),
+    ({"eos_token_id": [5, 7]}, {"eos_token_id": (5, 7)}),
+    ({"eos_token_id": [5, 50256]}, {"eos_token_id": 5}),
+    ({"bos_token_id": 5}, {"bos_token_id": 5}),
+    ({"pad_token_id": 3}, {"pad_token_id": 3}),
     ({"eos_token_id": 50256}, {"eos_token_id": None}),  # what a small vocabulary has left of the default
 ]
 
@@ -287,7 +290,8 @@ def test_an_entry_that_changes_the_mathematics_is_honoured(tmp_path, entries, fi
         ("torch_dtype", "float16"),
         ("transformers_version", "5.23.0"),
         ("use_cache", False),
-        ("pad_token_id", 3),
+        ("pad_token_id", 50257),  # [PAD] was added, and the model was not resized
+        ("bos_token_id", 0),
         ("id2label", {"0": "LABEL_0"}),
         ("an_entry_of_next_year", [1, 2]),
     ],
@@ -376,6 +380,7 @@ def test_two_names_of_one_number_may_not_contradict_each_other(tmp_path, name, v
 def test_a_config_survives_its_own_json(data):
     """Catches an entry that is written under another name than it is read."""
     n_head, n_vocab = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 10**6))
+    ids = st.integers(0, n_vocab - 1)
     config = pg.GPT2Config(
         n_layer=data.draw(st.integers(1, 100)),
         n_head=n_head,
@@ -386,7 +391,9 @@ def test_a_config_survives_its_own_json(data):
         layer_norm_epsilon=data.draw(st.floats(0, 1)),
         scale_attn_weights=data.draw(st.booleans()),
         scale_attn_by_inverse_layer_idx=data.draw(st.booleans()),
-        eos_token_id=data.draw(st.none() | st.integers(0, n_vocab - 1)),
+        eos_token_id=data.draw(st.none() | ids | st.lists(ids).map(tuple)),
+        bos_token_id=data.draw(st.none() | ids),
+        pad_token_id=data.draw(st.none() | ids),
     )
     assert pg.GPT2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -474,7 +481,7 @@ def test_a_truncated_file_is_refused(whole, data):
         | st.integers(0, len(content) - 1)
     )
     (directory / "model.safetensors").write_bytes(content[:cut])
-    with pytest.raises(pg.CheckpointError, match=r"it.model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(pg.CheckpointError, match=r"it.model\.safetensors: (not a whole safetensors file|is an empty)"):
         read_checkpoint(directory)
 
 
@@ -556,7 +563,7 @@ def test_a_file_that_mixes_prefixes_is_refused(tmp_path):
     """Catches half of a model that is taken from the one and half from the other."""
     tensors = named()
     tensors["transformer.ln_f.weight"] = tensors.pop("ln_f.weight")
-    with pytest.raises(pg.CheckpointError, match=r"lacks transformer\.wpe\.weight, .* and 12 more tensors"):
+    with pytest.raises(pg.CheckpointError, match=r"lacks ln_f\.weight; holds transformer\.ln_f\.weight instead$"):
         read_checkpoint(write(tmp_path / "it", tensors))
 
 

@@ -6,10 +6,9 @@ import ctypes
 import fnmatch
 import functools
 import importlib.metadata
-import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +23,10 @@ from ..backend import (
     get_backend,
     how_to_install,
 )
+from ..checks import shown
+from .contents import exists, is_safetensors, is_torch, mistaken, read_json, start
 from .errors import CheckpointError
-from .names import Found
+from .names import Found, prefix_of
 from .safetensors_files import map_safetensors
 
 ENTRY_POINTS = "portable_gpt2.checkpoints"
@@ -65,15 +66,26 @@ class Weights(NamedTuple):
     """The names of the tensors in each of several files, by the file's name."""
 
 
-def find_weights(directory: Path) -> Weights | None:
-    """Return the weights that a directory holds, if any.
+class Held(NamedTuple):
+    """What files of weights hold."""
+
+    tensors: dict[str, Found]
+    rest: dict[str, Any]
+    """What stands next to the model's tensors in a training state, by name."""
+
+
+def find_weights(directory: Path, file: Path | None = None) -> Weights | None:
+    """Return the weights that a directory holds, or those in one file of it, if any.
 
     Raises
     ------
     CheckpointError
-        If it is not clear which are meant, or an index is malformed.
+        If it is not clear which are meant, an index is malformed, or something that is not a file has their name.
     """
-    names = [file.name for file in directory.iterdir() if file.is_file()]
+    try:
+        names = [file.name] if file is not None else os.listdir(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: {error.strerror}") from None
     for each in formats():
         if whole := fnmatch.filter(names, each.pattern):
             return Weights(_the_one(directory, whole), each, None)
@@ -86,6 +98,7 @@ def find_weights(directory: Path) -> Weights | None:
 def _the_one(directory: Path, names: list[str]) -> Path:
     if len(names) > 1:
         raise CheckpointError(f"{directory}: holds {' and '.join(sorted(names))}; keep the one that is meant")
+    exists(directory / names[0])
     return directory / names[0]
 
 
@@ -104,51 +117,78 @@ def read_index(file: Path) -> dict[str, list[str]]:
     return shards
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds."""
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{file}: expected a JSON object")
-    return entries
-
-
-def open_weights(weights: Weights) -> dict[str, Found]:
-    """Return the tensors of all files by name, none of them read."""
+def open_weights(weights: Weights) -> Held:
+    """Return what the files hold, with no tensor read."""
     if weights.shards is None:
-        return dict(_open_file(weights.file, weights.format))
-    found = {}
+        return _open_file(weights.file, weights.format)
+    tensors: dict[str, Found] = {}
     for name, expected in weights.shards.items():
         file = weights.file.parent / name
-        if not file.is_file():
+        if not exists(file):
             raise CheckpointError(f"{file}: no such file; {weights.file.name} says that it holds {expected[0]}")
-        held = dict(_open_file(file, weights.format))
+        held = _open_file(file, weights.format).tensors
         if held.keys() != set(expected):
             tensor = min(held.keys() ^ set(expected))
             holds, says = ("holds", "does not say so") if tensor in held else ("lacks", "says that it is there")
             raise CheckpointError(f"{file}: {holds} {tensor}; {weights.file.name} {says}")
-        found.update(held)
-    return found
+        tensors.update(held)
+    return Held(tensors, {})
 
 
-def _open_file(file: Path, format: Format) -> Iterator[tuple[str, Found]]:
+def _open_file(file: Path, format: Format) -> Held:
+    if format.backend is not None and format.backend not in available_backends():
+        raise BackendNotInstalled(
+            f"{file}: it takes {format.backend} to read it, which is not installed: {how_to_install(format.backend)}"
+        )
+    head = start(file)
+    if what := mistaken(head):
+        raise CheckpointError(f"{file}: is {what}")
+    held: Mapping[str, Any]
     if format.backend is None:
-        tensors = map_safetensors(file)
+        if is_torch(head):
+            raise CheckpointError(f"{file}: is a file of PyTorch; give it the name pytorch_model.bin")
+        held = map_safetensors(file)
     else:
-        if format.backend not in available_backends():
-            raise BackendNotInstalled(
-                f"{file}: it takes {format.backend} to read it, which is not installed: "
-                f"{how_to_install(format.backend)}"
-            )
-        reader = get_backend(format.backend)
+        if is_safetensors(head):
+            raise CheckpointError(f"{file}: is a safetensors file; give it the name {WEIGHTS_FILE}")
         try:
-            tensors = reader.read_checkpoint(str(file))
+            held = get_backend(format.backend).read_checkpoint(str(file))
         except Exception as error:  # a damaged file may make a framework raise anything
-            raise CheckpointError(f"{file}: {_brief(error)}") from error
-    for name, tensor in tensors.items():
-        yield name, Found(file, tensor._replace(read=functools.partial(_read, file, name, tensor)))
+            raise CheckpointError(f"{file}: {_brief(error)}") from None
+    tensors, rest = _unnested(file, held)
+    return Held(
+        {
+            name: Found(file, tensor._replace(read=functools.partial(_read, file, name, tensor)))
+            for name, tensor in tensors.items()
+        },
+        rest,
+    )
+
+
+def _unnested(file: Path, held: Any) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """Return a model's tensors, and what stands next to them where they are one entry of a training state."""
+    if not isinstance(held, Mapping):
+        raise CheckpointError(f"{file}: holds an object of type {type(held).__name__}; expected tensors by name")
+    if models := [name for name, entry in held.items() if _is_model(entry)]:
+        if len(models) > 1:
+            names = " and ".join(map(repr, models))
+            raise CheckpointError(f"{file}: holds several models, {names}; save the one that is meant")
+        return dict(held[models[0]]), {name: entry for name, entry in held.items() if name != models[0]}
+    for name, entry in held.items():
+        if not isinstance(name, str) or not isinstance(entry, StoredTensor):
+            raise CheckpointError(
+                f"{file}: holds {shown(name)}, of type {type(entry).__name__}; expected names and tensors, or a "
+                f"training state that holds those of one GPT-2"
+            )
+    return dict(held), {}
+
+
+def _is_model(entry: Any) -> bool:
+    return (
+        isinstance(entry, Mapping)
+        and all(isinstance(name, str) and isinstance(x, StoredTensor) for name, x in entry.items())
+        and prefix_of(entry) is not None
+    )
 
 
 def _read(file: Path, name: str, tensor: StoredTensor) -> np.ndarray:
@@ -158,7 +198,7 @@ def _read(file: Path, name: str, tensor: StoredTensor) -> np.ndarray:
     try:
         a = tensor.read()
     except Exception as error:
-        raise CheckpointError(f"{file}: {name}: {_brief(error)}") from error
+        raise CheckpointError(f"{file}: {name}: {_brief(error)}") from None
     if (a.shape, a.dtype.name) != (tensor.shape, tensor.dtype):
         raise CheckpointError(
             f"{file}: {name} turned out to be {a.dtype.name} {list(a.shape)}; "
@@ -210,6 +250,8 @@ def cast(path: str, tensor: StoredTensor, dtype: str) -> StoredTensor:
 
 
 def _brief(error: Exception) -> str:
-    """Return an exception in a line: some frameworks' go on for many."""
+    """Return an exception in a line: those of some frameworks have many."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"

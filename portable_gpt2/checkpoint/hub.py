@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..backend import available_backends, how_to_install
-from ..tokenizer_files import ADDED_FILE, MERGES_FILE, SETTINGS_FILE, SPECIAL_FILE, TOKENIZER_FILE, VOCAB_FILE
+from ..tokenizer_files import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
+from .companions import COMPANIONS, CONFIG_FILE, TEMPLATES
 from .errors import CheckpointError
 from .formats import INDEX, WEIGHTS_FILE, formats, read_index
 
@@ -29,8 +30,8 @@ def is_id(source: str) -> bool:
 def download(source: str) -> Path:
     """Return the directory, in the hub's cache, of a model's files, once those that it takes to load it are there.
 
-    The configuration, the tokenizer and safetensors are asked for first; what else holds weights, only where there are
-    none. Every request after the first is for the commit that the first one found.
+    The configuration, its companions, the tokenizer and safetensors are asked for first; what else holds weights, only
+    where there are none. Every request after the first is for the commit that the first one found.
 
     Raises
     ------
@@ -39,12 +40,11 @@ def download(source: str) -> Path:
     """
     from huggingface_hub import constants
 
-    directory = _fetch(
-        source, ["config.json", TOKENIZER_FILE, SETTINGS_FILE, SPECIAL_FILE, WEIGHTS_FILE, WEIGHTS_FILE + INDEX]
-    )
+    names = [CONFIG_FILE, *COMPANIONS, TEMPLATES, TOKENIZER_FILE, WEIGHTS_FILE, WEIGHTS_FILE + INDEX]
+    directory = _fetch(source, names)
     pinned = f"{source.partition('@')[0]}@{directory.name}"
     if not (directory / TOKENIZER_FILE).is_file():
-        _fetch(pinned, [VOCAB_FILE, MERGES_FILE, ADDED_FILE])
+        _fetch(pinned, [VOCAB_FILE, MERGES_FILE])
     unreadable = []
     for pattern, backend in formats():
         if backend is not None and backend not in available_backends():  # not worth gigabytes

@@ -1,12 +1,17 @@
-"""The names that a GPT-2's tensors go by in files, Hugging Face's and OpenAI's, and the paths that they have here."""
+"""The names that a GPT-2's tensors go by in files, and the paths that they have here.
+
+Hugging Face's names may stand under any prefix that all tensors share: ``transformer.``, those of wrappers such as
+``module.`` (data parallel) and ``_orig_mod.`` (compiled), and any stack of them. OpenAI's begin with ``model/``.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,10 +22,15 @@ from .errors import CheckpointError
 
 PREFIX = "transformer."
 OPENAI = "model/"
-LM_HEAD = "lm_head.weight"  # never with the prefix
+LM_HEAD = "lm_head.weight"  # never below transformer.
 
+_ANY_NAME = re.compile(
+    r"(?P<prefix>(?:[^.]+\.)*?)(?:wpe\.weight|wte\.weight|ln_f\.weight|h\.\d+\.\w+\.\w+.*)", re.DOTALL
+)
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 _LEAVES = {"w": "weight", "g": "weight", "b": "bias"}
+# What PyTorch puts between the names of a module that it wraps and those of the module's own.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Found(NamedTuple):
@@ -44,16 +54,66 @@ def prefixed_name(path: str) -> str:
     return name if name == LM_HEAD else PREFIX + name
 
 
-def is_openai(names: Mapping[str, Found]) -> bool:
+def is_openai(names: Mapping[str, Any]) -> bool:
     """Return whether tensors go by OpenAI's names."""
     return any(name.startswith(OPENAI) for name in names)
 
 
-def by_path(file: Path, found: Mapping[str, Found], config: GPT2Config, config_name: str) -> dict[str, StoredTensor]:
+def prefix_of(names: Iterable[str]) -> str | None:
+    """Return what stands before most of Hugging Face's names; None where there is no such name.
+
+    Examples
+    --------
+    >>> from portable_gpt2.checkpoint.names import prefix_of
+    >>> prefix_of(["module.transformer.wpe.weight", "module.transformer.ln_f.weight", "module.lm_head.weight"])
+    'module.transformer.'
+    """
+    found = Counter(match["prefix"] for name in names if (match := _ANY_NAME.fullmatch(name)))
+    return found.most_common(1)[0][0] if found else None
+
+
+class Layout(NamedTuple):
+    """How a file names the parameters, and in which shapes it holds them."""
+
+    names: dict[str, str]
+    """Of each parameter, by path."""
+    dropped: set[str]
+    """Of tensors that are no parameters: masks, and an lm_head that is wte."""
+    head: str
+    """Of lm_head, were there one."""
+    stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]]
+    """From a path and the parameter's shape to that in the file."""
+
+
+def layout_of(found: Mapping[str, Found], config: GPT2Config, *, is_linear: bool = False) -> Layout:
+    """Return the layout of a file that holds these tensors."""
+    paths = shapes(config)
+    if is_openai(found):
+        # The leading 1 is the receptive field of GPT-1's convolution.
+        return Layout(
+            {path: OPENAI + path for path in paths},
+            set(),
+            OPENAI + "lm_head",
+            lambda path, shape: (1, *shape) if path.endswith("/w") else shape,
+        )
+    prefix = prefix_of(found) or ""
+    head = prefix.removesuffix(PREFIX) + LM_HEAD
+    return Layout(
+        {path: head if path == "lm_head" else prefix + hugging_face_name(path) for path in paths},
+        {n for n in found if n.startswith(prefix) and _MASK_BUFFER.fullmatch(n.removeprefix(prefix))}
+        | ({head} if config.tie_word_embeddings else set()),
+        head,
+        lambda path, shape: shape[::-1] if is_linear and path.endswith("/w") else shape,
+    )
+
+
+def by_path(
+    file: Path, found: Mapping[str, Found], config: GPT2Config, config_name: str, *, is_linear: bool = False
+) -> dict[str, StoredTensor]:
     """Return the parameters by path, in the order of `params.shapes`, once all have the shapes that config says.
 
-    Hugging Face's names may carry the prefix ``transformer.`` or not; the buffers of masks that old versions wrote are
-    dropped, and so is an ``lm_head.weight`` that equals wte where the two are tied.
+    The buffers of masks that old versions wrote are dropped, and so is an ``lm_head.weight`` that equals wte where the
+    two are tied.
 
     Parameters
     ----------
@@ -65,44 +125,63 @@ def by_path(file: Path, found: Mapping[str, Found], config: GPT2Config, config_n
         The model's shape.
     config_name : str
         The name of the file that says so.
+    is_linear : bool
+        Whether weights stand as nn.Linear keeps them, [out, in], and may come without biases, which are then 0.
     """
     if config.n_layer > len(found):  # before a list of what so many layers should hold is made
         raise CheckpointError(f"{file}: holds {len(found)} tensors; {config_name} says n_layer = {config.n_layer}")
-    ours = shapes(config)
-    if is_openai(found):
-        name_of, dropped = OPENAI.__add__, set[str]()
-    else:
-        prefix = PREFIX if any(name.startswith(PREFIX) for name in found) else ""
-        name_of = prefixed_name if prefix else hugging_face_name
-        dropped = {n for n in found if n.startswith(prefix) and _MASK_BUFFER.fullmatch(n.removeprefix(prefix))}
-        dropped |= {LM_HEAD} if config.tie_word_embeddings else set()
-    paths = {name_of(path): path for path in ours}
-
-    if missing := [name for name in paths if name not in found]:
-        raise CheckpointError(f"{file}: lacks {_some(missing)}")
-    if extra := [name for name in found if name not in paths and name not in dropped]:
+    found = _without_wrappers(file, found)
+    layout, ours = layout_of(found, config, is_linear=is_linear), shapes(config)
+    missing = [path for path, name in layout.names.items() if name not in found]
+    known = {*layout.names.values(), *layout.dropped}
+    extra = [name for name in found if name not in known]
+    if is_linear and missing == [path for path in ours if path.endswith("/b")]:
+        missing = []  # of a model that was made with bias=False
+    if missing:
+        lacks = f"{file}: lacks {_some([layout.names[path] for path in missing])}"
+        raise CheckpointError(f"{lacks}; holds {_some(extra)} instead" if extra else lacks)
+    if extra:
         raise CheckpointError(f"{file}: holds {_some(extra)}, which a GPT-2 of this {config_name} does not have")
     parameters = {}
-    for name, path in paths.items():
+    for path, name in layout.names.items():
+        if name not in found:
+            dtype = parameters["wte"].dtype
+            parameters[path] = StoredTensor(
+                ours[path], dtype, functools.partial(np.zeros, ours[path], float_dtypes[dtype])
+            )
+            continue
         at, tensor = found[name]
-        # OpenAI's leading 1 is the receptive field of GPT-1's convolution.
-        expected = (1, *ours[path]) if is_openai(found) and path.endswith("/w") else ours[path]
+        expected = layout.stored_shape(path, ours[path])
         if tensor.shape != expected:
             raise CheckpointError(
                 f"{at}: {name} has shape {list(tensor.shape)}; {config_name} makes it {list(expected)}"
             )
         _check_dtype(at, name, tensor)
-        parameters[path] = StoredTensor(ours[path], tensor.dtype, functools.partial(_reshaped, tensor, ours[path]))
-    if LM_HEAD in dropped and LM_HEAD in found:
-        at, head = found[LM_HEAD]
-        _check_dtype(at, LM_HEAD, head)
+        shaped = _transposed if is_linear and path.endswith("/w") else _reshaped
+        parameters[path] = StoredTensor(ours[path], tensor.dtype, functools.partial(shaped, tensor, ours[path]))
+    if layout.head in layout.dropped and layout.head in found:
+        at, head = found[layout.head]
+        _check_dtype(at, layout.head, head)
         if head.shape != ours["wte"] or not np.array_equal(head.read(), parameters["wte"].read()):
-            raise CheckpointError(f"{at}: {LM_HEAD} differs from wte.weight, but {config_name} ties the two")
+            raise CheckpointError(f"{at}: {layout.head} differs from wte.weight, but {config_name} ties the two")
     return parameters
+
+
+def _without_wrappers(file: Path, found: Mapping[str, Found]) -> dict[str, Found]:
+    """Return tensors by their names without those of PyTorch's wrappers, which may stand in the middle of a name."""
+    names = {name: _WRAPPERS.sub("", name) for name in found}
+    if doubles := [name for name, n in Counter(names.values()).items() if n > 1]:
+        both = " and ".join(name for name, plain in names.items() if plain == doubles[0])
+        raise CheckpointError(f"{file}: holds {both}, which are two names of one parameter")
+    return {plain: found[name] for name, plain in names.items()}
 
 
 def _reshaped(tensor: StoredTensor, shape: tuple[int, ...]) -> np.ndarray:
     return tensor.read().reshape(shape)
+
+
+def _transposed(tensor: StoredTensor, shape: tuple[int, ...]) -> np.ndarray:
+    return np.ascontiguousarray(tensor.read().T)
 
 
 def _check_dtype(file: Path, name: str, tensor: StoredTensor) -> None:

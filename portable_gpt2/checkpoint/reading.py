@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .. import checks
 from ..backend import StoredTensor
 from ..config import GPT2Config
 from ..tokenizer import Tokenizer
 from . import hub
+from .companions import CONFIG_FILE, configuration, generating, read_companions, read_tokenizer_files
+from .contents import exists, read_json
 from .errors import CheckpointError
-from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights, read_json
+from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights
 from .names import by_path, is_openai
 
-CONFIG_FILE, HPARAMS_FILE = "config.json", "hparams.json"
+HPARAMS_FILE = "hparams.json"
+MODEL_ARGS = "model_args"  # of nanoGPT's ckpt.pt
 SHIPPED = Path(__file__).parent.parent / "models"
 
 # Weights that there is no reader for, or that no reader of claims by their name.
@@ -32,6 +39,9 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, StoredTensor]
     """By path, in the order of `params.shapes`, in the files' dtypes."""
     tokenizer: Tokenizer | None
+    companions: Mapping[str, bytes] = MappingProxyType({})
+    """What goes with the model for the sake of other programs, by the file's name: ``config.json`` as it stands there,
+    ``generation_config.json``, the tokenizer's settings, chat templates."""
 
 
 def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
@@ -41,9 +51,9 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     ----------
     source : path or str
         A directory: Hugging Face's layout (``config.json`` and ``model.safetensors``, or several files and their
-        index, or ``pytorch_model.bin``), or OpenAI's release (``hparams.json`` and ``model.ckpt``). Where there is
-        none of this name, the model ``shakespeare``, which is a part of this package, or one of the hub: ``gpt2``,
-        ``user/model`` or ``user/model@revision``.
+        index, or ``pytorch_model.bin``), OpenAI's release (``hparams.json`` and ``model.ckpt``), or nanoGPT's
+        ``ckpt.pt``; or the file of weights in one. Where there is none of this name, the model ``shakespeare``, which
+        is a part of this package, or one of the hub: ``gpt2``, ``user/model`` or ``user/model@revision``.
 
     Returns
     -------
@@ -59,34 +69,47 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     BackendNotInstalled
         If it takes a framework to read the weights, which is not there. The message says what to install.
     """
-    directory, said = _find(source)
-    config_name = next((n for n in (CONFIG_FILE, HPARAMS_FILE) if (directory / n).exists()), CONFIG_FILE)
-    config = _read_config(directory / config_name)
-    weights = find_weights(directory)
+    directory, file, said = _find(source)
+    companions = read_companions(directory)
+    config_name = next((n for n in (CONFIG_FILE, HPARAMS_FILE) if exists(directory / n)), None)
+    config = None if config_name is None else _read_config(directory / config_name, companions)
+    weights = find_weights(directory, file)
     if weights is None:
-        raise CheckpointError(_no_weights(directory))
-    found = open_weights(weights)
-    tensors = by_path(weights.file, found, config, config_name)
+        raise CheckpointError(_no_weights(directory) if config is not None else _no_config(directory))
+    held = open_weights(weights)
+    is_nanogpt = MODEL_ARGS in held.rest
+    if is_nanogpt:
+        config, config_name = _read_model_args(weights.file, held.rest[MODEL_ARGS], config, config_name)
+        config = generating(directory, config, companions)
+    if config is None or config_name is None:
+        raise CheckpointError(_no_config(directory))
+    tensors = by_path(weights.file, held.tensors, config, config_name, is_linear=is_nanogpt)
 
-    layout = "OpenAI's release" if is_openai(found) else "Hugging Face's layout"
+    layout = "OpenAI's release" if is_openai(held.tensors) else "nanoGPT" if is_nanogpt else "Hugging Face's layout"
     files = weights.file.name if weights.shards is None else f"{weights.file.name} of {len(weights.shards)} files"
     dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
     tokenizer = _read_tokenizer(directory, config)
-    if config_name == HPARAMS_FILE and tokenizer is not None:  # which does not say it
-        config = dataclasses.replace(config, eos_token_id=tokenizer.end_of_text)
-    return Checkpoint(f"{said}{layout}, {files}, {dtypes}", config, tensors, tokenizer)
+    if config_name != CONFIG_FILE and tokenizer is not None:  # which does not say it
+        config = generating(directory, dataclasses.replace(config, eos_token_id=tokenizer.end_of_text), companions)
+    if tokenizer is None:
+        companions |= read_tokenizer_files(directory)
+    return Checkpoint(f"{said}{layout}, {files}, {dtypes}", config, tensors, tokenizer, companions)
 
 
-def _find(source: str | os.PathLike[str]) -> tuple[Path, str]:
-    """Return the directory that is meant, and where it is from if that is not plain."""
+def _find(source: str | os.PathLike[str]) -> tuple[Path, Path | None, str]:
+    """Return the directory that is meant, one file of weights in it if that was given, and where it is from."""
     directory = checks.path("source", source)
-    if directory.is_dir():
-        return directory, ""
+    if os.path.isdir(directory):
+        return directory, None, ""
     if isinstance(source, str) and source in shipped_models():
-        return SHIPPED / source, f"{source}, which ships with portable_gpt2, "
-    if isinstance(source, str) and not directory.exists() and hub.is_id(source):
+        return SHIPPED / source, None, f"{source}, which ships with portable_gpt2, "
+    if os.path.lexists(directory):
+        if any(fnmatch.fnmatch(directory.name, format.pattern) for format in formats()):
+            exists(directory)
+            return directory.parent, directory, ""
+    elif isinstance(source, str) and hub.is_id(source):
         directory = hub.download(source)
-        return directory, f"{source} of the hub at {directory.name[:8]}, "
+        return directory, None, f"{source} of the hub at {directory.name[:8]}, "
     raise CheckpointError(
         f"{os.fspath(source)}: no such directory; give one that holds {CONFIG_FILE} and {WEIGHTS_FILE}, the id of a "
         f"model of the hub, such as gpt2, user/model or user/model@revision, or {', '.join(shipped_models())}"
@@ -98,17 +121,46 @@ def shipped_models() -> list[str]:
     return sorted(file.parent.name for file in SHIPPED.glob(f"*/{CONFIG_FILE}"))
 
 
-def _read_config(file: Path) -> GPT2Config:
-    if not file.exists():
-        raise CheckpointError(
-            f"{file}: no such file; a checkpoint holds {CONFIG_FILE} and {WEIGHTS_FILE}, or OpenAI's {HPARAMS_FILE} "
-            f"and model.ckpt"
-        )
+def _read_config(file: Path, companions: Mapping[str, bytes]) -> GPT2Config:
+    if file.name == CONFIG_FILE:
+        return configuration(file.parent, companions)
     entries = read_json(file)
     try:
-        return GPT2Config.from_hparams(entries) if file.name == HPARAMS_FILE else GPT2Config.from_dict(entries)
+        config = GPT2Config.from_hparams(entries)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+    return generating(file.parent, config, companions)
+
+
+def _read_model_args(
+    file: Path, entries: Any, config: GPT2Config | None, config_name: str | None
+) -> tuple[GPT2Config, str]:
+    """Return the configuration of nanoGPT's ckpt.pt, and the name of what says so: config.json, if there is one too."""
+    try:
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"expected a dict; got {type(entries).__name__}")
+        own = GPT2Config.from_nanogpt(entries)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {MODEL_ARGS}: {error}") from error
+    for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_ctx"):
+        if config is not None and getattr(config, name) != getattr(own, name):
+            raise CheckpointError(
+                f"{file}: {MODEL_ARGS} make {name} {getattr(own, name)}; {config_name} makes it {getattr(config, name)}"
+            )
+    warnings.warn(
+        f"{file}: does not say which form of GELU it was trained with. nanoGPT uses the form by erf since June 2023; "
+        "here it is GPT-2's tanh form: logits may differ from nanoGPT's by about 0.001",
+        UserWarning,
+        stacklevel=4,
+    )
+    return (own, MODEL_ARGS) if config is None or config_name is None else (config, config_name)
+
+
+def _no_config(directory: Path) -> str:
+    return (
+        f"{directory / CONFIG_FILE}: no such file; a checkpoint holds {CONFIG_FILE} and {WEIGHTS_FILE}, OpenAI's "
+        f"{HPARAMS_FILE} and model.ckpt, or nanoGPT's ckpt.pt"
+    )
 
 
 def _no_weights(directory: Path) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import checks
@@ -13,9 +13,10 @@ from ..backend import StoredTensor, float_dtypes
 from ..config import GPT2Config
 from ..files import appearing
 from ..tokenizer import Tokenizer
+from .companions import TOKENIZER_FILES, written_companions
 from .formats import WEIGHTS_FILE, cast
 from .names import prefixed_name
-from .reading import CONFIG_FILE, read_checkpoint
+from .reading import read_checkpoint
 from .safetensors_files import write_safetensors
 
 
@@ -25,6 +26,7 @@ def write_checkpoint(
     tensors: Mapping[str, StoredTensor],
     tokenizer: Tokenizer | None = None,
     *,
+    companions: Mapping[str, bytes] = MappingProxyType({}),
     force: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
@@ -39,6 +41,8 @@ def write_checkpoint(
         By path, as `read_checkpoint` returns them; each is read when it is written.
     tokenizer : Tokenizer, optional
         Whose files to add.
+    companions : dict
+        Other files to add, by name, as `read_checkpoint` returns them.
     force : bool
         Whether to replace a directory, with all that it holds.
     progress : callable, optional
@@ -51,7 +55,7 @@ def write_checkpoint(
     """
     directory = _free(directory, force)
     with appearing(directory, force) as draft:
-        write_files(draft, config, tensors, tokenizer, progress)
+        write_files(draft, config, tensors, tokenizer, companions, progress)
 
 
 def write_files(
@@ -59,10 +63,15 @@ def write_files(
     config: GPT2Config,
     tensors: Mapping[str, StoredTensor],
     tokenizer: Tokenizer | None,
+    companions: Mapping[str, bytes] = MappingProxyType({}),
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
     """Write the files of a checkpoint into a directory that is there."""
-    (directory / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    files = written_companions(config, (tensor.dtype for tensor in tensors.values()), companions)
+    for name, content in files.items():
+        if tokenizer is None or name not in TOKENIZER_FILES:  # a tokenizer that was put in their place has its own
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(content)
     named = {prefixed_name(path): tensor for path, tensor in tensors.items()}
     write_safetensors(directory / WEIGHTS_FILE, named, progress)
     if tokenizer is not None:
@@ -124,5 +133,13 @@ def convert(
     if Path(directory).resolve() in inside.parents:
         raise ValueError(f"{os.fspath(directory)}: holds {os.fspath(source)}, and more; give another directory")
     tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
-    write_checkpoint(directory, found.config, tensors, found.tokenizer, force=force, progress=progress)
+    write_checkpoint(
+        directory,
+        found.config,
+        tensors,
+        found.tokenizer,
+        companions=found.companions,
+        force=force,
+        progress=progress,
+    )
     return found.source

@@ -1,0 +1,97 @@
+"""Companions: files that go with a model for the sake of other programs. They are written as they were read.
+
+transformers reads more of a checkpoint than we do: how to generate, the tokenizer's settings, chat templates, and
+entries of ``config.json`` about other tasks. All of it comes through, byte for byte where nothing in it must change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import ALIASES, GPT2Config
+from ..tokenizer import ADDED_FILE, MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
+from .contents import exists, parse_json, read_text
+from .errors import CheckpointError
+
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+COMPANIONS = (
+    GENERATION_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    ADDED_FILE,
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TEMPLATES = "additional_chat_templates/*.jinja"
+TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE)
+_DTYPE_ENTRIES = ("dtype", "torch_dtype")
+
+
+def read_companions(directory: Path) -> dict[str, bytes]:
+    """Return the companions that a directory holds, by name; its ``config.json`` is one of them."""
+    names = [CONFIG_FILE, *COMPANIONS, *(f"{file.parent.name}/{file.name}" for file in directory.glob(TEMPLATES))]
+    return {name: read_text(directory / name) for name in names if exists(directory / name)}
+
+
+def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
+    """Return the files of a tokenizer that is not used here, so that it is not lost."""
+    return {name: read_text(directory / name) for name in TOKENIZER_FILES if exists(directory / name)}
+
+
+def configuration(directory: Path, companions: Mapping[str, bytes]) -> GPT2Config:
+    """Return the configuration that ``config.json`` and ``generation_config.json`` describe together."""
+    config = _called(directory / CONFIG_FILE, GPT2Config.from_dict, companions)
+    return generating(directory, config, companions)
+
+
+def generating(directory: Path, config: GPT2Config, companions: Mapping[str, bytes]) -> GPT2Config:
+    """Return a configuration with the special ids of ``generation_config.json``, if there is one."""
+    if GENERATION_FILE not in companions:
+        return config
+    return _called(directory / GENERATION_FILE, config.with_generation, companions)
+
+
+def _called(file: Path, read: Any, companions: Mapping[str, bytes]) -> GPT2Config:
+    entries = parse_json(file, companions[file.name])
+    try:
+        config: GPT2Config = read(entries)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return config
+
+
+def written_companions(config: GPT2Config, dtypes: Iterable[str], companions: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the companions to write with a model, ``config.json`` among them.
+
+    Parameters
+    ----------
+    config : GPT2Config
+        What the files must say.
+    dtypes : strs
+        The dtypes of the weights that are written.
+    companions : dict
+        What was read. A file that says all of this already is returned as it is.
+    """
+    files, here = dict(companions), Path()
+    given = parse_json(here / CONFIG_FILE, files[CONFIG_FILE]) if CONFIG_FILE in files else {}
+    if given and configuration(here, files) == config:
+        said = config.to_dict()
+        entries = {name: said[name] for name in ("architectures", "model_type")} | given
+    else:
+        entries = {name: value for name, value in given.items() if name not in ALIASES} | config.to_dict()
+        if generating(here, config, files) != config:
+            generation = parse_json(here / GENERATION_FILE, files[GENERATION_FILE])
+            generation |= {name: entries[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            files[GENERATION_FILE] = _json(generation)
+    if len(names := {*dtypes}) == 1:
+        entries |= dict.fromkeys((name for name in _DTYPE_ENTRIES if entries.get(name) is not None), *names)
+    if entries != given:
+        files[CONFIG_FILE] = _json(entries)
+    return files
+
+
+def _json(entries: Mapping[str, Any]) -> bytes:
+    return (json.dumps(entries, indent=2) + "\n").encode()
