@@ -518,8 +518,8 @@ def _mappable(path: str) -> list[tuple[int, int]] | None:
 
 def _lie_at(storages: list[tuple[int, int]], held: Any) -> bool:
     """Return whether mapped tensors use exactly these places of a file."""
-    used = {(s.data_ptr(), s.nbytes()) for s in (x.untyped_storage() for x in tree_leaves(held) if _is_plain(x))}
-    used = sorted((start, n) for start, n in used if n)
+    found = (x.untyped_storage() for x in tree_leaves(held) if _is_plain(x))
+    used = sorted({(storage.data_ptr(), storage.nbytes()) for storage in found if storage.nbytes()})
     start = used[0][0] - storages[0][0] if used and storages else 0
     return start % mmap.PAGESIZE == 0 and used == [(start + offset, n) for offset, n in storages]
 

@@ -100,8 +100,9 @@ class GPT2:
         source : path or str
             A directory in Hugging Face's layout (``config.json``; ``model.safetensors``, or several and their index, or
             ``pytorch_model.bin``), OpenAI's (``hparams.json``, ``model.ckpt``) or nanoGPT's (``ckpt.pt``), with the
-            tokenizer's files for text; without them the model works by ids. Where there is none of this name, the small model ``shakespeare`` that
-            is a part of this package, or a model of the hub: ``gpt2``, ``user/model`` or ``user/model@revision``.
+            tokenizer's files for text; without them the model works by ids. Where there is none of this name, the small
+            model ``shakespeare`` that is a part of this package, or a model of the hub: ``gpt2``, ``user/model`` or
+            ``user/model@revision``.
         backend : str or Backend, optional
             What computes; the default backend (see `get_backend`) unless given.
         device : str or the framework's own device object, optional

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ALIASES, GPT2Config
-from ..tokenizer import ADDED_FILE, MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
+from ..tokenizer_files import ADDED_FILE, MERGES_FILE, SETTINGS_FILE, SPECIAL_FILE, TOKENIZER_FILE, VOCAB_FILE
 from .contents import exists, parse_json, read_text
 from .errors import CheckpointError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 COMPANIONS = (
     GENERATION_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    SETTINGS_FILE,
+    SPECIAL_FILE,
     ADDED_FILE,
     "chat_template.jinja",
     "chat_template.json",

@@ -142,7 +142,7 @@ def by_path(
         raise CheckpointError(f"{lacks}; holds {_some(extra)} instead" if extra else lacks)
     if extra:
         raise CheckpointError(f"{file}: holds {_some(extra)}, which a GPT-2 of this {config_name} does not have")
-    parameters = {}
+    parameters: dict[str, StoredTensor] = {}
     for path, name in layout.names.items():
         if name not in found:
             dtype = parameters["wte"].dtype
