@@ -477,6 +477,11 @@ def __getattr__(name: str) -> Any:
 def to_numpy(x: Any) -> np.ndarray:
     """Return an array of any backend as a NumPy array on the host.
 
+    Raises
+    ------
+    TypeError
+        If x is an array of no backend, or one whose values cannot be had: while tracing, or of a sparse format.
+
     Examples
     --------
     >>> import numpy as np
@@ -484,7 +489,12 @@ def to_numpy(x: Any) -> np.ndarray:
     >>> pg.to_numpy(pg.softmax(np.zeros(2)))
     array([0.5, 0.5])
     """
-    return backend_of(x).to_numpy(x)
+    backend = backend_of(x)
+    try:
+        return backend.to_numpy(x)
+    except Exception as error:  # whatever the framework raises
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise TypeError(f"the values of this array of {backend.name} cannot be brought to the host ({why})") from error
 
 
 # What the program has imported already is entered now: a table that changes later makes torch.compile compile anew.

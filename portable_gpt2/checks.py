@@ -11,19 +11,23 @@ import numbers
 import operator
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import backend_of
+from .backend import to_numpy
 
 if TYPE_CHECKING:
     from .config import GPT2Config
 
 LARGEST = 2**63 - 1
 """The largest count that is accepted: more would not fit into the integers of NumPy and of the frameworks."""
+
+MANY = 2**20
+"""The most items that are taken from an iterable."""
 
 
 def shown(x: Any) -> str:
@@ -176,30 +180,93 @@ def memory(n_bytes: int, what: str) -> None:
 def total_memory() -> float:
     """Return the machine's memory in bytes; infinity where the system does not say."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
         return math.inf
 
 
-def check_ids(given: Any, config: GPT2Config, axes: int) -> np.ndarray:
-    """Return token ids from outside as int32 [seq] or [batch, seq] on the host."""
-    expected = "[seq]" if axes == 1 else "[batch, seq]"
+def flag(name: str, x: Any) -> bool:
+    """Return a switch as Python's bool; the text ``no``, which is true, and the number 0 are refused."""
+    if isinstance(x, bool | np.bool_):
+        return bool(x)
+    raise ValueError(f"{name} is {shown(x)}; expected true or false")
+
+
+def several(name: str, x: Any, expected: str) -> list[Any]:
+    """Return the items of an iterable as a list; an iterator that never ends is refused after `MANY` of them.
+
+    Raises
+    ------
+    TypeError
+        If x is not an iterable, or is one text or one dict, whose items would be something else than was meant.
+    ValueError
+        If it has more than `MANY` items.
+
+    Examples
+    --------
+    >>> from portable_gpt2.checks import several
+    >>> several("prompts", "To be", "texts")
+    Traceback (most recent call last):
+    ...
+    TypeError: prompts is 'To be'; expected texts, in a list
+    """
     try:
-        ids = np.asarray(given if isinstance(given, list | tuple | range) else backend_of(given).to_numpy(given))
-    except ValueError as error:
-        raise ValueError(f"token ids are ragged; expected int {expected}, rows of equal length") from error
-    except TypeError as error:
-        raise TypeError(
-            f"token ids are of type {type(given).__name__}; expected int {expected}, as a list or an array"
-        ) from error
+        items = None if isinstance(x, str | bytes | bytearray | memoryview | Mapping) else iter(x)
+    except TypeError:  # an array without an axis has the method, too
+        items = None
+    if items is None:
+        raise TypeError(f"{name} is {shown(x)}; expected {expected}, in a list")
+    found = list(islice(items, MANY + 1))
+    if len(found) > MANY:
+        raise ValueError(f"{name} has more than {MANY:,} items; expected {expected}, fewer at a time")
+    return found
+
+
+def check_ids(given: Any, config: GPT2Config, axes: int, *, may_be_empty: bool = False) -> np.ndarray:
+    """Return token ids from outside as integers [seq] or [batch, seq] on the host, each an id of the vocabulary."""
+    expected = f"int {'[seq]' if axes == 1 else '[batch, seq]'}"
+    if isinstance(given, list | tuple | range):
+        rows = [_row(row, config) for row in given] if axes == 2 else _row(given, config)
+        try:
+            ids = np.asarray(rows) if rows else np.empty(0, np.int64)
+        except ValueError as error:
+            raise ValueError(f"token ids are ragged; expected {expected}, rows of equal length") from error
+    else:
+        ids = _array(given, f"{expected}, as a list or an array")
+    if may_be_empty and ids.shape == (0,):
+        return np.empty(0, np.int32)
     if ids.ndim != axes or 0 in ids.shape:
-        raise ValueError(f"token ids have shape {list(ids.shape)}; expected int {expected}, none of them 0")
+        raise ValueError(f"token ids have shape {list(ids.shape)}; expected {expected}; no dimension may be 0")
+    outside = (ids < 0) | (ids >= config.n_vocab)
+    if outside.any():
+        raise ValueError(
+            f"token id {shown(int(ids[outside][0]))} is not in the vocabulary, which has ids 0 to {config.n_vocab - 1}"
+        )
+    return ids.astype(np.int32 if config.n_vocab <= 2**31 else np.int64)
+
+
+def _row(given: Any, config: GPT2Config) -> Any:
+    """Return a row of token ids, a list or an array; in a list, refuse what NumPy would convert to an int."""
+    if isinstance(given, range):
+        return given[: config.n_vocab + 1]  # of more numbers than that, one of these is not an id
+    if not isinstance(given, list | tuple):
+        return given if is_int(given) else _array(given, "rows of ints")
+    for kind in {*map(type, given)} - {int, list, tuple, range}:
+        if not issubclass(kind, int | np.integer) or issubclass(kind, bool):
+            bad = next(x for x in given if type(x) is kind)
+            raise TypeError(f"token ids hold {shown(bad)}; expected integers")
+    return given
+
+
+def _array(given: Any, expected: str) -> np.ndarray:
+    """Return an array of integers of any backend on the host."""
+    try:
+        ids = to_numpy(given)
+    except TypeError as error:
+        raise TypeError(f"token ids are of type {type(given).__name__}; expected {expected}") from error
     if ids.dtype.kind not in "iu":
         raise TypeError(f"token ids have dtype {ids.dtype}; expected integers")
-    if ids.min() < 0 or ids.max() >= config.n_vocab:
-        bad = ids[(ids < 0) | (ids >= config.n_vocab)][0]
-        raise ValueError(f"token id {bad} is not in the vocabulary, which has ids 0 to {config.n_vocab - 1}")
-    return ids.astype(np.int32)
+    return ids
 
 
 def check_length(seq: int, config: GPT2Config) -> None:
@@ -211,7 +278,7 @@ def check_length(seq: int, config: GPT2Config) -> None:
 def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: GPT2Config, sliding: bool) -> int:
     """Return how many new tokens were asked for; refuse prompts that do not fit into the context with so many."""
     max_new_tokens = integer("max_new_tokens", max_new_tokens)
-    if sliding:
+    if flag("sliding", sliding):
         if config.n_ctx < 2:
             raise ValueError("sliding needs a context of two tokens at least; the model has n_ctx = 1")
         return max_new_tokens
@@ -228,17 +295,20 @@ def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: GP
 
 def check_stop(stop: str | int | Iterable[str | int] | None, config: GPT2Config) -> tuple[set[int], list[str]]:
     """Return the token ids and the strings that end a text."""
+    given: list[Any] = [] if stop is None else [stop]
+    if given and not isinstance(stop, str) and not is_int(stop):
+        given = several("stop", stop, "a token id, a string, or several of them")
     ends: set[int] = set()
     strings: list[str] = []
-    for each in [] if stop is None else [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else stop:
+    for each in given:
         if isinstance(each, str):
             if not each:
                 raise ValueError("stop names an empty string, which stands at the beginning of every text")
             strings.append(each)
         elif not is_int(each):
-            raise TypeError(f"stop names {each!r}; expected token ids or strings")
+            raise TypeError(f"stop names {shown(each)}; expected token ids or strings")
         elif not 0 <= each < config.n_vocab:
-            raise ValueError(f"stop names {each}, which is not in the vocabulary of {config.n_vocab}")
+            raise ValueError(f"stop names {shown(each)}, which is not in the vocabulary of {config.n_vocab}")
         else:
             ends.add(int(each))
     return ends, strings

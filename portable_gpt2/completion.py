@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -48,18 +50,84 @@ class Completion:
     seed: int
 
 
+class _State:
+    """How far the text has come into the stop strings: their longest prefix that the text ends with."""
+
+    __slots__ = ("depth", "first", "found", "last", "next", "suffix")
+
+    def __init__(self, depth: int, first: int, last: int) -> None:
+        self.depth = depth
+        """How long the prefix is. The strings that begin with it are those from `first` to `last` - 1, sorted."""
+        self.first, self.last = first, last
+        self.found = 0
+        """The length of the longest string that the text ends with here; 0 if there is none."""
+        self.suffix: _State | None = None
+        """The state of the longest proper suffix of this prefix; the empty prefix has none."""
+        self.next: dict[str, _State] = {}
+
+
+class Stops:
+    """Stop strings as an automaton, which finds them while a text is read, in time proportional to the text.
+
+    Aho and Corasick, "Efficient string matching: an aid to bibliographic search", 1975. A state is made when a text
+    first reaches it, so that strings that no text begins with cost nothing but being sorted.
+
+    Examples
+    --------
+    >>> from portable_gpt2.completion import Stops
+    >>> stops, state = Stops(["two", "once"]), None
+    >>> for c in "one two":
+    ...     state = stops.after(state or stops.start, c)
+    >>> state.depth, state.found
+    (3, 3)
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self._strings = sorted(set(strings))
+        self.start = _State(0, 0, len(self._strings))
+
+    def after(self, state: _State, c: str) -> _State:
+        """Return the state after one more character."""
+        made: list[_State] = []
+        at: _State | None = state
+        while at is not None:
+            if (known := at.next.get(c)) is not None:
+                break
+            if (child := self._child(at, c)) is not None:
+                at.next[c] = child
+                made.append(child)
+            at = at.suffix
+        else:
+            known = self.start
+        for child in reversed(made):  # the suffix of each is the next shorter one
+            child.suffix = known
+            child.found = child.depth if len(self._strings[child.first]) == child.depth else known.found
+            known = child
+        return known
+
+    def _child(self, state: _State, c: str) -> _State | None:
+        depth = state.depth
+
+        def at_depth(string: str) -> str:
+            return string[depth : depth + 1]
+
+        first = bisect_left(self._strings, c, state.first, state.last, key=at_depth)
+        last = bisect_right(self._strings, c, first, state.last, key=at_depth)
+        return _State(depth + 1, first, last) if first < last else None
+
+
 class Reader:
     """The text of tokens that come one by one.
 
-    Of what was read, `read` returns what is certain: a character that is split over tokens, and what may be the
+    Of the text so far, `read` returns the part that is certain: a character that is split over tokens, and a possible
     beginning of a stop string, are held back. The text ends before the stop string that is complete first.
 
     Parameters
     ----------
     decode : callable
         A `Tokenizer.decoder`.
-    stops : strs
-        Strings that end the text and are not part of it.
+    stops : Stops or strs
+        Strings that end the text and are not part of it. Readers that share a `Stops` prepare the strings once.
 
     Attributes
     ----------
@@ -75,33 +143,45 @@ class Reader:
     (['one ', ''], True)
     """
 
-    def __init__(self, decode: Callable[[int | None], str], stops: Sequence[str] = ()) -> None:
-        self._decode, self._stops, self._held, self.ended = decode, stops, "", False
+    def __init__(self, decode: Callable[[int | None], str], stops: Stops | Iterable[str] = ()) -> None:
+        self._decode, self._stops = decode, stops if isinstance(stops, Stops) else Stops(stops)
+        self._state, self._held, self._n_held = self._stops.start, deque[str](), 0
+        self.ended = False
 
     def read(self, token: int | None) -> str:
-        """Return the text that is certain after one more token; None, after the last, gives what is left."""
-        text = self._held + self._decode(token)
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            self.ended, self._held = True, ""
-            return text[: min(found)[1]]
-        certain = len(text) if token is None else len(text) - max(map(self._begun(text), self._stops), default=0)
-        self._held = text[certain:]
-        return text[:certain]
+        """Return the text that is certain after one more token; None, after the last, gives the rest."""
+        piece = self._decode(token)
+        start = self._n_held
+        if piece:
+            self._held.append(piece)
+            self._n_held += len(piece)
+        for i, c in enumerate(piece, 1):
+            self._state = self._stops.after(self._state, c)
+            if self._state.found:
+                self.ended = True
+                return self._release(start + i - self._state.found)
+        return self._release(self._n_held if token is None else self._n_held - self._state.depth)
+
+    def _release(self, n: int) -> str:
+        """Return the first n characters that are held back, and hold them no longer."""
+        released = []
+        self._n_held -= n
+        while n:
+            piece = self._held.popleft()
+            released.append(piece[:n])
+            if len(piece) > n:
+                self._held.appendleft(piece[n:])
+            n -= len(released[-1])
+        return "".join(released)
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield the text that each token makes certain, and what is left after the last, until the text has ended."""
+        """Yield the text that each token makes certain, and the rest after the last, until the text has ended."""
         for token in tokens:
             yield self.read(token)
             if self.ended:
                 return
         if rest := self.read(None):
             yield rest
-
-    @staticmethod
-    def _begun(text: str) -> Callable[[str], int]:
-        """Return how many characters at the end of the text may be the beginning of a stop string."""
-        return lambda stop: next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Row(NamedTuple):
@@ -119,7 +199,7 @@ def complete(
     rows: Sequence[Row],
     max_new_tokens: int,
     ends: set[int],
-    stops: Sequence[str],
+    stops: Stops,
 ) -> Iterator[Completion]:
     """Complete a batch; each row ends by itself, at a token of ends or before a string of stops."""
     texts = [Text(list(row.ids), row.sampling, row.sample) for row in rows]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from . import ops
 from .backend import backend_of
 from .config import GPT2Config
-from .model import merge_heads, output_table, split_heads
-from .params import Params
+from .model import check_inputs, merge_heads, output_table, split_heads
+from .params import Params, check_params
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
     from jaxtyping import Bool, Float, Int
@@ -251,6 +251,8 @@ def loss(
 
     It takes the gradient of the loss itself, a number: 1 unless given.
     """
+    check_inputs(params, tokens, config, targets=1)
+    check_params(params, config)
     backend = backend_of(tokens)
     seq = backend.shape(tokens)[1] - 1
     positions = backend.arange(seq, like=tokens)

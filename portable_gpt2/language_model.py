@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, takewhile
 from typing import Any, overload
@@ -13,12 +14,12 @@ import numpy as np
 from . import checks
 from .backend import Backend, backend_of, get_backend
 from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
-from .checks import check_ids, check_length, check_room, check_stop, integer
-from .completion import Completion, Reader, Row, batched, complete
+from .checks import check_ids, check_length, check_room, check_stop, flag, integer, memory, several, shown
+from .completion import Completion, Reader, Row, Stops, batched, complete
 from .config import GPT2Config
 from .generate import Decoder, Text, padded_length
-from .model import gpt2
-from .params import Params, check_params, flatten, nest, shapes
+from .model import check_cache_size, gpt2
+from .params import Params, check_device, check_params, flatten, itemsize, nest, shapes
 from .sampling import Sampling
 from .score import Score, log_probs
 from .tokenizer import Tokenizer
@@ -65,6 +66,14 @@ class GPT2:
 
     def __init__(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
         check_params(params, config)
+        check_device(params)
+        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            raise TypeError(f"tokenizer is {shown(tokenizer)}; expected a Tokenizer, such as Tokenizer.load gives")
+        if tokenizer is not None and len(tokenizer) > config.n_vocab:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} entries and the model {config.n_vocab}; without a tokenizer it "
+                f"works by token ids"
+            )
         self.config, self.tokenizer = config, tokenizer
         self.source: str | None = None
         self.companions: Mapping[str, bytes] = {}
@@ -187,6 +196,8 @@ class GPT2:
         _, seq = tokens.shape
         check_length(seq, self.config)
         padding = padded_length(seq, self.config.n_ctx) - seq if self.backend.recompiles else 0
+        n_logits = len(tokens) * (seq + padding) * self.config.n_vocab
+        memory(n_logits * itemsize(self.params), f"logits of {len(tokens):,} x {seq} tokens")
         padded = np.pad(tokens, ((0, 0), (0, padding)))  # no token sees those behind it
         with self.backend.on(self._device):
             logits = self._logits(self.backend.from_numpy(padded, device=self._device))
@@ -327,22 +338,24 @@ class GPT2:
             As for `stream`. All prompts are checked at the call, before anything is computed.
         """
         tokenizer = self._require_tokenizer()
-        if isinstance(prompts, str):
-            raise TypeError(f"prompts is the text {prompts[:40]!r}; expected several, such as a list of one")
         num_samples, batch_size = integer("num_samples", num_samples, 1), integer("batch_size", batch_size, 1)
-        prompts = list(prompts)
+        prompts = several("prompts", prompts, "texts")
         ids = [self._prompt_ids(prompt, allow_special) for prompt in prompts]
         ends, strings = check_stop(stop, self.config)
         max_new_tokens = check_room(ids, max_new_tokens, self.config, sliding)
         options = (temperature, top_k, top_p, min_p, repetition_penalty, seed)
         samplings = [Sampling(*options) for _ in prompts] or [Sampling(*options)]  # without a prompt, they are checked
-        rows = [Row(p, t, s, k) for p, t, s in zip(prompts, ids, samplings, strict=False) for k in range(num_samples)]
+        n_rows = min(batch_size, num_samples * len(prompts))
+        check_cache_size(self.params, self.config, n_rows, max(map(len, ids), default=1))
+        given = zip(prompts, ids, samplings, strict=False)
+        rows = (Row(p, tokens, sampling, k) for p, tokens, sampling in given for k in range(num_samples))
         # Where the window slides, the longest text would cut the others: only those of one length go together.
         groups = groupby(rows, key=lambda row: len(row.ids) if sliding else 0)
         batches = (batch for _, group in groups for batch in batched(group, batch_size))
         ends.update(self._end_of_text())
+        stops = Stops(strings)
         return chain.from_iterable(
-            complete(self._decoder, tokenizer, batch, max_new_tokens, ends, strings) for batch in batches
+            complete(self._decoder, tokenizer, batch, max_new_tokens, ends, stops) for batch in batches
         )
 
     @overload
@@ -367,11 +380,14 @@ class GPT2:
         **options
             As for `stream`; where there are several, as for `complete`.
         """
-        if num_samples is None and not isinstance(prompt, list | tuple):
+        if num_samples is None and isinstance(prompt, str):
             return "".join(self.stream(prompt, **options))
-        prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
-        completions = self.complete(prompts, num_samples=1 if num_samples is None else num_samples, **options)
-        return [completion.text for completion in completions]
+        if not isinstance(prompt, str | list | tuple):
+            raise TypeError(f"prompt is {shown(prompt)}; expected a str, or a list of them")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        n = 1 if num_samples is None else integer("num_samples", num_samples, 1)
+        memory(n * len(prompts) * sys.getsizeof(""), f"{n:,} continuations of {len(prompts):,} prompts")
+        return [completion.text for completion in self.complete(prompts, num_samples=n, **options)]
 
     @overload
     def score(
@@ -427,9 +443,10 @@ class GPT2:
             If the model has no tokenizer, a text is not valid, or stride is not in its range.
         """
         tokenizer = self._require_tokenizer()
-        if isinstance(texts, str):
-            return self.score_ids(tokenizer.encode(texts, allow_special=allow_special), stride=stride, bos=bos)
-        return [self.score(text, stride=stride, bos=bos, allow_special=allow_special) for text in texts]
+        given = [texts] if isinstance(texts, str) else several("texts", texts, "a text, or several")
+        encoded = [tokenizer.encode(text, allow_special=allow_special) for text in given]
+        scores = [self.score_ids(ids, stride=stride, bos=bos) for ids in encoded]
+        return scores[0] if isinstance(texts, str) else scores
 
     def score_ids(self, ids: Any, *, stride: int | None = None, bos: bool = False) -> Score:
         """Return the log-probability of each of some token ids given those before it: `score` without a tokenizer.
@@ -444,8 +461,8 @@ class GPT2:
         n_ctx = self.config.n_ctx
         stride = n_ctx // 2 if stride is None else stride
         stride = integer("stride", stride, 1, n_ctx - 1, note="the largest is n_ctx - 1")
-        tokens = [] if isinstance(ids, list) and not ids else check_ids(ids, self.config, axes=1).tolist()
-        start = [self._start("bos was asked for")] if bos else []
+        tokens = check_ids(ids, self.config, axes=1, may_be_empty=True).tolist()
+        start = [self._start("bos was asked for")] if flag("bos", bos) else []
 
         def logits_of(window: list[int]) -> np.ndarray:
             rows: np.ndarray = self.backend.to_numpy(self.logits([window]))[0]
@@ -517,4 +534,5 @@ class GPT2:
 
     def _prompt_ids(self, prompt: str, allow_special: bool | Collection[str]) -> list[int]:
         ids = self._require_tokenizer().encode(prompt, allow_special=allow_special)
-        return ids or [self._start("the prompt is empty")]
+        ids = ids or [self._start("the prompt is empty")]
+        return check_ids(ids, self.config, axes=1).tolist()  # type: ignore[no-any-return]

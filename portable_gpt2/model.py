@@ -9,16 +9,19 @@ Where a function takes `observe`, it calls it with the scope path and the array 
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import checks
 from .backend import backend_of
 from .config import GPT2Config
 from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, unembed
-from .params import Params
+from .params import Params, check_config, check_params, itemsize
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
     from jaxtyping import Bool, Float, Int
@@ -95,10 +98,28 @@ def transformer(
     observe: Observe | None = None,
 ) -> tuple[Float[Array, "batch seq n"], Cache | None]:
     """Return the last hidden states, [batch, seq, n_embd]: `gpt2` without the logits' product."""
+    check_inputs(params, tokens, config)
+    position, keys = (0, None) if cache is None else check_cache(cache, tokens, params, config)
+    try:
+        return _transformer(params, tokens, config, cache, position, keys, observe)
+    except Exception:
+        check_params(params, config)  # which says what is wrong, if the parameters are
+        raise
+
+
+def _transformer(
+    params: Params,
+    tokens: Any,
+    config: GPT2Config,
+    cache: Cache | None,
+    position: Any,
+    keys: Any,
+    observe: Observe | None,
+) -> tuple[Any, Cache | None]:
     backend = backend_of(tokens)
+    xp = backend.xp
     _, seq = backend.shape(tokens)
-    position = 0 if cache is None else cache["position"]
-    keys = _check_length(position, seq, config, cache)
+    keys = seq if keys is None else keys
     positions = position + backend.arange(seq, like=tokens)
     columns = backend.arange(keys, like=tokens)
     padding = None if cache is None else cache.get("padding")
@@ -110,7 +131,10 @@ def transformer(
         mask = None  # one token sees all that is read
     else:
         mask = positions[:, None] >= columns[None, :]
-    x = embed(tokens, params["wte"]) + embed(positions, params["wpe"])
+    p = embed(positions, params["wpe"])
+    if not isinstance(position, int) and backend.recompiles:  # without room, `write` would go to another row or nowhere
+        p = xp.where(position + seq <= keys, p, math.nan)
+    x = embed(tokens, params["wte"]) + p
     if observe is not None:
         observe("embedding", x)
     for i in range(config.n_layer):
@@ -245,6 +269,7 @@ def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) ->
     >>> round(float(pg.loss(params, np.asarray([[1, 2, 3, 4, 5]]), config)), 2)  # near log 16
     2.77
     """
+    check_inputs(params, tokens, config, targets=1)
     backend = backend_of(tokens)
     logits, _ = gpt2(params, tokens[:, :-1], config)
     if backend.dtype_name(logits) in ("bfloat16", "float16"):
@@ -258,7 +283,7 @@ def new_cache(
     *,
     batch: int = 1,
     capacity: int | None = None,
-    padding: Sequence[int] | None = None,
+    padding: Iterable[int] | None = None,
 ) -> Cache:
     """Return an empty cache for `gpt2`, on the parameters' device and of their dtype.
 
@@ -285,7 +310,8 @@ def new_cache(
     Raises
     ------
     ValueError
-        If capacity is not from 1 to n_ctx, or padding is not one int of at least 0 for each text.
+        If batch is not at least 1, capacity not from 1 to n_ctx, or padding not one int below capacity for each text;
+        if the parameters are those of another model; or if the cache would take more memory than the machine has.
 
     Examples
     --------
@@ -299,16 +325,22 @@ def new_cache(
     >>> logits.shape, cache["position"]
     ((1, 1, 16), 3)
     """
-    capacity = config.n_ctx if capacity is None else capacity
-    if not 1 <= capacity <= config.n_ctx:
-        raise ValueError(f"capacity is {capacity}; expected 1 to n_ctx = {config.n_ctx}")
+    check_params(params, config)
+    batch = checks.integer("batch", batch, 1)
+    capacity = config.n_ctx if capacity is None else checks.integer("capacity", capacity, 1, config.n_ctx, note="n_ctx")
+    if padding is not None:
+        padding = [
+            checks.integer("padding", n, 0, capacity - 1, note="for each text")
+            for n in checks.several("padding", padding, "an int for each text")
+        ]
+        if len(padding) != batch:
+            raise ValueError(f"padding is {checks.shown(padding)}; expected {batch} ints, one for each text")
+    check_cache_size(params, config, batch, capacity)
     wte = params["wte"]
     backend = backend_of(wte)
     zeros, shape = backend.zeros, (batch, config.n_head, capacity, config.head_size)
     cache = {f"h{i}": {"k": zeros(shape, like=wte), "v": zeros(shape, like=wte)} for i in range(config.n_layer)}
     if padding is not None:
-        if len(padding) != batch or min(padding) < 0:
-            raise ValueError(f"padding is {list(padding)}; expected {batch} ints of at least 0, one for each text")
         cache["padding"] = backend.from_numpy(np.asarray(padding, np.int32), device=backend.placement(wte))
     return {"position": 0, **cache}
 
@@ -321,11 +353,19 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
     cache : dict
         As `new_cache` makes it, or `gpt2` returns it. Do not use it again.
     capacity : int
-        How many tokens of each text there is to be room for; no fewer than it has.
+        How many tokens of each text there is to be room for: at least as many as the cache has, and at most n_ctx,
+        which `gpt2` checks.
 
     Returns
     -------
     dict
+
+    Raises
+    ------
+    TypeError
+        If the cache is not one.
+    ValueError
+        If capacity is less than the cache has.
 
     Examples
     --------
@@ -335,6 +375,9 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
     >>> pg.grow_cache(cache, 4)["h0"]["k"].shape
     (1, 2, 4, 4)
     """
+    buffer, *_ = _buffers(cache, sum(name not in ("position", "padding") for name in cache))
+    held = backend_of(buffer).shape(buffer)[-2]
+    capacity = checks.integer("capacity", capacity, held, note=f"the cache has room for {held} tokens already")
 
     def grow(buffer: Any) -> Any:
         backend = backend_of(buffer)
@@ -347,19 +390,96 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
     }
 
 
-def _check_length(position: Any, seq: Any, config: GPT2Config, cache: Cache | None) -> Any:
-    """Return how many keys there are to look at; refuse a text that is too long, as far as that is known here."""
-    if cache is None:
-        if isinstance(seq, int) and seq > config.n_ctx:
-            raise ValueError(f"{seq} tokens were given; the model has n_ctx = {config.n_ctx} positions")
-        return seq
-    buffer = cache["h0"]["k"]
-    capacity = backend_of(buffer).shape(buffer)[-2]
-    if not isinstance(position, int):  # traced: the shape of what is read cannot depend on it
-        return capacity
+# What the model is given. These checks read shapes and Python's ints, which are known while tracing too.
+
+
+def check_inputs(params: Params, tokens: Any, config: GPT2Config, targets: int = 0) -> None:
+    """Refuse tokens that the model cannot read, and parameters that are plainly those of another model.
+
+    `targets` is 1 where the last token is only predicted.
+    """
+    check_config(config)
+    backend = backend_of(tokens)
+    shape = backend.shape(tokens)
+    if len(shape) != 2 or backend.is_empty(tokens):
+        raise ValueError(f"tokens have shape {list(shape)}; expected int [batch, seq]; no dimension may be 0")
+    if isinstance(seq := shape[1], int):
+        if seq <= targets:
+            raise ValueError("a window has one token, and nothing to predict; expected int [batch, seq + 1]")
+        checks.check_length(seq - targets, config)
+    n_scopes = 3 + config.n_layer + (not config.tie_word_embeddings)  # wpe, wte and ln_f
+    if not isinstance(params, Mapping) or len(params) != n_scopes or not {"wpe", "wte"} <= params.keys():
+        check_params(params, config)
+    for name, length in (("wpe", config.n_ctx), ("wte", config.n_vocab)):
+        if backend_of(params[name]).shape(params[name]) != (length, config.n_embd):
+            check_params(params, config)
+
+
+def check_cache(cache: Cache, tokens: Any, params: Params, config: GPT2Config) -> tuple[Any, Any]:
+    """Return a cache's position and how many keys there are to look at; refuse a cache that does not fit, or is full.
+
+    A position that is traced is not known here: all keys are looked at then.
+    """
+    buffers = _buffers(cache, config.n_layer)
+    backend, dtype = backend_of(tokens), params["wte"].dtype
+    for buffer in buffers:
+        if (other := backend_of(buffer)) is not backend:
+            raise TypeError(f"the cache is of {other.name} and tokens are of {backend.name}; make one of this model")
+    batch, seq = backend.shape(tokens)
+    capacity = backend.shape(buffers[0])[-2]
+    expected = (batch, config.n_head, capacity, config.head_size)
+    fits = _may_be_equal if backend.recompiles else operator.eq
+    for i, buffer in enumerate(buffers):
+        if not fits(shape := backend.shape(buffer), expected):
+            raise ValueError(
+                f"the cache of layer {i // 2} has shape {list(shape)}; tokens and config make it "
+                f"[batch, n_head, capacity, head_size] = {list(expected)}"
+            )
+        if buffer.dtype != dtype:
+            raise TypeError(f"the cache of layer {i // 2} has dtype {buffer.dtype}; the parameters have {dtype}")
+    if (padding := cache.get("padding")) is not None and not fits(shape := backend.shape(padding), (batch,)):
+        raise ValueError(f"the cache's padding has shape {list(shape)}; {batch} texts were given")
+    if isinstance(capacity, int) and capacity > config.n_ctx:
+        raise ValueError(f"the cache has room for {capacity} tokens; the model has n_ctx = {config.n_ctx} positions")
+    position = int(cache["position"]) if isinstance(cache["position"], np.integer) else cache["position"]
+    if not isinstance(position, int):
+        if backend_of(position) is not backend:
+            raise TypeError(f"the cache's position is an array of {backend_of(position).name}; expected an int")
+        return position, capacity  # the shape of what is read cannot depend on it
+    if position < 0 or isinstance(position, bool):
+        raise ValueError(f"the cache's position is {position}; expected an int of at least 0")
     if position + seq > capacity:
         raise ValueError(
             f"{seq} tokens were given at position {position}; the cache has room for {capacity} "
             f"(grow_cache makes room, up to n_ctx = {config.n_ctx})"
         )
-    return position + seq
+    return position, position + seq
+
+
+def _buffers(cache: Any, n_layer: int) -> list[Any]:
+    """Return the buffers of a cache, k and v of each layer; refuse what is not a cache of so many layers."""
+    if not isinstance(cache, Mapping):
+        raise TypeError(f"cache is {checks.shown(cache)}; expected one of new_cache")
+    try:
+        _ = cache["position"]
+        buffers = [cache[f"h{i}"][name] for i in range(n_layer) for name in ("k", "v")]
+    except (KeyError, TypeError, IndexError):
+        buffers = []
+    if len(cache) != 1 + n_layer + ("padding" in cache) or not buffers:
+        raise ValueError(
+            f"the cache holds {checks.shown(sorted(map(str, cache)))}; expected one of new_cache for {n_layer} layers"
+        )
+    return buffers
+
+
+def _may_be_equal(shape: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
+    """Return whether two shapes are equal as far as they are known while tracing."""
+    return len(shape) == len(expected) and all(
+        m == n for m, n in zip(shape, expected, strict=True) if isinstance(m, int) and isinstance(n, int)
+    )
+
+
+def check_cache_size(params: Params, config: GPT2Config, batch: int, capacity: int) -> None:
+    """Refuse a cache that would take more memory than the machine has."""
+    n = 2 * config.n_layer * batch * capacity * config.n_embd
+    checks.memory(n * itemsize(params), f"a cache of {batch:,} texts of {capacity:,} tokens")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.random import Philox
 
 from . import checks
-from .backend import Backend, backend_of, get_backend
+from .backend import Backend, backend_of, float_dtypes, get_backend
 from .config import GPT2Config
 
 Params = dict[str, Any]
@@ -21,32 +21,57 @@ Params = dict[str, Any]
 def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter by its path, in the order of OpenAI's code.
 
+    Raises
+    ------
+    ValueError
+        If there are more layers than this machine has memory to name.
+
     Examples
     --------
     >>> import portable_gpt2 as pg
     >>> pg.params.shapes(pg.GPT2Config())["h3/attn/c_attn/w"]
     (768, 2304)
     """
+    layer = _layer_shapes(config)
+    checks.memory(config.n_layer * len(layer) * _ENTRY, f"the names of {config.n_layer:,} layers")
+    before, after = _shapes_around(config)
+    return {
+        **before,
+        **{f"h{i}/{path}": shape for i in range(config.n_layer) for path, shape in layer.items()},
+        **after,
+    }
+
+
+_ENTRY = 400  # bytes at least for a path, its place in a dict, and an array without elements
+
+
+def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one layer's parameters."""
     d, hidden = config.n_embd, config.n_hidden
-    found: dict[str, tuple[int, ...]] = {"wpe": (config.n_ctx, d), "wte": (config.n_vocab, d)}
-    if not config.tie_word_embeddings:
-        found["lm_head"] = (config.n_vocab, d)
-    for i in range(config.n_layer):
-        for scope, (nx, nf) in {
-            "attn/c_attn": (d, 3 * d),
-            "attn/c_proj": (d, d),
-            "mlp/c_fc": (d, hidden),
-            "mlp/c_proj": (hidden, d),
-        }.items():
-            found[f"h{i}/{scope}/w"], found[f"h{i}/{scope}/b"] = (nx, nf), (nf,)
-        for scope in ("ln_1", "ln_2"):
-            found[f"h{i}/{scope}/g"] = found[f"h{i}/{scope}/b"] = (d,)
-    found["ln_f/g"] = found["ln_f/b"] = (d,)
+    found: dict[str, tuple[int, ...]] = {}
+    for scope, (nx, nf) in {
+        "attn/c_attn": (d, 3 * d),
+        "attn/c_proj": (d, d),
+        "mlp/c_fc": (d, hidden),
+        "mlp/c_proj": (hidden, d),
+    }.items():
+        found[f"{scope}/w"], found[f"{scope}/b"] = (nx, nf), (nf,)
+    for scope in ("ln_1", "ln_2"):
+        found[f"{scope}/g"] = found[f"{scope}/b"] = (d,)
     return found
 
 
+def _shapes_around(config: GPT2Config) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Return the shapes of the parameters before the layers, and of those after them."""
+    d = config.n_embd
+    before: dict[str, tuple[int, ...]] = {"wpe": (config.n_ctx, d), "wte": (config.n_vocab, d)}
+    if not config.tie_word_embeddings:
+        before["lm_head"] = (config.n_vocab, d)
+    return before, {"ln_f/g": (d,), "ln_f/b": (d,)}
+
+
 def count(config: GPT2Config) -> int:
-    """Return the number of parameters.
+    """Return the number of parameters; no array is made, and no layer is gone through.
 
     Examples
     --------
@@ -54,7 +79,12 @@ def count(config: GPT2Config) -> int:
     >>> pg.params.count(pg.GPT2Config.published("124M"))
     124439808
     """
-    return sum(math.prod(shape) for shape in shapes(config).values())
+    before, after = _shapes_around(config)
+    return _total(before) + config.n_layer * _total(_layer_shapes(config)) + _total(after)
+
+
+def _total(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def flatten(tree: Mapping[str, Any], scope: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,7 +182,11 @@ def init_params(
     >>> pg.init_params(config)["h0"]["mlp"]["c_fc"]["w"].shape
     (8, 32)
     """
+    check_config(config)
     owner = get_backend(backend, device)
+    owner.dtype(dtype)
+    seed, scale_residual = checks.seed(seed), checks.flag("scale_residual", scale_residual)
+    checks.memory(count(config) * float_dtypes[dtype].itemsize, f"a model of {count(config):,} parameters in {dtype}")
 
     def stdev(path: str) -> float:
         if path == "wpe":
@@ -209,7 +243,12 @@ def init_conv1d(
     >>> pg.conv1d(np.ones((10, 5, 2, 5), np.float32), **pg.init_conv1d("x_conv1d", 5, 3, backend="numpy")).shape
     (10, 5, 2, 3)
     """
+    if not isinstance(scope, str):
+        raise TypeError(f"scope is {checks.shown(scope)}; expected a path, such as 'h3/attn/c_attn'")
     owner = get_backend(backend, device)
+    owner.dtype(dtype)
+    nx, nf, seed = checks.integer("nx", nx), checks.integer("nf", nf), checks.seed(seed)
+    w_init_stdev = checks.number("w_init_stdev", w_init_stdev)
     return {
         "w": owner.from_numpy(_initial(f"{scope}/w", (nx, nf), w_init_stdev, seed), dtype),
         "b": owner.from_numpy(_initial(f"{scope}/b", (nf,), 0.0, seed), dtype),
@@ -227,20 +266,71 @@ def _initial(path: str, shape: tuple[int, ...], stdev: float, seed: int) -> np.n
 def _normal(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Draw from N(0, 1) by Box and Muller's transform of raw Philox words, whose stream NumPy promises to keep."""
     scope = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
-    key = np.asarray([checks.seed(seed), scope], np.uint64)  # a plain list of the two would pass through float64
+    key = np.asarray([seed, scope], np.uint64)  # a plain list of the two would pass through float64
     n = math.prod(shape)
+    checks.memory(5 * 8 * n, f"the random numbers of {path}, {list(shape)},")  # words, u, v, radius and the result
     words = Philox(key=key).random_raw(2 * ((n + 1) // 2)).reshape(2, -1)
     u, v = ((words >> np.uint64(12)) + 0.5) * 2.0**-52  # strictly between 0 and 1
     radius = np.sqrt(-2 * np.log(u))
     return np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)])[:n].reshape(shape)
 
 
+def check_config(config: Any) -> None:
+    """Refuse a configuration that is not a `GPT2Config`, which has been validated."""
+    if not isinstance(config, GPT2Config):
+        raise TypeError(f"config is {checks.shown(config)}; expected a GPT2Config")
+
+
 def check_params(params: Params, config: GPT2Config) -> None:
-    """Refuse parameters of another model: one block too many or too few would compute something else in silence."""
-    expected, found = shapes(config), dict(flatten(params))
+    """Refuse parameters of another model: with one block more or less, it would compute something else without a word.
+
+    Raises
+    ------
+    TypeError
+        If they are not a tree of float arrays, or not of one framework and one dtype.
+    ValueError
+        If one is missing, one is too many, or one has another shape than the configuration says.
+    """
+    check_config(config)
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params is {checks.shown(params)}; expected a dict of arrays, as init_params makes it")
+    found = dict(flatten(params))
+    if len(found) < config.n_layer:
+        raise ValueError(f"the parameters are {len(found)} arrays; config has {config.n_layer:,} layers of 12 arrays")
+    expected = shapes(config)
     for verb, paths in (("lack", expected.keys() - found.keys()), ("hold", found.keys() - expected.keys())):
         if paths:
             raise ValueError(f"the parameters {verb} {', '.join(sorted(paths)[:3])}; config says {config}")
+    first, owner = next(iter(found)), None
     for path, x in found.items():
-        if (shape := backend_of(x).shape(x)) != expected[path]:
+        try:
+            backend = backend_of(x)
+        except TypeError as error:
+            raise TypeError(f"{path}: {error}") from None
+        owner = backend if owner is None else owner
+        if backend is not owner:
+            raise TypeError(
+                f"{first} is an array of {owner.name} and {path} one of {backend.name}; give arrays of one framework"
+            )
+        if not backend.is_floating(x):
+            raise TypeError(f"{path} has dtype {x.dtype}; expected {' or '.join(backend._dtypes)}")
+        if x.dtype != found[first].dtype:
+            raise TypeError(f"{first} has dtype {found[first].dtype} and {path} has {x.dtype}; convert one of them")
+        if (shape := backend.shape(x)) != expected[path]:
             raise ValueError(f"{path} has shape {list(shape)}; config makes it {list(expected[path])}")
+
+
+def itemsize(params: Params) -> int:
+    """Return how many bytes one number of some parameters takes."""
+    x = params["wte"]
+    return float_dtypes[backend_of(x).dtype_name(x) or "float32"].itemsize
+
+
+def check_device(params: Params) -> None:
+    """Refuse parameters that live on different devices, where the framework would stop in the midst of the model."""
+    places: dict[str, str] = {}
+    for path, x in flatten(params):
+        places.setdefault(backend_of(x).device(x), path)
+    if len(places) > 1:
+        found = " and ".join(f"{path} lives on {device}" for device, path in list(places.items())[:2])
+        raise ValueError(f"{found}; put all parameters on one device")

@@ -152,7 +152,7 @@ def test_many_prompts_are_checked_before_any_is_computed(model, monkeypatch):
         model.complete(["To be", "x " * 99], max_new_tokens=3)
     with pytest.raises(TypeError, match="expected text as a str; got int"):
         model.complete(["To be", 3], max_new_tokens=3)
-    with pytest.raises(TypeError, match="prompts is the text 'To be'; expected several, such as a list of one"):
+    with pytest.raises(TypeError, match="prompts is 'To be'; expected texts, in a list"):
         model.complete("To be", max_new_tokens=3)
     assert list(model.complete([], max_new_tokens=3)) == []
 

@@ -99,5 +99,5 @@ def test_what_cannot_be_traced_is_refused(model):
         model.trace([1] * 41)
     with pytest.raises(ValueError, match="no tokenizer"):
         model.trace("To be")
-    with pytest.raises(ValueError, match="none of them 0"):
+    with pytest.raises(ValueError, match="no dimension may be 0"):
         model.trace([])
