@@ -410,8 +410,8 @@ def check_inputs(params: Params, tokens: Any, config: GPT2Config, targets: int =
     n_scopes = 3 + config.n_layer + (not config.tie_word_embeddings)  # wpe, wte and ln_f
     if not isinstance(params, Mapping) or len(params) != n_scopes or not {"wpe", "wte"} <= params.keys():
         check_params(params, config)
-    for name, length in (("wpe", config.n_ctx), ("wte", config.n_vocab)):
-        if backend_of(params[name]).shape(params[name]) != (length, config.n_embd):
+    for table, length in ((params["wpe"], config.n_ctx), (params["wte"], config.n_vocab)):
+        if backend_of(table).shape(table) != (length, config.n_embd):
             check_params(params, config)
 
 
