@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -290,7 +290,7 @@ def _special_names(settings: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for name in names if isinstance(name, str) and name))
 
 
-def _added(vocab: Mapping[str, int], listed: Iterable[Any], special: Iterable[str]) -> dict[str, AddedToken]:
+def _added(vocab: Mapping[str, int], listed: Iterable[Any], special: Collection[str]) -> dict[str, AddedToken]:
     """Return the added tokens that are listed, and those that are special because they are named so.
 
     transformers numbers tokens that are not in the vocabulary one after the other, whatever the file says. A file that
@@ -315,14 +315,14 @@ def _added(vocab: Mapping[str, int], listed: Iterable[Any], special: Iterable[st
         following += known is None
         is_special = bool(token.get("special", False))
         found[content] = AddedToken(given, is_special, bool(token.get("normalized", not is_special)))
-    known_end = (
-        [END_OF_TEXT] if END_OF_TEXT in vocab or END_OF_TEXT in found else []
-    )  # it may have been added as a word
-    for content in [*special, *known_end]:
+    for content in special:
         if content not in found:
             found[content] = AddedToken(vocab.get(content, following), special=True, normalized=False)
             following += content not in vocab
         found[content] = found[content]._replace(special=True)
+    if END_OF_TEXT not in special and (END_OF_TEXT in vocab or END_OF_TEXT in found):  # it may be added as a word
+        given = found[END_OF_TEXT].id if END_OF_TEXT in found else vocab[END_OF_TEXT]
+        found[END_OF_TEXT] = AddedToken(given, special=True, normalized=False)
     _check_unique([*vocab.items(), *((content, token.id) for content, token in found.items())])
     return found
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import tiny
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -199,6 +199,7 @@ def with_tokens(tokens):
 
 
 @given(tokens=TOKENS, text=FRAGMENTS)
+@example(tokens=[AddedToken("|", special=False, normalized=False), AddedToken(END, special=False)], text=END)
 def test_added_tokens_are_found_where_the_package_finds_them(tokens, text):
     """Catches another order of search: the shorter of two, one within another, a normalized one too early."""
     tokenizer, whole = with_tokens(tokens)

@@ -1,5 +1,6 @@
 """``portable-gpt2 train``: from texts to a model that loads, ended by Ctrl-C or worse, and resumed."""
 
+import json
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 
 import portable_gpt2 as pg
 from portable_gpt2.cli import main
@@ -123,6 +125,90 @@ def test_a_tokenizer_may_be_given(command, room):
     small = [option for option in SMALL if option not in ("--vocab-size", "260")]
     assert command("--data", "a.txt", "--tokenizer", ".", "--out", "run", *small, "--steps", "1")[0] == 0
     assert pg.training.Run.open("run").config.n_vocab == 384
+
+
+SEPARATED = "<|endoftext|>".join(f"{i}: To be, or not to be.\n" for i in range(120))
+
+
+def ends(directory):
+    """Return how many documents end in the training text, and in the one that is held out."""
+    run = pg.training.Run.open(directory)
+    return [int(np.count_nonzero(tokens == run.tokenizer.end_of_text)) for tokens in run.tokens()]
+
+
+def test_the_end_of_text_separates_documents(command, room):
+    """Catches separators that become literal text, in one of the two texts, and a tokenizer made of them."""
+    (room / "many.txt").write_text(SEPARATED)
+    (room / "three.txt").write_text("To be<|endoftext|>or not<|endoftext|>to be, that is it<|endoftext|>\n")
+    data = ["--data", "many.txt", "--held-out", "three.txt", *SMALL, "--steps", "1"]
+    assert command(*data, "--out", "run")[0] == 0
+    assert ends("run") == [120, 3]
+    training, _ = pg.training.Run.open("run").tokens()
+    tokenizer = pg.training.Run.open("run").tokenizer
+    assert tokenizer.decode(training) == SEPARATED + "<|endoftext|>"
+    assert not any(b"|" in tokenizer.token_bytes(i) for i in range(257, 260))
+    assert command(*data, "--out", "text", "--no-allow-special")[0] == 0
+    assert ends("text") == [1, 1]
+    assert command(*data, "--out", "named", "--no-allow-special", "--allow-special-token", "<|endoftext|>")[0] == 0
+    assert ends("named") == [120, 3]
+
+
+def test_every_file_is_a_document_however_it_is_given(command, room):
+    """Catches --data a --data b, which drops a."""
+    expected = None
+    for i, data in enumerate((["--data", "a.txt", "b.txt"], ["--data", "a.txt", "--data", "b.txt"])):
+        assert command(*data, "--held-out", "0", "--out", f"run{i}", *SMALL, "--steps", "1")[0] == 0
+        assert ends(f"run{i}") == [2, 0]
+        tokens = pg.training.Run.open(f"run{i}").tokens()[0].tolist()
+        expected = expected or tokens
+        assert tokens == expected
+
+
+def test_other_special_tokens_are_read_if_they_are_asked_for(command, room):
+    """Catches a chat's markers that are spelled out, and found without a word."""
+    chat = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe())
+    chat.add_special_tokens(["<|user|>", "<|bot|>"])
+    (room / "chat").mkdir()
+    chat.save("chat/tokenizer.json")
+    (room / "chat.txt").write_text("<|user|>To be?<|bot|>Or not.<|endoftext|>" * 9)
+    small = [option for option in SMALL if option not in ("--vocab-size", "260")]
+    found = {}
+    for options in ((), ("--allow-special",), ("--allow-special-token", "<|bot|>"), ("--no-allow-special",)):
+        name = f"run{len(found)}"
+        data = ["--data", "chat.txt", "--held-out", "0", "--tokenizer", "chat", *small, "--steps", "1"]
+        assert command(*data, *options, "--out", name)[0] == 0
+        tokens = pg.training.Run.open(name).tokens()[0].tolist()
+        found[options] = [tokens.count(token) for token in (0, 384, 385)]
+    assert [*found.values()] == [[9, 0, 0], [9, 9, 9], [9, 0, 9], [1, 0, 0]]
+    status, _, err = command(*data, "--allow-special-token", "<|tool|>", "--out", "none")
+    assert (status, "allow_special names '<|tool|>', which is not a special token" in err) == (2, True)
+
+
+def test_separators_that_the_tokenizer_lacks_are_refused(command, room):
+    """Catches documents that run into each other: whether that is meant is for the user to say."""
+    bare = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe("left out"))
+    (room / "bare").mkdir()
+    bare.save("bare/tokenizer.json")
+    (room / "many.txt").write_text(SEPARATED)
+    small = [option for option in SMALL if option not in ("--vocab-size", "260")]
+    data = ["--tokenizer", "bare", *small, "--steps", "1"]
+    status, _, err = command("--data", "many.txt", *data, "--out", "run")
+    message = "--data: the texts hold <|endoftext|>, which the tokenizer lacks; --no-allow-special reads it as text"
+    assert (status, err) == (2, f"portable-gpt2: {message}\n")
+    assert command("--data", "many.txt", *data, "--out", "text", "--no-allow-special")[0] == 0
+    assert command("--data", "a.txt", *data, "--out", "plain")[0] == 0
+
+
+def test_ids_may_have_gaps(command, room):
+    """Catches a model that is made for as many ids as there are entries, where the largest id is beyond them."""
+    vocab = json.loads(tiny.byte_level_bpe())["model"]
+    vocab["vocab"]["<|endoftext|>"] = 400
+    (room / "gaps").mkdir()
+    (room / "gaps" / "vocab.json").write_text(json.dumps(vocab["vocab"]))
+    (room / "gaps" / "merges.txt").write_text("".join(" ".join(pair) + "\n" for pair in vocab["merges"]), "utf-8")
+    small = [option for option in SMALL if option not in ("--vocab-size", "260")]
+    assert command("--data", "a.txt", "--tokenizer", "gaps", "--out", "run", *small, "--steps", "1")[0] == 0
+    assert pg.GPT2.load("run", backend="numpy").config.n_vocab == 401
 
 
 LONG = ["--data", "a.txt", "--out", "run", *SMALL, "--steps", "2000", "--eval-every", "500"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from ..checkpoint import Checkpoint, cast, read_checkpoint
 from ..config import GPT2Config
 from ..params import count, init_params, nest
 from ..tokenizer import Tokenizer
-from ..training.data import check_room, train_tokenizer, write_tokens
+from ..tokenizer_files import END_OF_TEXT
+from ..training.data import check_room, documents, train_tokenizer, write_tokens
 from ..training.recipe import Recipe
 from ..training.run import Run, check_new
 from ..training.train import train
@@ -62,11 +64,28 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--plot", metavar="FILE", help="draw the losses at the end: .png, .svg, .pdf ...")
 
     add = command.add_argument_group("data").add_argument
-    add("--data", nargs="+", metavar="FILE", help="texts in UTF-8; - is stdin")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="texts in UTF-8, each a document, or several with <|endoftext|> between them; - is stdin",
+    )
     add(
         "--held-out",
         metavar="FILE|SHARE",
         help=f"a text, or the last share of them (default: {_HELD_OUT})",
+    )
+    add(
+        "--allow-special",
+        action=argparse.BooleanOptionalAction,
+        help="read all special tokens in the texts as tokens, or none (default: <|endoftext|>, between documents)",
+    )
+    add(
+        "--allow-special-token",
+        action="append",
+        metavar="NAME",
+        help="read this special token as a token, too; may be given several times",
     )
     add("--tokenizer", metavar="DIR", help="the directory of a tokenizer's files")
     add(
@@ -148,7 +167,8 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _resumed(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
-    fixed = ("data", "held_out", "tokenizer", "vocab_size", "init_from", "scale_residual", *_MODEL, *_RECIPE)
+    data = ("data", "held_out", "allow_special", "allow_special_token", "tokenizer", "vocab_size")
+    fixed = (*data, "init_from", "scale_residual", *_MODEL, *_RECIPE)
     if given := _given(arguments, *fixed):
         names = ", ".join(map(_option, given))
         raise ValueError(f"{names}: a run goes on as it was begun; for another, give --init-from {arguments.out}")
@@ -180,7 +200,9 @@ def _begun(arguments: argparse.Namespace, read: Callable[[str], str]) -> tuple[R
 
     texts = [read(file) for file in arguments.data]
     held_out_texts = [read(held_out)] if share is None else []
-    tokenizer = train_tokenizer(texts, config.n_vocab) if tokenizer is None else tokenizer
+    if tokenizer is None:
+        tokenizer = train_tokenizer(_separated(arguments, texts), config.n_vocab)
+    special = _special(arguments, tokenizer, [*texts, *held_out_texts])
     dtype = recipe.master_dtype
     if arguments.init_from:
         arrays = {path: cast(path, tensor, dtype).read() for path, tensor in found.tensors.items()}
@@ -190,10 +212,11 @@ def _begun(arguments: argparse.Namespace, read: Callable[[str], str]) -> tuple[R
         params = init_params(config, seed=recipe.seed, backend=backend, dtype=dtype, scale_residual=scale_residual)
 
     def write(file: Path) -> int:
-        n = write_tokens(texts, tokenizer, config.n_vocab, file, _progress)
-        n_held_out = (
-            round(share * n) if share is not None else write_tokens(held_out_texts, tokenizer, config.n_vocab, file)
-        )
+        n = write_tokens(texts, tokenizer, config.n_vocab, file, _progress, allow_special=special)
+        if share is None:
+            n_held_out = write_tokens(held_out_texts, tokenizer, config.n_vocab, file, allow_special=special)
+        else:
+            n_held_out = round(share * n)
         n_training = n if share is None else n - n_held_out
         length = (recipe.context or config.n_ctx) + 1
         check_room(n_training, length, "text")
@@ -229,10 +252,30 @@ def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
     return found
 
 
+def _special(arguments: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+    """Return the special tokens that are tokens where the texts spell them."""
+    named = arguments.allow_special_token or []
+    if arguments.allow_special is False:
+        return [*named]
+    if tokenizer.end_of_text is None and any(END_OF_TEXT in text for text in texts):
+        raise ValueError(
+            f"--data: the texts hold {END_OF_TEXT}, which the tokenizer lacks; --no-allow-special reads it as text"
+        )
+    separators = [END_OF_TEXT] if tokenizer.end_of_text is not None else []
+    return [*named, *(tokenizer.special_tokens if arguments.allow_special else separators)]
+
+
+def _separated(arguments: argparse.Namespace, texts: list[str]) -> Iterable[str]:
+    """Return the texts that a tokenizer is made for: documents, without what separates them."""
+    if arguments.allow_special is False and END_OF_TEXT not in (arguments.allow_special_token or []):
+        return texts
+    return chain.from_iterable(map(documents, texts))
+
+
 def _config(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> GPT2Config:
     shape = {name: default for name, (default, _) in _MODEL.items()} | _given(arguments, *_MODEL)
     if tokenizer is not None:
-        return GPT2Config(n_vocab=len(tokenizer), eos_token_id=tokenizer.end_of_text, **shape)
+        return GPT2Config(n_vocab=tokenizer.n_vocab, eos_token_id=tokenizer.end_of_text, **shape)
     n_vocab = _VOCAB_SIZE if arguments.vocab_size is None else arguments.vocab_size
     return GPT2Config(n_vocab=n_vocab, eos_token_id=0, **shape)  # as `train_tokenizer` makes it
 
