@@ -153,6 +153,10 @@ def path(name: str, x: Any) -> Path:
         raise ValueError(f"{name} is an empty path; if it comes from a variable, the variable is not set")
     if "\0" in text:
         raise ValueError(f"{name} is {shown(text)}, which holds a NUL character; no path can")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {shown(text)}, which cannot be the name of a file: it is not text") from None
     return Path(text)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
+import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+DRAFTS = ".portable_gpt2-"
+"""How the names of drafts, and of the locks of their targets, begin."""
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -133,7 +136,10 @@ def lock(file: Path) -> Iterator[bool]:
         os.write(descriptor, b"%d\n" % os.getpid())
         yield held
     finally:
-        file.unlink(missing_ok=True)  # while the lock is held: whoever opened the file before sees that it is gone
+        # While the lock is held, so that another process that has opened the file sees that it is gone. Not another's
+        # file: the directory may have been replaced by now.
+        if _is_open(descriptor, file):
+            file.unlink()
         os.close(descriptor)
 
 
@@ -161,37 +167,214 @@ def _is_open(descriptor: int, file: Path) -> bool:
 
 @contextlib.contextmanager
 def appearing(directory: Path, force: bool) -> Iterator[Path]:
-    """Give a temporary sibling directory that takes its name when the block ends well, and vanishes otherwise."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    """Give an empty draft of a directory, which takes its name when the block ends well, and vanishes otherwise.
+
+    The target is checked before the block runs, and only one process at a time writes it. Nobody else can read the
+    draft. A directory that exists keeps its mode, owner and access control list, and so do the files of its that are
+    replaced by others of their names.
+
+    Parameters
+    ----------
+    directory : Path
+        The target; directories above it that are missing are made. If it is a symbolic link, the link remains.
+    force : bool
+        Whether a directory that is not empty may be replaced, with all that it holds.
+
+    Raises
+    ------
+    OSError
+        If the target may not be replaced (FileExistsError), cannot be made where it is said to be, or somebody else is
+        writing it. The message is a sentence that names it.
+    """
+    directory = _real(directory)
+    _check_directory(directory, force)
+    with _drafting(directory) as draft:
+        _check_directory(directory, force)  # again: somebody else may have written it before this had the lock
+        draft.mkdir()
+        _inherit(draft, directory)
+        mode = stat.S_IMODE(draft.stat().st_mode)
+        _chmod(draft, mode & ~0o077 | 0o700)
         yield draft
-        draft.chmod(0o777 & ~_umask())
-        for file in (*draft.rglob("*"), draft):  # on the disk before its name is: after a power cut too it is whole
-            synchronise(file)
+        _chmod(draft, mode)
+        for file in draft.iterdir():
+            _inherit(file, directory / file.name)
+        for file in (*draft.rglob("*"), draft):  # on the disk before the name: after a power cut too it is whole
+            if not file.is_symlink():
+                synchronise(file)
         if force and directory.exists():
             _exchange(draft, directory)
         else:
-            draft.replace(directory)
+            try:
+                draft.replace(directory)
+            except OSError as error:
+                if not directory.exists():
+                    raise
+                raise FileExistsError(f"{directory}: was made by another process in the meantime") from error
         synchronise(directory.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give a temporary sibling file that takes the place of a file when the block ends well, and vanishes otherwise."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    os.close(descriptor)
-    draft = Path(name)
-    try:
+    """Give an empty draft of a file, which takes its place when the block ends well, and vanishes otherwise.
+
+    The block may write the draft, but not replace it. A file that exists keeps its mode, owner and access control list.
+
+    Raises
+    ------
+    OSError
+        As for `appearing`; also if there is something of this name that is not a regular file.
+    """
+    file = _real(file)
+    with _drafting(file) as draft:
+        exists = holds_file(file)
+        draft.touch(exist_ok=False)
+        mode = stat.S_IMODE(draft.stat().st_mode)
+        _chmod(draft, 0o600)
         yield draft
-        draft.chmod(0o666 & ~_umask())
+        _chmod(draft, mode)
+        if exists:
+            _inherit(draft, file)
         synchronise(draft)
         draft.replace(file)
         synchronise(file.parent)
-    finally:
-        draft.unlink(missing_ok=True)
+
+
+def _real(path: Path) -> Path:
+    """Return a path without symbolic links; a loop of them stays, and is refused where it is used."""
+    try:
+        return Path(os.path.realpath(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: the current directory no longer exists; give an absolute path") from None
+
+
+@contextlib.contextmanager
+def _drafting(target: Path) -> Iterator[Path]:
+    """Give the name of a target's draft, which does not exist yet and will not exist any more when the block ends.
+
+    The names of the draft and of the target's lock follow from the target's: what a process that was killed left is
+    found, and removed, by the next one that writes the same target.
+    """
+    key = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+    draft, aside, lock_file = (target.with_name(f"{DRAFTS}{key}.{end}") for end in ("draft", "old", "lock"))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_parents(target))
+        try:
+            held = stack.enter_context(lock(lock_file))
+        except Locked as error:
+            who = f"process {error.pid}" if error.pid else "another process"
+            raise FileExistsError(f"{target}: {who} is writing it; wait until it ends, or give another name") from None
+        except OSError as error:
+            raise type(error)(f"{target}: cannot be written in {target.parent}: {error.strerror}") from None
+        if held:
+            if aside.exists() and not target.exists():  # killed between the two renamings of `_exchange`
+                aside.rename(target)
+            _remove(aside)
+            _remove(draft)
+        elif os.path.lexists(draft):
+            raise FileExistsError(
+                f"{target}: another process is writing it, or was killed and left {draft}; remove that, or wait"
+            )
+        try:
+            yield draft
+        finally:
+            with contextlib.suppress(OSError):  # the next writer tries again, and says why it cannot
+                _remove(draft)
+
+
+@contextlib.contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Make the directories above a target, and remove those that were made if the block fails."""
+    made = []
+    try:
+        for parent in reversed(target.parents):
+            if not parent.is_dir():
+                try:
+                    parent.mkdir()
+                except FileExistsError:
+                    if not parent.is_dir():  # otherwise, somebody else has just made it
+                        raise
+                else:
+                    made.append(parent)
+    except OSError as error:
+        why = "is not a directory" if isinstance(error, FileExistsError) else f"cannot be made: {error.strerror}"
+        for parent in reversed(made):
+            parent.rmdir()
+        raise type(error)(f"{target}: its parent {parent} {why}") from None
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            for parent in reversed(made):
+                parent.rmdir()
+        raise
+
+
+def _check_directory(directory: Path, force: bool) -> None:
+    """Refuse a target that a new directory could not replace, or may not."""
+    try:
+        is_directory = stat.S_ISDIR(directory.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise type(error)(f"{directory}: {error.strerror}") from None
+    if directory.is_symlink():
+        raise FileExistsError(f"{directory}: a loop of symbolic links; give another directory")
+    if not is_directory:
+        raise FileExistsError(f"{directory}: exists already; give a new directory, this is none")
+    if _is_mount_point(directory):
+        raise FileExistsError(f"{directory}: is a mount point, which cannot be replaced; give a directory inside it")
+    try:
+        here = Path(os.path.realpath(os.curdir))
+    except FileNotFoundError:  # it was removed
+        here = Path(os.devnull)
+    if directory in (here, *here.parents):
+        which = "is" if directory == here else "holds"
+        raise FileExistsError(f"{directory}: {which} the current directory, and is not replaced; give another one")
+    if not force and any(directory.iterdir()):
+        raise FileExistsError(f"{directory}: exists already; give a new directory, or replace this one by force")
+
+
+def _is_mount_point(directory: Path) -> bool:
+    """Return whether something is mounted at a directory, a part of the same file system included."""
+    if os.path.ismount(directory):
+        return True
+    with contextlib.suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        escaped = re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % found[0][0], os.fsencode(directory))
+        return any(line.split(b" ")[4] == escaped for line in mounts)
+    return False
+
+
+def _inherit(new: Path, old: Path) -> None:
+    """Give a file or a directory the owner, mode and access control list of one that it replaces, as permitted."""
+    if new.is_symlink() or not os.path.lexists(old):
+        return
+    found = old.stat()
+    if os.name == "posix":
+        with contextlib.suppress(OSError):
+            os.chown(new, found.st_uid, found.st_gid)
+    _chmod(new, stat.S_IMODE(found.st_mode))
+    if hasattr(os, "listxattr"):  # Linux
+        for name in ("system.posix_acl_access", "system.posix_acl_default"):
+            with contextlib.suppress(OSError):
+                os.setxattr(new, name, os.getxattr(old, name))
+
+
+def _chmod(path: Path, mode: int) -> None:
+    """Change a mode where the file system has modes: some refuse those that they cannot store."""
+    with contextlib.suppress(OSError):
+        path.chmod(mode)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory with all that it holds, whatever their modes are."""
+    if not path.is_symlink() and path.is_dir():
+        for root, _, _ in os.walk(path):
+            with contextlib.suppress(OSError):
+                os.chmod(root, 0o700)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def synchronise(file: Path) -> None:
@@ -209,7 +392,7 @@ def _exchange(draft: Path, directory: Path) -> None:
     """Swap the names of two directories; where the system can, there is one of either name at every moment."""
     if _swap(draft, directory):
         return
-    aside = draft.with_name(f"{draft.name}-old")
+    aside = draft.with_suffix(".old")
     directory.rename(aside)
     try:
         draft.rename(directory)
@@ -231,9 +414,3 @@ def _swap(first: Path, second: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # of the kernel, of the file system
         return False
     raise OSError(code, os.strerror(code), str(second))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -94,7 +94,7 @@ def test_it_needs_no_framework(source, tmp_path):
         (["source", "out", "--dtype", "int8"], "no floating dtype 'int8'; choose one of float64"),
         (["out", "source/config.json", "--force"], "config.json: exists already; give a new directory"),
         (["./none", "new"], "none: no such directory"),
-        (["source", ".", "--force"], ".: holds source, and more; give another directory"),
+        (["source", ".", "--force"], "is the current directory, and is not replaced"),
         (["source"], "the following arguments are required: DST"),
     ],
 )

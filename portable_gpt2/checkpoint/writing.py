@@ -11,13 +11,13 @@ from typing import Any
 from .. import checks
 from ..backend import StoredTensor, float_dtypes
 from ..config import GPT2Config
-from ..files import appearing
 from ..tokenizer import Tokenizer
 from .companions import TOKENIZER_FILES, written_companions
 from .formats import WEIGHTS_FILE, cast
 from .names import prefixed_name
 from .reading import read_checkpoint
 from .safetensors_files import write_safetensors
+from .target import replacing_checkpoint
 
 
 def write_checkpoint(
@@ -35,7 +35,7 @@ def write_checkpoint(
     Parameters
     ----------
     directory : path
-        Where to; unless force is given, it must not exist, or be empty.
+        The target; unless force is given, it must not exist, or be empty.
     config : GPT2Config
     tensors : dict
         By path, as `read_checkpoint` returns them; each is read when it is written.
@@ -44,17 +44,19 @@ def write_checkpoint(
     companions : dict
         Other files to add, by name, as `read_checkpoint` returns them.
     force : bool
-        Whether to replace a directory, with all that it holds.
+        Whether to replace a checkpoint, or the model of a training run, that the directory holds. Documents such as
+        ``README.md`` and the state of training stay. A directory that holds anything else is never replaced, nor one
+        that holds or is the current directory, nor a mount point.
     progress : callable, optional
         Wraps the iterable of tensors, as tqdm does.
 
     Raises
     ------
-    FileExistsError
-        If the directory exists and may not be replaced.
+    OSError
+        If the directory may not be replaced (FileExistsError), or cannot be written. It is checked before a tensor is
+        read. The message says what the directory holds.
     """
-    directory = _free(directory, force)
-    with appearing(directory, force) as draft:
+    with replacing_checkpoint(checks.path("directory", directory), force) as draft:
         write_files(draft, config, tensors, tokenizer, companions, progress)
 
 
@@ -78,16 +80,6 @@ def write_files(
         tokenizer.save(directory)
 
 
-def _free(directory: str | os.PathLike[str], force: bool) -> Path:
-    """Return a directory that may be written, by its real path: a link to a directory stays one."""
-    directory = Path(os.path.realpath(checks.path("directory", directory)))
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory}: exists already; give a new directory, this is none")
-    if directory.exists() and any(directory.iterdir()) and not force:
-        raise FileExistsError(f"{directory}: exists already; give a new directory, or replace this one by force")
-    return directory
-
-
 def convert(
     source: str | os.PathLike[str],
     directory: str | os.PathLike[str],
@@ -103,11 +95,11 @@ def convert(
     source : path or str
         What `read_checkpoint` takes; it may be the directory itself, with force.
     directory : path
-        Where to.
+        The target; unless force is given, it must not exist, or be empty.
     dtype : str, optional
         ``float32``, ``float64``, ``bfloat16`` or ``float16``; the source's own unless given.
     force : bool
-        Whether to replace a directory, with all that it holds.
+        Whether to replace a checkpoint that the directory holds, as for `write_checkpoint`.
     progress : callable, optional
         Wraps the iterable of tensors, as tqdm does.
 
@@ -120,26 +112,17 @@ def convert(
     ------
     CheckpointError
         If the source is not a whole GPT-2.
-    FileExistsError
-        If the directory exists and may not be replaced.
+    OSError
+        If the directory may not be replaced (FileExistsError), or cannot be written. It is checked before anything is
+        fetched or read.
     ValueError
         If there is no such dtype, or a weight is beyond its range.
     """
     if dtype is not None and dtype not in float_dtypes:
         raise ValueError(f"no floating dtype {dtype!r}; choose one of {', '.join(float_dtypes)}")
     checks.path("source", source)
-    _free(directory, force)  # before anything is fetched or read
-    found, inside = read_checkpoint(source), Path(source).resolve()
-    if Path(directory).resolve() in inside.parents:
-        raise ValueError(f"{os.fspath(directory)}: holds {os.fspath(source)}, and more; give another directory")
-    tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
-    write_checkpoint(
-        directory,
-        found.config,
-        tensors,
-        found.tokenizer,
-        companions=found.companions,
-        force=force,
-        progress=progress,
-    )
+    with replacing_checkpoint(checks.path("directory", directory), force) as draft:
+        found = read_checkpoint(source)
+        tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
+        write_files(draft, found.config, tensors, found.tokenizer, found.companions, progress)
     return found.source

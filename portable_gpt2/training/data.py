@@ -119,7 +119,7 @@ def write_tokens(
         If an id is not in the vocabulary of the model, a text cannot be encoded, or ``<|endoftext|>`` separates
         documents and the tokenizer lacks it.
     """
-    n = 0
+    n, file = 0, checks.path("file", file)
     with open(file, "ab") as stream:
         for ids in progress(_encoded(texts, tokenizer, tokenizer.allowed(allow_special))):
             if (largest := max(ids, default=0)) >= n_vocab:

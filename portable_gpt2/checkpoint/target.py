@@ -1,0 +1,150 @@
+"""The directory that a checkpoint is written to: what is replaced by force, what stays, and what forbids it.
+
+A checkpoint replaces another one: its configuration, weights and tokenizer. Documents and the state of training, which
+may be next to them, stay. A directory that holds anything else is not a checkpoint's alone, and is not replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..files import DRAFTS, Locked, appearing, lock
+from .formats import INDEX, WEIGHTS_FILE, formats
+
+RUN = "training"
+"""The directory, in that of a training run, which holds its state."""
+RUN_LOCK = "lock"
+"""The name, in that directory, of the lock of the process that trains."""
+
+_WEIGHTS = (
+    WEIGHTS_FILE,
+    "model-*.safetensors",
+    "pytorch_model*.bin",
+    "model.ckpt*",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "rust_model.ot",
+    "*.tflite",
+    "*.onnx",
+    "*.gguf",
+)
+_DESCRIPTION = (
+    "config.json",
+    "hparams.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.*",
+    "encoder.json",
+    "vocab.bpe",
+    "checkpoint",  # TensorFlow's: the name of the last model.ckpt
+    ".DS_Store",  # macOS makes it in every directory that somebody looks at
+    f"{DRAFTS}*",
+)
+_STAYS = (
+    # written by people
+    "README*",
+    "MODEL_CARD*",
+    "LICENSE*",
+    "NOTICE*",
+    ".gitattributes",
+    # of a run, and of transformers' Trainer
+    "metrics.jsonl",
+    "trainer_state.json",
+    "training_args.bin",
+    "optimizer.*",
+    "scheduler.*",
+    "scaler.*",
+    "rng_state*.pth",
+)
+_DIRECTORIES = {"additional_chat_templates": "*.jinja", ".cache": "huggingface"}  # of companions; of the hub's client
+
+
+@contextlib.contextmanager
+def replacing_checkpoint(directory: Path, force: bool) -> Iterator[Path]:
+    """Give the draft of a checkpoint's directory, as `files.appearing` does.
+
+    With force, a checkpoint or a training run that is there is replaced. Documents such as ``README.md``, and the state
+    of training, stay.
+
+    Raises
+    ------
+    OSError
+        As for `files.appearing`; also if the directory holds anything that is not a part of a checkpoint or a run, or a
+        process trains the run.
+    """
+    with appearing(directory, force) as draft, _locked(directory):
+        stay = _check_contents(directory)
+        yield draft
+        for name in stay:
+            if not os.path.lexists(draft / name):
+                _link(directory / name, draft / name)
+
+
+def _check_contents(directory: Path) -> list[str]:
+    """Return the names of what stays in a directory; refuse one that is not a checkpoint's or a run's."""
+    entries = sorted(directory.iterdir()) if directory.exists() else []
+    weights = [*_WEIGHTS, *(pattern for format in formats() for pattern in (format.pattern, format.pattern + INDEX))]
+    found, stay, foreign = False, [], []
+    for entry in entries:
+        name = entry.name
+        if name == RUN and (entry / "run.json").is_file():
+            found = True
+            stay.append(name)
+        elif entry.is_dir():
+            if not (name in _DIRECTORIES and all(fnmatchcase(n, _DIRECTORIES[name]) for n in os.listdir(entry))):
+                foreign.append(f"{name}/")
+        elif not entry.is_file():
+            foreign.append(name)
+        elif _matches(name, weights):
+            found = True
+        elif _matches(name, _STAYS):
+            stay.append(name)
+        elif not _matches(name, _DESCRIPTION):
+            foreign.append(name)
+    if entries and (foreign or not found):
+        names = foreign or [entry.name for entry in entries]
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        why = "more than a checkpoint" if found else "no checkpoint"
+        raise FileExistsError(f"{directory}: is not replaced, since it holds {why}: {shown}; give another directory")
+    return stay
+
+
+def _matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep a run that is there from being trained while the block runs."""
+    with contextlib.ExitStack() as stack:
+        if (directory / RUN).is_dir():
+            try:
+                stack.enter_context(lock(directory / RUN / RUN_LOCK))
+            except Locked as error:
+                raise FileExistsError(f"{directory}: process {error.pid} trains there; wait until it ends") from None
+        yield
+
+
+def _link(old: Path, new: Path) -> None:
+    """Give a file or a directory a second name, without copying what it holds where the file system can."""
+    if old.is_dir() and not old.is_symlink():
+        ignored = shutil.ignore_patterns(RUN_LOCK, f"{DRAFTS}*")
+        shutil.copytree(old, new, symlinks=True, ignore=ignored, copy_function=_link_file)
+    else:
+        _link_file(str(old), str(new))
+
+
+def _link_file(old: str, new: str) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:  # FAT, some network file systems
+        shutil.copy2(old, new, follow_symlinks=False)
