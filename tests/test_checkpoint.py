@@ -404,7 +404,7 @@ def test_a_config_survives_its_own_json(data):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (b"", "Expecting value"),
+        (b"", "is an empty file"),
         (b"{", "Expecting property name"),
         (b"[]", "expected a JSON object"),
         (b"null", "expected a JSON object"),

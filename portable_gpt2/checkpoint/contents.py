@@ -77,24 +77,22 @@ def is_torch(head: bytes) -> bool:
     return head.startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
-def read_text(file: Path) -> bytes:
-    """Return the bytes of a file of text.
+def check_text(file: Path) -> None:
+    """Refuse a file of text that is larger than any such file, or is something else, such as a Git LFS pointer."""
+    head = start(file)
+    if head and (what := mistaken(head)):
+        raise CheckpointError(f"{file}: is {what}")
+    if (size := file.stat().st_size) > LARGEST_TEXT:
+        raise CheckpointError(f"{file}: has {size:,} bytes; expected at most {LARGEST_TEXT:,}")
 
-    Raises
-    ------
-    CheckpointError
-        If it cannot be read, is larger than any such file, or is something else, such as a Git LFS pointer.
-    """
+
+def read_text(file: Path) -> bytes:
+    """Return the bytes of a file of text, once `check_text` accepts it."""
+    check_text(file)
     try:
-        size = files.regular(file).stat().st_size
-        if size > LARGEST_TEXT:
-            raise CheckpointError(f"{file}: has {size:,} bytes; expected at most {LARGEST_TEXT:,}")
-        content = file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise CheckpointError(_with_name(file, error)) from None
-    if content and (what := mistaken(content[:64])):
-        raise CheckpointError(f"{file}: is {what}")
-    return content
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -110,6 +108,8 @@ def parse_json(file: Path, content: bytes) -> dict[str, Any]:
     CheckpointError
         If it is not JSON, not an object, or an object in it has two entries of one name.
     """
+    if not content:
+        raise CheckpointError(f"{file}: is {mistaken(content)}")
     try:
         entries = json.loads(content.decode("utf-8"), object_pairs_hook=_once, parse_int=_int)
     except (ValueError, RecursionError) as error:

@@ -16,13 +16,21 @@ from ..backend import StoredTensor
 from ..config import GPT2Config
 from ..tokenizer import Tokenizer
 from . import hub
-from .companions import CONFIG_FILE, configuration, generating, read_companions, read_tokenizer_files
-from .contents import exists, read_json
+from .companions import (
+    CONFIG_FILE,
+    TOKENIZER_FILES,
+    configuration,
+    generating,
+    read_companions,
+    read_tokenizer_files,
+)
+from .contents import check_text, exists, read_json
 from .errors import CheckpointError
 from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights
 from .names import by_path, is_openai
 
 HPARAMS_FILE = "hparams.json"
+OPENAI_TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
 MODEL_ARGS = "model_args"  # of nanoGPT's ckpt.pt
 SHIPPED = Path(__file__).parent.parent / "models"
 
@@ -171,6 +179,9 @@ def _no_weights(directory: Path) -> str:
 
 
 def _read_tokenizer(directory: Path, config: GPT2Config) -> Tokenizer | None:
+    for name in (*TOKENIZER_FILES, *OPENAI_TOKENIZER_FILES):
+        if exists(directory / name):
+            check_text(directory / name)
     try:
         tokenizer = Tokenizer.load(directory)
     except ValueError as error:

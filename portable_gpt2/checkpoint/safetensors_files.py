@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..backend import StoredTensor, float_dtypes
+from .contents import parse_json
 from .errors import CheckpointError
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -25,10 +26,10 @@ def map_safetensors(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from error
+        raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from None
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
+        header = parse_json(file, stream.read(size))
         memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for name, entry in header.items():
