@@ -19,6 +19,8 @@ import portable_gpt2 as pg
 from portable_gpt2.checkpoint import convert, read_checkpoint
 from portable_gpt2.checkpoint.contents import LARGEST_TEXT
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*form of GELU")
+
 POINTER = b"""version https://git-lfs.github.com/spec/v1
 oid sha256:d73cbc7f5cf9ab4ed4b1e0d4c3f3a3ad9c2e9f6d1ac2a5bd1d8a4c1a2f6a8d11
 size 548105171

@@ -48,10 +48,13 @@ SAID = {
     "bin": "Hugging Face's layout, pytorch_model.bin, float32",
     "bin of old": "Hugging Face's layout, pytorch_model.bin, float32",
     "bin in 2 files": "Hugging Face's layout, pytorch_model.bin.index.json of 2 files, float32",
+    "training state": "Hugging Face's layout, pytorch_model.bin, float32",
+    "nanoGPT": "nanoGPT, ckpt.pt, float32",
     "OpenAI": "OpenAI's release, model.ckpt.index, float32",
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*form of GELU")
 def test_every_layout_is_the_same_model_on_every_backend(layout, written, backend):
     """Catches a tensor under another's name, a leading 1 that stays, a reader that works with its own backend only, and
     a tokenizer that is not found under its other names.
@@ -63,6 +66,7 @@ def test_every_layout_is_the_same_model_on_every_backend(layout, written, backen
     assert model.tokenizer.encode("To be") == pg.Tokenizer.load(written("safetensors")).encode("To be")
 
 
+@pytest.mark.filterwarnings("ignore:.*form of GELU")
 def test_what_is_converted_keeps_every_bit(layout, written, tmp_path):
     """Catches a tensor or a tokenizer that gets lost on the way from one layout to the other."""
     assert convert(written(layout), tmp_path / "it") == SAID[layout]
@@ -217,6 +221,7 @@ def test_an_index_that_contradicts_its_files_is_refused(tmp_path, change, why):
         read_checkpoint(tmp_path / "it")
 
 
+@pytest.mark.filterwarnings("ignore:.*form of GELU")
 def test_weights_that_are_no_numbers_are_refused(layout, tmp_path):
     """Catches a model that gives NaN, or garbage after its tenth token."""
     arrays = {path: a.copy() for path, a in tiny.weights().items()}

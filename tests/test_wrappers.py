@@ -164,26 +164,6 @@ def test_a_training_state_without_a_model_is_refused_by_name(save, tensors, stat
 # nanoGPT
 
 
-def nanogpt(torch, config, arrays, bias=True, prefix="_orig_mod."):
-    """Return the state that nanoGPT's train.py saves: the weights as nn.Linear keeps them, lm_head tied to wte."""
-    names = layouts.hugging_face_names(arrays)
-    tensors = {
-        prefix + name: torch.from_numpy(np.array(a.T if path.endswith("/w") else a))
-        for (path, a), name in zip(arrays.items(), names, strict=True)
-        if bias or not path.endswith("/b")
-    }
-    tensors[f"{prefix}lm_head.weight"] = tensors[f"{prefix}transformer.wte.weight"]
-    args = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "block_size": config.n_ctx}
-    return {
-        "model": tensors,
-        "optimizer": {"state": {0: {"step": torch.tensor(5.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{}]},
-        "model_args": {**args, "bias": bias, "vocab_size": config.n_vocab, "dropout": 0.1},
-        "iter_num": 2000,
-        "best_val_loss": torch.tensor(1.47),
-        "config": {"out_dir": "out", "learning_rate": 6e-4, "compile": True},
-    }
-
-
 NANO = pg.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_vocab=50304, n_ctx=32)
 GELU = pytest.mark.filterwarnings("ignore:.*form of GELU")
 
@@ -193,7 +173,7 @@ GELU = pytest.mark.filterwarnings("ignore:.*form of GELU")
 def test_nanogpt_s_checkpoint_is_read(save, torch, backend, prefix):
     """Catches weights that stay transposed, which many of a size are in silence, and a file that is not found."""
     arrays = tiny.weights(NANO)
-    directory = save(nanogpt(torch, NANO, arrays, prefix=prefix), "ckpt.pt", config=None)
+    directory = save(layouts.nanogpt(NANO, arrays, prefix=prefix), "ckpt.pt", config=None)
     for source in (directory, directory / "ckpt.pt"):
         model = pg.GPT2.load(source, backend=backend)
         assert model.config == NANO
@@ -206,7 +186,7 @@ def test_nanogpt_s_checkpoint_is_read(save, torch, backend, prefix):
 def test_nanogpt_s_model_without_biases_has_biases_of_zero(save, torch):
     """Catches a model that is refused for what it does without, and biases of anything else."""
     arrays = {path: a * (not path.endswith("/b")) for path, a in tiny.weights(NANO).items()}
-    found = read_checkpoint(save(nanogpt(torch, NANO, arrays, bias=False), "ckpt.pt", config=None))
+    found = read_checkpoint(save(layouts.nanogpt(NANO, arrays, bias=False), "ckpt.pt", config=None))
     for path, tensor in found.tensors.items():
         np.testing.assert_array_equal(tensor.read(), arrays[path], err_msg=path)
 
@@ -214,7 +194,7 @@ def test_nanogpt_s_model_without_biases_has_biases_of_zero(save, torch):
 @GELU
 def test_one_bias_that_is_missing_is_named(save, torch):
     """Catches a bias that was lost and becomes 0."""
-    state = nanogpt(torch, NANO, tiny.weights(NANO))
+    state = layouts.nanogpt(NANO, tiny.weights(NANO))
     del state["model"]["_orig_mod.transformer.h.1.attn.c_attn.bias"]
     with pytest.raises(pg.CheckpointError, match=r"lacks transformer\.h\.1\.attn\.c_attn\.bias$"):
         read_checkpoint(save(state, "ckpt.pt", config=None))
@@ -250,7 +230,7 @@ def forward(state, tokens, approximate):
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_s_logits_are_ours_but_for_the_form_of_gelu(save, torch, backend, bias):
     """Catches a model that loads and computes something else: the forward pass of nanoGPT's own model.py."""
-    state = nanogpt(torch, NANO, tiny.weights(NANO), bias=bias)
+    state = layouts.nanogpt(NANO, tiny.weights(NANO), bias=bias)
     tokens = np.random.default_rng(0).integers(0, NANO.n_vocab, (2, NANO.n_ctx))
     model = pg.GPT2.load(save(state, "ckpt.pt", config=None), backend=backend)
     logits = pg.to_numpy(model.logits(tokens))
@@ -261,7 +241,7 @@ def test_nanogpt_s_logits_are_ours_but_for_the_form_of_gelu(save, torch, backend
 
 def test_the_form_of_gelu_is_warned_of(save, torch):
     """Catches a model whose logits differ from its own program's, and a user who is not told why."""
-    directory = save(nanogpt(torch, NANO, tiny.weights(NANO)), "ckpt.pt", config=None)
+    directory = save(layouts.nanogpt(NANO, tiny.weights(NANO)), "ckpt.pt", config=None)
     with pytest.warns(UserWarning, match=r"ckpt\.pt: does not say which form of GELU it was trained with"):
         read_checkpoint(directory)
 
@@ -269,7 +249,7 @@ def test_the_form_of_gelu_is_warned_of(save, torch):
 @GELU
 def test_nanogpt_s_checkpoint_is_converted_for_transformers(save, torch, tmp_path):
     """Catches a conversion that only we read."""
-    state = nanogpt(torch, NANO, tiny.weights(NANO), bias=False)
+    state = layouts.nanogpt(NANO, tiny.weights(NANO), bias=False)
     convert(save(state, "ckpt.pt", config=None), tmp_path / "out")
     transformers = pytest.importorskip("transformers")
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -284,7 +264,7 @@ def test_nanogpt_s_checkpoint_is_converted_for_transformers(save, torch, tmp_pat
 @GELU
 def test_nanogpt_s_padded_vocabulary_goes_with_a_smaller_tokenizer(save, torch):
     """Catches ids beyond the tokenizer's that cannot be decoded, and an end that is not the tokenizer's."""
-    directory = save(nanogpt(torch, NANO, tiny.weights(NANO)), "ckpt.pt", config=None)
+    directory = save(layouts.nanogpt(NANO, tiny.weights(NANO)), "ckpt.pt", config=None)
     tiny.write_tokenizer(directory)
     model = pg.GPT2.load(directory, backend="numpy")
     assert model.config.eos_token_id == model.tokenizer.end_of_text == 0
@@ -303,7 +283,7 @@ def test_nanogpt_s_padded_vocabulary_goes_with_a_smaller_tokenizer(save, torch):
 )
 def test_model_args_that_are_not_nanogpt_s_are_refused_by_name(save, torch, change, why):
     """Catches another architecture under nanoGPT's names, and an entry that is guessed."""
-    state = nanogpt(torch, NANO, tiny.weights(NANO))
+    state = layouts.nanogpt(NANO, tiny.weights(NANO))
     args = state["model_args"] | change
     state["model_args"] = {name: value for name, value in args.items() if value is not None}
     with pytest.raises(pg.CheckpointError, match=rf"ckpt\.pt: model_args: {why}"):
@@ -317,7 +297,7 @@ def test_model_args_that_are_not_nanogpt_s_are_refused_by_name(save, torch, chan
 def test_config_json_may_not_contradict_model_args(save, torch):
     """Catches a number of heads that no shape shows."""
     config = {**NANO.to_dict(), "n_head": 4}
-    directory = save(nanogpt(torch, NANO, tiny.weights(NANO)), "ckpt.pt", config=NANO)
+    directory = save(layouts.nanogpt(NANO, tiny.weights(NANO)), "ckpt.pt", config=NANO)
     assert read_checkpoint(directory).config == NANO
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(pg.CheckpointError, match=r"model_args make n_head 2; config\.json makes it 4"):
@@ -327,7 +307,7 @@ def test_config_json_may_not_contradict_model_args(save, torch):
 @GELU
 def test_only_the_state_of_nanogpt_is_read_transposed(save, torch):
     """Catches square matrices that are transposed because one that is not square looks so."""
-    state = nanogpt(torch, NANO, tiny.weights(NANO))
+    state = layouts.nanogpt(NANO, tiny.weights(NANO))
     with pytest.raises(
         pg.CheckpointError, match=r"c_attn\.weight has shape \[48, 16\]; config\.json makes it \[16, 48\]"
     ):

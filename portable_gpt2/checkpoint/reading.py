@@ -34,6 +34,11 @@ OPENAI_TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
 MODEL_ARGS = "model_args"  # of nanoGPT's ckpt.pt
 SHIPPED = Path(__file__).parent.parent / "models"
 
+_GELU = (
+    "does not say which form of GELU it was trained with. nanoGPT uses the form by erf since June 2023; here it is "
+    "GPT-2's tanh form: logits may differ from nanoGPT's by about 0.01"
+)
+
 # Weights that there is no reader for, or that no reader of claims by their name.
 _OTHER_FILES = (".bin", ".safetensors", ".index.json", ".h5", ".msgpack", ".index", ".gguf", ".onnx")
 
@@ -92,6 +97,8 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     if config is None or config_name is None:
         raise CheckpointError(_no_config(directory))
     tensors = by_path(weights.file, held.tensors, config, config_name, is_linear=is_nanogpt)
+    if is_nanogpt:
+        warnings.warn(f"{weights.file}: {_GELU}", UserWarning, stacklevel=3)
 
     layout = "OpenAI's release" if is_openai(held.tensors) else "nanoGPT" if is_nanogpt else "Hugging Face's layout"
     files = weights.file.name if weights.shards is None else f"{weights.file.name} of {len(weights.shards)} files"
@@ -155,12 +162,6 @@ def _read_model_args(
             raise CheckpointError(
                 f"{file}: {MODEL_ARGS} make {name} {getattr(own, name)}; {config_name} makes it {getattr(config, name)}"
             )
-    warnings.warn(
-        f"{file}: does not say which form of GELU it was trained with. nanoGPT uses the form by erf since June 2023; "
-        "here it is GPT-2's tanh form: logits may differ from nanoGPT's by about 0.001",
-        UserWarning,
-        stacklevel=4,
-    )
     return (own, MODEL_ARGS) if config is None or config_name is None else (config, config_name)
 
 

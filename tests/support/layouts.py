@@ -66,6 +66,46 @@ def write_bin(directory, config, arrays, *, is_zip=True, n=1):
         torch.save(part, directory / f"pytorch_model{number}.bin", _use_new_zipfile_serialization=is_zip)
 
 
+def nanogpt(config, arrays, *, bias=True, prefix="_orig_mod."):
+    """Return the state that nanoGPT's train.py saves: the weights as nn.Linear keeps them, lm_head tied to wte."""
+    import torch
+
+    tensors = {
+        prefix + name: torch.from_numpy(np.array(a.T if path.endswith("/w") else a))
+        for (path, a), name in zip(arrays.items(), hugging_face_names(arrays), strict=True)
+        if bias or not path.endswith("/b")
+    }
+    if f"{prefix}transformer.wte.weight" in tensors:
+        tensors[f"{prefix}lm_head.weight"] = tensors[f"{prefix}transformer.wte.weight"]
+    args = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "block_size": config.n_ctx}
+    return {
+        "model": tensors,
+        "optimizer": {"state": {0: {"step": torch.tensor(5.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{}]},
+        "model_args": {**args, "bias": bias, "vocab_size": config.n_vocab, "dropout": 0.1},
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(1.47),
+        "config": {"out_dir": "out", "learning_rate": 6e-4, "compile": True},
+    }
+
+
+def write_nanogpt(directory, config, arrays):
+    """Write what nanoGPT leaves in its directory, which is this one file."""
+    import torch
+
+    directory.mkdir(exist_ok=True)
+    torch.save(nanogpt(config, arrays), directory / "ckpt.pt")
+
+
+def write_training_state(directory, config, arrays):
+    """Write the state of a trainer whose model was compiled and wrapped for several devices."""
+    import torch
+
+    write_config(directory, config)
+    tensors = hugging_face_names(arrays, "_orig_mod.module.transformer.")
+    state = {"epoch": 3, "state_dict": {name: torch.from_numpy(np.array(a)) for name, a in tensors.items()}}
+    torch.save(state, directory / "pytorch_model.bin")
+
+
 def write_openai(directory, config, arrays):
     """Write OpenAI's release, as its code did: with TensorFlow 1's Saver, conv1d's weights as [1, nx, nf]."""
     import tensorflow as tf
@@ -95,5 +135,7 @@ WRITERS = {  # by layout: the fixture of the framework that it takes to write it
     "bin": ("torch", write_bin),
     "bin of old": ("torch", lambda *args: write_bin(*args, is_zip=False)),
     "bin in 2 files": ("torch", lambda *args: write_bin(*args, n=2)),
+    "training state": ("torch", write_training_state),
+    "nanoGPT": ("torch", write_nanogpt),
     "OpenAI": ("tf", write_openai),
 }
