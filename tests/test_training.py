@@ -505,14 +505,140 @@ def test_the_best_checkpoint_is_what_is_loaded(tokenizer, tmp_path):
     assert all(np.array_equal(x, last[path]) for path, x in host(backend, state.params).items())
 
 
-def test_a_run_that_diverges_says_so(tokenizer, tmp_path):
-    backend = pg.get_backend("numpy")
-    recipe = dataclasses.replace(RECIPE, learning_rate=1e30, warmup=0, clip=None)
-    run, trainer, state = begin(tmp_path / "run", backend, tokenizer, recipe)
-    why = "step [2-4] diverged: .* Try a lower learning rate than 1e.30, .* keeps its checkpoint of step 0"
-    with np.errstate(all="ignore"), pytest.raises(Diverged, match=why):
+DIVERGING = {
+    "a rate of 1e30": {"learning_rate": 1e30, "clip": None},
+    "a rate beyond float32": {"learning_rate": 1e39},
+    "a rate beyond float32 for a moment": {"learning_rate": 1e39, "warmup": 2, "steps": 1, "eval_every": 1},
+    "a decay beyond float32": {"weight_decay": 1e39},
+    "evaluated after each step": {"learning_rate": 1e38, "eval_every": 1},
+    "of one step": {"learning_rate": 1e38, "steps": 1, "weight_decay": 0.0},
+}
+
+
+@pytest.mark.parametrize("held_out", [True, False], ids=["held-out text", "no held-out text"])
+@pytest.mark.parametrize("kind", DIVERGING)
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(backend, tokenizer, tmp_path, kind, held_out):
+    """Catches parameters that are NaN, or so large that the logits are, published in the place of a good model."""
+    recipe = dataclasses.replace(RECIPE, **{"warmup": 0, **DIVERGING[kind]})
+    write = write_ids if held_out else lambda file: write_ids(file) + 200
+    run, trainer, state = begin(tmp_path / "run", backend, tokenizer, recipe, write)
+    why = "step [1-6] diverged: .* Try a lower learning rate than .*, or an eps above .* keeps its checkpoint of step 0"
+    with pytest.raises(Diverged, match=why):
         list(train(run, trainer, state))
+    again = Run.open(tmp_path / "run")
+    assert again.last["step"] == again.best["step"] == 0
+    model = pg.GPT2.load(tmp_path / "run", backend=backend)
+    assert np.isfinite(model.score("To be, or not to be").total)
+    assert [entry["step"] for entry in again.metrics()] == list(range(len(again.metrics())))
+    with pytest.raises(Diverged, match=why):
+        list(train(again, trainer, again.restore(backend)))
     assert Run.open(tmp_path / "run").last["step"] == 0
+
+
+@pytest.mark.parametrize("leaf", ["params", "m", "v"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_state_that_is_not_finite_is_not_saved(backend, tokenizer, tmp_path, leaf, value):
+    """Catches a NaN that the loss does not show: in a position that is not trained, or in a moment."""
+    run, trainer, state = begin(tmp_path / "run", backend, tokenizer)
+    reports = train(run, trainer, state)
+    next(reports)
+    reports.close()
+    before = files(tmp_path / "run")
+    state = run.restore(backend)
+    trees = {"params": state.params, "m": state.moments.m, "v": state.moments.v}
+    arrays = dict(flatten(trees[leaf]))
+    spoilt = backend.to_numpy(arrays["wpe"]).copy()
+    spoilt[-1, -1] = value
+    trees[leaf] = {**trees[leaf], "wpe": backend.from_numpy(spoilt)}
+    state = training.State(4, trees["params"], Moments(trees["m"], trees["v"]))
+    with pytest.raises(Diverged, match=r"step 4 diverged: .*wpe holds a NaN or an infinity after it"):
+        run.save(state, 1.0)
+    for loss in (float("nan"), float("inf"), np.float32("nan")):
+        with pytest.raises(Diverged, match="step 0 diverged: the held-out loss is"):
+            run.save(run.restore(backend), loss)
+    assert files(tmp_path / "run") == before
+
+
+def test_ctrl_c_does_not_save_what_cannot_be_used(tokenizer, tmp_path):
+    """Catches a checkpoint that is saved as the run is ended, one step before it would have diverged."""
+    backend = pg.get_backend("numpy")
+    recipe = dataclasses.replace(RECIPE, learning_rate=1e38, warmup=0)
+    run, trainer, state = begin(tmp_path / "run", backend, tokenizer, recipe)
+    reports = train(run, trainer, state)
+    assert [next(reports).step for _ in range(2)] == [0, 1]
+    with pytest.raises(Diverged, match="step 1 diverged"):
+        reports.close()
+    assert Run.open(tmp_path / "run").last["step"] == 0
+
+
+def test_weights_that_give_no_finite_loss_are_not_published(tokenizer, tmp_path):
+    """Catches a run that begins with such weights, as those of --init-from may be, and has no checkpoint to name."""
+    backend = pg.get_backend("numpy")
+    run, trainer, state = begin(tmp_path / "run", backend, tokenizer)
+    huge = state._replace(params=map_tree(lambda x: x + np.float32(1e38), state.params))
+    with pytest.raises(Diverged, match=r"step 0: the loss of the held-out text is nan .*give others"):
+        list(train(run, trainer, huge))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("eps", [0, 1e-50, 1e-45])
+def test_without_an_eps_a_parameter_that_had_no_gradient_stays(backend, eps):
+    """Catches 0 / 0: in a row of wte that no window has, in positions after the context, as eps is 0 in float32."""
+    recipe = dataclasses.replace(RECIPE, eps=eps, warmup=0, weight_decay=0.0)
+    trainer = Trainer(CONFIG, recipe, backend)
+    state = trainer.start(pg.init_params(CONFIG, backend=backend))
+    before = host(backend, state.params)["wpe"].copy()
+    for i in range(2):
+        state, loss, norm = trainer.step(state, [texts(i, seq=5)])
+        assert math.isfinite(loss)
+        assert math.isfinite(norm)
+    after = host(backend, state.params)
+    assert all(np.isfinite(x).all() for x in after.values())
+    assert np.array_equal(after["wpe"][4:], before[4:])
+    assert (after["wpe"][:4] != before[:4]).any(axis=1).all()
+
+
+def test_numbers_beyond_float32_mean_infinity(backend):
+    """Catches a framework's own exception: with such an eps nothing moves, and such a clip is none."""
+    state, texts_ = {}, [texts(0)]
+    for name, changed in {"none": {"clip": None}, "clip": {"clip": 1e39}, "eps": {"eps": 1e300}}.items():
+        trainer = Trainer(CONFIG, dataclasses.replace(RECIPE, weight_decay=0.0, **changed), backend)
+        first = trainer.start(pg.init_params(CONFIG, backend=backend))
+        state[name] = host(backend, trainer.step(first, texts_)[0].params)["wte"].copy()
+    np.testing.assert_allclose(state["clip"], state["none"], rtol=1e-6)
+    assert np.array_equal(state["eps"], host(backend, first.params)["wte"])
+
+
+def test_what_is_no_step_is_refused(backend):
+    """Catches a framework's exception, and a mean over fewer batches than it divides by."""
+    recipe = dataclasses.replace(RECIPE, accumulate=2)
+    trainer = Trainer(CONFIG, recipe, backend)
+    state = trainer.start(pg.init_params(CONFIG, backend=backend))
+    for n in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"{n} batches were given; the recipe's accumulate is 2"):
+            trainer.step(state, [texts(0)] * n)
+    with pytest.raises(TypeError, match="state is None; expected the State"):
+        trainer.step(None, [texts(0)] * 2)
+    with pytest.raises(TypeError, match=r"state is .*expected the State"):
+        trainer.step(tuple(state), [texts(0)] * 2)
+    for wrong in (None, 5):
+        with pytest.raises(TypeError, match=r"batches is .*expected arrays of windows"):
+            trainer.step(state, wrong)
+
+
+def test_what_is_no_trainer_is_refused():
+    with pytest.raises(TypeError, match=r"config is \{\}; expected a GPT2Config"):
+        Trainer({}, RECIPE, "numpy")
+    with pytest.raises(TypeError, match="recipe is None; expected a Recipe"):
+        Trainer(CONFIG, None, "numpy")
+    trainer = Trainer(CONFIG, RECIPE, "numpy")
+    with pytest.raises(ValueError, match="wpe is float16; a recipe of dtype float32 trains float32"):
+        trainer.start(pg.init_params(CONFIG, backend="numpy", dtype="float16"))
+
+
+def test_parameters_of_another_backend_are_refused(torch):
+    with pytest.raises(TypeError, match="wpe is an array of torch; the trainer computes with numpy"):
+        Trainer(CONFIG, RECIPE, "numpy").start(pg.init_params(CONFIG, backend="torch"))
 
 
 def test_a_directory_that_is_not_empty_is_refused(tokenizer, tmp_path):
@@ -527,5 +653,5 @@ def test_a_directory_that_is_not_empty_is_refused(tokenizer, tmp_path):
 
 def test_a_run_without_a_checkpoint_is_refused(tokenizer, tmp_path):
     begin(tmp_path / "run", pg.get_backend("numpy"), tokenizer)
-    with pytest.raises(ValueError, match="run: the run ended before its first checkpoint; start anew"):
+    with pytest.raises(ValueError, match="run: the run ended before its first checkpoint; start it again"):
         Run.open(tmp_path / "run")

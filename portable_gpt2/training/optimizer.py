@@ -11,6 +11,8 @@ from ..backend import backend_of
 from ..params import Params, flatten, map_tree, nest
 from .recipe import Recipe
 
+_SMALLEST = float(np.finfo(np.float32).smallest_normal)
+
 
 class Moments(NamedTuple):
     """Running averages of the gradient and of its square, trees like the parameters'."""
@@ -67,7 +69,8 @@ def global_norm(tree: Params) -> Any:
 def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[Any, Any, Any]:
     """Return a parameter, and its moments, after a step along its gradient.
 
-    Only matrices decay: the biases and the gains of layer_norm have no scale that they could lose.
+    Only matrices decay: the biases and the gains of layer_norm have no scale that they could lose. With an eps of 0, a
+    parameter that never had a gradient is divided by 1 in place of 0, and does not move.
 
     Notes
     -----
@@ -77,7 +80,10 @@ def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[A
     rate, bias_m, bias_v = rates[0], rates[1], rates[2]
     m = recipe.beta1 * m + (1 - recipe.beta1) * g
     v = recipe.beta2 * v + (1 - recipe.beta2) * (g * g)
-    step = (m * bias_m) / (backend.xp.sqrt(v * bias_v) + recipe.eps)
+    size = backend.xp.sqrt(v * bias_v) + recipe.eps
+    if recipe.eps < _SMALLEST:  # 0 in float32; a larger eps costs no pass over the parameters, and changes no bit
+        size = backend.xp.where(size == 0, 1.0, size)
+    step = (m * bias_m) / size
     if len(backend.shape(p)) >= 2:
         step = step + recipe.weight_decay * p
     return p - rate * step, m, v

@@ -1,36 +1,65 @@
-"""Run: the directory of a training run, in which nothing is ever half written."""
+"""Run: the directory of a training run, in which nothing is ever half written, and nothing damaged is read."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import checks
+from .. import checks, files
 from ..backend import Backend, StoredTensor
-from ..checkpoint import WEIGHTS_FILE, read_checkpoint, stored, write_files
+from ..checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointError, read_checkpoint, stored, write_files
+from ..checkpoint.formats import is_finite
 from ..checkpoint.safetensors_files import map_safetensors, write_safetensors
+from ..checks import integer, is_int, number, shown
 from ..config import GPT2Config
 from ..files import appearing, replacing
-from ..params import Params, flatten, nest
+from ..params import Params, flatten, nest, shapes
 from ..tokenizer import Tokenizer
+from . import records
 from .data import open_tokens
 from .optimizer import Moments
 from .recipe import Recipe
-from .trainer import State
+from .trainer import Diverged, State
 
 _INSIDE = "training"
-_RUN, _TOKENS, _POINTERS, _MOMENTS = "run.json", "tokens.bin", "checkpoints.json", "adamw.safetensors"
+_RUN, _TOKENS, _POINTERS, _MOMENTS, _LOCK = "run.json", "tokens.bin", "checkpoints.json", "adamw.safetensors", "lock"
 METRICS_FILE = "metrics.jsonl"
 
 
+class _Saved(NamedTuple):
+    """A checkpoint, as the record of checkpoints describes it."""
+
+    step: int
+    held_out: float | None
+    files: dict[str, str]
+    """The SHA-256 of each of its files, by name."""
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return f"step-{self.step}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "step": self.step, "held_out": self.held_out}
+
+
+class _Pointers(NamedTuple):
+    """Which checkpoints there are, and the lines of metrics up to the last of them."""
+
+    last: _Saved
+    best: _Saved
+    metrics: records.End
+
+
 class Run:
-    """A directory that holds a model in Hugging Face's layout, the best so far, and what it takes to go on.
+    """A directory that holds a model in Hugging Face's layout, the best so far, and what training resumes from.
 
     ::
 
@@ -39,9 +68,12 @@ class Run:
         training/run.json, tokens.bin                    what was asked for; the text as token ids
         training/step-400/                               a checkpoint, with the optimizer's moments
         training/checkpoints.json                        which is the last, which the best
+        training/lock                                    there while a process trains
 
-    A checkpoint is written as a new directory, then the one small file that says so is replaced: however a run ends, it
-    goes on from there. `Run.create` makes a new one, `Run.open` finds one again.
+    A step's line of metrics is written first, then its checkpoint as a new directory, then the one small file that says
+    so is replaced: however a run ends, it resumes from there, and nothing is lost or there twice. The records hold a
+    SHA-256 of every file that a run resumes from; a file that was damaged or changed is refused by its name.
+    `Run.create` makes a new run, `Run.open` opens one that exists.
 
     Attributes
     ----------
@@ -49,7 +81,7 @@ class Run:
     config : GPT2Config
     tokenizer : Tokenizer or None
     n_training : int
-        How many of the tokens are for training; those behind them are held out.
+        How many of the tokens are for training; the tokens after them are held out.
     where : dict
         The backend and the device that it was begun on, by name.
     """
@@ -66,6 +98,7 @@ class Run:
         self.directory = checks.path("directory", directory)
         self.recipe, self.config, self.tokenizer = recipe, config, tokenizer
         self.n_training, self.where = n_training, dict(where)
+        self._metrics: records.Metrics | None = None
 
     @classmethod
     def create(
@@ -82,52 +115,83 @@ class Run:
         Parameters
         ----------
         directory : path
-            It must not exist, or be empty.
+            It must not exist, or be empty, or hold a run that ended before its first checkpoint.
         recipe, config, tokenizer
             Of the run.
         write_tokens : callable
             Writes the text as token ids into the file that it is given, as `data.write_tokens` does, and returns how
             many of them are for training.
         **where
-            ``backend`` and ``device``, by name: what the run goes on with unless it is told otherwise.
+            ``backend`` and ``device``, by name: what the run resumes with unless it is told otherwise.
 
         Raises
         ------
         FileExistsError
-            If the directory exists and is not empty. Nothing is written.
+            If the directory holds anything else. Nothing is written.
+        ValueError
+            If the recipe's context is longer than the model's, or `write_tokens` returns more tokens than it wrote.
         """
-        check_new(directory)
-        with appearing(Path(os.path.realpath(directory)), force=False) as draft:
+        target = check_new(directory)
+        _check_context(recipe, config)
+        where = _check_where(where)
+        with contextlib.ExitStack() as stack:
+            if ended_early := (target / _INSIDE).exists():
+                stack.enter_context(_locked(target))
+                check_new(target)  # once more: nobody else can write to it now
+            draft = stack.enter_context(appearing(target, force=ended_early))
             inside = draft / _INSIDE
             inside.mkdir()
             n_training = write_tokens(inside / _TOKENS)
-            entries = {"recipe": recipe.to_dict(), "n_training": n_training, "where": where}
-            (inside / _RUN).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+            size = (inside / _TOKENS).stat().st_size
+            n_training = integer("the number of tokens for training", n_training, 0, size // 2)
+            tokens = {"bytes": size, "sha256": records.digest(inside / _TOKENS)}
+            entries = {"recipe": recipe.to_dict(), "n_training": n_training, "tokens": tokens, "where": where}
+            records.write_record(inside / _RUN, entries)
         return cls(directory, recipe, config, tokenizer, n_training, where)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Run:
-        """Find a run again.
+        """Open the directory of a run, which another process may be training.
+
+        The records and the small files of the last checkpoint are checked, and the names, shapes and dtypes of its
+        tensors. `tokens` and `restore` check what they read.
 
         Raises
         ------
         ValueError
-            If there is none, or it ended before its first checkpoint.
+            If it holds no run, or the run ended before its first checkpoint.
+        CheckpointError
+            If a file is missing, damaged, or was changed. The message names it.
         """
-        file = checks.path("directory", directory) / _INSIDE / _RUN
-        if not file.is_file():
+        root = checks.path("directory", directory)
+        file = root / _INSIDE / _RUN
+        if not records.is_there(file):
+            if records.is_there(root / _INSIDE / _POINTERS):
+                raise CheckpointError(f"{file}: no such file; {records.RESTORE}")
             raise ValueError(f"{os.fspath(directory)}: holds no training run to resume; start one there, with data")
-        entries = json.loads(file.read_text("utf-8"))
-        last = _pointers(Path(directory)).get("last")
-        if last is None:
-            raise ValueError(f"{os.fspath(directory)}: the run ended before its first checkpoint; start anew")
-        found = read_checkpoint(file.parent / last["name"])
-        recipe = Recipe(**entries["recipe"])
-        return cls(directory, recipe, found.config, found.tokenizer, entries["n_training"], entries["where"])
+        entries = _read_run(file)
+        recipe: Recipe = entries["recipe"]
+        _, found, _ = _open_last(root, recipe)
+        return cls(root, recipe, found.config, found.tokenizer, entries["n_training"], entries["where"])
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the token ids for training, and those that are held out."""
-        tokens = open_tokens(self.directory / _INSIDE / _TOKENS, self.config.n_vocab)
+        """Return the token ids for training, and those that are held out.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is not the one that was written when the run was created.
+        """
+        inside = self.directory / _INSIDE
+        entries = _read_run(inside / _RUN)
+        if (entries["recipe"], entries["n_training"]) != (self.recipe, self.n_training):
+            raise CheckpointError(f"{inside / _RUN}: is of another run than the one that was opened; open it again")
+        records.check_digest(inside / _TOKENS, entries["tokens"]["sha256"])
+        tokens = open_tokens(inside / _TOKENS, self.config.n_vocab)
+        if self.n_training > len(tokens):
+            raise CheckpointError(
+                f"{inside / _RUN}: n_training is {self.n_training}; {_TOKENS} has {len(tokens)} tokens"
+            )
         return tokens[: self.n_training], tokens[self.n_training :]
 
     @property
@@ -138,82 +202,380 @@ class Run:
     @property
     def has_checkpoint(self) -> bool:
         """Whether one was saved."""
-        return bool(_pointers(self.directory))
+        return _read_pointers(self.directory) is not None
 
     @property
     def last(self) -> dict[str, Any]:
-        """``step`` and ``held_out`` of the last checkpoint."""
-        return dict(_pointers(self.directory)["last"])
+        """``name``, ``step`` and ``held_out`` of the last checkpoint."""
+        return self._pointers().last.to_dict()
 
     @property
     def best(self) -> dict[str, Any]:
-        """``step`` and ``held_out`` of the checkpoint whose held-out loss is the lowest."""
-        return dict(_pointers(self.directory)["best"])
+        """``name``, ``step`` and ``held_out`` of the checkpoint whose held-out loss is the lowest."""
+        return self._pointers().best.to_dict()
+
+    def _pointers(self) -> _Pointers:
+        return _existing_pointers(self.directory)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[records.Metrics]:
+        """Hold the run's lock while the block runs, with the file of metrics as it was at the last checkpoint.
+
+        Raises
+        ------
+        ValueError
+            If another process, or another thread of this one, trains the run. The message has its process id.
+        CheckpointError
+            If the metrics, or the files of the best checkpoint, are damaged.
+        """
+        with _locked(self.directory):
+            pointers = _read_pointers(self.directory)
+            self._tidy(pointers)
+            metrics = records.Metrics(self.metrics_file, None if pointers is None else pointers.metrics)
+            self._metrics = metrics
+            try:
+                yield metrics
+            finally:
+                self._metrics = None
+                metrics.close()
 
     def save(self, state: State, held_out: float | None) -> None:
-        """Write a checkpoint, which is the last from then on, and the best unless another's held-out loss is lower."""
-        inside, pointers = self.directory / _INSIDE, _pointers(self.directory)
-        saved: dict[str, Any] = {"name": f"step-{state.step}", "step": state.step, "held_out": held_out}
-        with appearing(inside / saved["name"], force=True) as draft:
-            write_files(draft, self.config, _stored(state.params), self.tokenizer)
-            write_safetensors(draft / _MOMENTS, _stored({"m": state.moments.m, "v": state.moments.v}))
-        best = pointers.get("best", saved)
-        if _loss(saved) <= _loss(best):
-            best = saved
-        if best is saved:  # before it is said: a run that ends between the two comes by here again
-            self._publish(inside / saved["name"])
-        with replacing(inside / _POINTERS) as draft:
-            draft.write_text(json.dumps({"last": saved, "best": best}, indent=2) + "\n", encoding="utf-8")
-        for other in inside.glob("step-*"):
-            if other.name not in (saved["name"], best["name"]):
-                shutil.rmtree(other)
+        """Write a checkpoint, which is the last from then on, and the best unless another's held-out loss is lower.
 
-    def _publish(self, checkpoint: Path) -> None:
+        Raises
+        ------
+        Diverged
+            If a parameter or a moment is NaN or infinite, or the held-out loss is. Nothing is changed.
+        ValueError
+            If another process, or another thread of this one, trains the run.
+        """
+        if held_out is not None:
+            held_out = float(held_out)
+            if not np.isfinite(held_out):
+                raise self.diverged(state.step, f"the held-out loss is {held_out}")
+        if self._metrics is not None:
+            self._save(state, held_out, self._metrics.end())
+            return
+        with _locked(self.directory):
+            self._save(state, held_out, records.end_of(self.metrics()))
+
+    def _save(self, state: State, held_out: float | None, metrics: records.End) -> None:
+        inside, before = self.directory / _INSIDE, _read_pointers(self.directory)
+        saved = _Saved(integer("the step", state.step), held_out, {})
+        params = _finite(state.params, "{}")
+        moments = _finite(state.moments.m, "the running average of the gradient of {}", "m/")
+        moments |= _finite(state.moments.v, "the running average of the squared gradient of {}", "v/")
+        _check_state(inside / saved.name, self.config, self.recipe, params, moments)
+        try:
+            with appearing(inside / saved.name, force=True) as draft:
+                write_files(draft, self.config, params, self.tokenizer)
+                write_safetensors(draft / _MOMENTS, moments)
+                saved.files.update((file.name, records.digest(file)) for file in sorted(draft.iterdir()))
+        except _NotFinite as error:
+            raise self.diverged(state.step, str(error)) from None
+        best = saved if before is None or _loss(saved) <= _loss(before.best) else before.best
+        if best is saved:  # before it is said: a run that ends between the two publishes it again
+            self._publish(saved)
+        entries = {name: {**each.to_dict(), "files": each.files} for name, each in (("last", saved), ("best", best))}
+        records.write_record(inside / _POINTERS, {**entries, "metrics": metrics._asdict()})
+        self._remove_checkpoints(saved, best)
+
+    def _publish(self, checkpoint: _Saved) -> None:
         """Put a checkpoint's files where `GPT2.load` looks for them, the weights last."""
-        names = (file.name for file in checkpoint.iterdir() if file.name != _MOMENTS)
-        for name in sorted(names, key=WEIGHTS_FILE.__eq__):
+        for name in sorted(checkpoint.files.keys() - {_MOMENTS}, key=WEIGHTS_FILE.__eq__):
             with replacing(self.directory / name) as draft:
-                shutil.copyfile(checkpoint / name, draft)
+                shutil.copyfile(self.directory / _INSIDE / checkpoint.name / name, draft)
+
+    def _tidy(self, pointers: _Pointers | None) -> None:
+        """Finish what a killed run left undone: publish the best checkpoint, remove all but the best and the last."""
+        if pointers is None:
+            return
+        last, best, _ = pointers
+        self._remove_checkpoints(last, best)
+        source = self.directory / _INSIDE / best.name
+        for name, expected in best.files.items():
+            if name == _MOMENTS:
+                continue
+            with records.naming(self.directory / name):
+                if not files.holds_file(self.directory / name) or records.digest(self.directory / name) != expected:
+                    records.check_digest(source / name, expected)
+                    with replacing(self.directory / name) as draft:
+                        shutil.copyfile(source / name, draft)
+
+    def _remove_checkpoints(self, *kept: _Saved) -> None:
+        for other in (self.directory / _INSIDE).glob("step-*"):
+            if other.name not in {each.name for each in kept}:
+                other.unlink() if other.is_symlink() or not other.is_dir() else shutil.rmtree(other)
 
     def restore(self, backend: Backend, device: Any = None) -> State:
-        """Return the state of the last checkpoint on a backend: the bits that were saved."""
-        last = self.last
-        directory = self.directory / _INSIDE / last["name"]
-        moments = nest(_read(map_safetensors(directory / _MOMENTS), backend, device))
-        params = nest(_read(read_checkpoint(directory).tensors, backend, device))
-        return State(last["step"], params, Moments(moments["m"], moments["v"]))
+        """Return the state of the last checkpoint on a backend: the bits that were saved.
+
+        Raises
+        ------
+        CheckpointError
+            If a file of the checkpoint is damaged or was changed. The message names it.
+        """
+        saved, found, moments = _open_last(self.directory, self.recipe, contents=True)
+        directory = self.directory / _INSIDE / saved.name
+        if found.config != self.config:
+            raise CheckpointError(f"{directory}: the model has another shape than when the run was opened")
+        params = nest(_read(found.tensors, backend, device))
+        trees = nest(_read(moments, backend, device))
+        return State(saved.step, params, Moments(trees["m"], trees["v"]))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return what each step gave."""
-        return [json.loads(line) for line in self.metrics_file.read_text("utf-8").splitlines()]
+        """Return an object for each step so far.
 
-    def forget_metrics(self, step: int) -> None:
-        """Remove what is said of steps after one: they are to be taken again. So is a line that is not whole."""
-        if not self.metrics_file.exists():
-            return
-        lines = self.metrics_file.read_text("utf-8").split("\n")[:-1]
-        with replacing(self.metrics_file) as draft:
-            draft.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step), "utf-8")
+        Raises
+        ------
+        CheckpointError
+            If a line is not such an object. The message names the file and the line.
+        """
+        return records.read_metrics(self.metrics_file)
 
-
-def check_new(directory: str | os.PathLike[str]) -> None:
-    """Refuse a directory that holds anything."""
-    path = checks.path("directory", directory)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path}: exists already; give a new directory, or resume the run that it holds")
-
-
-def _pointers(directory: Path) -> dict[str, Any]:
-    file = directory / _INSIDE / _POINTERS
-    return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+    def diverged(self, step: int, why: str) -> Diverged:
+        """Return the error of a step whose result cannot be used: what happened, what to try, what is left."""
+        pointers = _read_pointers(self.directory)
+        if pointers is None:
+            return Diverged(f"step {step}: {why}; training cannot begin with these weights, give others")
+        recipe, clip = self.recipe, "a clip" if self.recipe.clip is None else f"a clip below {self.recipe.clip}"
+        return Diverged(
+            f"step {step} diverged: {why}. Try a lower learning rate than {recipe.learning_rate}, more steps of "
+            f"warm-up than {recipe.warmup}, {clip}, or an eps above {recipe.eps}, in a new directory; "
+            f"{self.directory} keeps its checkpoint of step {pointers.last.step}"
+        )
 
 
-def _loss(checkpoint: Mapping[str, Any]) -> float:
-    return float("inf") if checkpoint["held_out"] is None else float(checkpoint["held_out"])
+def check_new(directory: str | os.PathLike[str]) -> Path:
+    """Return the real path of a new run's directory; refuse one that holds anything that could be lost.
+
+    A run that ended before its first checkpoint holds nothing but its text, and may be started again.
+    """
+    given = checks.path("directory", directory)
+    target = Path(os.path.realpath(given))
+    if not os.path.lexists(target):
+        return target
+    if not target.is_dir() or (any(target.iterdir()) and not _ended_early(target)):
+        raise FileExistsError(f"{given}: exists already; give a new directory, or resume the run that it holds")
+    return target
 
 
-def _stored(tree: Params) -> dict[str, StoredTensor]:
-    return {path: stored(x) for path, x in flatten(tree)}
+def _ended_early(directory: Path) -> bool:
+    """Return whether all that a directory holds was written by a run that ended before its first checkpoint."""
+    inside, ours = directory / _INSIDE, {_INSIDE, METRICS_FILE}
+    if not (inside / _RUN).is_file() or (inside / _POINTERS).exists():
+        return False
+    first = inside / _Saved(0, None, {}).name
+    published = {file.name for file in first.iterdir()} if first.is_dir() else set()
+    contents = {file.name for file in inside.iterdir() if not file.name.startswith(".")}
+    return contents <= {_RUN, _TOKENS, _LOCK, first.name} and all(
+        file.name in ours | published or file.name.startswith(".") for file in directory.iterdir()
+    )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a run while the block runs."""
+    file = directory / _INSIDE / _LOCK
+    with contextlib.ExitStack() as stack:
+        try:
+            with records.naming(file):
+                stack.enter_context(files.lock(file))
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, files.Locked):
+                raise
+            who = f"process {error.__cause__.pid}" if error.__cause__.pid else "another process"
+            raise ValueError(
+                f"{directory}: {who} is training this run; wait for it to end, or end it (only one may train a run)"
+            ) from None
+        yield
+
+
+# What a run's records say, checked
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    """Return what was asked for: the recipe, and how many tokens there are, and are for training."""
+    entries = records.read_record(file, "recipe", "n_training", "tokens", "where")
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    try:
+        recipe = Recipe(**records.fields(file, "recipe", entries["recipe"], *names))
+        tokens = records.fields(file, "tokens", entries["tokens"], "bytes", "sha256")
+        size = integer("the size of the tokens", tokens["bytes"])
+        n_training = integer("n_training", entries["n_training"], 0, size // 2)
+        where = _check_where(entries["where"])
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    if not records.is_digest(tokens["sha256"]):
+        raise CheckpointError(f"{file}: the SHA-256 of the tokens is {shown(tokens['sha256'])}")
+    text = file.with_name(_TOKENS)
+    if not records.is_there(text):
+        raise CheckpointError(f"{text}: no such file; {records.RESTORE}")
+    if text.stat().st_size != size:
+        raise CheckpointError(f"{text}: has {text.stat().st_size} bytes; {size} were written; {records.RESTORE}")
+    return {"recipe": recipe, "n_training": n_training, "tokens": tokens, "where": where}
+
+
+def _check_where(where: Any) -> dict[str, str]:
+    """Return the names of the backend and the device."""
+    if not isinstance(where, Mapping) or not where.keys() <= {"backend", "device"}:
+        raise ValueError(f"where is {shown(where)}; expected the names of the backend and the device")
+    given = {name: value for name, value in where.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {shown(value)}; expected a name")
+    return given
+
+
+def _check_context(recipe: Recipe, config: GPT2Config) -> None:
+    if recipe.context is not None and recipe.context > config.n_ctx:
+        raise ValueError(f"context is {recipe.context}; the model has n_ctx = {config.n_ctx} positions")
+
+
+def _read_pointers(directory: Path) -> _Pointers | None:
+    """Return which checkpoints there are; None if the run ended before the first."""
+    inside = directory / _INSIDE
+    file = inside / _POINTERS
+    if not records.is_there(file):
+        if later := [each.name for each in inside.glob("step-*") if each.name != _Saved(0, None, {}).name]:
+            raise CheckpointError(f"{file}: no such file, and there is {min(later)}; {records.RESTORE}")
+        return None
+    entries = records.read_record(file, "last", "best", "metrics")
+    end = records.fields(file, "metrics", entries["metrics"], "lines", "sha256")
+    if not is_int(end["lines"]) or end["lines"] < 0 or not records.is_digest(end["sha256"]):
+        raise CheckpointError(f"{file}: metrics is {shown(end)}; expected how many lines, and their SHA-256")
+    last, best = (_check_saved(file, name, entries[name]) for name in ("last", "best"))
+    return _Pointers(last, best, records.End(**end))
+
+
+def _existing_pointers(directory: Path) -> _Pointers:
+    pointers = _read_pointers(directory)
+    if pointers is None:
+        raise ValueError(f"{directory}: the run ended before its first checkpoint; start it again, with its data")
+    return pointers
+
+
+def _check_saved(file: Path, what: str, entries: Any) -> _Saved:
+    """Return a checkpoint as the record describes it."""
+    records.fields(file, what, entries, "name", "step", "held_out", "files")
+    try:
+        step = integer("its step", entries["step"])
+        held_out = None if entries["held_out"] is None else number("its held-out loss", entries["held_out"])
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {what}: {error}") from error
+    saved = _Saved(step, held_out, entries["files"])
+    if entries["name"] != saved.name:
+        raise CheckpointError(f"{file}: {what}: its name is {shown(entries['name'])}; expected {saved.name!r}")
+    if not isinstance(saved.files, dict) or not saved.files.keys() >= {WEIGHTS_FILE, _MOMENTS}:
+        raise CheckpointError(f"{file}: {what}: its files are {shown(saved.files)}; expected SHA-256 by name")
+    for name, hashed in saved.files.items():
+        if Path(name).name != name or not records.is_digest(hashed):
+            raise CheckpointError(f"{file}: {what}: {shown(name)} has {shown(hashed)}; expected a bare name, a SHA-256")
+    return saved
+
+
+def _open_last(
+    directory: Path, recipe: Recipe, contents: bool = False
+) -> tuple[_Saved, Checkpoint, dict[str, StoredTensor]]:
+    """Return the last checkpoint, its model and its moments, checked; another process may save one meanwhile."""
+    while True:
+        saved = _existing_pointers(directory).last
+        try:
+            return saved, *_open_checkpoint(directory / _INSIDE, saved, recipe, contents)
+        except CheckpointError:
+            if _existing_pointers(directory).last == saved:
+                raise
+
+
+def _open_checkpoint(
+    inside: Path, saved: _Saved, recipe: Recipe, contents: bool
+) -> tuple[Checkpoint, dict[str, StoredTensor]]:
+    """Return the model and the moments of a checkpoint; with contents, the large files have their SHA-256 too."""
+    directory = inside / saved.name
+    with records.naming(directory):
+        held = {file.name for file in directory.iterdir() if not file.name.startswith(".")}
+    if held != saved.files.keys():
+        name = min(held ^ saved.files.keys())
+        why = "was not written by this run; remove it" if name in held else f"no such file; {records.RESTORE}"
+        raise CheckpointError(f"{directory / name}: {why}")
+    large = {WEIGHTS_FILE, _MOMENTS}
+    for name in sorted(saved.files, key=large.__contains__):
+        with records.naming(directory / name):
+            files.regular(directory / name)
+        if contents or name not in large:
+            records.check_digest(directory / name, saved.files[name])
+    found = read_checkpoint(directory)
+    moments = map_safetensors(directory / _MOMENTS)
+    _check_state(directory, found.config, recipe, found.tensors, moments)
+    try:
+        _check_context(recipe, found.config)
+    except ValueError as error:
+        raise CheckpointError(f"{inside / _RUN}: {error}") from error
+    return found, {name: _checked(directory / _MOMENTS, name, tensor) for name, tensor in moments.items()}
+
+
+def _check_state(
+    directory: Path,
+    config: GPT2Config,
+    recipe: Recipe,
+    params: Mapping[str, StoredTensor],
+    moments: Mapping[str, StoredTensor],
+) -> None:
+    """Refuse the tensors of a checkpoint unless they are those that a run of this configuration and recipe trains."""
+    expected = {path: (shape, recipe.master_dtype) for path, shape in shapes(config).items()}
+    _check_tensors(directory / WEIGHTS_FILE, params, expected)
+    _check_tensors(directory / _MOMENTS, moments, {f"{s}/{path}": t for s in "mv" for path, t in expected.items()})
+
+
+def _check_tensors(
+    file: Path, tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[tuple[int, ...], str]]
+) -> None:
+    """Refuse tensors of other names, shapes or dtypes than are expected."""
+    for verb, names in (("lacks", expected.keys() - tensors.keys()), ("has", tensors.keys() - expected.keys())):
+        if names:
+            raise CheckpointError(f"{file}: {verb} {', '.join(sorted(names)[:3])}; {records.RESTORE}")
+    for name, (shape, dtype) in expected.items():
+        if (tensors[name].shape, tensors[name].dtype) != (shape, dtype):
+            raise CheckpointError(
+                f"{file}: {name} is {tensors[name].dtype} {list(tensors[name].shape)}; expected {dtype} {list(shape)}"
+            )
+
+
+def _checked(file: Path, name: str, tensor: StoredTensor) -> StoredTensor:
+    """Return a moment that is refused when it is read unless it is finite, and a squared gradient's at least 0."""
+
+    def read() -> np.ndarray:
+        a = tensor.read()
+        if not is_finite(a) or (name.startswith("v/") and a.min() < 0):
+            raise CheckpointError(f"{file}: {name} holds a NaN, an infinity, or an average of squares below 0")
+        return a
+
+    return tensor._replace(read=read)
+
+
+def _loss(checkpoint: _Saved) -> float:
+    return float("inf") if checkpoint.held_out is None else checkpoint.held_out
+
+
+class _NotFinite(ArithmeticError):
+    """A tensor that is to be saved holds a NaN or an infinity."""
+
+
+def _finite(tree: Params, what: str, scope: str = "") -> dict[str, StoredTensor]:
+    """Return tensors to be written, each of which is checked on the host when it is its turn."""
+
+    def checked(path: str, tensor: StoredTensor) -> StoredTensor:
+        def read() -> np.ndarray:
+            a = np.ascontiguousarray(tensor.read())
+            if not is_finite(a):
+                raise _NotFinite(f"{what.format(path)} holds a NaN or an infinity after it")
+            return a
+
+        return tensor._replace(read=read)
+
+    return {f"{scope}{path}": checked(path, stored(x)) for path, x in flatten(tree)}
 
 
 def _read(tensors: Mapping[str, StoredTensor], backend: Backend, device: Any) -> dict[str, Any]:

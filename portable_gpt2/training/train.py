@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from .data import batch, windows
 from .optimizer import learning_rate
+from .records import Metrics
 from .run import Run
-from .trainer import State, Trainer
+from .trainer import Diverged, State, Trainer
 
-
-class Diverged(ArithmeticError):
-    """The loss, or its gradient, is no number any more."""
+__all__ = ["Diverged", "Report", "train"]
 
 
 class Report(NamedTuple):
@@ -35,12 +35,14 @@ class Report(NamedTuple):
 
 
 def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, None]:
-    """Take the steps that a run lacks; what each gives is yielded, and written to its metrics.
+    """Take the steps that a run lacks; the report of each is yielded, and written to the run's metrics.
 
     At the beginning, every ``eval_every`` steps and at the end, the held-out text is evaluated and a checkpoint saved;
-    also when the iterator is closed, or interrupted from the keyboard, in the midst. A run that goes on from a
-    checkpoint ends in the same bits as one that was never interrupted, on the same backend and machine: a step's
+    also when the iterator is closed, or interrupted from the keyboard, between two evaluations. A run that resumes from
+    a checkpoint ends in the same bits as one that was never interrupted, on the same backend and machine: a step's
     windows depend on nothing but the seed and the step.
+
+    The run is locked until the iterator ends, is closed or is dropped.
 
     Parameters
     ----------
@@ -53,58 +55,86 @@ def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, N
     Raises
     ------
     Diverged
-        If a loss or a gradient is not finite. The last checkpoint is as it was.
+        If a loss, a gradient, a parameter or a moment is NaN or infinite. The last checkpoint is as it was.
     ValueError
-        If there is too little text for one window.
+        If there is too little text for one window; if another process, or another thread, trains the run; if the
+        trainer or the state is not the run's.
+    CheckpointError
+        If a file of the run is damaged. The message names it.
     """
+    if (trainer.config, trainer.recipe) != (run.config, run.recipe):
+        raise ValueError(f"{run.directory}: the trainer has another configuration, or another recipe, than the run")
+    with run.training() as metrics:
+        last = run.last["step"] if run.has_checkpoint else None
+        if state.step != (last or 0):
+            at = "has no checkpoint" if last is None else f"has its last checkpoint at step {last}"
+            raise ValueError(f"{run.directory}: {at}; the state is of step {state.step}: restore it from the run")
+        yield from _steps(run, trainer, state, metrics, last)
+
+
+def _steps(
+    run: Run, trainer: Trainer, state: State, metrics: Metrics, saved: int | None
+) -> Generator[Report, None, None]:
     recipe = run.recipe
     length = (recipe.context or run.config.n_ctx) + 1
     training, held = run.tokens()
     held_out_windows = windows(held, length) if len(held) else None
     options = {"batch_size": recipe.batch_size, "length": length, "seed": recipe.seed}
-    run.forget_metrics(state.step)
-    saved = state.step if run.has_checkpoint else None
 
-    def evaluated() -> float | None:
-        return None if held_out_windows is None else trainer.evaluate(state.params, held_out_windows)
+    def batches(step: int) -> Iterator[np.ndarray]:
+        first = step * recipe.accumulate
+        return (batch(training, first + i, **options) for i in range(recipe.accumulate))
 
-    with run.metrics_file.open("a", encoding="utf-8", buffering=1) as metrics:
+    def loss_of(state: State, text: np.ndarray, what: str) -> float:
+        """Return a loss after a step, which shows that the model still computes."""
+        loss = trainer.evaluate(state.params, text)
+        if not math.isfinite(loss):
+            raise run.diverged(state.step, f"the loss of {what} is {loss} after it")
+        return loss
 
-        def written(made: Report) -> Report:
-            metrics.write(
-                json.dumps({name: value for name, value in made._asdict().items() if value is not None}) + "\n"
-            )
-            return made
+    def try_out(state: State) -> None:
+        loss_of(state, next(batches(max(0, state.step - 1))), "its text")
 
-        try:
-            if saved is None:
-                loss = evaluated()
-                run.save(state, loss)
-                saved = 0
-                yield written(Report(0, None, None, None, loss, 0.0))
-            while state.step < recipe.steps:
-                start, step = time.perf_counter(), state.step
-                first = step * recipe.accumulate
-                batches = (batch(training, first + i, **options) for i in range(recipe.accumulate))
-                after, loss, norm = trainer.step(state, batches)
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise Diverged(_advice(step, loss, norm, run))
-                state, seconds = after, time.perf_counter() - start
-                held_out = None
-                if state.step % recipe.eval_every == 0 or state.step == recipe.steps:
-                    held_out = evaluated()
-                    run.save(state, held_out)
-                    saved = state.step
-                yield written(Report(state.step, loss, norm, learning_rate(step, recipe), held_out, seconds))
-        except (GeneratorExit, KeyboardInterrupt):
-            if saved != state.step:
-                run.save(state, None)
-            raise
+    def evaluated(state: State) -> float | None:
+        if held_out_windows is None:
+            try_out(state)
+            return None
+        return loss_of(state, held_out_windows, "the held-out text")
 
+    def is_due(step: int) -> bool:
+        return step % recipe.eval_every == 0 or step == recipe.steps
 
-def _advice(step: int, loss: float, norm: float, run: Run) -> str:
-    return (
-        f"step {step + 1} diverged: the loss is {loss}, the gradient's norm {norm}. Try a lower learning rate than "
-        f"{run.recipe.learning_rate}, more steps of warm-up than {run.recipe.warmup}, or a clip below "
-        f"{run.recipe.clip}, in a new directory; {run.directory} keeps its checkpoint of step {run.last['step']}"
-    )
+    # A step is done once it is evaluated. Its state and report are one variable, for Ctrl-C may come at any moment.
+    done: tuple[State, Report] | None = None
+
+    def finish(save: bool) -> None:
+        """Write the line of the step that is done, then its checkpoint, whose record says where the lines end."""
+        nonlocal saved
+        assert done is not None
+        state, report = done
+        metrics.add(state.step, {name: value for name, value in report._asdict().items() if value is not None})
+        if save:
+            run.save(state, report.held_out)
+            saved = state.step
+
+    try:
+        if saved is None:
+            done = state, Report(0, None, None, None, evaluated(state), 0.0)
+            finish(save=True)
+            yield done[1]
+        while state.step < recipe.steps:
+            start, step = time.perf_counter(), state.step
+            after, loss, norm = trainer.step(state, batches(step))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise run.diverged(step + 1, f"the loss is {loss}, the gradient's norm {norm}")
+            seconds, due = time.perf_counter() - start, is_due(after.step)
+            held_out = evaluated(after) if due else None
+            done = after, Report(after.step, loss, norm, learning_rate(step, recipe), held_out, seconds)
+            finish(save=due)
+            state, _ = done
+            yield done[1]
+    except (GeneratorExit, KeyboardInterrupt):
+        if done is not None and done[0].step != saved:
+            try_out(done[0])
+            finish(save=True)
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -9,13 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import gradients
-from ..backend import Backend
-from ..checks import check_ids, check_length
+from ..backend import Backend, backend_of, get_backend
+from ..checks import check_ids, check_length, shown
 from ..config import GPT2Config
 from ..model import loss
-from ..params import Params, check_params, map_tree
+from ..params import Params, check_params, flatten, map_tree
 from .optimizer import Moments, no_moments, rates, update
 from .recipe import Recipe
+
+# NumPy alone would warn of each overflow on the way to a loss that is NaN, which `train` reports.
+_QUIET = functools.partial(np.errstate, all="ignore")
 
 
 class State(NamedTuple):
@@ -27,6 +31,10 @@ class State(NamedTuple):
     moments: Moments
 
 
+class Diverged(ArithmeticError):
+    """A loss, a gradient, or what a step makes of the parameters or of their moments, is NaN or infinite."""
+
+
 class Trainer:
     """What trains a model of one shape by one recipe, on the backend and device of the parameters that it is given.
 
@@ -35,7 +43,7 @@ class Trainer:
     config : GPT2Config
         The model's shape.
     recipe : Recipe
-    backend : Backend
+    backend : Backend or str
         What computes.
 
     Examples
@@ -53,7 +61,11 @@ class Trainer:
     (True, 20)
     """
 
-    def __init__(self, config: GPT2Config, recipe: Recipe, backend: Backend) -> None:
+    def __init__(self, config: GPT2Config, recipe: Recipe, backend: Backend | str) -> None:
+        for name, given, kind in (("config", config, GPT2Config), ("recipe", recipe, Recipe)):
+            if not isinstance(given, kind):
+                raise TypeError(f"{name} is {shown(given)}; expected a {kind.__name__}")
+        backend = get_backend(backend)
         backend.dtype(recipe.dtype)
         self.config, self.recipe, self.backend = config, recipe, backend
         self._loss = backend.compile(self._loss_of)
@@ -64,8 +76,23 @@ class Trainer:
         )
 
     def start(self, params: Params) -> State:
-        """Return the state before the first step."""
+        """Return the state before the first step.
+
+        Raises
+        ------
+        ValueError
+            If the parameters are of another model, or their dtype is not the recipe's `Recipe.master_dtype`.
+        TypeError
+            If they are not arrays of the trainer's backend.
+        """
         check_params(params, self.config)
+        for path, x in flatten(params):
+            if (owner := backend_of(x)).name != self.backend.name:
+                raise TypeError(f"{path} is an array of {owner.name}; the trainer computes with {self.backend.name}")
+            if (dtype := owner.dtype_name(x)) != self.recipe.master_dtype:
+                raise ValueError(
+                    f"{path} is {dtype}; a recipe of dtype {self.recipe.dtype} trains {self.recipe.master_dtype}"
+                )
         return State(0, params, no_moments(params))
 
     def step(self, state: State, batches: Iterable[np.ndarray]) -> tuple[State, float, float]:
@@ -89,20 +116,28 @@ class Trainer:
         Raises
         ------
         ValueError
-            If a batch has no window, is not of two axes, or has an id that is not in the vocabulary, or if its windows
-            are longer than n_ctx + 1.
+            If there are more or fewer batches than the recipe accumulates; if a batch has no window, is not of two
+            axes, or has an id that is not in the vocabulary, or if its windows are longer than n_ctx + 1.
         TypeError
-            If it is not of integers.
+            If a batch is not of integers, or state is not a State.
         """
+        if not isinstance(state, State):
+            raise TypeError(f"state is {shown(state)}; expected the State that `start` or `step` returns")
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches is {shown(batches)}; expected arrays of windows, int [batch, seq + 1]")
         device = self.backend.placement(state.params["wte"])
         size = self.backend.part_size(state.params["wte"])
-        with self.backend.on(device):
+        with self.backend.on(device), _QUIET():
             values, grads = [], None
             for tokens in batches:
                 parts = self.backend.from_numpy(_in_parts(self._windows(tokens), size), device=device)
                 value, more = self._gradient(state.params, parts)
                 values.append(value)
                 grads = more if grads is None else self._add(grads, more)
+            if len(values) != self.recipe.accumulate:
+                raise ValueError(
+                    f"{len(values)} batches were given; the recipe's accumulate is {self.recipe.accumulate}"
+                )
             now = self.backend.from_numpy(rates(state.step, self.recipe), self.recipe.master_dtype, device)
             params, moments, norm = self._update(state.params, grads, state.moments, now)
             losses = [float(self.backend.to_numpy(value)) for value in values]
@@ -113,7 +148,7 @@ class Trainer:
         windows = self._windows(windows)
         device = self.backend.placement(params["wte"])
         size, losses = self.recipe.batch_size, []
-        with self.backend.on(device):
+        with self.backend.on(device), _QUIET():
             for i in range(0, len(windows), size):
                 batch = windows[i : i + size]
                 value = self._loss(params, self.backend.from_numpy(batch, device=device))
