@@ -1,4 +1,4 @@
-"""Run directories: what is damaged is refused by its name, one process trains a run, and no line of metrics is lost."""
+"""Run directories: a damaged file is refused by its name, one process trains a run, and no line of metrics is lost."""
 
 import concurrent.futures
 import contextlib
@@ -72,7 +72,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """The same run, stopped after step 3, of which the last checkpoint is; the best is of step 0."""
+    """The same run, stopped after step 3. Its last checkpoint is step-3, its best is step-0."""
     directory = tmp_path_factory.mktemp("stopped") / "run"
     reports = train(*begin(directory))
     for report in reports:
@@ -268,7 +268,7 @@ def spoil_tokens(run, change):
     ids=["cut", "reversed", "rotated", "doubled", "empty"],
 )
 def test_other_tokens_are_refused(run, change, why):
-    """Catches a run that goes on with another text than it began with."""
+    """Catches a run that resumes with another text than it began with."""
     spoil_tokens(run, change)
     with pytest.raises(pg.CheckpointError, match=why) as raised:
         resume(run)
@@ -333,7 +333,7 @@ def test_a_published_file_that_was_damaged_is_published_again(run, whole):
 
 
 def test_a_line_of_metrics_is_there_before_its_checkpoint_is(tmp_path, monkeypatch):
-    """Catches a step whose line is lost for good, as the process ends between a checkpoint and the line."""
+    """Catches a step whose line is lost for good because the process ends between a checkpoint and the line."""
     run, trainer, state = begin(tmp_path / "run")
     said = []
 
@@ -457,7 +457,7 @@ def test_a_run_that_is_trained_is_locked(run):
         Run.open(run).save(first.restore(backend), None)
     with concurrent.futures.ThreadPoolExecutor(1) as thread, pytest.raises(ValueError, match=locked):
         thread.submit(next, again()).result()
-    assert next(reports).step == 5  # who holds the lock goes on
+    assert next(reports).step == 5  # the holder of the lock continues
 
 
 @pytest.mark.parametrize("end", ["close", "drop", "finish", "fail"])
@@ -511,12 +511,12 @@ def test_another_process_is_named_and_a_killed_one_does_not_block(run, whole):
 
 
 def test_a_state_of_another_step_is_refused(run):
-    """Catches a loop that goes on from where the run stood before another process trained it."""
+    """Catches a loop that continues from a state that is older than the run's last checkpoint."""
     backend = pg.get_backend("numpy")
     old = Run.open(run)
     state, trainer = old.restore(backend), Trainer(CONFIG, RECIPE, backend)
     resume(run)
-    with pytest.raises(ValueError, match="its last checkpoint at step 6; the state is of step 3: restore it"):
+    with pytest.raises(ValueError, match="its last checkpoint at step 6; the state stands at step 3: restore it"):
         next(train(old, trainer, state))
 
 

@@ -70,7 +70,7 @@ def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[A
     """Return a parameter, and its moments, after a step along its gradient.
 
     Only matrices decay: the biases and the gains of layer_norm have no scale that they could lose. With an eps of 0, a
-    parameter that never had a gradient is divided by 1 in place of 0, and does not move.
+    parameter that never had a gradient does not move (its step would be 0 / 0).
 
     Notes
     -----

@@ -143,7 +143,7 @@ class Metrics:
     ----------
     file : Path
     end : End, optional
-        Of the lines of the last checkpoint. Without one there is none.
+        Where the lines of the last checkpoint end. Without it, all lines are removed.
 
     Raises
     ------

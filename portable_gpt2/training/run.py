@@ -185,7 +185,9 @@ class Run:
         inside = self.directory / _INSIDE
         entries = _read_run(inside / _RUN)
         if (entries["recipe"], entries["n_training"]) != (self.recipe, self.n_training):
-            raise CheckpointError(f"{inside / _RUN}: is of another run than the one that was opened; open it again")
+            raise CheckpointError(
+                f"{inside / _RUN}: belongs to another run than the one that was opened; open it again"
+            )
         records.check_digest(inside / _TOKENS, entries["tokens"]["sha256"])
         tokens = open_tokens(inside / _TOKENS, self.config.n_vocab)
         if self.n_training > len(tokens):
@@ -395,7 +397,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _read_run(file: Path) -> dict[str, Any]:
-    """Return what was asked for: the recipe, and how many tokens there are, and are for training."""
+    """Return the recipe of a run, the size of its text, and how many of its tokens are for training."""
     entries = records.read_record(file, "recipe", "n_training", "tokens", "where")
     names = [field.name for field in dataclasses.fields(Recipe)]
     try:

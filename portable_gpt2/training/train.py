@@ -48,14 +48,14 @@ def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, N
     ----------
     run : Run
     trainer : Trainer
-        Of the run's configuration and recipe.
+        One with the run's configuration and recipe.
     state : State
         The first, or what `Run.restore` returns.
 
     Raises
     ------
     Diverged
-        If a loss, a gradient, a parameter or a moment is NaN or infinite. The last checkpoint is as it was.
+        If a loss, a gradient, a parameter or a moment is NaN or infinite. The last checkpoint stays.
     ValueError
         If there is too little text for one window; if another process, or another thread, trains the run; if the
         trainer or the state is not the run's.
@@ -68,7 +68,7 @@ def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, N
         last = run.last["step"] if run.has_checkpoint else None
         if state.step != (last or 0):
             at = "has no checkpoint" if last is None else f"has its last checkpoint at step {last}"
-            raise ValueError(f"{run.directory}: {at}; the state is of step {state.step}: restore it from the run")
+            raise ValueError(f"{run.directory}: {at}; the state stands at step {state.step}: restore it from the run")
         yield from _steps(run, trainer, state, metrics, last)
 
 

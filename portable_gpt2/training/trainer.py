@@ -81,7 +81,7 @@ class Trainer:
         Raises
         ------
         ValueError
-            If the parameters are of another model, or their dtype is not the recipe's `Recipe.master_dtype`.
+            If the parameters do not fit the configuration, or their dtype is not the recipe's `Recipe.master_dtype`.
         TypeError
             If they are not arrays of the trainer's backend.
         """
