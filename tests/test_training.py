@@ -637,7 +637,7 @@ def test_what_is_no_trainer_is_refused():
 
 
 def test_parameters_of_another_backend_are_refused(torch):
-    with pytest.raises(TypeError, match="wpe is an array of torch; the trainer computes with numpy"):
+    with pytest.raises(TypeError, match="wpe is a Tensor; expected an array of numpy"):
         Trainer(CONFIG, RECIPE, "numpy").start(pg.init_params(CONFIG, backend="torch"))
 
 

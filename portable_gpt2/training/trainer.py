@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import gradients
-from ..backend import Backend, backend_of, get_backend
+from ..backend import Backend, get_backend
 from ..checks import check_ids, check_length, shown
 from ..config import GPT2Config
 from ..model import loss
@@ -87,9 +87,9 @@ class Trainer:
         """
         check_params(params, self.config)
         for path, x in flatten(params):
-            if (owner := backend_of(x)).name != self.backend.name:
-                raise TypeError(f"{path} is an array of {owner.name}; the trainer computes with {self.backend.name}")
-            if (dtype := owner.dtype_name(x)) != self.recipe.master_dtype:
+            if not isinstance(x, self.backend.array_types):
+                raise TypeError(f"{path} is a {type(x).__name__}; expected an array of {self.backend.name}")
+            if (dtype := self.backend.dtype_name(x)) != self.recipe.master_dtype:
                 raise ValueError(
                     f"{path} is {dtype}; a recipe of dtype {self.recipe.dtype} trains {self.recipe.master_dtype}"
                 )
