@@ -101,7 +101,7 @@ def _jit_attend(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
     """
     scores = jnp.squeeze(_matmul(k, jnp.matrix_transpose(q)), axis=-1) * scale
     if mask is not None:
-        scores = jnp.where(jnp.squeeze(mask, axis=-2), scores, jnp.finfo(scores.dtype).min)
+        scores = jnp.where(jnp.squeeze(mask, axis=-2), scores, -jnp.inf)
     return _matmul(jax.nn.softmax(scores)[..., None, :], v)
 
 
@@ -157,11 +157,11 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
 
 
 def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
-    if q.ndim < 2 or k.ndim < 2 or q.shape[-2] != 1 or k.size == 0 or not _is_wide(q):
+    if q.ndim < 2 or k.ndim < 2 or q.shape[-2] != 1 or not k.size or not q.size or not _is_wide(q):
         return NotImplemented
     *batch, _, d = q.shape
     keys = k.shape[-2]
-    if k.shape != (*batch, keys, d) or v.shape[:-1] != k.shape[:-1]:
+    if k.shape != (*batch, keys, d) or v.shape[:-1] != k.shape[:-1] or not (scale is None or math.isfinite(scale)):
         return NotImplemented
     if mask is not None:
         leading = zip(mask.shape[-3::-1], batch[::-1], strict=False)
@@ -191,6 +191,24 @@ class JaxBackend(Backend):
     }
     recompiles = True
     _dtypes = {name: jnp.dtype(name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+    def owns(self, kind: type) -> bool:
+        return (
+            True  # a subclass of jax.Array is JAX's own; other classes, such as tracers, say themselves that they are
+        )
+
+    def refusal(self, x: Any) -> str | None:
+        if not isinstance(x, jax.core.Tracer) and x.is_deleted():
+            return "was deleted, or donated to a compiled function; make the array again"
+        return None
+
+    def index(self, ids: Any) -> Any:
+        return ids.astype(int)  # of 64 bits where JAX has them
+
+    def peek(self, x: Any) -> np.ndarray | None:
+        if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+            return None
+        return np.asarray(x) if all(device.platform == "cpu" for device in x.devices()) else None
 
     def devices(self) -> list[str]:
         return list(self._devices())

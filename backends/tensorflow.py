@@ -36,11 +36,6 @@ _exp, _max, _sum, _reshape, _row_softmax = map(
 _jit_softmax = tf.function(tf.nn.softmax, jit_compile=True, autograph=False, reduce_retracing=True)
 
 
-def _index(x: Any) -> Any:
-    """Return integers in a dtype that TensorFlow looks up by."""
-    return x if x.dtype in (tf.int32, tf.int64) else tf.cast(x, tf.int64)
-
-
 class _Namespace:
     """The array-API functions that portable code uses, over tf.Tensor."""
 
@@ -71,11 +66,11 @@ class _Namespace:
 
     @staticmethod
     def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
-        return tf.gather(x, _index(indices), axis=axis or 0)
+        return tf.gather(x, indices, axis=axis or 0)
 
     @staticmethod
     def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
-        rank, indices = x.shape.rank, _index(indices)
+        rank = x.shape.rank
         plain = x.shape[:-1].is_fully_defined() and x.shape[:-1] == indices.shape[:-1]
         if plain and axis in (-1, rank - 1):  # XLA cannot compile the gradient of the other
             return tf.gather(x, indices, axis=-1, batch_dims=rank - 1)
@@ -182,12 +177,14 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
     (*batch, queries, d), (*_, keys, _), _ = (shape.as_list() for shape in shapes)
     if queries != 1 or not keys or k.shape != (*batch, keys, d) or v.shape[:-1] != k.shape[:-1]:
         return NotImplemented
+    if not d or not (scale is None or math.isfinite(scale)):
+        return NotImplemented
     if mask is not None and not _is_mask(mask, batch, keys):
         return NotImplemented
     # One query: k q^T reads the keys as they lie, where q k^T transposes them first.
     scores = tf.reshape(tf.matmul(k, q, transpose_b=True), (*batch, 1, keys)) * (d**-0.5 if scale is None else scale)
     if mask is not None:
-        scores = tf.where(mask, scores, scores.dtype.min)
+        scores = tf.where(mask, scores, -math.inf)
     return tf.matmul(tf.nn.softmax(scores), v)
 
 
@@ -233,7 +230,15 @@ class TensorflowBackend(Backend):
     # No gelu: tf.nn.gelu raises to the power of 3: 27 ms at [512, 3072], the definition 7; under XLA both 1.55.
     kernels = {"conv1d": _conv1d, "softmax": _softmax, "attention": _attention, "unembed": _unembed}
     recompiles = True
+    plain = "tf.convert_to_tensor(x)"
     _dtypes = _FLOATS
+
+    def index(self, ids: Any) -> Any:
+        return ids if ids.dtype in (tf.int32, tf.int64) else tf.cast(ids, tf.int64)
+
+    def peek(self, x: Any) -> np.ndarray | None:
+        is_eager = tf.executing_eagerly() if isinstance(x, tf.Variable) else hasattr(x, "numpy")
+        return np.asarray(x.numpy()) if is_eager and "CPU" in x.device else None
 
     def shape(self, x: Any) -> tuple[Any, ...]:
         if x.shape.rank is None:
@@ -304,7 +309,7 @@ class TensorflowBackend(Backend):
         return tf.where(((rows >= 0) & (rows < n))[:, None], taken, buffer)
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
-        return tf.tensor_scatter_nd_add(x, _index(indices)[:, None], rows)
+        return tf.tensor_scatter_nd_add(x, indices[:, None], rows)
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:

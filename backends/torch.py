@@ -36,14 +36,11 @@ _FLOATS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_FLOATING = frozenset(_FLOATS.values())
 _WIDE = (torch.float32, torch.float64)
 _Axis = int | tuple[int, ...] | None
+_UNINITIALIZED = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-
-
-def _index(x: Any) -> Any:
-    """Return integers in a dtype that torch looks up by."""
-    return x if x.dtype in (torch.int32, torch.int64) else x.long()
 
 
 class _Namespace:
@@ -75,7 +72,7 @@ class _Namespace:
 
     @staticmethod
     def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
-        return torch.index_select(x, axis or 0, _index(indices))
+        return torch.index_select(x, axis or 0, indices)
 
     @staticmethod
     def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
@@ -171,11 +168,11 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
 
 
 def _gelu(x: Any) -> Any:
-    return F.gelu(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh") if x.dtype in _FLOATING else NotImplemented  # it takes quantised numbers too
 
 
 def _layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5) -> Any:
-    if not x.ndim or not g.shape == b.shape == x.shape[-1:] or not x.numel():
+    if not x.ndim or not g.shape == b.shape == x.shape[-1:] or not x.numel() or not 0 <= eps < math.inf:
         return NotImplemented
     return F.layer_norm(x, g.shape, g, b, eps)
 
@@ -191,24 +188,61 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
             return NotImplemented
         if any(m not in (1, n) for m, n in zip(mask.shape[-3::-1], q.shape[-3::-1], strict=False)):
             return NotImplemented
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if scale is not None and not math.isfinite(scale):
+        return NotImplemented
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return y if _has_weights(y) else NotImplemented
+
+
+def _has_weights(y: Any) -> bool:
+    """Return whether no row of attention's result can have come from scores that are all -inf, as far as can be seen.
+
+    Such a row is 0, where the definition makes it NaN. On a CPU a look at one column takes 3 us for one query.
+    """
+    if not y.is_cpu or not y.shape[-1] or torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(y.select(-1, 0).all())
+    except RuntimeError:  # it is mapped by torch.func, or has no values
+        return True
 
 
 def _embed(ids: Any, w: Any) -> Any:
     if ids.dtype not in (torch.int32, torch.int64) or w.ndim != 2:
         return NotImplemented
-    return F.embedding(ids, w)
+    if _is_checked(ids):
+        try:
+            return F.embedding(ids, w)
+        except IndexError:
+            return NotImplemented
+    if not w.shape[0]:
+        return NotImplemented
+    known = (ids >= 0) & (ids < w.shape[0])
+    return torch.where(known[..., None], F.embedding(torch.where(known, ids, 0), w), math.nan)
+
+
+def _is_checked(ids: Any) -> bool:
+    """Return whether torch itself refuses ids that are out of range; on CUDA that stops the whole process."""
+    return bool(ids.is_cpu) and not torch.compiler.is_compiling()
 
 
 def _cross_entropy(logits: Any, targets: Any) -> Any:
     if logits.dtype not in _WIDE or targets.dtype not in (torch.int32, torch.int64):
         return NotImplemented
-    if not logits.ndim or targets.shape != logits.shape[:-1] or targets.device != logits.device:
+    if not logits.ndim or not logits.shape[-1] or targets.shape != logits.shape[:-1] or targets.device != logits.device:
         return NotImplemented
     if _is_distributed(logits) or _is_distributed(targets):
         return NotImplemented
     # F.cross_entropy leaves out, unless it is told otherwise, where the target is -100.
-    return -torch.log_softmax(logits, -1).gather(-1, targets.long()[..., None]).mean()
+    log_p, targets = torch.log_softmax(logits, -1), targets.long()
+    if _is_checked(targets):
+        try:
+            return -log_p.gather(-1, targets[..., None]).mean()
+        except RuntimeError:  # the definition says which target is out of range
+            return NotImplemented
+    known = (targets >= 0) & (targets < logits.shape[-1])
+    found = log_p.gather(-1, torch.where(known, targets, 0)[..., None])
+    return -(found[..., 0] * torch.where(known, 1.0, math.nan).to(found.dtype)).mean()
 
 
 def _is_distributed(x: Any) -> bool:
@@ -326,7 +360,8 @@ class TorchBackend(Backend):
     """PyTorch, eager, on whatever accelerator it reports; on CUDA, a decode step is one graph."""
 
     name = "torch"
-    array_types = (torch.Tensor, torch.nn.Parameter)
+    array_types = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    plain = "x.as_subclass(torch.Tensor)"
     xp = _Namespace
     kernels = {
         "conv1d": _conv1d,
@@ -339,6 +374,28 @@ class TorchBackend(Backend):
         "cross_entropy": _cross_entropy,
     }
     _dtypes = _FLOATS
+
+    def owns(self, kind: type) -> bool:
+        return super().owns(kind) and not kind.__module__.startswith(("torch.masked", "torch.nested", "torch.sparse"))
+
+    def refusal(self, x: Any) -> str | None:
+        if x.layout is not torch.strided or x.is_nested:
+            return f"is {'nested' if x.is_nested else 'sparse'} ({x.layout}); give a dense tensor, such as x.to_dense()"
+        return "has no shape yet; initialize it first" if isinstance(x, _UNINITIALIZED) else None
+
+    def index(self, ids: Any) -> Any:
+        return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
+
+    def peek(self, x: Any) -> np.ndarray | None:
+        if not x.is_cpu or type(x) is not torch.Tensor or torch.compiler.is_compiling():
+            return None
+        try:
+            return np.asarray(x.numpy())
+        except RuntimeError:  # it is mapped, or otherwise wrapped, by a transform of torch.func
+            return None
+
+    def holds_values(self, device: Any) -> bool:
+        return torch.device(device).type != "meta"
 
     def devices(self) -> list[str]:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -420,7 +477,7 @@ class TorchBackend(Backend):
         return buffer
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
-        return x.index_add(0, _index(indices), rows)
+        return x.index_add(0, indices, rows)
 
     def split(self, x: Any, n: int) -> Sequence[Any]:
         parts: Sequence[Any] = x.chunk(n, -1)  # its gradient is one concatenation, that of slices a sum of n arrays

@@ -77,7 +77,15 @@ class Backend:
     """What the backend is called: its framework's top-level module."""
 
     array_types: ClassVar[tuple[type, ...]]
-    """The classes whose instances, tracers and subclasses included, are this backend's arrays."""
+    """The classes whose instances are this backend's arrays.
+
+    An instance of a subclass is one where the framework itself defines the subclass, as it does for its tracers and
+    parameters (see `owns`). Others are refused by name: in a subclass, ``*`` may be another product, and values may be
+    hidden or have a unit.
+    """
+
+    plain: ClassVar[str] = "numpy.asarray(x)"
+    """How to make an array of `array_types` of an instance of a subclass, as code for an error message."""
 
     xp: ClassVar[Any]
     """The array-API namespace over the framework's own arrays: no wrapper class goes in or comes out."""
@@ -99,11 +107,27 @@ class Backend:
 
     def __init__(self, device: Any = None) -> None:
         self.default_device = None if device is None else self.find_device(device)
+        self.check_holds_values(self.default_device)
         self._dtype_names = {dtype: name for name, dtype in self._dtypes.items()}
+        self._frameworks = {kind.__module__.partition(".")[0] for kind in self.array_types}
 
     def __repr__(self) -> str:
         where = "" if self.default_device is None else f", device={str(self.default_device)!r}"
         return f"get_backend({self.name!r}{where})"
+
+    def owns(self, kind: type) -> bool:
+        """Return whether a class, whose instances are instances of `array_types`, is one of this backend's arrays.
+
+        It is asked once for each class.
+        """
+        return kind.__module__.partition(".")[0] in self._frameworks
+
+    def refusal(self, x: Any) -> str | None:
+        """Return why an array of this backend cannot be computed with, such as a sparse one, and what to do; else None.
+
+        It is asked where the definition of an op is about to run: for want of a kernel, or because the kernel failed.
+        """
+        return None
 
     # Shapes and dtypes
 
@@ -145,11 +169,37 @@ class Backend:
         """Return whether x is of a floating dtype that the portable code computes with."""
         return x.dtype in self._dtype_names
 
+    # Integers that are looked up by
+
+    def index(self, ids: Any) -> Any:
+        """Return integers in a signed dtype that `xp.take` takes; from 2**63 on they become negative."""
+        return self.xp.astype(ids, self.xp.int64)
+
+    def peek(self, x: Any) -> np.ndarray | None:
+        """Return the values of x, on the host, where they can be read at once; None of a tracer and of an accelerator.
+
+        Ids are checked where their values are known: where this returns None, an id out of range makes a NaN. So the
+        answer must depend on what x is and where it lives, and not on what is still being computed.
+        """
+        return None
+
     # Devices
 
     def devices(self) -> list[str]:
         """Return the devices that there are, as strings such as ``cpu``, ``cuda:0``."""
         raise NotImplementedError
+
+    def holds_values(self, device: Any) -> bool:
+        """Return whether arrays on a device, as `find_device` returns it, have values and not shapes alone."""
+        return True
+
+    def check_holds_values(self, device: Any) -> None:
+        """Refuse a device, as `find_device` returns it or None, whose arrays have no values."""
+        if device is not None and not self.holds_values(device):
+            raise ValueError(
+                f"device {str(device)!r} holds shapes and no values; a model needs one of the devices here: "
+                f"{', '.join(self.devices())}"
+            )
 
     def find_device(self, device: Any) -> Any:
         """Return the framework's own object for a device named by a string; its own objects pass through.
@@ -247,7 +297,8 @@ class Backend:
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
         """Return x [n, d] with each of rows [m, d] added to the row of x that indices [m] names, however often it does.
 
-        It may reuse x's memory, so only the result may be read.
+        It may reuse x's memory, so only the result may be read. The caller has made sure that indices, as `index`
+        returns them, are from 0 to n - 1.
         """
         xp = self.xp
         chosen = indices[None, :] == self.arange(self.shape(x)[0], like=indices)[:, None]
@@ -444,6 +495,11 @@ def _find_owner(x: Any) -> Backend:
 
     for backend in this_module.loaded.values():
         if isinstance(x, backend.array_types):
+            if type(x) not in backend.array_types and not backend.owns(type(x)):
+                raise TypeError(
+                    f"{type(x).__module__}.{type(x).__qualname__} is a subclass of {backend.name}'s array, which may "
+                    f"compute otherwise; {backend.plain} is a plain array"
+                )
             _own((type(x), *backend.array_types), backend)
             return backend
     raise TypeError(

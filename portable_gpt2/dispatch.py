@@ -129,6 +129,8 @@ def op(definition: Callable[..., Any]) -> Op:
             argument = arrays.get(key)
             if argument is None or x is None:
                 continue
+            if why := backend.refusal(x):
+                raise TypeError(f"{name}: {key} {why}")
             kind = _KINDS.get(argument.kind)
             if kind is not None and not backend.xp.isdtype(x.dtype, kind):
                 raise TypeError(f"{name}: {key} has dtype {x.dtype}; expected {argument.kind.lower()}")

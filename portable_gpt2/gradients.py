@@ -98,7 +98,7 @@ def attention(
     """Compute y = w v with w the softmax of scale q k^T: what is masked has weight 0, and so no gradient."""
     backend = backend_of(q)
     xp, t = backend.xp, backend.xp.matrix_transpose
-    scale = backend.shape(q)[-1] ** -0.5 if scale is None else scale
+    scale = (backend.shape(q)[-1] or 1) ** -0.5 if scale is None else scale
     w = ops.attention_weights(q, k, mask=mask, scale=scale)
 
     def backward(dy: Any) -> tuple[Any, Any, Any]:
@@ -150,7 +150,10 @@ def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> tuple[Float[
     backend = backend_of(w)
 
     def backward(dy: Any) -> Any:
-        flat = backend.xp.reshape(ids, (math.prod(backend.shape(ids)),))
+        index, known = ops.in_range("embed: ids", ids, backend.shape(w)[0])
+        if known is not None:  # an id that is out of range is looked up as 0, to which it adds nothing
+            dy = backend.xp.where(known[..., None], dy, 0)
+        flat = backend.xp.reshape(index, (math.prod(backend.shape(ids)),))
         return backend.index_add(backend.zeros(backend.shape(w), like=w), flat, _rows(dy))
 
     return ops.embed(ids, w), backward
@@ -175,11 +178,13 @@ def cross_entropy(
     backend = backend_of(logits)
     xp = backend.xp
     *start, vocab = backend.shape(logits)
-    ids = backend.arange(vocab, like=targets)
-    is_target = xp.astype(targets, ids.dtype)[..., None] == ids
 
     def backward(dy: Any = 1.0) -> Any:
+        index, known = ops.in_range("cross_entropy: targets", targets, vocab)
+        is_target = index[..., None] == xp.astype(backend.arange(vocab, like=targets), index.dtype)
         p = ops.softmax(logits)
+        if known is not None:
+            p = xp.where(known[..., None], p, math.nan)
         return xp.where(is_target, p - 1, p) * (dy / math.prod(start))
 
     return ops.cross_entropy(logits, targets), backward

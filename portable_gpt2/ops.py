@@ -19,6 +19,30 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # importing it costs more than 
     Array = Any
 
 
+def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
+    """Return ids as indices from 0 to n - 1 and, where it is not known yet whether they are, a bool array of which are.
+
+    Where an id is out of range, the index is 0, and the caller makes a NaN.
+
+    Raises
+    ------
+    ValueError
+        If an id is out of range, and the values can be read at once: NumPy's, and eager arrays on a CPU.
+    """
+    backend = backend_of(ids)
+    xp, values = backend.xp, backend.peek(ids)
+    if isinstance(n, int):
+        if values is not None and values.size and (values.min() < 0 or values.max() >= n):
+            raise ValueError(f"{name} range from {values.min()} to {values.max()}; expected 0 to {n - 1}")
+        if n == 0 and not backend.is_empty(ids):
+            raise ValueError(f"{name} has shape {list(backend.shape(ids))}, but there is nothing to choose from")
+    index = backend.index(ids)
+    if values is not None and isinstance(n, int):
+        return index, None
+    known = (index >= 0) & (index < (n if isinstance(n, int) else xp.astype(n, index.dtype)))
+    return xp.where(known, index, 0), known
+
+
 @op
 def conv1d(
     x: Float[Array, "*batch nx"],
@@ -168,7 +192,7 @@ def layer_norm(
     g, b : float array [n]
         Gain and bias.
     eps : float
-        Added to the (biased) variance.
+        Added to the (biased) variance; at least 0. With 0, a row of equal numbers has the undefined result 0 / 0.
 
     Returns
     -------
@@ -179,11 +203,16 @@ def layer_norm(
     TypeError
         If the arrays belong to different frameworks, or are not floats of one dtype.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or eps is not a finite number of at least 0.
 
     Notes
     -----
     Ba, Kiros and Hinton, "Layer Normalization", 2016; ``norm`` of OpenAI's GPT-2 (``src/model.py``).
+
+    The squares are summed as they are: the numbers in x must be below sqrt(largest / n) / 2 in magnitude, which for n =
+    768 is 3e17 in float32 (in which 16-bit arrays are computed) and 2e152 in float64. Beyond that the variance
+    overflows, and the result is the bias or NaN. Deviations whose squares underflow, below 1e-19 in float32, count as a
+    variance of 0.
 
     Examples
     --------
@@ -194,6 +223,8 @@ def layer_norm(
     """
     backend = backend_of(x)
     xp = backend.xp
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"layer_norm: eps is {eps}; expected a finite number of at least 0")
     if backend.is_empty(x):  # an empty row has no mean
         return x
     x = x - xp.mean(x, axis=-1, keepdims=True)
@@ -220,24 +251,25 @@ def attention_weights(
     mask : bool array [..., queries, keys], optional
         True where a query sees a key; its leading axes broadcast to q's. Every query must see at least one key.
     scale : float, optional
-        What the products are multiplied by; 1/sqrt(d) unless given.
+        What the products are multiplied by; 1/sqrt(d) unless given. With d = 0 every score is 0.
 
     Returns
     -------
     float array [*batch, queries, keys]
-        Each row sums to 1.
+        Each row sums to 1. The weight of a key that the query does not see is 0 exactly. A row is NaN if none of its
+        visible keys has a score above -inf: the products overflowed, or the query sees no key.
 
     Raises
     ------
     TypeError
         If the arrays belong to different frameworks, or q and k are not floats of one dtype, or mask not a bool.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, there are queries and no keys, or scale is not finite.
 
     Notes
     -----
-    Where the mask is False the score is the smallest finite number, not something added to it: OpenAI's -1e10 overflows
-    float16.
+    Where the mask is False the score is replaced by -inf. To add a number, such as OpenAI's -1e10, would overflow
+    float16; and the smallest finite number is not below a visible score that overflowed.
 
     Examples
     --------
@@ -250,12 +282,16 @@ def attention_weights(
     """
     backend = backend_of(q)
     xp = backend.xp
+    *_, queries, d = backend.shape(q)
+    if backend.shape(k)[-2] == 0 and queries != 0:
+        raise ValueError("attention: there are no keys; every query must see at least one")
     if scale is None:
-        d = backend.shape(q)[-1]
-        scale = (d if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
+        scale = (d or 1 if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
+    elif not math.isfinite(scale):
+        raise ValueError(f"attention: scale is {scale}; expected a finite number")
     scores = xp.matmul(q, xp.matrix_transpose(k)) * scale
     if mask is not None:
-        scores = xp.where(mask, scores, xp.finfo(scores.dtype).min)
+        scores = xp.where(mask, scores, -math.inf)
     return softmax(scores)
 
 
@@ -281,18 +317,21 @@ def attention(
     mask : bool array [..., queries, keys], optional
         True where a query sees a key; its leading axes broadcast to q's. Every query must see at least one key.
     scale : float, optional
-        What the products are multiplied by; 1/sqrt(d) unless given.
+        What the products are multiplied by; 1/sqrt(d) unless given. With d = 0 every score is 0.
 
     Returns
     -------
     float array [*batch, queries, dv]
+        Keys that a query does not see have weight 0 exactly. A row is NaN if none of its visible keys has a score above
+        -inf (see `attention_weights`); a kernel that PyTorch compiles, or runs on an accelerator, makes it 0. A hidden
+        key or value that is NaN or infinite, or a hidden score that overflows, may make the row NaN.
 
     Raises
     ------
     TypeError
         If the arrays belong to different frameworks, or q, k and v are not floats of one dtype, or mask not a bool.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, there are queries and no keys, or scale is not finite.
 
     Notes
     -----
@@ -317,20 +356,26 @@ def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> Float[Array,
     Parameters
     ----------
     ids : int array [*batch]
-        From 0 to vocab - 1. Where they come from outside, check them first: not every framework does.
+        From 0 to vocab - 1.
     w : float array [vocab, d]
         The table.
 
     Returns
     -------
     float array [*batch, d]
+        NaN for an id that is out of range, where that raises no error.
 
     Raises
     ------
     TypeError
         If the arrays belong to different frameworks, ids are not integers or w is not a float.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or an id is out of range and the ids can be read at once: arrays of NumPy, and eager
+        arrays on a CPU. Ids that are being traced or that live on an accelerator are not waited for.
+
+    Notes
+    -----
+    An id that is out of range adds nothing to the gradient of w.
 
     Examples
     --------
@@ -342,9 +387,10 @@ def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> Float[Array,
     """
     backend = backend_of(w)
     xp = backend.xp
-    start = backend.shape(ids)
-    rows = xp.take(w, xp.reshape(ids, (math.prod(start),)), axis=0)
-    return xp.reshape(rows, (*start, backend.shape(w)[-1]))
+    start, (vocab, d) = backend.shape(ids), backend.shape(w)
+    index, known = in_range("embed: ids", ids, vocab)
+    rows = xp.reshape(xp.take(w, xp.reshape(index, (math.prod(start),)), axis=0), (*start, d))
+    return rows if known is None else xp.where(known[..., None], rows, math.nan)
 
 
 @op
@@ -397,13 +443,14 @@ def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*ba
     Returns
     -------
     float array []
+        NaN if a target is out of range, where that raises no error. So is the gradient of that target's logits.
 
     Raises
     ------
     TypeError
         If the arrays belong to different frameworks, logits are not floats or targets are not integers.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or a target is out of range and the targets can be read at once (see `embed`).
 
     Notes
     -----
@@ -419,6 +466,10 @@ def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*ba
     """
     backend = backend_of(logits)
     xp = backend.xp
+    index, known = in_range("cross_entropy: targets", targets, backend.shape(logits)[-1])
     x = logits - xp.max(logits, axis=-1, keepdims=True)
     total = xp.log(xp.sum(xp.exp(x), axis=-1))
-    return xp.mean(total - xp.take_along_axis(x, targets[..., None], axis=-1)[..., 0])
+    losses = total - xp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+    if known is not None:  # a product, so that the gradient is NaN too
+        losses = losses * xp.where(known, xp.astype(known, losses.dtype), math.nan)
+    return xp.mean(losses)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import threading
+import warnings
 
 import hypothesis.strategies as st
 import ml_dtypes
@@ -52,16 +53,113 @@ def test_an_array_is_looked_up_in_one_table(backend, monkeypatch):
     assert pg.backend_of(x) is backend
 
 
-class Scalar(np.ndarray):
-    pass
+def memory_map(directory):
+    return np.memmap(directory / "numbers", np.float32, "w+", shape=(2, 2))
 
 
-@pytest.mark.parametrize(
-    "x", [np.float32(1), np.ones(2).view(Scalar), np.ma.masked_array([1.0])], ids=lambda x: type(x)
-)
-def test_subclasses_and_scalars_of_numpy_are_numpys(x):
+def test_scalars_and_memory_maps_of_numpy_are_numpys(tmp_path):
     """Catches a look-up by exact type."""
-    assert pg.backend_of(x).name == "numpy"
+    for x in (np.float32(1), ml_dtypes.bfloat16(1), memory_map(tmp_path)):
+        assert pg.backend_of(x).name == "numpy"
+    assert type(pg.softmax(memory_map(tmp_path))) is np.ndarray
+
+
+class Length(np.ndarray):
+    """As of a package of units: what `*` means is its own matter."""
+
+    def __mul__(self, other):
+        raise AssertionError("was computed with")
+
+
+FOREIGN = {  # of each, its class's name and what the message says to do
+    "a matrix": (np.ones((2, 2)).view(np.matrix), "numpy.matrix", "numpy.asarray(x)"),
+    "a masked array": (np.ma.masked_array([1.0, 9.0], [False, True]), "numpy.ma.MaskedArray", "numpy.asarray(x)"),
+    "a masked constant": (np.ma.masked, "numpy.ma.core.MaskedConstant", "numpy.asarray(x)"),
+    "a record array": (np.rec.array([1.0, 2.0]), "numpy.rec.recarray", "numpy.asarray(x)"),
+    "a user's subclass": (np.ones(2).view(Length), f"{__name__}.Length", "numpy.asarray(x)"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_subclasses_that_may_compute_otherwise_are_refused_by_name(name):
+    """Catches `*` that is a matrix product, a hidden value that is summed, and a subclass that was let in once."""
+    x, kind, advice = FOREIGN[name]
+    weight, plain = np.ones((2, 2)), np.ones(2)
+    for call in (
+        lambda: pg.backend_of(x),
+        lambda: pg.gelu(x),
+        lambda: pg.softmax.reference(x),
+        lambda: pg.conv1d(np.ones((3, 2)), weight, x),
+        lambda: pg.embed(np.zeros(2, np.int64), x),
+        lambda: pg.attention(weight, weight, weight, x),
+        lambda: pg.layer_norm(plain, plain, b=x),
+        lambda: pg.to_numpy(x),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert f"{kind} is a subclass of numpy's array" in str(caught.value)
+        assert advice in str(caught.value)
+
+
+def test_a_model_of_matrices_is_refused():
+    """Catches parameters that are looked at in one place only, and tokens that are."""
+    config = pg.GPT2Config(n_layer=1, n_head=1, n_embd=4, n_vocab=5, n_ctx=4, eos_token_id=None)
+    params = pg.init_params(config, backend="numpy")
+    tokens = np.asarray([[1, 2, 3]])
+    matrices = {**params, "wpe": params["wpe"].view(np.matrix)}
+    for call in (
+        lambda: pg.gpt2(matrices, tokens, config),
+        lambda: pg.loss(matrices, tokens, config),
+        lambda: pg.GPT2(config, matrices).logits([[1, 2]]),
+        lambda: pg.gpt2(params, tokens.view(np.matrix), config),
+    ):
+        with pytest.raises(TypeError, match=r"numpy.matrix is a subclass of numpy's array"):
+            call()
+
+
+def test_subclasses_of_torch_are_torchs_where_torch_defines_them(torch):
+    """Catches a parameter, buffer or stand-in of torch's own that is refused, and a user's class that is not."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.masked import masked_tensor
+
+    x = torch.ones(2, 3)
+    for own in (torch.nn.Parameter(x), torch.nn.Buffer(x), FakeTensorMode().from_tensor(x)):
+        assert pg.backend_of(own).name == "torch"
+        assert pg.gelu(own).shape == (2, 3)
+
+    class Tagged(torch.Tensor):
+        pass
+
+    class TaggedParameter(torch.nn.Parameter):
+        pass
+
+    with warnings.catch_warnings(action="ignore"):  # a prototype, torch says
+        masked = masked_tensor(x, x > 0)
+    for foreign in (x.as_subclass(Tagged), TaggedParameter(x), masked):
+        with pytest.raises(
+            TypeError, match=r"is a subclass of torch's array, .*; x.as_subclass\(torch.Tensor\)"
+        ) as caught:
+            pg.gelu(foreign)
+        assert f"{type(foreign).__module__}.{type(foreign).__qualname__}" in str(caught.value)
+    assert torch.equal(pg.gelu(x.as_subclass(Tagged).as_subclass(torch.Tensor)), pg.gelu(x))
+
+
+def test_tracers_and_variables_are_their_frameworks(jax, tf):
+    """Catches a rule about subclasses that refuses what a framework traces with."""
+    seen = []
+    jax.jit(lambda x: seen.append(pg.backend_of(x).name) or x)(np.ones(2))
+    jax.vmap(lambda x: seen.append(pg.backend_of(x).name) or x)(np.ones(2))
+    jax.grad(lambda x: seen.append(pg.backend_of(x).name) or x)(1.0)
+    assert seen == ["jax"] * 3
+    seen.clear()
+    tf.function(lambda x: seen.append(pg.backend_of(x).name) or x)(tf.ones(2))
+    seen.append(pg.backend_of(tf.Variable(1.0)).name)
+    assert seen == ["tensorflow"] * 2
+
+    class Counter(tf.Variable):
+        pass
+
+    assert not pg.get_backend("tensorflow").owns(Counter)
 
 
 @pytest.mark.parametrize("x", [[1.0], 1.0, None, "text", object(), {}], ids=lambda x: type(x).__name__)

@@ -291,15 +291,12 @@ def test_torch_compile_of_a_second_op_leaves_the_first(compiled, torch):
     assert compiled.counter.frame_count == 2
 
 
-@pytest.mark.parametrize("made", ["x", "torch.nn.Parameter(x)", "x.as_subclass(Subclass)"])
+@pytest.mark.parametrize("made", ["x", "torch.nn.Parameter(x)", "torch.nn.Buffer(x)"])
 def test_torch_compile_of_the_first_op_of_a_program(torch, made):
     """Catches an adapter that is loaded, or a type that is looked up, in a way that cannot be traced."""
     code = f"""
         import portable_gpt2 as pg
         import torch
-
-        class Subclass(torch.Tensor):
-            pass
 
         x = torch.ones(2, 3)
         y = {made}
@@ -390,7 +387,6 @@ def test_a_large_weight_under_transforms_of_torch(torch, rows):
         close(torch.func.vmap(fn, (0, None))(x[:, None], w)[:, 0], expected)
         close(torch.func.vmap(fn, (None, 0))(x, w[None])[0], expected)
         close(torch.func.jvp(fn, (x, w), (x, w))[1], 2 * plain)
-        close(fn(x, w.as_subclass(type("Subclass", (torch.Tensor,), {}))).as_subclass(torch.Tensor), expected)
         gradient = torch.func.grad(lambda w, fn=fn: fn(x, w).sum())(w)
         close(gradient, x.sum(0)[:, None].expand_as(w))
         parameter = torch.nn.Parameter(w.clone())
