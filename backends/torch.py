@@ -395,7 +395,7 @@ class TorchBackend(Backend):
             return None
 
     def holds_values(self, device: Any) -> bool:
-        return torch.device(device).type != "meta"
+        return bool(torch.device(device).type != "meta")
 
     def devices(self) -> list[str]:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -80,6 +80,7 @@ class GPT2:
         self.backend: Backend = backend_of(params["wte"])
         self.device = self.backend.device(params["wte"])
         self._device = self.backend.placement(params["wte"])
+        self.backend.check_holds_values(self._device)
         with self.backend.on(self._device):
             self.params: Params = nest({path: self.backend.prepare(path, x) for path, x in flatten(params)})
         self._decoder = Decoder(self.backend, self.params, config, self._device)

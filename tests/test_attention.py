@@ -10,6 +10,7 @@ import strategies
 from hypothesis import given
 
 import portable_gpt2 as pg
+from portable_gpt2 import gradients
 
 
 def bound(q, k, v, mask, backend, *, scale=None):
@@ -255,3 +256,146 @@ def test_a_mask_of_floats_is_refused_for_one_query_too(backend):
     mask = backend.from_numpy(np.zeros((1, 3), np.float32))
     with pytest.raises(TypeError, match=r"mask has dtype .*; expected bool"):
         pg.attention(q, k, k, mask)
+
+
+# What is hidden, what overflows, and what is empty
+
+
+def far(queries, keys, dtype):
+    """Return q and k whose products overflow to -inf, [1, queries, 4] and [1, keys, 4]."""
+    root = bounds.FORMATS[bounds.computed_in(dtype)].largest ** 0.5
+    root = min(float(bounds.FORMATS[dtype].largest) / 2, float(root) * 2)
+    return np.full((1, queries, 4), root, bounds.host_dtype(dtype)), np.full(
+        (1, keys, 4), -root, bounds.host_dtype(dtype)
+    )
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_hidden_key_has_no_weight_though_every_visible_score_overflows(backend, queries):
+    """Catches a hidden score that is the smallest finite number, and so above a visible one of -inf."""
+    q, k = far(queries, 4, "float32")
+    k[:, 3] = 0  # hidden: its score is 0
+    v = np.asarray([[1.0], [2.0], [3.0], [1000.0]], np.float32)[None]
+    mask = np.broadcast_to(np.asarray([True, True, True, False]), (queries, 4)).copy()
+    for form, op in bounds.forms(pg.attention, backend, compiled=True).items():
+        y = bounds.compute(op, backend, q, k, v, mask)
+        assert np.isnan(y).all(), f"{form}: {y}"
+    for form, op in bounds.forms(pg.attention_weights, backend, compiled=True).items():
+        w = bounds.compute(op, backend, q, k, mask)
+        assert np.isnan(w).all(), f"{form}: {w}"
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_without_a_mask_a_row_of_overflowed_scores_is_nan(backend, queries):
+    """Catches a fused kernel that makes it 0, where the softmax of a row of -inf is NaN."""
+    q, k = far(queries, 2, "float32")
+    v = np.ones((1, 2, 3), np.float32)
+    for form, op in bounds.forms(pg.attention, backend, compiled=True).items():
+        assert np.isnan(bounds.compute(op, backend, q, k, v)).all(), form
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_one_visible_score_that_is_finite_takes_all_the_weight(backend, queries):
+    """Catches a row that is given up, or spoilt by what is hidden, because some of its scores overflow to -inf."""
+    q, k = far(queries, 4, "float32")
+    k[:, 1], k[:, 3] = 0, 1e-9
+    v = np.asarray([[1.0], [2.0], [3.0], [1000.0]], np.float32)[None]
+    mask = np.broadcast_to(np.asarray([True, True, True, False]), (queries, 4)).copy()
+    for form, op in bounds.forms(pg.attention, backend, compiled=True).items():
+        assert (bounds.compute(op, backend, q, k, v, mask) == 2).all(), form
+    for form, op in bounds.forms(pg.attention_weights, backend, compiled=True).items():
+        assert (bounds.compute(op, backend, q, k, mask) == [0, 1, 0, 0]).all(), form
+
+
+def test_a_row_that_sees_no_key_is_nan_and_leaves_the_others(backend, dtype):
+    """Catches the mean of keys that are all hidden."""
+    random = np.random.default_rng(6)
+    q, k, v = head(random, (2,), 3, 4, 8, dtype)
+    mask = np.ones((3, 4), np.bool_)
+    mask[1] = False
+    for form, op in bounds.forms(pg.attention, backend).items():
+        y = bounds.compute(op, backend, q, k, v, mask)
+        assert np.isnan(y[:, 1]).all(), form
+        assert np.isfinite(y[:, [0, 2]].astype(np.float32)).all(), form
+    for form, op in bounds.forms(pg.attention_weights, backend).items():
+        w = bounds.compute(op, backend, q, k, mask).astype(np.float32)
+        assert np.isnan(w[:, 1]).all(), form
+        assert np.isfinite(w[:, [0, 2]]).all(), form
+
+
+def test_values_that_are_zero_stay_so(backend, dtype):
+    """Catches a result of 0 that is taken for a row without weights."""
+    random = np.random.default_rng(7)
+    q, k, v = head(random, (2,), 3, 4, 8, dtype)
+    mask = np.arange(4) <= np.arange(3)[:, None]
+    for form, op in bounds.forms(pg.attention, backend).items():
+        assert (bounds.compute(op, backend, q, k, 0 * v, mask) == 0).all(), form
+        v[..., 0] = 0
+        y = bounds.compute(op, backend, q, k, v, mask)
+        assert bounds.assert_within(bound(q, k, v, mask, backend), y, "attention", backend, dtype, form) <= 1
+
+
+def test_weights_without_columns_are_equal(backend, dtype):
+    """Catches 1/sqrt(0). A score is an empty sum, whatever the scale."""
+    host = bounds.host_dtype(dtype)
+    q, k, v = np.ones((2, 3, 0), host), np.ones((2, 4, 0), host), np.broadcast_to(np.arange(4), (2, 4)).astype(host)
+    mask = np.arange(4) < 2
+    for scale in (None, 0.5):
+        for form, op in bounds.forms(pg.attention, backend).items():
+            y = bounds.compute(op, backend, q, k, v[..., None].copy(), scale=scale)
+            assert (y == 1.5).all(), f"{form}: {y}"
+        for form, op in bounds.forms(pg.attention_weights, backend).items():
+            w = bounds.compute(op, backend, q, k, np.broadcast_to(mask, (3, 4)).copy(), scale=scale)
+            assert (w == [0.5, 0.5, 0, 0]).all(), f"{form}: {w}"
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_scale_of_zero_makes_the_weights_equal(backend, queries):
+    """Catches a scale of 0 that is taken for one that was not given."""
+    q, k, v = head(np.random.default_rng(8), (2,), queries, 4, 8, "float32")
+    for op in bounds.forms(pg.attention, backend, compiled=True, scale=0.0).values():
+        y = bounds.compute(op, backend, q, k, v, scale=0.0)
+        np.testing.assert_allclose(y, np.broadcast_to(v.mean(1, keepdims=True), y.shape), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("scale", [np.inf, -np.inf, np.nan])
+def test_a_scale_that_is_not_finite_is_refused(backend, queries, scale):
+    """Catches rows of NaN, of which nothing says where they came from."""
+    q, k, v = map(backend.from_numpy, head(np.random.default_rng(9), (2,), queries, 4, 8, "float32"))
+    for op in (pg.attention, pg.attention.reference):
+        with pytest.raises(ValueError, match=f"attention: scale is {scale}; expected a finite number"):
+            op(q, k, v, scale=scale)
+    with pytest.raises(ValueError, match=f"attention: scale is {scale}"):
+        pg.attention_weights(q, k, scale=scale)
+
+
+def test_queries_without_keys_are_refused(backend, dtype):
+    """Catches a mean of nothing that is 0. Without queries there is nothing to refuse, and nothing to compute."""
+    host = bounds.host_dtype(dtype)
+    q, none = backend.from_numpy(np.ones((2, 3, 4), host)), backend.from_numpy(np.ones((2, 0, 4), host))
+    for op in (pg.attention, pg.attention.reference):
+        with pytest.raises(ValueError, match="attention: there are no keys"):
+            op(q, none, none)
+        assert tuple(backend.shape(op(none, q, q))) == (2, 0, 4)
+        assert tuple(backend.shape(op(none, none, none))) == (2, 0, 4)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "tensorflow", "jax", "torch"], indirect=True)
+def test_gradients_give_a_hidden_key_nothing(backend):
+    """Catches NaN from 0 * inf in the gradient, and a gradient of a hidden key or value, where its score is large."""
+    q, k, v = head(np.random.default_rng(10), (2,), 3, 4, 8, "float32")
+    k[:, 3], v[:, 3] = 1e18, 1e18
+    mask = backend.from_numpy(np.broadcast_to(np.arange(4) < 3, (3, 4)).copy())
+    given = [backend.from_numpy(a) for a in (q, k, v)]
+    dy = backend.from_numpy(np.ones((2, 3, 8), np.float32))
+    found = {"by hand": gradients.attention(*given, mask)[1](dy)}
+    for form, op in {"own": pg.attention, "own, definition": pg.attention.reference}.items():
+        own = backend.value_and_grad(lambda leaves, op=op: backend.xp.sum(op(*leaves, mask)))
+        if own is not NotImplemented:
+            found[form] = own(given)[1]
+    for way, (dq, dk, dv) in found.items():
+        assert np.isfinite(backend.to_numpy(dq)).all(), way
+        for gradient in (dk, dv):
+            assert np.isfinite(backend.to_numpy(gradient)).all(), way
+            assert (backend.to_numpy(gradient)[:, 3] == 0).all(), way

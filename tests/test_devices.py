@@ -13,6 +13,8 @@ import pytest
 from plain_gpt2 import on_backend, random_weights, truth_and_error
 
 import portable_gpt2 as pg
+from portable_gpt2.backend import Backend
+from portable_gpt2.cli import main
 
 SECOND = {"tensorflow": "cpu:1", "jax": "cpu:1", "torch": "meta", "array_api_strict": "device1"}
 
@@ -36,6 +38,36 @@ PLACES = [pytest.param(*place, id="-".join(place)) for place in SECOND.items()]
 PLACES += [pytest.param(*place, id="-".join(place), marks=pytest.mark.gpu) for place in accelerators()]
 at_every_place = pytest.mark.parametrize(("backend", "device"), PLACES, indirect=["backend"])
 WITH_NUMBERS = [place for place in PLACES if place.id != "torch-meta"]
+
+
+@pytest.fixture
+def with_shapes_alone(monkeypatch):
+    """Let torch's ``meta`` pass for a device, which a model is refused on."""
+    monkeypatch.setattr(Backend, "check_holds_values", lambda self, device: None)
+
+
+def test_a_device_without_values_is_refused(torch, checkpoint, capsys):
+    """Catches a model on torch's ``meta``, of which the first number that is read is an error of the framework's."""
+    config = pg.GPT2Config(n_layer=1, n_head=1, n_embd=4, n_vocab=5, n_ctx=4, eos_token_id=None)
+    on_meta = on_backend(pg.get_backend("torch"), random_weights(config), device="meta")
+    for call in (
+        lambda: pg.GPT2.load(checkpoint, backend="torch", device="meta"),
+        lambda: pg.GPT2.load(checkpoint, backend="torch", device=torch.device("meta")),
+        lambda: pg.get_backend("torch", "meta"),
+        lambda: pg.init_params(config, backend="torch", device="meta"),
+        lambda: pg.GPT2(config, on_meta),
+    ):
+        with pytest.raises(ValueError, match="device 'meta' holds shapes and no values; a model needs"):
+            call()
+    with torch.device("meta"), pytest.raises(ValueError, match="holds shapes and no values"):
+        pg.GPT2.load(checkpoint, backend="torch")
+    train = ["train", "--data", str(checkpoint / "config.json"), "--out", str(checkpoint / "run")]
+    for command in (["generate", "--model", str(checkpoint)], train):
+        assert main([*command, "--backend", "torch", "--device", "meta"]) == 2
+        assert "device 'meta' holds shapes and no values" in capsys.readouterr().err
+    assert not (checkpoint / "run").exists()
+    logits, _ = pg.gpt2(on_meta, torch.zeros((2, 3), dtype=torch.int64, device="meta"), config)  # shapes are computed
+    assert logits.shape == (2, 3, 5)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +174,7 @@ def test_strays_are_seen(backend):
 
 
 @at_every_place
+@pytest.mark.usefixtures("with_shapes_alone")
 def test_what_is_made_on_a_device_is_there(backend, device, checkpoint):
     """Catches a device that is dropped on the way: by name, by a backend that holds it, by a default."""
     with STRAYS[backend.name](device) as strays:
@@ -160,6 +193,7 @@ def test_what_is_made_on_a_device_is_there(backend, device, checkpoint):
 
 
 @at_every_place
+@pytest.mark.usefixtures("with_shapes_alone")
 def test_the_model_computes_where_its_parameters_are(backend, device):
     """Catches positions, a mask, a cache or its growth made on the framework's default device."""
     params = on_backend(backend, WEIGHTS, device=device)

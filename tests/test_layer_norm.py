@@ -129,3 +129,39 @@ def test_layer_norm_of_ordinary_numbers_raises_no_floating_point_flag(backend, d
         with np.errstate(all="raise", under="ignore"):
             computed = backend.to_numpy(form(*map(backend.from_numpy, layer)))
         assert np.isfinite(computed).all()
+
+
+@pytest.mark.parametrize("eps", [-1e-5, np.nan, np.inf])
+def test_an_eps_that_is_none_is_refused(backend, dtype, eps):
+    """Catches the root of a negative number, and rows that become NaN or the bias without a word."""
+    layer = [backend.from_numpy(a) for a in arguments(np.random.default_rng(5), (3, 8), dtype)]
+    for op in (pg.layer_norm, pg.layer_norm.reference):
+        with pytest.raises(ValueError, match=r"layer_norm: eps is .*; expected a finite number of at least 0"):
+            op(*layer, eps=eps)
+
+
+def test_an_eps_of_zero_is_taken(backend):
+    """Catches a check that is too strict: numbers that are not all equal have a variance of their own."""
+    layer = arguments(np.random.default_rng(6), (3, 8), "float32")
+    expected = bounds.layer_norm(*layer, eps=0.0)
+    for form, op in bounds.forms(pg.layer_norm, backend, compiled=True, eps=0.0).items():
+        assert expected.ratio(bounds.compute(op, backend, *layer, eps=0.0)) <= 1, form
+
+
+@pytest.mark.parametrize("n", [2, 4, 768])
+def test_layer_norm_of_the_largest_numbers_of_its_range(backend, dtype, n):
+    """Catches a range in the docstring that an algorithm does not have: |x| below sqrt(largest / n) / 2.
+
+    Of the computing dtype; a 16-bit format may end before that.
+    """
+    host = bounds.host_dtype(dtype)
+    largest = float(bounds.FORMATS[bounds.computed_in(dtype)].largest)
+    edge = min(float(bounds.FORMATS[dtype].largest), 0.499 * (largest / n) ** 0.5)
+    signs = np.where(np.arange(2 * n).reshape(2, n) % 2, -1, 1) * np.asarray([[1], [0.5]])
+    x = (edge * signs).astype(host)
+    g, b = np.ones(n, host), np.zeros(n, host)
+    expected = bounds.layer_norm(x, g, b)
+    assert np.isfinite(expected.error).all()
+    for form, op in bounds.forms(pg.layer_norm, backend, compiled=True).items():
+        y = bounds.compute(op, backend, x, g, b)
+        assert bounds.assert_within(expected, y, "layer_norm", backend, dtype, form) <= 1
