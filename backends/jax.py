@@ -205,10 +205,10 @@ class JaxBackend(Backend):
     def index(self, ids: Any) -> Any:
         return ids.astype(int)  # of 64 bits where JAX has them
 
-    def peek(self, x: Any) -> np.ndarray | None:
+    def is_readable(self, x: Any) -> bool:
         if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
-            return None
-        return np.asarray(x) if all(device.platform == "cpu" for device in x.devices()) else None
+            return False
+        return all(device.platform == "cpu" for device in x.devices())
 
     def devices(self) -> list[str]:
         return list(self._devices())

@@ -158,8 +158,8 @@ class NumpyBackend(Backend):
     def index(self, ids: Any) -> Any:
         return ids.astype(np.int64, copy=False)
 
-    def peek(self, x: Any) -> np.ndarray | None:
-        return np.asarray(x)
+    def is_readable(self, x: Any) -> bool:
+        return True
 
     def devices(self) -> list[str]:
         return ["cpu"]

@@ -236,9 +236,9 @@ class TensorflowBackend(Backend):
     def index(self, ids: Any) -> Any:
         return ids if ids.dtype in (tf.int32, tf.int64) else tf.cast(ids, tf.int64)
 
-    def peek(self, x: Any) -> np.ndarray | None:
+    def is_readable(self, x: Any) -> bool:
         is_eager = tf.executing_eagerly() if isinstance(x, tf.Variable) else hasattr(x, "numpy")
-        return np.asarray(x.numpy()) if is_eager and "CPU" in x.device else None
+        return is_eager and "CPU" in x.device
 
     def shape(self, x: Any) -> tuple[Any, ...]:
         if x.shape.rank is None:

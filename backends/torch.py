@@ -386,13 +386,13 @@ class TorchBackend(Backend):
     def index(self, ids: Any) -> Any:
         return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
 
-    def peek(self, x: Any) -> np.ndarray | None:
+    def is_readable(self, x: Any) -> bool:
         if not x.is_cpu or type(x) is not torch.Tensor or torch.compiler.is_compiling():
-            return None
+            return False
         try:
-            return np.asarray(x.numpy())
+            return x.data_ptr() is not None
         except RuntimeError:  # it is mapped, or otherwise wrapped, by a transform of torch.func
-            return None
+            return False
 
     def holds_values(self, device: Any) -> bool:
         return bool(torch.device(device).type != "meta")

@@ -175,13 +175,20 @@ class Backend:
         """Return integers in a signed dtype that `xp.take` takes; from 2**63 on they become negative."""
         return self.xp.astype(ids, self.xp.int64)
 
-    def peek(self, x: Any) -> np.ndarray | None:
-        """Return the values of x, on the host, where they can be read at once; None of a tracer and of an accelerator.
+    def is_readable(self, x: Any) -> bool:
+        """Return whether the values of x can be read at once: not those of a tracer, nor those on an accelerator.
 
-        Ids are checked where their values are known: where this returns None, an id out of range makes a NaN. So the
-        answer must depend on what x is and where it lives, and not on what is still being computed.
+        Ids are checked where they can be read, and elsewhere an id out of range makes a NaN. So the answer must depend
+        on what x is and where it lives, and not on what is still being computed.
         """
-        return None
+        return False
+
+    def span(self, ids: Any) -> tuple[int, int] | None:
+        """Return the least and the largest of integers, (0, -1) of none, where they can be read; else None."""
+        if not self.is_readable(ids):
+            return None
+        values = self.to_numpy(ids)
+        return (int(values.min()), int(values.max())) if values.size else (0, -1)
 
     # Devices
 

@@ -30,15 +30,14 @@ def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
         If an id is out of range, and the values can be read at once: NumPy's, and eager arrays on a CPU.
     """
     backend = backend_of(ids)
-    xp, values = backend.xp, backend.peek(ids)
-    if isinstance(n, int):
-        if values is not None and values.size and (values.min() < 0 or values.max() >= n):
-            raise ValueError(f"{name} range from {values.min()} to {values.max()}; expected 0 to {n - 1}")
-        if n == 0 and not backend.is_empty(ids):
-            raise ValueError(f"{name} has shape {list(backend.shape(ids))}, but there is nothing to choose from")
-    index = backend.index(ids)
-    if values is not None and isinstance(n, int):
+    xp, span, index = backend.xp, backend.span(ids), backend.index(ids)
+    if isinstance(n, int) and span is not None:
+        low, high = span
+        if low < 0 or high >= n:
+            raise ValueError(f"{name} range from {low} to {high}; expected 0 to {n - 1}")
         return index, None
+    if n == 0 and not backend.is_empty(ids):
+        raise ValueError(f"{name} have shape {list(backend.shape(ids))}, but there is nothing to choose from")
     known = (index >= 0) & (index < (n if isinstance(n, int) else xp.astype(n, index.dtype)))
     return xp.where(known, index, 0), known
 
