@@ -65,6 +65,17 @@ def test_only_what_is_needed_is_asked_for_and_once(model, load):
     assert load(online, "someone/tiny") == [said]  # now nobody answers
 
 
+def test_what_goes_with_a_model_is_asked_for_too(model, load):
+    """Catches ends, starts and chat templates that a directory keeps and the hub's models lose."""
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    with hub.serving({"someone/tiny": model}) as (online, asked):
+        load(online, "someone/tiny")
+    assert sorted(asked) == sorted([*NEEDED, "generation_config.json", "chat_template.jinja", "tools.jinja"])
+
+
 def test_a_revision_is_what_stands_behind_the_at(model, load):
     """Catches a revision that is ignored, and one that does not exist being replaced by another."""
     with hub.serving({"tiny": model}, revisions=["v1.0"]) as (online, asked):

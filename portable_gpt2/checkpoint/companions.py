@@ -73,7 +73,7 @@ def written_companions(config: GPT2Config, dtypes: Iterable[str], companions: Ma
     dtypes : strs
         The dtypes of the weights that are written.
     companions : dict
-        What was read. A file that says all of this already is returned as it is.
+        The files that were read. One that says all of this already is returned as it is.
     """
     files, here = dict(companions), Path()
     given = parse_json(here / CONFIG_FILE, files[CONFIG_FILE]) if CONFIG_FILE in files else {}

@@ -57,7 +57,7 @@ def start(file: Path, n: int = 64) -> bytes:
 
 
 def mistaken(head: bytes) -> str | None:
-    """Return what a file is instead of what its name promises, and what to do, if its first bytes tell."""
+    """Describe a file that is another thing than its name promises, with advice; None if its first bytes look right."""
     if not head:
         return "an empty file; download or write it again"
     text = head.lstrip().lower()

@@ -32,7 +32,7 @@ from .safetensors_files import map_safetensors
 ENTRY_POINTS = "portable_gpt2.checkpoints"
 WEIGHTS_FILE = "model.safetensors"
 _LARGE = 1 << 18  # numbers
-INDEX = ".index.json"  # behind the name that the weights would have in one file
+INDEX = ".index.json"  # follows the name that the weights would have in one file
 
 
 class Format(NamedTuple):
@@ -109,7 +109,7 @@ def read_index(file: Path) -> dict[str, list[str]]:
         raise CheckpointError(f"{file}: weight_map is {files!r}; expected an object of tensors' names and files'")
     shards: dict[str, list[str]] = {}
     for tensor, name in files.items():
-        # Who wrote an index has no say in what else is read: a shard stands beside it. (Who set up the directory has:
+        # Who wrote an index has no say in what else is read: a shard stands next to it. (Who set up the directory has:
         # symbolic links are followed, and the hub's cache is made of them.)
         if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0:*?[]"):
             raise CheckpointError(f"{file}: {tensor} is said to be in {name!r}; expected the bare name of a file")
@@ -118,7 +118,7 @@ def read_index(file: Path) -> dict[str, list[str]]:
 
 
 def open_weights(weights: Weights) -> Held:
-    """Return what the files hold, with no tensor read."""
+    """Open the files of weights; no tensor is read yet."""
     if weights.shards is None:
         return _open_file(weights.file, weights.format)
     tensors: dict[str, Found] = {}
@@ -192,7 +192,7 @@ def _is_model(entry: Any) -> bool:
 
 
 def _read(file: Path, name: str, tensor: StoredTensor) -> np.ndarray:
-    """Read a tensor, and refuse it if it is not what its file said, or holds what is no number."""
+    """Read a tensor, and refuse it if it is not what its file said, or holds a NaN or an infinity."""
     if math.prod(tensor.shape) >= _LARGE:
         _trim()
     try:

@@ -60,7 +60,7 @@ def is_openai(names: Mapping[str, Any]) -> bool:
 
 
 def prefix_of(names: Iterable[str]) -> str | None:
-    """Return what stands before most of Hugging Face's names; None where there is no such name.
+    """Return the prefix of most of Hugging Face's names; None where there is no such name.
 
     Examples
     --------
@@ -76,11 +76,11 @@ class Layout(NamedTuple):
     """How a file names the parameters, and in which shapes it holds them."""
 
     names: dict[str, str]
-    """Of each parameter, by path."""
+    """The name of each parameter, by path."""
     dropped: set[str]
-    """Of tensors that are no parameters: masks, and an lm_head that is wte."""
+    """Names of tensors that are not parameters: masks, and an lm_head that is wte."""
     head: str
-    """Of lm_head, were there one."""
+    """The name that lm_head would have."""
     stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]]
     """From a path and the parameter's shape to that in the file."""
 
@@ -118,7 +118,7 @@ def by_path(
     Parameters
     ----------
     file : path
-        Of the weights, or of their index if they are in several.
+        The file of weights, or the index if there are several.
     found : dict
         Tensors by the names in the file.
     config : GPT2Config
@@ -136,7 +136,7 @@ def by_path(
     known = {*layout.names.values(), *layout.dropped}
     extra = [name for name in found if name not in known]
     if is_linear and missing == [path for path in ours if path.endswith("/b")]:
-        missing = []  # of a model that was made with bias=False
+        missing = []  # the model was made with bias=False
     if missing:
         lacks = f"{file}: lacks {_some([layout.names[path] for path in missing])}"
         raise CheckpointError(f"{lacks}; holds {_some(extra)} instead" if extra else lacks)

@@ -47,7 +47,7 @@ class Checkpoint(NamedTuple):
     """A checkpoint whose weights are not read yet."""
 
     source: str
-    """What was found, in a few words."""
+    """A description of the files in a few words."""
     config: GPT2Config
     tensors: dict[str, StoredTensor]
     """By path, in the order of `params.shapes`, in the files' dtypes."""
@@ -71,7 +71,7 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     Returns
     -------
     Checkpoint
-        What is written to a tensor that was read does not reach the file.
+        To write to a tensor that was read does not change the file.
 
     Raises
     ------

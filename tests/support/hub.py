@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import http.server
 import json
-import os
 import threading
 import urllib.parse
 
@@ -40,14 +39,14 @@ def serving(models, revisions=("main",)):
                 return self.answer({"error": "Invalid rev id"}, 404, X_Error_Code="RevisionNotFound")
             directory = models[model]
             if is_api:
-                names = sorted(os.listdir(directory))
+                names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
                 files = [
                     {"type": "file", "path": n, "size": (directory / n).stat().st_size, "oid": etag(directory / n)}
                     for n in names
                 ]
                 info = {"id": model, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
                 return self.answer(files if parts[verb] == "tree" else info)
-            file = directory / rest[0]
+            file = directory.joinpath(*rest[:-1])
             if not file.is_file():
                 return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
             if self.command == "GET":
