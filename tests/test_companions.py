@@ -11,6 +11,8 @@ import tiny
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint import SHIPPED, convert, read_checkpoint, write_checkpoint
 from portable_gpt2.checkpoint.companions import COMPANIONS
+from portable_gpt2.cli import main
+from portable_gpt2.training.run import Run
 
 # The ids of what the shipped model continues "To be" with, greedily; 12 is ",".
 GREEDY = [259, 288, 901, 320, 12, 199, 334, 336, 259, 263, 548, 348]
@@ -238,6 +240,22 @@ def test_the_dtype_that_config_json_names_is_that_of_the_weights(rich, tmp_path,
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == expected
     pg.GPT2.load(tmp_path / "out", backend="numpy").save(tmp_path / "loaded")  # as float32
     assert json.loads((tmp_path / "loaded" / "config.json").read_text())[entry] == "float32"
+
+
+def test_what_goes_with_a_model_comes_through_a_run(rich, tmp_path, backend):
+    """Catches a fine-tuned model that has lost its chat template, when the run was begun or when it was resumed."""
+    (tmp_path / "data.txt").write_text(tiny.TEXT, encoding="utf-8")
+    expected = contents(rich)
+    del expected["additional_chat_templates/tools.jinja"]
+    begin = ["train", "--init-from", str(rich), "--data", str(tmp_path / "data.txt"), "--out", str(tmp_path / "run")]
+    begin += ["--batch-size", "2", "--context", "16", "--eval-every", "1", "--backend", backend.name, "--steps", "2"]
+    with pytest.warns(UserWarning, match=r"a run does not keep additional_chat_templates/tools\.jinja: copy it to the"):
+        assert main(begin) == 0
+    published = {n: c for n, c in contents(tmp_path / "run").items() if "/" not in n and n != "metrics.jsonl"}
+    assert published == expected
+    run = Run.open(tmp_path / "run")
+    assert (run.config.ends, run.config.start) == ((0, 12), 5)
+    assert {**run.companions} == {n: c for n, c in expected.items() if n not in ("vocab.json", "merges.txt")}
 
 
 def test_a_configuration_that_was_changed_is_what_the_files_say(rich, tmp_path):

@@ -226,7 +226,9 @@ def _begun(arguments: argparse.Namespace, read: Callable[[str], str]) -> tuple[R
 
     where = {"backend": backend.name} | _given(arguments, "device")
     trainer = Trainer(config, recipe, backend)
-    return Run.create(arguments.out, recipe, config, tokenizer, write, **where), trainer, trainer.start(params)
+    companions = found.companions if arguments.init_from else {}
+    run = Run.create(arguments.out, recipe, config, tokenizer, write, companions=companions, **where)
+    return run, trainer, trainer.start(params)
 
 
 def _share(text: str) -> float | None:

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,10 +96,11 @@ class Run:
         tokenizer: Tokenizer | None,
         n_training: int,
         where: Mapping[str, Any],
+        companions: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.directory = checks.path("directory", directory)
         self.recipe, self.config, self.tokenizer = recipe, config, tokenizer
-        self.n_training, self.where = n_training, dict(where)
+        self.n_training, self.where, self.companions = n_training, dict(where), companions
         self._metrics: records.Metrics | None = None
 
     @classmethod
@@ -108,6 +111,8 @@ class Run:
         config: GPT2Config,
         tokenizer: Tokenizer | None,
         write_tokens: Callable[[Path], int],
+        *,
+        companions: Mapping[str, bytes] = MappingProxyType({}),
         **where: Any,
     ) -> Run:
         """Make the directory of a new run, which appears complete or not at all.
@@ -121,6 +126,9 @@ class Run:
         write_tokens : callable
             Writes the text as token ids into the file that it is given, as `data.write_tokens` does, and returns how
             many of them are for training.
+        companions : dict
+            Other files to write with each checkpoint, by name, as `read_checkpoint` returns them. Those in a directory
+            of their own are left out with a warning.
         **where
             ``backend`` and ``device``, by name: what the run resumes with unless it is told otherwise.
 
@@ -134,6 +142,9 @@ class Run:
         target = check_new(directory)
         _check_context(recipe, config)
         where = _check_where(where)
+        if nested := [name for name in companions if "/" in name]:
+            warnings.warn(f"a run does not keep {', '.join(nested)}: copy it to the model", UserWarning, stacklevel=2)
+            companions = {name: content for name, content in companions.items() if name not in nested}
         with contextlib.ExitStack() as stack:
             if ended_early := (target / _INSIDE).exists():
                 stack.enter_context(_locked(target))
@@ -147,7 +158,7 @@ class Run:
             tokens = {"bytes": size, "sha256": records.digest(inside / _TOKENS)}
             entries = {"recipe": recipe.to_dict(), "n_training": n_training, "tokens": tokens, "where": where}
             records.write_record(inside / _RUN, entries)
-        return cls(directory, recipe, config, tokenizer, n_training, where)
+        return cls(directory, recipe, config, tokenizer, n_training, where, companions)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Run:
@@ -172,7 +183,8 @@ class Run:
         entries = _read_run(file)
         recipe: Recipe = entries["recipe"]
         _, found, _ = _open_last(root, recipe)
-        return cls(root, recipe, found.config, found.tokenizer, entries["n_training"], entries["where"])
+        n_training, where = entries["n_training"], entries["where"]
+        return cls(root, recipe, found.config, found.tokenizer, n_training, where, found.companions)
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids for training, and those that are held out.
@@ -270,7 +282,7 @@ class Run:
         _check_state(inside / saved.name, self.config, self.recipe, params, moments)
         try:
             with appearing(inside / saved.name, force=True) as draft:
-                write_files(draft, self.config, params, self.tokenizer)
+                write_files(draft, self.config, params, self.tokenizer, self.companions)
                 write_safetensors(draft / _MOMENTS, moments)
                 saved.files.update((file.name, records.digest(file)) for file in sorted(draft.iterdir()))
         except _NotFinite as error:
