@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, takewhile
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -69,9 +69,9 @@ class GPT2:
         check_device(params)
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
             raise TypeError(f"tokenizer is {shown(tokenizer)}; expected a Tokenizer, such as Tokenizer.load gives")
-        if tokenizer is not None and len(tokenizer) > config.n_vocab:
+        if tokenizer is not None and tokenizer.n_base > config.n_vocab:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} entries and the model {config.n_vocab}; without a tokenizer it "
+                f"the tokenizer has {tokenizer.n_base} entries and the model {config.n_vocab}; without a tokenizer it "
                 f"works by token ids"
             )
         self.config, self.tokenizer = config, tokenizer
@@ -101,6 +101,7 @@ class GPT2:
         backend: str | Backend | None = None,
         device: Any = None,
         dtype: str | None = None,
+        tokenizer: Tokenizer | Literal["auto"] | None = "auto",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> GPT2:
         """Load a checkpoint.
@@ -120,13 +121,18 @@ class GPT2:
         dtype : str, optional
             ``float32`` unless given; ``float64``, ``bfloat16`` or ``float16`` where the backend computes in them
             (NumPy stores 16 bits and computes in float32).
+        tokenizer : Tokenizer, "auto" or None
+            The tokenizer: the checkpoint's own unless given (``"auto"``), another one, or none (None): the model then
+            works by token ids, whatever the checkpoint's own is. A tokenizer may have more tokens than the model if
+            those were added to its vocabulary, such as ``[PAD]``; a text that has one of them is refused.
         progress : callable, optional
             Wraps the iterable of tensors that are loaded one by one, as tqdm does.
 
         Raises
         ------
         CheckpointError
-            If the files are not those of a whole GPT-2. The message names the file and the tensor.
+            If the files are not those of a whole GPT-2. The message names the file and the tensor. If it is the
+            tokenizer that cannot be used, the model can be loaded without it (``tokenizer=None``).
         BackendNotInstalled
             If the backend's framework is missing, or one that it takes to read the files. The message says what to
             install.
@@ -138,7 +144,7 @@ class GPT2:
         owner = get_backend(backend, device)
         dtype = "float32" if dtype is None else dtype
         owner.dtype(dtype)
-        found = read_checkpoint(source)
+        found = read_checkpoint(source, tokenizer=tokenizer)
         tensors, params = found.tensors, dict[str, Any]()
         # One tensor at a time, and each is let go before the next is read. The largest first: what is in memory twice
         # for a moment is so while there is little else, and leaves room that the next ones fit into.
@@ -443,9 +449,8 @@ class GPT2:
         TypeError, ValueError
             If the model has no tokenizer, a text is not valid, or stride is not in its range.
         """
-        tokenizer = self._require_tokenizer()
         given = [texts] if isinstance(texts, str) else several("texts", texts, "a text, or several")
-        encoded = [tokenizer.encode(text, allow_special=allow_special) for text in given]
+        encoded = [self._encode(text, allow_special) for text in given]
         scores = [self.score_ids(ids, stride=stride, bos=bos) for ids in encoded]
         return scores[0] if isinstance(texts, str) else scores
 
@@ -504,7 +509,7 @@ class GPT2:
         >>> {name: x.shape for name, x in model.trace([1, 2, 3]).items()}["h0/attn/weights"]
         (1, 2, 3, 3)
         """
-        ids = self._require_tokenizer().encode(text, allow_special=allow_special) if isinstance(text, str) else text
+        ids = self._encode(text, allow_special) if isinstance(text, str) else text
         tokens = check_ids(ids, self.config, axes=1)[None]
         check_length(tokens.shape[1], self.config)
         found: dict[str, Any] = {}
@@ -516,15 +521,27 @@ class GPT2:
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError(
-                "the model has no tokenizer: its checkpoint had no vocab.json and merges.txt, and no tokenizer.json. "
-                "Add them, or use stream_ids and logits, which work by token ids"
+                "the model has no tokenizer: its checkpoint had no vocab.json and merges.txt, and no tokenizer.json, "
+                "or it was loaded without. Add them, or use stream_ids and logits, which work by token ids"
             )
         return self.tokenizer
+
+    def _encode(self, text: str, allow_special: bool | Collection[str]) -> list[int]:
+        """Return the ids of a text; refuse tokens that were added to the tokenizer and not to the model."""
+        tokenizer = self._require_tokenizer()
+        ids = tokenizer.encode(text, allow_special=allow_special)
+        if (largest := max(ids, default=0)) >= self.config.n_vocab:
+            raise ValueError(
+                f"the text holds {tokenizer.decode([largest])!r}, whose id is {largest}: it was added to the tokenizer "
+                f"and not to the model, which has a vocabulary of {self.config.n_vocab}"
+            )
+        return ids
 
     def _end_of_text(self) -> list[int]:
         """Return the ids that end a text: the tokenizer's ``<|endoftext|>``, and the configuration's."""
         known = None if self.tokenizer is None else self.tokenizer.end_of_text
-        return list(dict.fromkeys(end for end in (known, *self.config.ends) if end is not None))
+        ends = (known, *self.config.ends)
+        return list(dict.fromkeys(end for end in ends if end is not None and end < self.config.n_vocab))
 
     def _start(self, why: str) -> int:
         """Return the id that a text starts from where nothing comes before it."""
@@ -534,6 +551,5 @@ class GPT2:
         raise ValueError(f"{why}, and the vocabulary has no <|endoftext|> to start from")
 
     def _prompt_ids(self, prompt: str, allow_special: bool | Collection[str]) -> list[int]:
-        ids = self._require_tokenizer().encode(prompt, allow_special=allow_special)
-        ids = ids or [self._start("the prompt is empty")]
+        ids = self._encode(prompt, allow_special) or [self._start("the prompt is empty")]
         return check_ids(ids, self.config, axes=1).tolist()  # type: ignore[no-any-return]

@@ -79,7 +79,8 @@ class Tokenizer:
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._added = found.added
         self._added_by_id = {token.id: content for content, token in found.added.items()}
-        self._n_vocab = 1 + max((*found.vocab.values(), *self._added_by_id), default=-1)
+        self._n_base = 1 + max((id for entry, id in found.vocab.items() if entry not in found.added), default=-1)
+        self._n_vocab = max(self._n_base, 1 + max(self._added_by_id, default=-1))
         self._patterns: dict[frozenset[str], list[re.Pattern[str]]] = {}
 
     @classmethod
@@ -130,6 +131,11 @@ class Tokenizer:
     def n_vocab(self) -> int:
         """One more than the largest id: the least vocabulary of a model that has all of them. There may be gaps."""
         return self._n_vocab
+
+    @property
+    def n_base(self) -> int:
+        """As `n_vocab`, without the tokens that were added: any text may have these ids, whatever it spells."""
+        return self._n_base
 
     @property
     def special_tokens(self) -> dict[str, int]:

@@ -7,13 +7,14 @@ entries of ``config.json`` about other tasks. All of it comes through, byte for 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import ALIASES, GPT2Config
 from ..tokenizer_files import ADDED_FILE, MERGES_FILE, SETTINGS_FILE, SPECIAL_FILE, TOKENIZER_FILE, VOCAB_FILE
-from .contents import exists, parse_json, read_text
+from .contents import LARGEST_TEXT, exists, parse_json, read_text
 from .errors import CheckpointError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -27,6 +28,8 @@ COMPANIONS = (
 )
 TEMPLATES = "additional_chat_templates/*.jinja"
 TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE)
+_OTHER_TOKENIZERS = ("vocab.txt",)  # BERT's
+TOKENIZER_SETTINGS = (SETTINGS_FILE, SPECIAL_FILE, ADDED_FILE)
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
 
 
@@ -37,8 +40,10 @@ def read_companions(directory: Path) -> dict[str, bytes]:
 
 
 def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
-    """Return the files of a tokenizer that is not used here, so that it is not lost."""
-    return {name: read_text(directory / name) for name in TOKENIZER_FILES if exists(directory / name)}
+    """Return the files of a tokenizer that is not used here, so that it is not lost: as they are, damaged ones too."""
+    files = (directory / name for name in (*TOKENIZER_FILES, *_OTHER_TOKENIZERS))
+    found = (file for file in files if os.path.isfile(file) and file.stat().st_size <= LARGEST_TEXT)
+    return {file.name: file.read_bytes() for file in found}
 
 
 def configuration(directory: Path, companions: Mapping[str, bytes]) -> GPT2Config:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .. import checks
 from ..backend import StoredTensor
@@ -19,13 +19,14 @@ from . import hub
 from .companions import (
     CONFIG_FILE,
     TOKENIZER_FILES,
+    TOKENIZER_SETTINGS,
     configuration,
     generating,
     read_companions,
     read_tokenizer_files,
 )
 from .contents import check_text, exists, read_json
-from .errors import CheckpointError
+from .errors import CheckpointError, TokenizerError
 from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights
 from .names import by_path, is_openai
 
@@ -57,7 +58,9 @@ class Checkpoint(NamedTuple):
     ``generation_config.json``, the tokenizer's settings, chat templates."""
 
 
-def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(
+    source: str | os.PathLike[str], *, tokenizer: Tokenizer | Literal["auto"] | None = "auto"
+) -> Checkpoint:
     """Find a checkpoint and check that its files are those of a whole GPT-2, before the weights are read.
 
     Parameters
@@ -67,6 +70,9 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         index, or ``pytorch_model.bin``), OpenAI's release (``hparams.json`` and ``model.ckpt``), or nanoGPT's
         ``ckpt.pt``; or the file of weights in one. Where there is none of this name, the model ``shakespeare``, which
         is a part of this package, or one of the hub: ``gpt2``, ``user/model`` or ``user/model@revision``.
+    tokenizer : Tokenizer, "auto" or None
+        A tokenizer to use in place of the checkpoint's own ("auto"), or None for none. The checkpoint's own is then not
+        looked at; without one, its files are among the companions.
 
     Returns
     -------
@@ -79,6 +85,8 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         If there is no such checkpoint, a file is missing, truncated or malformed, the configuration is not a GPT-2's,
         or a tensor is missing, one too many, or of another shape or dtype than it should be. Reading a tensor raises it
         too, if it holds a NaN or an infinity. The message names the file, and the tensor.
+    TokenizerError
+        If all else can be used, and the tokenizer cannot. It is a CheckpointError.
     BackendNotInstalled
         If it takes a framework to read the weights, which is not there. The message says what to install.
     """
@@ -103,12 +111,14 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     layout = "OpenAI's release" if is_openai(held.tensors) else "nanoGPT" if is_nanogpt else "Hugging Face's layout"
     files = weights.file.name if weights.shards is None else f"{weights.file.name} of {len(weights.shards)} files"
     dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
-    tokenizer = _read_tokenizer(directory, config)
-    if config_name != CONFIG_FILE and tokenizer is not None:  # which does not say it
-        config = generating(directory, dataclasses.replace(config, eos_token_id=tokenizer.end_of_text), companions)
-    if tokenizer is None:
+    used = _read_tokenizer(directory, config, tokenizer)
+    if config_name != CONFIG_FILE and used is not None:  # which does not say it
+        config = generating(directory, dataclasses.replace(config, eos_token_id=_end_of_text(used, config)), companions)
+    if used is None:
         companions |= read_tokenizer_files(directory)
-    return Checkpoint(f"{said}{layout}, {files}, {dtypes}", config, tensors, tokenizer, companions)
+    elif used is tokenizer:
+        companions = {name: file for name, file in companions.items() if name not in TOKENIZER_SETTINGS}
+    return Checkpoint(f"{said}{layout}, {files}, {dtypes}", config, tensors, used, companions)
 
 
 def _find(source: str | os.PathLike[str]) -> tuple[Path, Path | None, str]:
@@ -179,14 +189,34 @@ def _no_weights(directory: Path) -> str:
     return f"{directory / WEIGHTS_FILE}: no such file{there}; weights are read from {readable}, or those of an {INDEX}"
 
 
-def _read_tokenizer(directory: Path, config: GPT2Config) -> Tokenizer | None:
-    for name in (*TOKENIZER_FILES, *OPENAI_TOKENIZER_FILES):
-        if exists(directory / name):
-            check_text(directory / name)
-    try:
-        tokenizer = Tokenizer.load(directory)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    if tokenizer is not None and len(tokenizer) > config.n_vocab:
-        raise CheckpointError(f"{directory}: the tokenizer has {len(tokenizer)} entries and the model {config.n_vocab}")
-    return tokenizer
+def _read_tokenizer(directory: Path, config: GPT2Config, given: Tokenizer | Literal["auto"] | None) -> Tokenizer | None:
+    """Return the tokenizer to use. It may have added tokens that the model lacks: a text that has one is refused."""
+    if given is None:
+        return None
+    found: Tokenizer | str | None = given
+    if given == "auto":
+        try:
+            for name in (*TOKENIZER_FILES, *OPENAI_TOKENIZER_FILES):
+                if exists(directory / name):
+                    check_text(directory / name)
+            found = Tokenizer.load(directory)
+        except (ValueError, OSError) as error:
+            raise TokenizerError(f"{error} ({_BY_IDS})") from error
+        if found is None:
+            return None
+    if not isinstance(found, Tokenizer):
+        raise TypeError(f"tokenizer is {checks.shown(given)}; expected a Tokenizer (Tokenizer.load reads one), or None")
+    if found.n_base > config.n_vocab:
+        where = directory if given == "auto" else "tokenizer"
+        raise TokenizerError(
+            f"{where}: the tokenizer has {found.n_base} entries and the model {config.n_vocab} ({_BY_IDS})"
+        )
+    return found
+
+
+_BY_IDS = "without a tokenizer, GPT2.load(..., tokenizer=None), the model works by token ids"
+
+
+def _end_of_text(tokenizer: Tokenizer, config: GPT2Config) -> int | None:
+    end = tokenizer.end_of_text
+    return end if end is not None and end < config.n_vocab else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from ..backend import StoredTensor, float_dtypes
 from ..config import GPT2Config
 from ..tokenizer import Tokenizer
 from .companions import TOKENIZER_FILES, written_companions
+from .errors import TokenizerError
 from .formats import WEIGHTS_FILE, cast
 from .names import prefixed_name
 from .reading import read_checkpoint
@@ -90,6 +92,8 @@ def convert(
 ) -> str:
     """Write any checkpoint anew in Hugging Face's layout; nothing is computed.
 
+    A tokenizer that cannot be used here is copied as it is, with a warning that says why.
+
     Parameters
     ----------
     source : path or str
@@ -122,7 +126,11 @@ def convert(
         raise ValueError(f"no floating dtype {dtype!r}; choose one of {', '.join(float_dtypes)}")
     checks.path("source", source)
     with replacing_checkpoint(checks.path("directory", directory), force) as draft:
-        found = read_checkpoint(source)
+        try:
+            found = read_checkpoint(source)
+        except TokenizerError as error:
+            warnings.warn(f"{error}; its files are copied as they are", UserWarning, stacklevel=2)
+            found = read_checkpoint(source, tokenizer=None)
         tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
         write_files(draft, found.config, tensors, found.tokenizer, found.companions, progress)
     return found.source
