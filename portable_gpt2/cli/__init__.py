@@ -4,20 +4,23 @@ Exit status: 0; 2 if it failed; 130, 143 and 129 after SIGINT (Ctrl-C), SIGTERM 
 See docs/decisions/0027.
 """
 
-from __future__ import annotations
-
-from . import signals, streams
+from . import signals
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    streams.prepare()
-    signals.leave_at_once()
-    from . import commands  # not above: it imports NumPy, and Ctrl-C may come first
+    """Run the command; return its exit status.
 
-    signals.clean_up_first()
+    Without arguments of its own it is the program, and takes charge of the process's signals and standard streams.
+    """
+    if argv is None:
+        signals.leave_at_once()  # before more is imported
+        from . import streams
+
+        streams.prepare()  # before a file is opened
+    from . import commands
+
     try:
         return commands.run(argv)
     finally:
-        if argv is None:  # the process ends
-            signals.leave_at_once()
+        if argv is None:
+            signals.leave_at_once()  # until the process has ended

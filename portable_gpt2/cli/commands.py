@@ -286,6 +286,7 @@ def _score(arguments: argparse.Namespace) -> int:
 def _attend(arguments: argparse.Namespace) -> int:
     from .. import plot
 
+    signals.clean_up_first()
     plot.check_file(arguments.output)
     model = _load(arguments)
     chosen = {}
@@ -316,6 +317,7 @@ def _attend(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    signals.clean_up_first()
     found = convert(
         arguments.source, arguments.directory, dtype=arguments.dtype, force=arguments.force, progress=_progress
     )

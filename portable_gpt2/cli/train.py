@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace, read: Callable[[str], str]) -> int:
 
     from .. import plot
 
+    signals.clean_up_first()
     if arguments.plot:
         plot.check_file(arguments.plot)
     run, trainer, state = _resumed(arguments) if arguments.resume else _begun(arguments, read)
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace, read: Callable[[str], str]) -> int:
     streams.say(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens a step")
     bar = tqdm(total=run.recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5)
     reports = train(run, trainer, state)
-    with signals.noted() as stopped:  # Ctrl-C, or a scheduler's warning before it kills the process
+    with signals.Noted() as stopped:  # Ctrl-C, or a scheduler's warning before it kills the process
         try:
             for report in reports:
                 if report.step > bar.n:
