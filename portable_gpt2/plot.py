@@ -110,25 +110,36 @@ def check_file(file: str | os.PathLike[str]) -> None:
         If matplotlib is not installed. The message says what to install.
     ValueError
         If matplotlib knows no format of this name.
-    FileNotFoundError
-        If there is no such directory.
+    OSError
+        If there is no such directory (FileNotFoundError), it cannot be written to, or the file is a directory itself.
     """
     file, formats = checks.path("file", file), _figure(1, 1).canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in formats:
         raise ValueError(f"{file}: the name ends in no format that can be drawn: {', '.join(sorted(formats))}")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent}: no such directory")
+    if file.is_dir():
+        raise IsADirectoryError(f"{file}: is a directory; expected the name of a file")
+    try:
+        _room(file).cleanup()
+    except OSError as error:
+        raise OSError(f"{file.parent}: cannot be written to: {error.strerror}") from error
 
 
 def save(figure: Any, file: str | os.PathLike[str]) -> None:
     """Write a figure in the format that the file's name ends in; the file appears complete or not at all."""
     file = checks.path("file", file)
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as room:
+    with _room(file) as room:
         draft = Path(room, file.name)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
             figure.savefig(draft, dpi=150)
         draft.replace(file)
+
+
+def _room(file: Path) -> tempfile.TemporaryDirectory[str]:
+    """Return a temporary directory next to a file, from where a draft of it can be renamed."""
+    return tempfile.TemporaryDirectory(prefix=".plot-", dir=file.parent)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -340,6 +340,57 @@ def test_a_file_that_is_no_text_is_refused_by_name(command, checkpoints):
         assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("option", ["--prompt-file", "score"])
+def test_a_byte_order_mark_is_not_text(command, checkpoints, it, option):
+    """Catches a mark that Windows puts before a text, which costs a token and changes all that follow."""
+    (checkpoints / "bom.txt").write_bytes("\ufeffTo be\ufeff".encode())
+    if option == "score":
+        _, out, _ = command("score", "bom.txt", "--model", "it", "--json")
+        assert json.loads(out)["tokens"] == it.tokenizer.encode("To be\ufeff")
+    else:
+        _, out, _ = command("generate", option, "bom.txt", "--model", "it", "-n", "0")
+        assert out == "To be\ufeff\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_a_text_in_another_encoding_is_refused_by_its_name(command, checkpoints, encoding):
+    """Catches a message about byte 0xff, of which no user knows what to do."""
+    mark = "" if encoding == "utf-16" or encoding == "utf-32" else "\ufeff"
+    (checkpoints / "other.txt").write_bytes(f"{mark}To be".encode(encoding))
+    for args in (["score", "other.txt"], ["generate", "--prompt-file", "other.txt"]):
+        status, out, err = command(*args, "--model", "it")
+        assert (status, out) == (2, "")
+        assert f"other.txt: not UTF-8 but {encoding[:6].upper()}, as its byte order mark says; iconv -f" in err
+
+
+def test_a_file_that_is_named_twice_is_scored_twice(command, checkpoints):
+    """Catches a row of the output that is missing."""
+    (checkpoints / "b.txt").write_text("存在", encoding="utf-8")
+    first, second = command("score", "b.txt", "b.txt", "--model", "it")[1].splitlines()
+    assert first == second
+
+
+def test_json_is_strict_where_a_number_is_infinite(command, checkpoints, monkeypatch):
+    """Catches Infinity and NaN, which json.dumps writes and no other parser reads."""
+    (checkpoints / "b.txt").write_text("存在", encoding="utf-8")
+    log_probs = np.asarray([np.nan, -np.inf, -1e9, -1.5])
+    monkeypatch.setattr(pg.GPT2, "score", lambda *_, **__: pg.Score([1, 2, 3, 4], log_probs, 6))
+    _, out, _ = command("score", "b.txt", "--model", "it", "--json")
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert found["log_probs"] == [None, None, -1e9, -1.5]
+    assert found["total"] is found["perplexity"] is found["byte_perplexity"] is None
+
+
+def test_samples_without_a_seed_have_seeds_of_their_own(command, it):
+    """Catches one text given eight times, and a text that nobody can repeat."""
+    args = ["generate", *["To be"] * 4, "--model", "it", "-n", "12", "--top-k", "0"]
+    found = [json.loads(line) for line in command(*args, "--json")[1].splitlines()]
+    assert len({each["text"] for each in found}) == len({each["seed"] for each in found}) == 4
+    again = it.generate("To be", max_new_tokens=12, top_k=0, seed=found[2]["seed"])
+    assert again == found[2]["text"]
+    assert len(set(re.findall(r"^=+ prompt \d, sample 1, seed (\d+) =+$", command(*args)[1], re.MULTILINE))) == 4
+
+
 # attend
 
 
@@ -430,6 +481,12 @@ WRONG = [  # what follows `generate`, and what the message says
     (["x", *IT, "-n", "3", "--seed", "-1"], "seed is -1; expected an int from 0 to 2**64 - 1"),
     (["x", *IT, "-n", "3", "--seed", str(2**64)], f"seed is {2**64}; expected an int from 0 to 2**64 - 1"),
     (["x", *IT, "--seed", "7.5"], "argument --seed: '7.5': expected a whole number"),
+    (["x", "--temp", "1"], "unrecognized arguments: --temp 1"),
+    (["x", *IT, "--stop-token", "-1"], "argument --stop-token: -1 is not from 0 to 2**63 - 1"),
+    (["x", *IT, "--min-p", "x"], "argument --min-p: 'x': expected a number or off"),
+    (["x", *IT, "--top-k", ""], "argument --top-k: '': expected a whole number"),
+    (["x", "--model", "./nowhere", "--batch-size", "0"], "argument --batch-size: 0 is not"),  # before a model is loaded
+    (["x", "--model", "./nowhere", "--temperature", "nan"], "temperature is nan"),
     (["a\udcff", *IT], "character 1 of the text, '\\udcff', is a lone surrogate"),
 ]
 
@@ -442,6 +499,39 @@ def test_wrong_use_ends_with_one_line_and_status_2(command, args, message):
     assert message in err
     assert err.startswith("portable-gpt2")
     assert len(err.splitlines()) == 1
+
+
+def test_a_stride_is_refused_before_a_model_is_loaded(command, checkpoints):
+    """Catches gigabytes that are read for a mistyped number."""
+    status, _, err = command("score", "config.json", "--model", "./nowhere", "--stride", "0")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "argument --stride: 0 is not from 1 to 2**63 - 1" in err
+
+
+def test_a_bug_shows_where_it_is(command, monkeypatch):
+    """Catches a net that is too wide: a mistake of ours that is told as if it were the user's."""
+
+    def broken(*args, **options):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(pg.GPT2, "load", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        command("generate", "x", *IT)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 1.5 TiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")],
+    ids=repr,
+)
+def test_memory_that_is_full_is_said_in_one_line(command, monkeypatch, error):
+    """Catches a traceback for a model that is too large."""
+
+    def full(*args, **options):
+        raise error
+
+    monkeypatch.setattr(pg.GPT2, "load", full)
+    assert command("generate", "x", *IT) == (2, "", f"portable-gpt2: out of memory: {error}\n")
 
 
 @pytest.mark.parametrize("args", [[], ["frobnicate"], ["--frobnicate"], ["backends", "x"]], ids=" ".join)

@@ -304,3 +304,63 @@ def test_a_loss_that_is_no_number_ends_the_run(command, room):
     assert status == 2
     assert re.search(r"step \d diverged: the loss is .*Try a lower learning rate than 1e\+30", err)
     assert pg.training.Run.open("run").last["step"] == 0
+
+
+# Sizes, and what can be refused before a text is read
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--vocab-size", str(10**12)], "training 8,000,000,000,952 parameters, with a gradient and two moments"),
+        (["--vocab-size", str(10**8)], "the text has merges for "),
+        (["--n-embd", str(10**9)], "parameters, with a gradient and two moments of each, would take "),
+        (["--n-layer", str(10**9)], "parameters, with a gradient and two moments of each, would take "),
+        (["--n-ctx", str(10**9)], "training 8,000,002,9"),
+        (["--batch-size", str(10**12)], "a batch of 1000000000000 windows of 8 tokens would take "),
+        (["--vocab-size", str(10**400)], "is not from 1 to 2**63 - 1"),
+        (["--vocab-size", "0"], "argument --vocab-size: 0 is not from 1 to 2**63 - 1"),
+        (["--seed", "9" * 5000], "(5002 characters): expected a whole number of fewer digits"),
+        (["--seed", "0x10"], "argument --seed: '0x10': expected a whole number"),
+        (["--steps", "1e3"], "argument --steps: '1e3': expected a whole number"),
+        (["--clip", "x"], "argument --clip: 'x': expected a number or off"),
+        (["--clip", ""], "argument --clip: '': expected a number or off"),
+        (["--held-out", "nan"], "--held-out nan: expected a file, or a share"),
+        (["--context", "9"], "--context 9: the model has n_ctx = 8 positions"),
+        (["--n-lay", "3"], "unrecognized arguments: --n-lay 3"),
+        (["--plot", "/proc/losses.png"], "/proc: cannot be written to: "),
+        (["--plot", "folder.png"], "folder.png: is a directory; expected the name of a file"),
+    ],
+    ids=lambda x: " ".join(x)[:30] if isinstance(x, list) else "",
+)
+def test_what_cannot_be_is_refused_before_a_text_is_read(command, room, args, message):
+    """Catches an abort, a MemoryError or a loop without end, and an hour of work that ends in a mistyped option."""
+    (room / "folder.png").mkdir()
+    small = [option for option in SMALL if args[0] != "--n-embd" or option not in ("--n-head", "2")]
+    status, out, err = command("--data", "a.txt", "--out", "run", *small, "--steps", "1", *args)
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert len(err.splitlines()) == 1
+    assert not (room / "run").exists()
+    if str(10**8) not in args:  # then the text is needed to know
+        assert command("--data", "nowhere.txt", "--out", "run", *small, "--steps", "1", *args)[2] == err
+
+
+@pytest.mark.parametrize(
+    "name", ["--data", "--held-out", "--init-from", "--tokenizer", "--plot", "--device", "--dtype"]
+)
+def test_an_empty_value_is_not_the_default(command, room, name):
+    """Catches an unset variable that trains another model than was meant: `--init-from "$MODEL"`."""
+    status, _, err = command("--data", "a.txt", "--out", "run", *SMALL, name, "")
+    assert status == 2
+    assert f"argument {name}: the value is empty" in err
+    assert not (room / "run").exists()
+
+
+def test_a_byte_order_mark_is_not_trained_on(command, room):
+    """Catches a first token that stands for a mark, in each of several texts and in the held-out one."""
+    for name in ("a.txt", "b.txt"):
+        (room / name).write_bytes(b"\xef\xbb\xbf" + (room / name).read_bytes())
+    assert command("--data", "a.txt", "--held-out", "b.txt", "--out", "run", *SMALL, "--steps", "1")[0] == 0
+    run = pg.training.Run.open("run")
+    assert not any("\ufeff" in run.tokenizer.decode(ids.tolist()) for ids in run.tokens())

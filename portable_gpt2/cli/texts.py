@@ -74,8 +74,6 @@ class Texts:
         """Return the kind of an open file. Refuse what holds no text, and what may have no end."""
         status = os.fstat(descriptor)
         kind = stat.S_IFMT(status.st_mode)
-        if kind == stat.S_IFDIR:
-            raise OSError(f"{file}: is a directory; expected a text")
         is_null = kind == stat.S_IFCHR and os.path.samestat(status, os.stat(os.devnull))
         if kind in (stat.S_IFCHR, stat.S_IFBLK) and not is_null and not os.isatty(descriptor):
             raise OSError(f"{file}: is a device; expected a text")

@@ -41,13 +41,17 @@ def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     >>> len(tokenizer), tokenizer.decode(tokenizer.encode("to be"))
     (260, 'to be')
     """
+    n_vocab, texts = checks.integer("n_vocab", n_vocab), list(texts)
     least = 1 + len(pre_tokenizers.ByteLevel.alphabet())
     if n_vocab < least:
         raise ValueError(f"a vocabulary of {n_vocab} is asked for; the bytes and {END_OF_TEXT} alone are {least}")
+    # The library reserves memory for all that is asked for, and aborts where there is too little. A merge needs a byte.
+    most = min(n_vocab, least + 4 * sum(map(len, texts)))
+    checks.memory(64 * most, f"a vocabulary of {n_vocab}")
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=n_vocab,
+        vocab_size=most,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=[END_OF_TEXT],
         show_progress=False,
