@@ -22,7 +22,7 @@ if not os.path.exists("/dev/full"):
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 TRAIN = "train --data data.txt --n-layer 1 --n-head 1 --n-embd 8 --n-ctx 8 --vocab-size 260 --batch-size 2 --steps 3"
-COMMANDS = {  # what it is called with, and whether it writes text to stdout
+COMMANDS = {  # the arguments, and whether the command writes text to stdout
     "generate": ("generate To --model it -n 3 --seed 7", True),
     "generate --json": ("generate To be --model it -n 3 --seed 7 --json", True),
     "score": ("score data.txt --model it", True),

@@ -1,7 +1,7 @@
 """The standard streams: what happens to text and to messages where one of them is closed, full or a broken pipe.
 
-Text is what a command is for: if stdout loses it, the command fails. Messages are a courtesy: if stderr loses them, the
-work goes on. See docs/decisions/0027.
+A command exists for its text: if stdout loses it, the command fails. Messages are a courtesy: if stderr loses them, the
+command continues. See docs/decisions/0027.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def prepare() -> None:
     if sys.stdout is None:
         sys.stdout = open(_STDOUT, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console of few characters must not end the text
+        sys.stdout.reconfigure(errors="replace")  # where an encoding lacks a character, the text continues
     if sys.stderr is sys.__stderr__:  # and not what a caller of `main` put there
         encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
         courtesy = io.BufferedWriter(_Courtesy(_STDERR, "w", closefd=False))
@@ -68,7 +68,7 @@ def write(text: str) -> None:
         print(text, end="", flush=True)
     except OSError as error:
         if sys.stdout is sys.__stdout__:
-            _to_null(_STDOUT)  # what is left in the buffer: the interpreter will try to write it when it ends
+            _to_null(_STDOUT)  # the interpreter will try to write the rest of the buffer when it ends
         raise LostOutput(error.errno, f"cannot write to stdout: {error.strerror}") from error
 
 

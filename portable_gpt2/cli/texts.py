@@ -95,7 +95,7 @@ def _within_memory(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
 
 
 def _first_of_pipe(file: str, descriptor: int) -> bytes:
-    """Return what a pipe holds already. Refuse a named one that nobody opens for writing."""
+    """Return the bytes that a pipe holds already. Refuse a named one that nobody opens for writing."""
     events = select.poll()
     events.register(descriptor, select.POLLHUP)  # somebody opened it and closed it again
     deadline = time.monotonic() + _PATIENCE
