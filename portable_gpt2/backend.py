@@ -216,10 +216,14 @@ class Backend:
         ValueError
             If there is no such device. The message lists those that there are.
         """
-        found = self._find_device(device)
+        try:
+            found = self._find_device(device)
+        except Exception:  # whatever the framework says of an object of another kind
+            found = None
         if found is None:
+            said = f"{device!r:.80}" if isinstance(device, str) else f"that is a {type(device).__name__}"
             raise ValueError(
-                f"backend {self.name!r} has no device {device!r}; the devices here are {', '.join(self.devices())}"
+                f"backend {self.name!r} has no device {said}; the devices here are {', '.join(self.devices())}"
             )
         return found
 
@@ -429,6 +433,8 @@ def get_backend(name: str | Backend | None = None, device: Any = None) -> Backen
         name = _DEFAULT.get() or os.environ.get(DEFAULT_VARIABLE) or "numpy"
     if isinstance(name, Backend):
         backend = name
+    elif not isinstance(name, str):
+        raise TypeError(f"backend is of type {type(name).__name__}; expected a name such as 'numpy', or a Backend")
     else:
         backend = _load(name)
         _own(backend.array_types, backend)
@@ -440,7 +446,7 @@ def _load(name: str) -> Backend:
         return _LOADED[name]
     point = _entry_points().get(name)
     if point is None:
-        raise BackendNotInstalled(f"unknown backend {name!r}; the known backends are {', '.join(known_backends())}")
+        raise BackendNotInstalled(f"unknown backend {name!r:.80}; the known backends are {', '.join(known_backends())}")
     if not _is_importable(name):
         raise BackendNotInstalled(
             f"backend {name!r} is known, but {name} is not installed: {how_to_install(name)} "

@@ -227,49 +227,63 @@ def several(name: str, x: Any, expected: str) -> list[Any]:
 
 
 def check_ids(given: Any, config: GPT2Config, axes: int, *, may_be_empty: bool = False) -> np.ndarray:
-    """Return token ids from outside as integers [seq] or [batch, seq] on the host, each an id of the vocabulary."""
+    """Return token ids from outside, [seq] or [batch, seq], as integers on the host, each an id of the vocabulary."""
+    return token_ids("token ids", given, config.n_vocab, axes, may_be_empty=may_be_empty)
+
+
+def token_ids(name: str, given: Any, n_vocab: int, axes: int = 1, *, may_be_empty: bool = False) -> np.ndarray:
+    """Return ids from 0 to n_vocab - 1, in a list or an array of any backend, as integers on the host.
+
+    Examples
+    --------
+    >>> from portable_gpt2.checks import token_ids
+    >>> token_ids("seen", [1, True], 384)
+    Traceback (most recent call last):
+    ...
+    TypeError: seen hold True; expected integers
+    """
     expected = f"int {'[seq]' if axes == 1 else '[batch, seq]'}"
     if isinstance(given, list | tuple | range):
-        rows = [_row(row, config) for row in given] if axes == 2 else _row(given, config)
+        rows = [_row(name, row, n_vocab) for row in given] if axes == 2 else _row(name, given, n_vocab)
         try:
             ids = np.asarray(rows) if rows else np.empty(0, np.int64)
         except ValueError as error:
-            raise ValueError(f"token ids are ragged; expected {expected}, rows of equal length") from error
+            raise ValueError(f"{name} are ragged; expected {expected}, rows of equal length") from error
     else:
-        ids = _array(given, f"{expected}, as a list or an array")
+        ids = _array(name, given, f"{expected}, as a list or an array")
     if may_be_empty and ids.shape == (0,):
         return np.empty(0, np.int32)
     if ids.ndim != axes or 0 in ids.shape:
-        raise ValueError(f"token ids have shape {list(ids.shape)}; expected {expected}; no dimension may be 0")
-    outside = (ids < 0) | (ids >= config.n_vocab)
+        raise ValueError(f"{name} have shape {list(ids.shape)}; expected {expected}; no dimension may be 0")
+    outside = (ids < 0) | (ids >= n_vocab)
     if outside.any():
-        raise ValueError(
-            f"token id {shown(int(ids[outside][0]))} is not in the vocabulary, which has ids 0 to {config.n_vocab - 1}"
-        )
-    return ids.astype(np.int32 if config.n_vocab <= 2**31 else np.int64)
+        one = name.removesuffix("s") if name == "token ids" else f"{name}: token id"
+        bad = shown(int(ids[outside][0]))
+        raise ValueError(f"{one} {bad} is not in the vocabulary, which has ids 0 to {n_vocab - 1}")
+    return ids.astype(np.int32 if n_vocab <= 2**31 else np.int64)
 
 
-def _row(given: Any, config: GPT2Config) -> Any:
+def _row(name: str, given: Any, n_vocab: int) -> Any:
     """Return a row of token ids, a list or an array; in a list, refuse what NumPy would convert to an int."""
     if isinstance(given, range):
-        return given[: config.n_vocab + 1]  # of more numbers than that, one of these is not an id
+        return given[: n_vocab + 1]  # of more numbers than that, one of these is not an id
     if not isinstance(given, list | tuple):
-        return given if is_int(given) else _array(given, "rows of ints")
+        return given if is_int(given) else _array(name, given, "rows of ints")
     for kind in {*map(type, given)} - {int, list, tuple, range}:
         if not issubclass(kind, int | np.integer) or issubclass(kind, bool):
             bad = next(x for x in given if type(x) is kind)
-            raise TypeError(f"token ids hold {shown(bad)}; expected integers")
+            raise TypeError(f"{name} hold {shown(bad)}; expected integers")
     return given
 
 
-def _array(given: Any, expected: str) -> np.ndarray:
+def _array(name: str, given: Any, expected: str) -> np.ndarray:
     """Return an array of integers of any backend on the host."""
     try:
         ids = to_numpy(given)
     except TypeError as error:
-        raise TypeError(f"token ids are of type {type(given).__name__}; expected {expected}") from error
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"token ids have dtype {ids.dtype}; expected integers")
+        raise TypeError(f"{name} are of type {type(given).__name__}; expected {expected}") from error
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise TypeError(f"{name} have dtype {ids.dtype}; expected integers")
     return ids
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .checks import integer, is_int, number, shown
+from .checks import flag, integer, is_int, number, shown
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class GPT2Config:
             raise ValueError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide")
         object.__setattr__(self, "layer_norm_epsilon", number("layer_norm_epsilon", self.layer_norm_epsilon))
         for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {shown(getattr(self, name))}; expected true or false")
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
         given = self.eos_token_id
         given = given if isinstance(given, list | tuple) else () if given is None else (given,)
         ends = tuple(dict.fromkeys(self._id("eos_token_id", end) for end in given))
@@ -114,6 +113,7 @@ class GPT2Config:
     def attention_scale(self, layer: int) -> float:
         """Return what the attention scores of a layer (from 0) are multiplied by."""
         scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
+        layer = integer("layer", layer)
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     @classmethod

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import numbers
 import re
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .backend import _BACKEND_OF_TYPE, Backend, backend_of
+from .checks import is_int, is_number, shown
 
 
 @runtime_checkable
@@ -60,6 +60,7 @@ def op(definition: Callable[..., Any]) -> Op:
     floats = frozenset(key for key, argument in arrays.items() if argument.kind == "Float")
     parameters = signature.parameters.values()
     scalars = frozenset(p.name for p in parameters if p.annotation in ("float", "float | None"))
+    integers = frozenset(p.name for p in parameters if p.annotation == "int")
     optional = frozenset(p.name for p in parameters if p.default is None)
 
     positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters)
@@ -92,9 +93,14 @@ def op(definition: Callable[..., Any]) -> Op:
                 continue
             if key not in arrays:
                 if key in scalars and type(x) is not float:
-                    if not isinstance(x, numbers.Real) or isinstance(x, bool):
-                        raise TypeError(f"{name}: {key} is {x!r}; expected a number")
-                    kwargs[key] = float(x)
+                    if not is_number(x):
+                        raise TypeError(f"{name}: {key} is {shown(x)}; expected a number")
+                    try:
+                        kwargs[key] = float(x)
+                    except OverflowError:
+                        raise ValueError(f"{name}: {key} is {shown(x)}, which no float is as large as") from None
+                elif key in integers and is_int(x):
+                    kwargs[key] = int(x)
                 continue
             try:
                 backend = backend_of(x)
@@ -234,10 +240,11 @@ def _match(pattern: list[str], shape: tuple[Any, ...], sizes: dict[str, tuple[An
 def check_axis(name: str, axis: int, shape: tuple[Any, ...]) -> None:
     """Refuse an axis that is no int, or that the shape does not have."""
     if not isinstance(axis, int) or isinstance(axis, bool):
-        raise TypeError(f"{name}: axis is {axis!r}; expected an int")
+        raise TypeError(f"{name}: axis is {shown(axis)}; expected an int")
     if not -len(shape) <= axis < len(shape):
         if not shape:
-            raise ValueError(f"{name}: axis is {axis}, but x is a scalar and has no axis")
+            raise ValueError(f"{name}: axis is {shown(axis)}, but x is a scalar and has no axis")
         raise ValueError(
-            f"{name}: axis is {axis}, but x has shape {_show(shape)}; give one of {-len(shape)} to {len(shape) - 1}"
+            f"{name}: axis is {shown(axis)}, but x has shape {_show(shape)}; "
+            f"give one of {-len(shape)} to {len(shape) - 1}"
         )

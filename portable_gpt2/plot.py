@@ -62,6 +62,7 @@ def draw_grid(maps: Mapping[str, np.ndarray], columns: int, title: str) -> Any:
     -------
     matplotlib.figure.Figure
     """
+    columns = checks.integer("columns", columns, 1)
     rows = -(-len(maps) // columns)
     figure = _figure(_PANEL * columns, _PANEL * rows + 0.5)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.random import Philox  # now: imported at the first draw, it would swallow a Ctrl-C
 
 from . import checks
+from .backend import float_dtypes
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,11 @@ def sample(
     """
     options = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, checks.seed(seed))
     position, index = checks.integer("position", position), checks.integer("index", index)
-    return sample_with(options, np.asarray(logits), position, seen, index)
+    x = np.asarray(logits)
+    if x.ndim != 1 or not x.size or not (x.dtype.kind in "iuf" or x.dtype in float_dtypes.values()):
+        raise ValueError(f"logits have shape {list(x.shape)} and dtype {x.dtype}; expected float [n_vocab]")
+    seen = checks.token_ids("seen", seen, x.size, may_be_empty=True).tolist()
+    return sample_with(options, x, position, seen, index)
 
 
 def sample_with(options: Sampling, logits: np.ndarray, position: int, seen: Sequence[int], index: int) -> int:

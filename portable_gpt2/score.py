@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import checks
 from .sampling import check_finite
 
 _ROWS = 64  # of logits that are widened at a time
@@ -69,7 +70,9 @@ def _perplexity(total: float, n: int) -> float:
 
 
 def windows(n: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, first, end): what a model of n_ctx positions reads of n tokens, and from where on it scores them.
+    """Return an iterator over (start, first, end): a window of tokens, and the first of them that it scores.
+
+    A model of n_ctx positions reads the tokens from start to end - 1, of n in all.
 
     Each window starts stride tokens after the one before it, and scores what that one has not read. So every token is
     conditioned on all tokens before it or, from the second window on, on at least n_ctx - stride of them.
@@ -80,6 +83,11 @@ def windows(n: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
     >>> list(windows(10, n_ctx=6, stride=3))
     [(0, 1, 6), (3, 6, 9), (6, 9, 10)]
     """
+    n, n_ctx = checks.integer("n", n), checks.integer("n_ctx", n_ctx, 2)
+    return _windows(n, n_ctx, checks.integer("stride", stride, 1, n_ctx - 1, note="the largest is n_ctx - 1"))
+
+
+def _windows(n: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
     start, first = 0, 1
     while first < n:
         end = min(start + n_ctx, n)

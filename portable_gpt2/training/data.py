@@ -217,6 +217,8 @@ def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed:
     array([[45, 46, 47, 48],
            [92, 93, 94, 95]], dtype=int32)
     """
+    index, batch_size = checks.integer("index", index), checks.integer("batch_size", batch_size, 1)
+    length = checks.integer("length", length, 2)
     check_room(len(tokens), length, "text")
     starts = len(tokens) - length + 1
     key = np.asarray([checks.seed(seed), _STREAM], np.uint64)
@@ -244,5 +246,6 @@ def windows(tokens: np.ndarray, length: int) -> np.ndarray:
     array([[0, 1, 2, 3],
            [3, 4, 5, 6]], dtype=int32)
     """
+    length = checks.integer("length", length, 2)
     check_room(len(tokens), length, "held-out text")
     return sliding_window_view(tokens, length)[:: length - 1].astype(np.int32)

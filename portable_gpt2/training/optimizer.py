@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import backend_of
+from ..checks import integer
 from ..params import Params, flatten, map_tree, nest
 from .recipe import Recipe
 
@@ -41,6 +42,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     >>> [round(learning_rate(step, recipe), 6) for step in (0, 49, 99, 200, 300)]
     [1e-05, 0.0005, 0.001, 0.00055, 0.0001]
     """
+    step = integer("step", step)
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
