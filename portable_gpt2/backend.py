@@ -150,8 +150,9 @@ class Backend:
         try:
             return self._dtypes[name]
         except (KeyError, TypeError):
+            said = f"{name!r:.80}" if isinstance(name, str) else f"that is a {type(name).__name__}"
             raise ValueError(
-                f"backend {self.name!r} has no floating dtype {name!r}; choose one of {', '.join(self._dtypes)}"
+                f"backend {self.name!r} has no floating dtype {said}; choose one of {', '.join(self._dtypes)}"
             ) from None
 
     def host_array(self, a: np.ndarray, dtype: str | None = None) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checks
-from .backend import backend_of
+from .backend import backend_of, float_dtypes
 from .config import GPT2Config
 from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, unembed
 from .params import Params, check_config, check_params, itemsize
@@ -102,8 +102,9 @@ def transformer(
     position, keys = (0, None) if cache is None else check_cache(cache, tokens, params, config)
     try:
         return _transformer(params, tokens, config, cache, position, keys, observe)
-    except Exception:
-        check_params(params, config)  # which says what is wrong, if the parameters are
+    except Exception:  # say what is wrong, if it is the parameters, or where arrays live
+        check_params(params, config)
+        check_places(params=params["wte"], tokens=tokens, cache=None if cache is None else cache["h0"]["k"])
         raise
 
 
@@ -375,13 +376,15 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
     >>> pg.grow_cache(cache, 4)["h0"]["k"].shape
     (1, 2, 4, 4)
     """
-    buffer, *_ = _buffers(cache, sum(name not in ("position", "padding") for name in cache))
-    held = backend_of(buffer).shape(buffer)[-2]
+    buffers = _buffers(cache, sum(name not in ("position", "padding") for name in cache))
+    backend, buffer = backend_of(buffers[0]), buffers[0]
+    batch, n_head, held, d = backend.shape(buffer)
     capacity = checks.integer("capacity", capacity, held, note=f"the cache has room for {held} tokens already")
+    if isinstance(batch, int):  # else it is not known while tracing
+        itemsize = float_dtypes[backend.dtype_name(buffer) or "float32"].itemsize
+        checks.memory(len(buffers) * batch * n_head * capacity * d * itemsize, f"a cache of {capacity:,} tokens")
 
     def grow(buffer: Any) -> Any:
-        backend = backend_of(buffer)
-        batch, n_head, _, d = backend.shape(buffer)
         return backend.write(backend.zeros((batch, n_head, capacity, d), like=buffer), buffer, 0)
 
     return {
@@ -423,7 +426,11 @@ def check_cache(cache: Cache, tokens: Any, params: Params, config: GPT2Config) -
     buffers = _buffers(cache, config.n_layer)
     backend, dtype = backend_of(tokens), params["wte"].dtype
     for buffer in buffers:
-        if (other := backend_of(buffer)) is not backend:
+        try:
+            other = backend_of(buffer)
+        except TypeError as error:
+            raise TypeError(f"the cache: {error}") from None
+        if other is not backend:
             raise TypeError(f"the cache is of {other.name} and tokens are of {backend.name}; make one of this model")
     batch, seq = backend.shape(tokens)
     capacity = backend.shape(buffers[0])[-2]
@@ -442,10 +449,10 @@ def check_cache(cache: Cache, tokens: Any, params: Params, config: GPT2Config) -
     if isinstance(capacity, int) and capacity > config.n_ctx:
         raise ValueError(f"the cache has room for {capacity} tokens; the model has n_ctx = {config.n_ctx} positions")
     position = int(cache["position"]) if isinstance(cache["position"], np.integer) else cache["position"]
-    if not isinstance(position, int):
-        if backend_of(position) is not backend:
-            raise TypeError(f"the cache's position is an array of {backend_of(position).name}; expected an int")
+    if isinstance(position, backend.array_types):
         return position, capacity  # the shape of what is read cannot depend on it
+    if not isinstance(position, int):
+        raise TypeError(f"the cache's position is {checks.shown(position)}; expected an int")
     if position < 0 or isinstance(position, bool):
         raise ValueError(f"the cache's position is {position}; expected an int of at least 0")
     if position + seq > capacity:
@@ -454,6 +461,17 @@ def check_cache(cache: Cache, tokens: Any, params: Params, config: GPT2Config) -
             f"(grow_cache makes room, up to n_ctx = {config.n_ctx})"
         )
     return position, position + seq
+
+
+def check_places(**arrays: Any) -> None:
+    """Refuse arrays that live on different devices, as far as that is known: not while tracing."""
+    try:
+        places = {name: backend_of(x).device(x) for name, x in arrays.items() if x is not None}
+    except Exception:  # whatever the framework says of a tracer
+        return
+    if len(set(places.values())) > 1:
+        found = ", ".join(f"{name} on {place}" for name, place in places.items())
+        raise ValueError(f"the arrays live on different devices: {found}; put them on one")
 
 
 def _buffers(cache: Any, n_layer: int) -> list[Any]:

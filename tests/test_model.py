@@ -192,6 +192,195 @@ def test_more_tokens_than_there_is_room_for_are_refused(backend):
 # What does not depend on what
 
 
+# What does not fit
+
+
+def a_cache(params, **options):
+    return pg.new_cache(params, PLAIN, **options)
+
+
+def without(tree, name):
+    return {key: value for key, value in tree.items() if key != name}
+
+
+CACHES = {  # what is made of a cache, the error, what it says
+    "of more texts": (lambda p, c: a_cache(p, batch=2), ValueError, r"\[2, 4, 48, 8\]; .* = \[1, 4, 48, 8\]"),
+    "longer than the model": (lambda p, c: pg.grow_cache(c, 96), ValueError, "room for 96 tokens.*n_ctx = 48"),
+    "without a layer": (lambda p, c: without(c, "h1"), ValueError, "one of new_cache for 2 layers"),
+    "with one layer more": (lambda p, c: {**c, "h2": c["h0"]}, ValueError, "one of new_cache for 2 layers"),
+    "without values": (lambda p, c: {**c, "h1": without(c["h1"], "v")}, ValueError, "one of new_cache"),
+    "without a position": (lambda p, c: without(c, "position"), ValueError, "one of new_cache"),
+    "empty": (lambda p, c: {}, ValueError, "one of new_cache"),
+    "a list": (lambda p, c: [c], TypeError, "cache is "),
+    "with None in it": (lambda p, c: {**c, "h1": {"k": None, "v": None}}, TypeError, "the cache: .*NoneType"),
+    "before its start": (lambda p, c: {**c, "position": -1}, ValueError, "position is -1"),
+    "at a float": (lambda p, c: {**c, "position": 1.0}, TypeError, "position is 1.0; expected an int"),
+    "at True": (lambda p, c: {**c, "position": True}, ValueError, "position is True"),
+    "that is full": (lambda p, c: {**c, "position": np.int8(48)}, ValueError, "1 tokens were given at position 48"),
+}
+
+
+@pytest.mark.parametrize("case", CACHES)
+def test_a_cache_that_does_not_fit_is_refused(backend, case):
+    """Catches a cache that a framework broadcasts over two texts (TensorFlow), positions beyond wpe, whose logits are
+    NaN (JAX), and a KeyError from within the model.
+    """
+    params, ids = params_and_tokens(backend, PLAIN, np.asarray([[7]], np.int32))
+    make, error, message = CACHES[case]
+    with pytest.raises(error, match=message) as caught:
+        pg.gpt2(params, ids, PLAIN, make(params, a_cache(params)))
+    assert type(caught.value) is error
+
+
+def test_a_cache_of_another_kind_of_model_is_refused(backend):
+    """Catches a cache whose heads, dtype or framework are those of another model: NumPy would convert it."""
+    params, ids = params_and_tokens(backend, PLAIN, np.asarray([[7]], np.int32))
+    heads = pg.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_vocab=101, n_ctx=48, eos_token_id=None)
+    with pytest.raises(ValueError, match=r"shape \[1, 2, 48, 16\]; .* = \[1, 4, 48, 8\]"):
+        pg.gpt2(params, ids, PLAIN, pg.new_cache(params, heads))
+    with pytest.raises(ValueError, match=r"padding has shape \[2\]; 1 texts"):
+        two = a_cache(params, batch=2, padding=[0, 3])
+        pg.gpt2(params, ids, PLAIN, {**a_cache(params), "padding": two["padding"]})
+    if backend.name != "array_api_strict":
+        with pytest.raises(TypeError, match="dtype .*float16; the parameters have .*float32"):
+            pg.gpt2(params, ids, PLAIN, a_cache(on_backend(backend, random_weights(PLAIN), "float16")))
+    for other in map(pg.get_backend, pg.available_backends()):
+        if other is not backend:
+            with pytest.raises(TypeError, match=f"the cache is of {other.name} and tokens are of {backend.name}"):
+                pg.gpt2(params, ids, PLAIN, a_cache(on_backend(other, random_weights(PLAIN))))
+
+
+BAD_CACHES = [
+    ({"batch": -1}, ValueError, "batch is -1; expected an int of at least 1"),
+    ({"batch": 10**9}, ValueError, "a cache of 1,000,000,000 texts of 48 tokens would take .* GiB of memory"),
+    ({"padding": [0, 1]}, ValueError, r"padding is \[0, 1\]; expected 1 ints"),
+    ({"padding": [1.7]}, ValueError, "padding is 1.7; expected an int from 0 to 47"),
+    ({"padding": [48]}, ValueError, "padding is 48; expected an int from 0 to 47"),
+    ({"padding": [10**400]}, ValueError, "padding is 1000.*; expected an int from 0 to 47"),
+    ({"padding": 3}, TypeError, "padding is 3; expected an int for each text, in a list"),
+    ({"padding": iter(int, 1)}, ValueError, "padding has more than 1,048,576 items"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_CACHES, ids=[str(o)[:40] for o, *_ in BAD_CACHES])
+def test_a_cache_that_cannot_be_made_is_refused(backend, options, error, message):
+    """Catches sizes that the framework refuses in words of its own, or that take all of the memory."""
+    params = on_backend(backend, random_weights(PLAIN))
+    with pytest.raises(error, match=message):
+        a_cache(params, **options)
+
+
+def test_a_cache_does_not_shrink_nor_grow_beyond_the_memory(backend):
+    """Catches a cache that is cut, and loses keys, and the framework's own exception for what does not fit."""
+    cache = a_cache(on_backend(backend, random_weights(PLAIN)), capacity=8)
+    with pytest.raises(ValueError, match=r"capacity is 7; expected an int of at least 8 \(the cache has room for 8"):
+        pg.grow_cache(cache, 7)
+    with pytest.raises(ValueError, match="a cache of 1,000,000,000,000,000 tokens would take .* GiB of memory"):
+        pg.grow_cache(cache, 10**15)
+    with pytest.raises(ValueError, match="one of new_cache"):
+        pg.grow_cache({}, 7)
+
+
+TOKENS = {
+    "one axis": ([1, 2], r"shape \[2\]; expected int \[batch, seq\]"),
+    "no axis": (1, r"shape \[\]; expected int \[batch, seq\]"),
+    "three axes": ([[[1, 2]]], r"shape \[1, 1, 2\]; expected int \[batch, seq\]"),
+    "no token": (np.zeros((1, 0)), r"shape \[1, 0\].* no dimension may be 0"),
+    "no text": (np.zeros((0, 3)), r"shape \[0, 3\].* no dimension may be 0"),
+    "one token": ([[1]], "a window has one token, and nothing to predict"),
+    "too long": ([[1] * 50], "49 tokens were given; the model has n_ctx = 48 positions"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+@pytest.mark.parametrize("loss", [pg.loss, pg.gradients.loss], ids=["loss", "hand-written gradient"])
+def test_tokens_that_have_no_loss_are_refused(backend, loss, case):
+    """Catches the framework's own error about an axis, and a window beyond wpe, whose loss is NaN on JAX."""
+    ids, message = TOKENS[case]
+    params, ids = params_and_tokens(backend, PLAIN, np.asarray(ids, np.int32))
+    with pytest.raises(ValueError, match=message):
+        loss(params, ids, PLAIN)
+
+
+PARAMS = {  # what is made of the parameters, the error, what it says
+    "none": (lambda p, i: {}, ValueError, "the parameters are 0 arrays; config has 2 layers"),
+    "not a dict": (lambda p, i: None, TypeError, "params is None; expected a dict"),
+    "without a part": (lambda p, i: {**p, "h1": without(p["h1"], "mlp")}, ValueError, "lack h1/mlp/c_fc/b"),
+    "with a layer more": (lambda p, i: {**p, "h2": p["h1"]}, ValueError, "hold h2/attn"),
+    "with a table more": (lambda p, i: {**p, "lm_head": p["wte"]}, ValueError, "hold lm_head"),
+    "with None": (lambda p, i: {**p, "h1": {**p["h1"], "ln_1": {"g": None, "b": None}}}, TypeError, "h1/ln_1/g: "),
+    "with ints": (lambda p, i: {**p, "ln_f": {"g": i, "b": i}}, TypeError, "ln_f/. has dtype .*int32"),
+    "with a longer wpe": (lambda p, i: {**p, "wpe": p["wte"]}, ValueError, r"wpe has shape \[101, 32\]"),
+}
+
+
+@pytest.mark.parametrize("case", PARAMS)
+@pytest.mark.parametrize("function", [pg.gpt2, pg.loss, pg.gradients.loss], ids=["gpt2", "loss", "gradients.loss"])
+def test_parameters_of_another_model_are_refused(backend, function, case):
+    """Catches a KeyError from within the model, a layer that is left out without a word, and a framework's own error."""
+    make, error, message = PARAMS[case]
+    params, ids = params_and_tokens(backend, PLAIN, np.asarray([[7, 8]], np.int32))
+    with pytest.raises(error, match=message) as caught:
+        function(make(params, ids[0, ...]), ids, PLAIN)
+    assert type(caught.value) is error
+    with pytest.raises(TypeError, match="config is None; expected a GPT2Config"):
+        function(params, ids, None)
+
+
+def test_a_model_of_two_frameworks_or_dtypes_is_refused(backend):
+    """Catches leaves that only some layer refuses, long after the model was made."""
+    config = CONFIGS["plain"]
+    params = on_backend(backend, random_weights(config))
+    stranger = pg.get_backend("numpy" if backend.name != "numpy" else pg.available_backends()[0])
+    if stranger is not backend:
+        mixed = {**params, "wpe": on_backend(stranger, random_weights(config))["wpe"]}
+        with pytest.raises(
+            TypeError, match=f"wpe.* of {stranger.name}.* of {backend.name}; give arrays of one|wpe one"
+        ):
+            pg.GPT2(config, mixed)
+    other = "float64" if backend.name == "array_api_strict" else "float16"
+    mixed = {**params, "wpe": on_backend(backend, random_weights(config), other)["wpe"]}
+    with pytest.raises(TypeError, match="dtype .* convert one of them"):
+        pg.GPT2(config, mixed)
+    with pytest.raises(TypeError, match="tokenizer is 'gpt2'; expected a Tokenizer"):
+        pg.GPT2(config, params, "gpt2")
+
+
+def test_a_compiled_step_beyond_the_room_of_its_cache_is_nan(jax):
+    """Catches keys that are written over earlier ones where the position is traced, and the logits of another text."""
+    backend = pg.get_backend("jax")
+    params = on_backend(backend, random_weights(PLAIN))
+    step = jax.jit(lambda tokens, cache: pg.gpt2(params, tokens, PLAIN, cache))
+    cache, without_number = a_cache(params, capacity=3), []
+    for token in range(5):
+        logits, cache = step(backend.from_numpy(np.asarray([[token]], np.int32)), cache)
+        without_number.append(bool(np.isnan(pg.to_numpy(logits)).all()))
+    assert without_number == [False] * 3 + [True] * 2
+    with pytest.raises(ValueError, match="room for 96 tokens"):
+        step(backend.from_numpy(np.asarray([[1]], np.int32)), pg.grow_cache(a_cache(params), 96))
+
+
+SIZES = [
+    ({"n_embd": 10**9, "n_head": 1}, "a model of .* parameters in float32 would take .* GiB of memory"),
+    ({"n_layer": 10**9, "n_embd": 8, "n_head": 1}, "a model of .* would take .* GiB of memory"),
+    ({"n_vocab": 10**12, "eos_token_id": None}, "would take .* GiB of memory"),
+    ({"n_ctx": 10**15}, "would take .* GiB of memory"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "message"), SIZES)
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(sizes, message):
+    """Catches a MemoryError, and a loop over 10^9 layers."""
+    config = pg.GPT2Config(**sizes)
+    assert pg.params.count(config) > 10**11
+    with pytest.raises(ValueError, match=message):
+        pg.init_params(config, backend="numpy")
+    with pytest.raises(ValueError, match="layers|lack"):
+        pg.GPT2(config, {"wpe": np.zeros((1, 1))})
+    with pytest.raises(ValueError, match=r"c/w, \[1000000000, 1000000000\], would take"):
+        pg.init_conv1d("c", 10**9, 10**9, backend="numpy")
+
+
 def test_no_token_sees_those_behind_it(backend):
     """Catches a mask that lets the future through: the logits before a token that changes stay the same to the bit,
     those from it on do not.
