@@ -1,12 +1,15 @@
 """From tokens to text: what is held back, and where a stop string ends it."""
 
+import itertools
+
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import tiny
 from hypothesis import example, given
 
 import portable_gpt2 as pg
-from portable_gpt2.completion import Reader
+from portable_gpt2.completion import Reader, Stops
 
 few = st.text("ab\n", max_size=12)
 stop_strings = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -68,6 +71,37 @@ def test_pieces_are_the_text(pieces, stops):
         assert not any(stop in "".join(pieces[: asked[-1]]) for stop in stops)
 
 
+@pytest.mark.parametrize(
+    ("piece", "stops"),
+    [
+        ("abcd", ["x" * 10**6]),  # nothing begins it
+        ("aaaa", ["a" * 10**6]),  # all that was read begins it
+        ("aaaa", ["a" * 10**5 + "b"]),  # and then turns out not to
+        ("abcd", [f"a{i}" for i in range(10**5)]),
+        ("aaab", ["a" * i + "bc" for i in range(1000)]),
+    ],
+    ids=["unlike", "like", "nearly", "many", "nested"],
+)
+def test_the_work_for_stop_strings_is_proportional_to_the_text(monkeypatch, piece, stops):
+    """Catches a search that looks at a whole stop string, at all that is held back or at every stop for every token."""
+    looked = []
+    child = Stops._child
+    monkeypatch.setattr(Stops, "_child", lambda self, state, c: looked.append(c) or child(self, state, c))
+    pieces = [piece] * 5_000
+    reader = reader_of(pieces, stops)
+    for token in range(len(pieces)):
+        reader.read(token)
+    assert len(looked) <= 3 * len(piece) * len(pieces)
+
+
+def test_what_is_held_back_is_not_kept_when_it_is_certain():
+    """Catches text that piles up: a long stream holds back no more than what may begin a stop string."""
+    reader = reader_of(["ab", ""] * 1000, ["abc"])
+    for token in range(2000):
+        reader.read(token)
+    assert len(reader._held) <= 2
+
+
 # With a model, on every backend
 
 
@@ -112,6 +146,56 @@ def test_samples_differ_and_the_first_is_the_one_of_generate(model, alone):
     assert model.generate(PROMPTS[:2], **OPTIONS) == model.generate(tuple(PROMPTS[:2]), **OPTIONS) == alone[:2]
     assert model.generate(PROMPTS[0], num_samples=2, **OPTIONS) == found[:2]
     assert model.generate(PROMPTS[:2], num_samples=5, **OPTIONS) == found
+
+
+def test_without_a_seed_each_prompt_has_its_own(model):
+    """Catches one random seed for all prompts: eight equal prompts gave one text eight times."""
+    options = {"max_new_tokens": 20, "temperature": 3.0, "top_k": None}
+    found = list(model.complete(["To be"] * 8, num_samples=2, **options))
+    assert len({completion.seed for completion in found}) == 8
+    assert len({completion.text for completion in found}) > 8
+    assert len(set(model.generate(["To be"] * 8, **options))) > 1
+    again = model.complete(["To be"], num_samples=2, seed=found[6].seed, **options)
+    assert [completion.text for completion in again] == [completion.text for completion in found[6:8]]
+
+
+def test_with_a_seed_equal_prompts_have_equal_texts(model, alone):
+    """Catches a text that depends on where its prompt stands in the list, which the documentation excludes."""
+    found = list(model.complete(["To be"] * 4, **OPTIONS))
+    assert {completion.text for completion in found} == {alone[0]}
+    assert {completion.seed for completion in found} == {OPTIONS["seed"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompts": itertools.repeat("To be")}, ValueError, "prompts has more than 1,048,576 items"),
+        ({"prompts": {"To be": 1}}, TypeError, "prompts is {'To be': 1}; expected texts, in a list"),
+        ({"prompts": b"To be"}, TypeError, "prompts is b'To be'; expected texts, in a list"),
+        ({"prompts": range(10**12)}, ValueError, "prompts has more than 1,048,576 items"),
+        ({"stop": itertools.repeat(5)}, ValueError, "stop has more than 1,048,576 items"),
+        ({"stop": b"x"}, TypeError, "stop is b'x'; expected a token id, a string, or several of them"),
+        ({"stop": {"x": 1}}, TypeError, "stop is {'x': 1}; expected a token id, a string"),
+        ({"stop": np.asarray(5)}, TypeError, "stop is array"),
+        ({"num_samples": 10**12, "batch_size": 10**12}, ValueError, "a cache of 1,000,000,000,000 texts .* GiB"),
+        ({"sliding": "no"}, ValueError, "sliding is 'no'; expected true or false"),
+    ],
+)
+def test_what_never_ends_or_is_something_else_is_refused_at_the_call(model, options, error, message):
+    """Catches a list of an endless iterator, the bytes of a text taken for token ids, and a batch beyond the memory."""
+    with pytest.raises(error, match=message):
+        model.complete(**{"prompts": ["To be"], "max_new_tokens": 3, **options})
+
+
+def test_a_number_of_samples_beyond_the_memory_is_refused_where_a_list_is_asked_for(model):
+    """Catches a list of 10^12 rows; the iterator takes as many as are read from it."""
+    first = next(model.complete(["To be"], num_samples=10**12, batch_size=2, max_new_tokens=3, seed=7))
+    assert first.index == 0
+    with pytest.raises(ValueError, match="1,000,000,000,000 continuations of 1 prompts would take"):
+        model.generate(["To be"], num_samples=10**12, max_new_tokens=3)
+    for prompt in (iter(["To be"]), {"To be"}, np.asarray(["To be"]), 7, None):
+        with pytest.raises(TypeError, match=r"prompt is .*; expected a str, or a list of them"):
+            model.generate(prompt)
 
 
 def test_a_row_ends_alone(model, alone, tokenizer):

@@ -238,11 +238,11 @@ def test_a_cache_of_another_kind_of_model_is_refused(backend):
     heads = pg.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_vocab=101, n_ctx=48, eos_token_id=None)
     with pytest.raises(ValueError, match=r"shape \[1, 2, 48, 16\]; .* = \[1, 4, 48, 8\]"):
         pg.gpt2(params, ids, PLAIN, pg.new_cache(params, heads))
+    two = a_cache(params, batch=2, padding=[0, 3])
     with pytest.raises(ValueError, match=r"padding has shape \[2\]; 1 texts"):
-        two = a_cache(params, batch=2, padding=[0, 3])
         pg.gpt2(params, ids, PLAIN, {**a_cache(params), "padding": two["padding"]})
     if backend.name != "array_api_strict":
-        with pytest.raises(TypeError, match="dtype .*float16; the parameters have .*float32"):
+        with pytest.raises(TypeError, match=r"dtype .*float16; the parameters have .*float32"):
             pg.gpt2(params, ids, PLAIN, a_cache(on_backend(backend, random_weights(PLAIN), "float16")))
     for other in map(pg.get_backend, pg.available_backends()):
         if other is not backend:
@@ -275,7 +275,7 @@ def test_a_cache_does_not_shrink_nor_grow_beyond_the_memory(backend):
     cache = a_cache(on_backend(backend, random_weights(PLAIN)), capacity=8)
     with pytest.raises(ValueError, match=r"capacity is 7; expected an int of at least 8 \(the cache has room for 8"):
         pg.grow_cache(cache, 7)
-    with pytest.raises(ValueError, match="a cache of 1,000,000,000,000,000 tokens would take .* GiB of memory"):
+    with pytest.raises(ValueError, match=r"a cache of 1,000,000,000,000,000 tokens would take .* GiB of memory"):
         pg.grow_cache(cache, 10**15)
     with pytest.raises(ValueError, match="one of new_cache"):
         pg.grow_cache({}, 7)
@@ -317,7 +317,7 @@ PARAMS = {  # what is made of the parameters, the error, what it says
 @pytest.mark.parametrize("case", PARAMS)
 @pytest.mark.parametrize("function", [pg.gpt2, pg.loss, pg.gradients.loss], ids=["gpt2", "loss", "gradients.loss"])
 def test_parameters_of_another_model_are_refused(backend, function, case):
-    """Catches a KeyError from within the model, a layer that is left out without a word, and a framework's own error."""
+    """Catches a KeyError from within the model, a layer that is left out, and a framework's own error."""
     make, error, message = PARAMS[case]
     params, ids = params_and_tokens(backend, PLAIN, np.asarray([[7, 8]], np.int32))
     with pytest.raises(error, match=message) as caught:
@@ -334,13 +334,11 @@ def test_a_model_of_two_frameworks_or_dtypes_is_refused(backend):
     stranger = pg.get_backend("numpy" if backend.name != "numpy" else pg.available_backends()[0])
     if stranger is not backend:
         mixed = {**params, "wpe": on_backend(stranger, random_weights(config))["wpe"]}
-        with pytest.raises(
-            TypeError, match=f"wpe.* of {stranger.name}.* of {backend.name}; give arrays of one|wpe one"
-        ):
+        with pytest.raises(TypeError, match=r"wpe .*; give arrays of one framework"):
             pg.GPT2(config, mixed)
     other = "float64" if backend.name == "array_api_strict" else "float16"
     mixed = {**params, "wpe": on_backend(backend, random_weights(config), other)["wpe"]}
-    with pytest.raises(TypeError, match="dtype .* convert one of them"):
+    with pytest.raises(TypeError, match=r"dtype .* convert one of them"):
         pg.GPT2(config, mixed)
     with pytest.raises(TypeError, match="tokenizer is 'gpt2'; expected a Tokenizer"):
         pg.GPT2(config, params, "gpt2")
@@ -375,7 +373,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(sizes, mess
     assert pg.params.count(config) > 10**11
     with pytest.raises(ValueError, match=message):
         pg.init_params(config, backend="numpy")
-    with pytest.raises(ValueError, match="layers|lack"):
+    with pytest.raises(ValueError, match=r"layers|lack"):
         pg.GPT2(config, {"wpe": np.zeros((1, 1))})
     with pytest.raises(ValueError, match=r"c/w, \[1000000000, 1000000000\], would take"):
         pg.init_conv1d("c", 10**9, 10**9, backend="numpy")
