@@ -204,7 +204,7 @@ class GPT2:
         check_length(seq, self.config)
         padding = padded_length(seq, self.config.n_ctx) - seq if self.backend.recompiles else 0
         n_logits = len(tokens) * (seq + padding) * self.config.n_vocab
-        memory(n_logits * itemsize(self.params), f"logits of {len(tokens):,} x {seq} tokens")
+        memory(n_logits * itemsize(self.params["wte"]), f"logits of {len(tokens):,} x {seq} tokens")
         padded = np.pad(tokens, ((0, 0), (0, padding)))  # no token sees those behind it
         with self.backend.on(self._device):
             logits = self._logits(self.backend.from_numpy(padded, device=self._device))

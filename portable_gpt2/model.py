@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checks
-from .backend import backend_of, float_dtypes
+from .backend import backend_of
 from .config import GPT2Config
 from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, unembed
 from .params import Params, check_config, check_params, itemsize
@@ -381,8 +381,8 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
     batch, n_head, held, d = backend.shape(buffer)
     capacity = checks.integer("capacity", capacity, held, note=f"the cache has room for {held} tokens already")
     if isinstance(batch, int):  # else it is not known while tracing
-        itemsize = float_dtypes[backend.dtype_name(buffer) or "float32"].itemsize
-        checks.memory(len(buffers) * batch * n_head * capacity * d * itemsize, f"a cache of {capacity:,} tokens")
+        n = len(buffers) * batch * n_head * capacity * d
+        checks.memory(n * itemsize(buffer), f"a cache of {capacity:,} tokens")
 
     def grow(buffer: Any) -> Any:
         return backend.write(backend.zeros((batch, n_head, capacity, d), like=buffer), buffer, 0)
@@ -500,4 +500,4 @@ def _may_be_equal(shape: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
 def check_cache_size(params: Params, config: GPT2Config, batch: int, capacity: int) -> None:
     """Refuse a cache that would take more memory than the machine has."""
     n = 2 * config.n_layer * batch * capacity * config.n_embd
-    checks.memory(n * itemsize(params), f"a cache of {batch:,} texts of {capacity:,} tokens")
+    checks.memory(n * itemsize(params["wte"]), f"a cache of {batch:,} texts of {capacity:,} tokens")

@@ -320,9 +320,8 @@ def check_params(params: Params, config: GPT2Config) -> None:
             raise ValueError(f"{path} has shape {list(shape)}; config makes it {list(expected[path])}")
 
 
-def itemsize(params: Params) -> int:
-    """Return how many bytes one number of some parameters takes."""
-    x = params["wte"]
+def itemsize(x: Any) -> int:
+    """Return how many bytes one number of an array of floats takes."""
     return float_dtypes[backend_of(x).dtype_name(x) or "float32"].itemsize
 
 
