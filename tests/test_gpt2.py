@@ -403,13 +403,43 @@ def test_an_unknown_device_is_refused_with_those_that_there_are(directory, backe
         pg.GPT2.load(directory, backend=backend, device=device)
 
 
-@pytest.mark.parametrize("name", ["numpi", "", "keras", 7])
+@pytest.mark.parametrize("name", ["numpi", "", "keras"])
 def test_an_unknown_backend_is_refused_with_those_that_are_known(directory, name):
     """Catches a name that falls back to a default."""
     with pytest.raises(
         pg.BackendNotInstalled, match=f"unknown backend {name!r}; the known backends are .*numpy.*torch"
     ):
         pg.GPT2.load(directory, backend=name)
+
+
+@pytest.mark.parametrize(
+    "name", [7, b"numpy", [], {}, True, pg.Backend, np.zeros(2), 10**5000], ids=lambda x: type(x).__name__
+)
+def test_what_is_not_the_name_of_a_backend_is_refused(name):
+    """Catches Python's own error about a list that cannot be hashed."""
+    for call in (pg.get_backend, lambda name: pg.use_backend(name).__enter__()):
+        with pytest.raises(TypeError, match=f"backend is of type {type(name).__name__}; expected a name"):
+            call(name)
+
+
+@pytest.mark.parametrize("device", [[], {}, 10**5000, 1.5, object(), np.zeros(2)], ids=lambda x: type(x).__name__)
+def test_what_is_not_a_device_is_refused(backend, device):
+    """Catches the framework's own error about an object of another kind."""
+    with pytest.raises(ValueError, match=f"has no device that is a {type(device).__name__}; the devices here are"):
+        pg.get_backend(backend, device)
+    with pytest.raises(ValueError, match=f"has no floating dtype that is a {type(device).__name__}; choose one of"):
+        backend.dtype(device)
+
+
+def test_values_that_cannot_be_had_are_a_type_error(torch, jax):
+    """Catches the framework's own error about a sparse tensor or a tracer."""
+    for x in (torch.eye(2).to_sparse(), torch.zeros(2, device="meta")):
+        with pytest.raises(TypeError, match=r"cannot be brought to the host|expected an array|sparse|meta"):
+            pg.to_numpy(x)
+    with pytest.raises(TypeError, match=r"of jax cannot be brought to the host \(TracerArrayConversionError"):
+        jax.jit(pg.to_numpy)(jax.numpy.zeros(2))
+    with pytest.raises(TypeError, match="expected an array of one of the backends"):
+        pg.to_numpy([1.0])
 
 
 def test_a_mistake_in_an_option_is_found_before_the_files_are_read(tmp_path, backend):
