@@ -27,7 +27,7 @@ class Tokenizer:
 
     Tokens that were added to the vocabulary and are not special are found in every text, as transformers finds them.
 
-    What is a letter, a number or a space is the package's to decide, by the Unicode tables that it was built with.
+    The package decides which characters are letters, numbers or spaces, by the Unicode tables that it was built with.
     Those of tokenizers 0.23 and of tiktoken 0.14 (Unicode 16) are the same for every code point.
 
     Parameters
@@ -158,16 +158,16 @@ class Tokenizer:
         allow_special : bool or collection of str, default False
             Which special tokens are that one token where the text spells them: none (False), all (True), or those of
             these names. The others are text. Allow none in text from elsewhere: its author could end the prompt early,
-            or write in another's name. Of two that begin at one place, the longer one is found.
+            or write in another's name. Where two begin at one place, the longer one is found.
 
         Raises
         ------
         TypeError
-            If it is no str, or allow_special is one.
+            If the text is not a str, or ``allow_special`` is one.
         ValueError
-            If it holds a lone surrogate, which is half a character, a character that the vocabulary cannot spell, or,
-            where all are allowed, an ``<|endoftext|>`` that the vocabulary lacks; or if allow_special names a token
-            that is not a special one of the vocabulary.
+            If the text holds a lone surrogate, which is half a character, or a character that the vocabulary cannot
+            spell. If it holds ``<|endoftext|>``, all special tokens are allowed, and the vocabulary lacks it. If
+            ``allow_special`` names a token that is not a special one of the vocabulary.
 
         Examples
         --------

@@ -55,7 +55,7 @@ def read_files(directory: Path) -> dict[str, bytes] | None:
 
 
 def definition(files: Mapping[str, bytes], directory: Path | None = None) -> Definition:
-    """Return what some files say.
+    """Return the tokenizer that some files define.
 
     Parameters
     ----------

@@ -26,7 +26,7 @@ def plain(directory):
 
 
 def saved(change=lambda tokenizer: None, **options):
-    """Return what writes a tokenizer that transformers has changed and saved."""
+    """Return a function that writes a tokenizer which transformers has changed and saved."""
 
     def write(directory):
         tiny.write_tokenizer(directory)
@@ -56,7 +56,7 @@ def any_of_them(directory):
 
 
 def legacy(files):
-    """Return what writes the files that transformers wrote before version 4.34."""
+    """Return a function that writes the files of transformers before version 4.34."""
 
     def write(directory):
         tiny.write_tokenizer(directory)
@@ -67,7 +67,7 @@ def legacy(files):
 
 
 def spelled(end):
-    """Return what writes merges.txt with another end of line, or without its first line."""
+    """Return a function that writes merges.txt with another end of line, or without its first line."""
 
     def write(directory):
         tiny.write_tokenizer(directory)
@@ -165,7 +165,7 @@ def test_entries_are_those_of_transformers(both):
 
 
 def test_what_we_save_transformers_reads(both, tmp_path):
-    """Catches added tokens and special flags that are lost on the way back."""
+    """Catches added tokens and special flags that are lost when we save them."""
     theirs, ours = both
     ours.save(tmp_path)
     again = type(theirs).from_pretrained(tmp_path)

@@ -104,7 +104,7 @@ def write_tokens(
         piece by piece, into the ids that they have as a whole.
     tokenizer : Tokenizer
     n_vocab : int
-        Of the model. Up to 65,536, an id takes two bytes; else four.
+        The model's vocabulary. Up to 65,536, an id takes two bytes, and four above.
     file : path
     progress : callable, optional
         Wraps the iterable of pieces, as tqdm does.
