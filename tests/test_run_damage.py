@@ -15,6 +15,7 @@ from damage import cut, edit_header, edit_json, flip, insert, overwrite, remove,
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from runs import begin, contents, lines, resume
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from portable_gpt2.training import train
@@ -85,7 +86,7 @@ def spoil(draw, directory):
         changes += [edit_line] * 5
     if content and file.suffix == ".safetensors":
         changes += [edit_header] * 2 + [spoil_moments] * 2
-    with contextlib.suppress(ValueError, KeyError, IndexError):  # what was spoilt before may be no JSON any more
+    with contextlib.suppress(ValueError, KeyError, IndexError, SafetensorError):  # it may be spoilt already
         content = draw(st.sampled_from(changes))(draw, content)
     file.write_bytes(content)
 
