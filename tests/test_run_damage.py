@@ -6,6 +6,7 @@ tokens. A file is removed, or a named pipe, a directory, a loop of links or anot
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -91,6 +92,11 @@ def spoil(draw, directory):
     file.write_bytes(content)
 
 
+def same(name, found, expected):
+    """Return whether two files are equal; two records, whether their entries are: spaces may have changed."""
+    return found == expected or (found and name == "training/run.json" and json.loads(found) == json.loads(expected))
+
+
 class Whole(tuple):
     """What hypothesis need not print."""
 
@@ -139,4 +145,4 @@ def test_a_damaged_run_is_refused_or_ends_in_the_same_bits(stopped, tmp_path, da
     found = contents(directory)
     # The best checkpoint, of step 0, is read only if a file that was published is damaged: then it is checked.
     read = [name for name in expected if not name.startswith("training/step-0/")]
-    assert [name for name in read if found.get(name) != expected[name]] == []
+    assert [name for name in read if not same(name, found.get(name), expected[name])] == []
