@@ -98,7 +98,7 @@ def attention(
     """Compute y = w v with w the softmax of scale q k^T: what is masked has weight 0, and so no gradient."""
     backend = backend_of(q)
     xp, t = backend.xp, backend.xp.matrix_transpose
-    scale = (backend.shape(q)[-1] or 1) ** -0.5 if scale is None else scale
+    scale = max(backend.shape(q)[-1], 1) ** -0.5 if scale is None else scale
     w = ops.attention_weights(q, k, mask=mask, scale=scale)
 
     def backward(dy: Any) -> tuple[Any, Any, Any]:

@@ -19,6 +19,11 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # importing it costs more than 
     Array = Any
 
 
+def _is_zero(n: Any) -> bool:
+    """Return whether a dimension is known to be 0; one that is unknown while tracing is a scalar array."""
+    return isinstance(n, int) and n == 0
+
+
 def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
     """Return ids as indices from 0 to n - 1 and, where it is not known yet whether they are, a bool array of which are.
 
@@ -36,7 +41,7 @@ def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
         if low < 0 or high >= n:
             raise ValueError(f"{name} range from {low} to {high}; expected 0 to {n - 1}")
         return index, None
-    if n == 0 and not backend.is_empty(ids):
+    if _is_zero(n) and not backend.is_empty(ids):
         raise ValueError(f"{name} have shape {list(backend.shape(ids))}, but there is nothing to choose from")
     known = (index >= 0) & (index < (n if isinstance(n, int) else xp.astype(n, index.dtype)))
     return xp.where(known, index, 0), known
@@ -282,10 +287,10 @@ def attention_weights(
     backend = backend_of(q)
     xp = backend.xp
     *_, queries, d = backend.shape(q)
-    if backend.shape(k)[-2] == 0 and queries != 0:
+    if _is_zero(backend.shape(k)[-2]) and not _is_zero(queries):
         raise ValueError("attention: there are no keys; every query must see at least one")
     if scale is None:
-        scale = (d or 1 if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
+        scale = (max(d, 1) if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
     elif not math.isfinite(scale):
         raise ValueError(f"attention: scale is {scale}; expected a finite number")
     scores = xp.matmul(q, xp.matrix_transpose(k)) * scale
