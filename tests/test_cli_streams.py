@@ -93,6 +93,7 @@ def test_each_stream_may_be_closed_full_or_broken(room, name, monkeypatch):
     A file that is opened while stderr is closed gets its number, and messages would be written into it.
     """
     monkeypatch.chdir(room)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # text that waits in a buffer is lost late
     line, writes = COMMANDS[name]
     before = {file: file.read_bytes() for file in (room / "it").iterdir()} | {0: (room / "data.txt").read_bytes()}
 
