@@ -116,6 +116,14 @@ WRITERS = {
             "tokenizer_config.json": {"model_max_length": 1024, "mask_token": "<tool>"},
         }
     ),
+    "special by its name alone": legacy(
+        {
+            "tokenizer_config.json": {
+                "added_tokens_decoder": {"384": {"content": "<pad>", "special": False, "normalized": False, **FLAGS}},
+                "pad_token": "<pad>",
+            }
+        }
+    ),
     "settings": legacy(
         {
             "tokenizer_config.json": {
