@@ -15,7 +15,6 @@ import re
 import struct
 import sys
 import warnings
-import weakref
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -442,13 +441,12 @@ class TorchBackend(Backend):
         tensors = Counter(x.untyped_storage().data_ptr() for x in tree_leaves(held) if _is_plain(x))
 
         def read(x: Any, is_alone: bool) -> np.ndarray:
-            a = memory = self.to_numpy(x)
-            if not is_alone:
-                return a.copy()  # what is written to it must not reach another parameter
-            while isinstance(memory.base, np.ndarray):
-                memory = memory.base
+            a = self.to_numpy(x)
+            if storages is None and is_alone:
+                return a
+            a = a.copy()  # neither another parameter nor the file, which may be overwritten, shares its memory
             if storages is not None and x.is_contiguous():
-                weakref.finalize(memory, _let_go, x).atexit = False
+                _let_go(x)
             return a
 
         def stored(x: Any) -> Any:

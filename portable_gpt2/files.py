@@ -411,6 +411,6 @@ def _swap(first: Path, second: Path) -> bool:
     if renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # of the kernel, of the file system
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # the kernel or the file system cannot
         return False
     raise OSError(code, os.strerror(code), str(second))

@@ -7,12 +7,12 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import checks
+from .files import replacing
 
 _PANEL = 2.2  # inches of a map in a grid
 _LABELLED = 60  # tokens that have room for their names on an axis
@@ -122,7 +122,7 @@ def check_file(file: str | os.PathLike[str]) -> None:
     if file.is_dir():
         raise IsADirectoryError(f"{file}: is a directory; expected the name of a file")
     try:
-        _room(file).cleanup()
+        tempfile.TemporaryDirectory(prefix=".plot-", dir=file.parent).cleanup()
     except OSError as error:
         raise OSError(f"{file.parent}: cannot be written to: {error.strerror}") from error
 
@@ -130,17 +130,9 @@ def check_file(file: str | os.PathLike[str]) -> None:
 def save(figure: Any, file: str | os.PathLike[str]) -> None:
     """Write a figure in the format that the file's name ends in; the file appears complete or not at all."""
     file = checks.path("file", file)
-    with _room(file) as room:
-        draft = Path(room, file.name)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
-            figure.savefig(draft, dpi=150)
-        draft.replace(file)
-
-
-def _room(file: Path) -> tempfile.TemporaryDirectory[str]:
-    """Return a temporary directory next to a file, from where a draft of it can be renamed."""
-    return tempfile.TemporaryDirectory(prefix=".plot-", dir=file.parent)
+    with replacing(file) as draft, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        figure.savefig(draft, dpi=150, format=file.suffix[1:].lower())
 
 
 def _figure(width: float, height: float) -> Any:

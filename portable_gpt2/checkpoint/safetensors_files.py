@@ -1,11 +1,11 @@
-"""Files of safetensors: mapped tensor by tensor, and written tensor by tensor."""
+"""Files of safetensors: read tensor by tensor, and written tensor by tensor."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-import mmap
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,42 +20,44 @@ from .errors import CheckpointError
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def map_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a file by name. The package checks its header; arrays of its own would be copies."""
+class _File:
+    """An open file, from which a tensor is read by its place. It is closed when nothing refers to it any more."""
+
+    def __init__(self, file: Path) -> None:
+        self.stream = file.open("rb", buffering=0)
+        self._lock = threading.Lock()  # two threads share the position
+        weakref.finalize(self, self.stream.close)
+
+    def read(self, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Return a tensor in memory of its own: what happens to the file later does not reach it."""
+        a = np.empty(shape, float_dtypes[dtype])
+        rest = a.reshape(-1).view(np.uint8).data
+        with self._lock:
+            self.stream.seek(start)
+            while rest and (n := self.stream.readinto(rest)):  # Linux reads 2 GiB at most
+                rest = rest[n:]
+        if rest:
+            raise EOFError(f"the file ends {len(rest)} bytes too early; it has become shorter since it was opened")
+        return a
+
+
+def open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file by name, none of them read. The safetensors package checks the file's header."""
     try:
         with safe_open(file, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from None
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = parse_json(file, stream.read(size))
-        memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    opened = _File(file)
+    size = int.from_bytes(opened.stream.read(8), "little")
+    header = parse_json(file, opened.stream.read(size))
     tensors = {}
     for name, entry in header.items():
         if name != "__metadata__":
             shape, dtype = tuple(entry["shape"]), _NAMES.get(entry["dtype"], entry["dtype"])
-            read = functools.partial(_map, memory, 8 + size + entry["data_offsets"][0], shape, dtype)
+            read = functools.partial(opened.read, 8 + size + entry["data_offsets"][0], shape, dtype)
             tensors[name] = StoredTensor(shape, dtype, read)
     return tensors
-
-
-def _map(memory: mmap.mmap, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Return a tensor; its memory is the file's, private to this process: what is written to it reaches no file."""
-    flat = np.frombuffer(memory, float_dtypes[dtype], math.prod(shape), offset=start)
-    weakref.finalize(flat, _release, memory, start, start + flat.nbytes).atexit = False
-    return np.require(flat, requirements="A").reshape(shape)
-
-
-def _release(memory: mmap.mmap, start: int, end: int) -> None:
-    """Give back the pages of a tensor that nothing refers to any more: what was copied would be in memory twice.
-
-    Only whole pages: what a neighbour has written to its part of a page it would lose.
-    """
-    page = mmap.ALLOCATIONGRANULARITY
-    start, end = -(-start // page) * page, end // page * page
-    if end > start and hasattr(mmap, "MADV_DONTNEED"):
-        memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def write_safetensors(

@@ -1,4 +1,4 @@
-"""The directory that a checkpoint is written to: what is replaced by force, what stays, and what forbids it.
+"""The directory that a checkpoint is written to: which files force replaces, which stay, and which forbid it.
 
 A checkpoint replaces another one: its configuration, weights and tokenizer. Documents and the state of training, which
 may be next to them, stay. A directory that holds anything else is not a checkpoint's alone, and is not replaced.
@@ -56,7 +56,7 @@ _STAYS = (
     "LICENSE*",
     "NOTICE*",
     ".gitattributes",
-    # of a run, and of transformers' Trainer
+    # the state of training: our runs, transformers' Trainer
     "metrics.jsonl",
     "trainer_state.json",
     "training_args.bin",
@@ -65,7 +65,7 @@ _STAYS = (
     "scaler.*",
     "rng_state*.pth",
 )
-_DIRECTORIES = {"additional_chat_templates": "*.jinja", ".cache": "huggingface"}  # of companions; of the hub's client
+_DIRECTORIES = {"additional_chat_templates": "*.jinja", ".cache": "huggingface"}  # chat templates; the hub's client
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from .. import checks
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import END_OF_TEXT
 
+_LARGEST_READ = 1 << 30  # bytes of token ids; files that are larger are mapped
 _CHUNK = 1 << 20  # characters that are encoded at a time
 _STREAM = int.from_bytes(b"windows", "little")  # of random words, beside those of parameters and draws
 
@@ -178,7 +179,10 @@ _BORDER = re.compile(r"(?<=\S)[^\S\x1c-\x1f]")
 
 
 def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
-    """Return the ids of a file that `write_tokens` has written, [n], mapped: they need not fit into memory.
+    """Return the ids of a file that `write_tokens` has written, [n], read-only.
+
+    A file of more than 1 GiB is mapped: its ids need not fit into memory, but the file must not change while they are
+    used. If it is overwritten, the ids change; if it is truncated, the system ends the process (SIGBUS).
 
     Raises
     ------
@@ -189,7 +193,8 @@ def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
     dtype, size = _token_dtype(n_vocab), os.path.getsize(file)
     if not size or size % dtype.itemsize:
         raise ValueError(f"{os.fspath(file)}: {size} bytes are no token ids of {dtype.itemsize} bytes; start a new run")
-    tokens = np.memmap(file, dtype, mode="r")
+    tokens = np.fromfile(file, dtype) if size <= _LARGEST_READ else np.memmap(file, dtype, mode="r")
+    tokens.flags.writeable = False
     if (largest := int(tokens.max())) >= n_vocab:
         raise ValueError(f"{os.fspath(file)}: token id {largest} is not in the vocabulary of {n_vocab}")
     return tokens

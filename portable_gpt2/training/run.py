@@ -18,7 +18,7 @@ from .. import checks, files
 from ..backend import Backend, StoredTensor
 from ..checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointError, read_checkpoint, stored, write_files
 from ..checkpoint.formats import is_finite
-from ..checkpoint.safetensors_files import map_safetensors, write_safetensors
+from ..checkpoint.safetensors_files import open_safetensors, write_safetensors
 from ..checks import integer, is_int, number, shown
 from ..config import GPT2Config
 from ..files import appearing, replacing
@@ -521,7 +521,7 @@ def _open_checkpoint(
         if contents or name not in large:
             records.check_digest(directory / name, saved.files[name])
     found = read_checkpoint(directory)
-    moments = map_safetensors(directory / _MOMENTS)
+    moments = open_safetensors(directory / _MOMENTS)
     _check_state(directory, found.config, recipe, found.tensors, moments)
     try:
         _check_context(recipe, found.config)
