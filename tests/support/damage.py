@@ -45,6 +45,8 @@ def replace(draw, content):
 def edit_json(draw, content):
     """Change, remove or rename one entry at any depth."""
     entries = json.loads(content)
+    if not isinstance(entries, dict | list) or not entries:
+        return content
     node = entries
     while True:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
