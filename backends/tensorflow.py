@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice, optimization_barrier
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from portable_gpt2 import files
 from portable_gpt2.backend import Backend, StoredTensor
 
 _FLOATS = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16, "float16": tf.float16}
@@ -282,8 +279,6 @@ class TensorflowBackend(Backend):
 
     def read_checkpoint(self, path: str) -> dict[str, StoredTensor]:
         prefix = path.removesuffix(".index")
-        for data in Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}.data-*"):
-            files.regular(data)  # to open a pipe would wait for ever
         reader = tf.train.load_checkpoint(prefix)
         dtypes = reader.get_variable_to_dtype_map()
         return {

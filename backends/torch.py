@@ -16,7 +16,6 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from portable_gpt2.backend import Backend, StoredTensor
-from portable_gpt2.checkpoint.errors import CheckpointError
+from portable_gpt2.backend import Backend, CheckpointError, StoredTensor
 
 _FLOATS = {
     "float32": torch.float32,
@@ -438,11 +436,12 @@ class TorchBackend(Backend):
         held = _load(path, is_mapped=storages is not None)
         if storages is not None and not _lie_at(storages, held):
             storages, held = None, _load(path, is_mapped=False)
-        tensors = Counter(x.untyped_storage().data_ptr() for x in tree_leaves(held) if _is_plain(x))
+        owners: dict[int, object] = {}  # of each storage, the tensor that was read first
 
-        def read(x: Any, is_alone: bool) -> np.ndarray:
+        def read(x: Any, tensor: object) -> np.ndarray:
             a = self.to_numpy(x)
-            if storages is None and is_alone:
+            is_owner = not _is_plain(x) or owners.setdefault(x.untyped_storage().data_ptr(), tensor) is tensor
+            if storages is None and is_owner:
                 return a
             a = a.copy()  # neither another parameter nor the file, which may be overwritten, shares its memory
             if storages is not None and x.is_contiguous():
@@ -455,9 +454,8 @@ class TorchBackend(Backend):
             dtype = str(x.dtype).removeprefix("torch.")
             if not _is_plain(x):
                 kind = "without data" if x.is_meta else str(x.layout).removeprefix("torch.").replace("_", " ")
-                return StoredTensor(tuple(x.shape), f"{dtype} ({kind})", functools.partial(read, x, True))
-            is_alone = tensors[x.untyped_storage().data_ptr()] == 1
-            return StoredTensor(tuple(x.shape), dtype, functools.partial(read, x, is_alone))
+                dtype = f"{dtype} ({kind})"
+            return StoredTensor(tuple(x.shape), dtype, functools.partial(read, x, object()))
 
         return tree_map(stored, held)
 

@@ -36,6 +36,10 @@ class BackendNotInstalled(ImportError):
     """A backend that was asked for is unknown, or its framework cannot be imported."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as a GPT-2; the message names the file, and the tensor if it is one."""
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file: its shape and dtype are known, and it is not read before `read` is called."""
 

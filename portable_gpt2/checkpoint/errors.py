@@ -1,8 +1,8 @@
-"""CheckpointError: what every file that cannot be read as a GPT-2 gives."""
+"""The errors under which files are refused that cannot be read as a GPT-2."""
 
+from ..backend import CheckpointError
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as a GPT-2; the message names the file, and the tensor if it is one."""
+__all__ = ["CheckpointError", "TokenizerError"]
 
 
 class TokenizerError(CheckpointError):

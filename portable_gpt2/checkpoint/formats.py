@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fnmatch
 import functools
+import glob
 import importlib.metadata
 import math
 import os
@@ -140,6 +141,8 @@ def _open_file(file: Path, format: Format) -> Held:
         raise BackendNotInstalled(
             f"{file}: it takes {format.backend} to read it, which is not installed: {how_to_install(format.backend)}"
         )
+    for part in file.parent.glob(f"{glob.escape(file.stem)}.*"):  # TensorFlow's files are several
+        exists(part)
     head = start(file)
     if what := mistaken(head):
         raise CheckpointError(f"{file}: is {what}")

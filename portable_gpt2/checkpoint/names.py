@@ -162,7 +162,7 @@ def by_path(
     if layout.head in layout.dropped and layout.head in found:
         at, head = found[layout.head]
         _check_dtype(at, layout.head, head)
-        if head.shape != ours["wte"] or not np.array_equal(head.read(), parameters["wte"].read()):
+        if head.shape != ours["wte"] or not np.array_equal(parameters["wte"].read(), head.read()):
             raise CheckpointError(f"{at}: {layout.head} differs from wte.weight, but {config_name} ties the two")
     return parameters
 
