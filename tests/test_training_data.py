@@ -218,3 +218,10 @@ def test_too_little_text_is_refused():
         batch(np.arange(5), 0, batch_size=1, length=6, seed=0)
     with pytest.raises(ValueError, match="the held-out text has 5 tokens and a window 6"):
         windows(np.arange(5), 6)
+
+
+@pytest.mark.parametrize("n_vocab", [10**12, 2**62])
+def test_a_vocabulary_beyond_the_memory_is_refused(n_vocab):
+    """Catches the library's abort, which ends the whole process: it reserves memory for all that is asked for."""
+    with pytest.raises(ValueError, match=f"a vocabulary of {n_vocab} .* has merges for 26. entries"):
+        train_tokenizer(["to be, or not to be"] * 3, n_vocab)
