@@ -59,3 +59,20 @@ def test_one_of_many_threads_at_a_time_holds_a_lock(tmp_path):
     assert not any(both)
     assert set(told) <= {None, os.getpid()}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_taken_again(tmp_path, monkeypatch):
+    """Would catch the race of the test above in every run: the file is gone between opening and locking it."""
+    open_, opened = os.open, []
+
+    def removed_once(path, *args):
+        descriptor = open_(path, *args)
+        if not opened:
+            os.unlink(path)
+        opened.append(path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", removed_once)
+    with files.lock(tmp_path / "lock"):
+        assert len(opened) == 2
+        assert (tmp_path / "lock").exists()
