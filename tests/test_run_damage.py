@@ -76,10 +76,12 @@ def another(file):
 def spoil(draw, directory):
     """Do something to a file of a run."""
     names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
-    name = draw(st.sampled_from([*names, *names, "training/lock", "training/step-3/more.json", "training/step-3"]))
+    last = "training/step-3"
+    more = [f"{last}/more.json"] if (directory / last).is_dir() else []
+    name = draw(st.sampled_from([*names, *names, "training/lock", last, *more]))
     file = directory / name
     if not file.is_file() or draw(st.integers(0, 4)) == 0:
-        shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
         draw(st.sampled_from([nothing, os.mkfifo, os.mkdir, loop, nowhere, elsewhere, another]))(file)
         return
     content = file.read_bytes()

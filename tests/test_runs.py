@@ -381,7 +381,9 @@ def test_metrics_that_were_changed_are_refused(run, spoil, why):
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("rest", ['{"step": 4, "loss": 1.5, "seconds": 0.1}\n', '{"step": 4, "lo', "}\n\xff\n{}\n"])
+@pytest.mark.parametrize(
+    "rest", [CUT := '{"step": 4, "lo', '{"step": 4, "loss": 1.5, "seconds": 0.1}\n' * 99, "}\n\xff\n{}\n" * 99 + CUT]
+)
 def test_lines_after_the_checkpoint_are_taken_again(run, whole, rest):
     """Catches steps twice, and a resumed run that stumbles over a line that a kill cut off."""
     with (run / "metrics.jsonl").open("a") as file:
