@@ -51,11 +51,31 @@ def _parser() -> argparse.ArgumentParser:
         help="sample at most N (default: 100)",
     )
     add("--temperature", type=float, default=1.0, metavar="T", help="divide the logits by T; 0 is greedy (default: 1)")
-    add("--top-k", type=int, default=40, metavar="K", help="draw from the K likeliest; 0 is off (default: 40)")
-    add("--top-p", type=number_or_off, metavar="P", help="draw from the fewest that reach P together (default: off)")
-    add("--min-p", type=number_or_off, metavar="P", help="and are P times as likely as the likeliest (default: off)")
     add(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="make what was used less likely (default: 1)"
+        "--top-k",
+        type=int,
+        default=40,
+        metavar="K",
+        help="sample from the K most likely tokens; 0 is off (default: 40)",
+    )
+    add(
+        "--top-p",
+        type=number_or_off,
+        metavar="P",
+        help="sample from the smallest set of tokens whose total probability reaches P (default: off)",
+    )
+    add(
+        "--min-p",
+        type=number_or_off,
+        metavar="P",
+        help="drop tokens whose probability is below P times that of the most likely token (default: off)",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="make tokens that the text holds already less likely, above 1 (default: 1)",
     )
     add(
         "--seed",
@@ -73,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stop-token", action="append", default=[], type=at_least(0), metavar="ID", help="end before this token id")
     add("--num-samples", type=at_least(1), default=1, metavar="N", help="continue each prompt N times (default: 1)")
     add("--batch-size", type=at_least(1), default=8, metavar="N", help="compute N texts at a time (default: 8)")
-    add("--sliding", action="store_true", help="go on from the last half of the context where it is full")
+    add("--sliding", action="store_true", help="when the context is full, continue from its last half")
     _add_special(generate, "a prompt")
     add("--json", action="store_true", help=f"write a JSON object for each text, one on each line{_JSON}")
     generate.set_defaults(run=_generate)
@@ -121,8 +141,9 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="write a checkpoint anew, as Hugging Face's transformers reads it",
-        description="Write any checkpoint as config.json and model.safetensors. The directory appears complete or not.",
+        help="write a checkpoint in the form that Hugging Face's transformers reads",
+        description="Write any checkpoint as config.json and model.safetensors. The directory appears complete or not "
+        "at all.",
     )
     add = convert.add_argument
     add("source", metavar="SRC", help="a checkpoint's directory, or a model of the hub such as gpt2")
