@@ -42,16 +42,20 @@ def read_files(directory: Path) -> dict[str, bytes] | None:
     ``tokenizer.json`` holds all that ``vocab.json`` and ``merges.txt`` do, and tokens that were added to them. Without
     it, added tokens are in ``added_tokens.json``, or in ``tokenizer_config.json`` of newer tokenizers.
     """
-    if holds_file(directory / TOKENIZER_FILE):
-        names = {TOKENIZER_FILE: TOKENIZER_FILE}
-    else:
-        pairs = (pair for pair in _PAIRS if all([holds_file(directory / name) for name in pair]))
-        if (pair := next(pairs, None)) is None:
-            return None
-        names = dict(zip(_PAIRS[0], pair, strict=True))
+    names = _names(directory)
+    if not names:
+        return None
     also = (ADDED_FILE, SPECIAL_FILE, SETTINGS_FILE) if VOCAB_FILE in names else (SPECIAL_FILE, SETTINGS_FILE)
     names |= {name: name for name in also if holds_file(directory / name)}
     return {name: (directory / there).read_bytes() for name, there in names.items()}
+
+
+def _names(directory: Path) -> dict[str, str]:
+    """Return the names, in a directory, of the files that hold its vocabulary, by Hugging Face's names."""
+    if holds_file(directory / TOKENIZER_FILE):
+        return {TOKENIZER_FILE: TOKENIZER_FILE}
+    pairs = (pair for pair in _PAIRS if all([holds_file(directory / name) for name in pair]))
+    return dict(zip(_PAIRS[0], next(pairs, ()), strict=False))
 
 
 def definition(files: Mapping[str, bytes], directory: Path | None = None) -> Definition:
@@ -75,7 +79,9 @@ def definition(files: Mapping[str, bytes], directory: Path | None = None) -> Def
         try:
             yield files.get(name, b"{}")
         except (ValueError, RecursionError) as error:  # JSON may be nested too deeply
-            raise ValueError(f"{error}" if directory is None else f"{directory / name}: {error}") from error
+            if directory is None:
+                raise ValueError(str(error)) from error
+            raise ValueError(f"{directory / _names(directory).get(name, name)}: {error}") from error
 
     with reading(SETTINGS_FILE) as data:
         settings = _object(data)

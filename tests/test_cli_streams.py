@@ -147,6 +147,20 @@ def test_help_that_is_lost_is_noticed_without_a_buffer_too(room, monkeypatch):
 # Signals
 
 
+def test_a_warning_takes_a_line(room, tmp_path, monkeypatch):
+    """Catches Python's form of two lines, with a path of the source that says nothing to who runs a command."""
+    monkeypatch.chdir(room)
+    tiny.model(pg.get_backend("numpy")).save(tmp_path / "it")
+    (tmp_path / "it" / "tokenizer.json").write_text("{}")
+    process = start(room, ("convert", str(tmp_path / "it"), str(tmp_path / "out")))
+    _, errors = process.communicate(timeout=60)
+    lines = errors.decode().splitlines()
+    assert process.returncode == 0
+    assert lines[0].startswith("portable-gpt2: warning: ")
+    assert "tokenizer.json: " in lines[0]
+    assert ".py" not in errors.decode()
+
+
 def interrupted(room, args, seconds, signum=signal.SIGINT):
     process = start(room, args)
     time.sleep(seconds)

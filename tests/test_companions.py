@@ -10,7 +10,7 @@ import tiny
 
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint import SHIPPED, convert, read_checkpoint, write_checkpoint
-from portable_gpt2.checkpoint.companions import COMPANIONS
+from portable_gpt2.checkpoint.companions import CHAT_TEMPLATES, GENERATION_FILE, TOKENIZER_SETTINGS
 from portable_gpt2.cli import main
 from portable_gpt2.training.run import Run
 
@@ -194,7 +194,12 @@ def contents(directory):
 
 def test_every_companion_has_a_test():
     """Catches a companion that is added to the list and not to these tests."""
-    assert {*CONTENTS} == {*COMPANIONS, "additional_chat_templates/tools.jinja"}
+    assert {*CONTENTS} == {
+        GENERATION_FILE,
+        *CHAT_TEMPLATES,
+        *TOKENIZER_SETTINGS,
+        "additional_chat_templates/tools.jinja",
+    }
 
 
 def test_what_goes_with_a_model_is_converted_byte_for_byte(rich, tmp_path):

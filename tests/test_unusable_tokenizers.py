@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -42,7 +43,32 @@ def word_piece(directory):
     (directory / "vocab.txt").write_text("[UNK]\n")
 
 
+def in_openai_s_names(directory):
+    cut(directory)
+    for name, theirs in {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}.items():
+        (directory / name).rename(directory / theirs)
+
+
+def settings_that_are_a_pipe(directory):
+    tiny.write_tokenizer(directory)
+    os.mkfifo(directory / "tokenizer_config.json")
+
+
+def settings_that_were_not_downloaded(directory):
+    tiny.write_tokenizer(directory)
+    (directory / "tokenizer_config.json").write_bytes(LFS)
+
+
+def a_loop_of_links(directory):
+    tiny.write_tokenizer(directory)
+    (directory / "special_tokens_map.json").symlink_to("special_tokens_map.json")
+
+
 UNUSABLE = {
+    "OpenAI's names": (in_openai_s_names, "vocab.bpe: "),
+    "a pipe": (settings_that_are_a_pipe, r"tokenizer_config.json: is a named pipe \(FIFO\)"),
+    "settings of Git LFS": (settings_that_were_not_downloaded, "tokenizer_config.json: is a Git LFS pointer"),
+    "a loop": (a_loop_of_links, "special_tokens_map.json: a loop of symbolic links"),
     "WordPiece": (word_piece, "tokenizer.json: expected a byte-level BPE, as GPT-2's is; got the model WordPiece"),
     "lowercasing": (lowercasing, "tokenizer.json: normalizer is 'Lowercase'"),
     "cut": (cut, "merges.txt: "),
@@ -96,14 +122,15 @@ def test_another_tokenizer_may_take_its_place(unusable, tmp_path):
 def test_convert_copies_it_and_says_why(unusable, tmp_path, capfd):
     """Catches a conversion that is refused for the sake of a tokenizer, and one that drops it without a word."""
     directory, message = unusable
-    if (directory / "tokenizer.json").is_dir():
-        pytest.skip("there is no file to copy")
-    with pytest.warns(UserWarning, match=f"{message}.*its files are copied as they are"):
+    with pytest.warns(UserWarning, match=f"{message}.*copied as it stands: ") as warned:
         convert(directory, tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-    for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"):
-        if (directory / name).exists():
-            assert (tmp_path / "out" / name).read_bytes() == (directory / name).read_bytes()
+    copied = str(warned[0].message).partition("copied as it stands: ")[2]
+    names = {file.name for file in directory.iterdir() if file.is_file()} - {"config.json", "model.safetensors"}
+    assert {*copied.split(", ")} == (names or {"none of its files"})
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (directory / name).read_bytes()
+    with pytest.warns(UserWarning, match="copied as it stands: "):  # what a conversion wrote, another may replace
+        convert(directory, tmp_path / "out", force=True)
     before, after = (pg.GPT2.load(path, backend="numpy", tokenizer=None) for path in (directory, tmp_path / "out"))
     for (path, x), (_, y) in zip(flatten(before.params), flatten(after.params), strict=True):
         assert np.array_equal(x, y), path
@@ -124,6 +151,16 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, given):
     tiny.model(pg.get_backend("numpy")).save(tmp_path / "it")
     with pytest.raises(TypeError, match=r"tokenizer is .*; expected a Tokenizer \(Tokenizer.load reads one\), or None"):
         pg.GPT2.load(tmp_path / "it", backend="numpy", tokenizer=given)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "tokenizer.model"])
+def test_a_tokenizer_of_another_kind_goes_with_a_conversion(tmp_path, name):
+    """Catches GPT-2's weights with BERT's or SentencePiece's tokenizer, whose text nobody can make any more."""
+    tiny.model(pg.get_backend("numpy")).save(tmp_path / "it")
+    (tmp_path / "it" / name).write_bytes(b"\n\x01\xff")
+    for _ in range(2):
+        convert(tmp_path / "it", tmp_path / "out", force=True)
+    assert (tmp_path / "out" / name).read_bytes() == b"\n\x01\xff"
 
 
 # Tokens that were added to a tokenizer, and not to the model

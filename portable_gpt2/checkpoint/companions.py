@@ -18,30 +18,34 @@ from .contents import LARGEST_TEXT, exists, parse_json, read_text
 from .errors import CheckpointError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-COMPANIONS = (
-    GENERATION_FILE,
-    SETTINGS_FILE,
-    SPECIAL_FILE,
-    ADDED_FILE,
-    "chat_template.jinja",
-    "chat_template.json",
-)
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates/*.jinja"
-TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE)
-_OTHER_TOKENIZERS = ("vocab.txt",)  # BERT's
 TOKENIZER_SETTINGS = (SETTINGS_FILE, SPECIAL_FILE, ADDED_FILE)
+TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE, "encoder.json", "vocab.bpe")  # the last two are OpenAI's
+OTHER_TOKENIZERS = ("vocab.txt", "spiece.model", "tokenizer.model")  # BERT's, SentencePiece's
+UNREAD = (*TOKENIZER_FILES, *TOKENIZER_SETTINGS, *OTHER_TOKENIZERS)
+"""The files of a tokenizer that are kept where it is not used."""
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
 
 
 def read_companions(directory: Path) -> dict[str, bytes]:
-    """Return the companions that a directory holds, by name; its ``config.json`` is one of them."""
-    names = [CONFIG_FILE, *COMPANIONS, *(f"{file.parent.name}/{file.name}" for file in directory.glob(TEMPLATES))]
+    """Return the companions that a directory holds, by name, but for a tokenizer's; ``config.json`` is one of them."""
+    templates = (f"{file.parent.name}/{file.name}" for file in directory.glob(TEMPLATES))
+    return _read(directory, (CONFIG_FILE, GENERATION_FILE, *CHAT_TEMPLATES, *templates))
+
+
+def read_tokenizer_settings(directory: Path) -> dict[str, bytes]:
+    """Return the settings of a directory's tokenizer, which `Tokenizer.save` does not write, by the file's name."""
+    return _read(directory, TOKENIZER_SETTINGS)
+
+
+def _read(directory: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: read_text(directory / name) for name in names if exists(directory / name)}
 
 
 def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
     """Return the files of a tokenizer that is not used here, so that it is not lost: as they are, damaged ones too."""
-    files = (directory / name for name in (*TOKENIZER_FILES, *_OTHER_TOKENIZERS))
+    files = (directory / name for name in UNREAD)
     found = (file for file in files if os.path.isfile(file) and file.stat().st_size <= LARGEST_TEXT)
     return {file.name: file.read_bytes() for file in found}
 

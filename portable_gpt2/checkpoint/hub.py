@@ -8,7 +8,14 @@ from pathlib import Path
 
 from ..backend import available_backends, how_to_install
 from ..tokenizer_files import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
-from .companions import COMPANIONS, CONFIG_FILE, TEMPLATES
+from .companions import (
+    CHAT_TEMPLATES,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    OTHER_TOKENIZERS,
+    TEMPLATES,
+    TOKENIZER_SETTINGS,
+)
 from .errors import CheckpointError
 from .formats import INDEX, WEIGHTS_FILE, formats, read_index
 
@@ -40,11 +47,12 @@ def download(source: str) -> Path:
     """
     from huggingface_hub import constants
 
-    names = [CONFIG_FILE, *COMPANIONS, TEMPLATES, TOKENIZER_FILE, WEIGHTS_FILE, WEIGHTS_FILE + INDEX]
+    companions = [GENERATION_FILE, *TOKENIZER_SETTINGS, *CHAT_TEMPLATES, TEMPLATES]
+    names = [CONFIG_FILE, *companions, TOKENIZER_FILE, WEIGHTS_FILE, WEIGHTS_FILE + INDEX]
     directory = _fetch(source, names)
     pinned = f"{source.partition('@')[0]}@{directory.name}"
     if not (directory / TOKENIZER_FILE).is_file():
-        _fetch(pinned, [VOCAB_FILE, MERGES_FILE])
+        _fetch(pinned, [VOCAB_FILE, MERGES_FILE, *OTHER_TOKENIZERS])
     unreadable = []
     for pattern, backend in formats():
         if backend is not None and backend not in available_backends():  # not worth gigabytes

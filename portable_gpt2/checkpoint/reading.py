@@ -24,6 +24,7 @@ from .companions import (
     generating,
     read_companions,
     read_tokenizer_files,
+    read_tokenizer_settings,
 )
 from .contents import check_text, exists, read_json
 from .errors import CheckpointError, TokenizerError
@@ -31,7 +32,6 @@ from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights
 from .names import by_path, is_openai
 
 HPARAMS_FILE = "hparams.json"
-OPENAI_TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
 MODEL_ARGS = "model_args"  # of nanoGPT's ckpt.pt
 SHIPPED = Path(__file__).parent.parent / "models"
 
@@ -116,8 +116,8 @@ def read_checkpoint(
         config = generating(directory, dataclasses.replace(config, eos_token_id=_end_of_text(used, config)), companions)
     if used is None:
         companions |= read_tokenizer_files(directory)
-    elif used is tokenizer:
-        companions = {name: file for name, file in companions.items() if name not in TOKENIZER_SETTINGS}
+    elif used is not tokenizer:
+        companions |= read_tokenizer_settings(directory)
     return Checkpoint(f"{said}{layout}, {files}, {dtypes}", config, tensors, used, companions)
 
 
@@ -196,7 +196,7 @@ def _read_tokenizer(directory: Path, config: GPT2Config, given: Tokenizer | Lite
     found: Tokenizer | str | None = given
     if given == "auto":
         try:
-            for name in (*TOKENIZER_FILES, *OPENAI_TOKENIZER_FILES):
+            for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS):
                 if exists(directory / name):
                     check_text(directory / name)
             found = Tokenizer.load(directory)

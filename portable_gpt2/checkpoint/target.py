@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..files import DRAFTS, Locked, appearing, lock
+from .companions import CONFIG_FILE, GENERATION_FILE, UNREAD
 from .formats import INDEX, WEIGHTS_FILE, formats
 
 RUN = "training"
@@ -34,17 +35,12 @@ _WEIGHTS = (
     "*.gguf",
 )
 _DESCRIPTION = (
-    "config.json",
+    CONFIG_FILE,
     "hparams.json",
-    "generation_config.json",
+    GENERATION_FILE,
     "tokenizer*.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
+    *UNREAD,
     "chat_template.*",
-    "encoder.json",
-    "vocab.bpe",
     "checkpoint",  # TensorFlow's: the name of the last model.ckpt
     ".DS_Store",  # macOS makes it in every directory that somebody looks at
     f"{DRAFTS}*",

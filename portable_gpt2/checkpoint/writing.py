@@ -13,7 +13,7 @@ from .. import checks
 from ..backend import StoredTensor, float_dtypes
 from ..config import GPT2Config
 from ..tokenizer import Tokenizer
-from .companions import TOKENIZER_FILES, written_companions
+from .companions import TOKENIZER_FILES, UNREAD, written_companions
 from .errors import TokenizerError
 from .formats import WEIGHTS_FILE, cast
 from .names import prefixed_name
@@ -129,8 +129,9 @@ def convert(
         try:
             found = read_checkpoint(source)
         except TokenizerError as error:
-            warnings.warn(f"{error}; its files are copied as they are", UserWarning, stacklevel=2)
             found = read_checkpoint(source, tokenizer=None)
+            copied = ", ".join(name for name in found.companions if name in UNREAD) or "none of its files"
+            warnings.warn(f"{error}; copied as it stands: {copied}", UserWarning, stacklevel=2)
         tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
         write_files(draft, found.config, tensors, found.tokenizer, found.companions, progress)
     return found.source

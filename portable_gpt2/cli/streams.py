@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from typing import Any, BinaryIO
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
@@ -48,6 +49,7 @@ def prepare() -> None:
         sys.stdout = open(_STDOUT, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where an encoding lacks a character, the text continues
+    warnings.formatwarning = _warning
     if sys.stderr is sys.__stderr__:  # and not what a caller of `main` put there
         encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
         courtesy = io.BufferedWriter(_Courtesy(_STDERR, "w", closefd=False))
@@ -75,6 +77,11 @@ def write(text: str) -> None:
 def say(message: str) -> None:
     """Write a line to stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def _warning(message: Warning | str, *where: Any, **line: Any) -> str:
+    """Return a warning as a line: where it is from in the source says nothing to who runs the command."""
+    return f"portable-gpt2: warning: {' '.join(str(message).split())}\n"
 
 
 def stdin() -> BinaryIO:
