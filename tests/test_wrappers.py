@@ -239,6 +239,17 @@ def test_nanogpt_s_logits_are_ours_but_for_the_form_of_gelu(save, torch, backend
     assert 1e-5 * scale < abs(logits - forward(state, torch.from_numpy(tokens), "none")).max() < 1e-2 * scale
 
 
+@pytest.mark.parametrize("name", ["ckpt.pt", "pytorch_model.bin"])
+def test_a_shape_that_no_file_says_is_asked_for(save, torch, name):
+    """Catches advice to give nanoGPT's ckpt.pt to somebody who gave one."""
+    state = {"model": layouts.nanogpt(NANO, tiny.weights(NANO))["model"]}
+    with pytest.raises(
+        pg.CheckpointError,
+        match=rf"config\.json: no such file, and {name} does not say the model's shape itself, as the",
+    ):
+        read_checkpoint(save(state, name, config=None))
+
+
 def test_the_form_of_gelu_is_warned_of(save, torch):
     """Catches a model whose logits differ from its own program's, and a user who is not told why."""
     directory = save(layouts.nanogpt(NANO, tiny.weights(NANO)), "ckpt.pt", config=None)

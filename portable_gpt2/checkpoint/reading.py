@@ -103,7 +103,10 @@ def read_checkpoint(
         config, config_name = _read_model_args(weights.file, held.rest[MODEL_ARGS], config, config_name)
         config = generating(directory, config, companions)
     if config is None or config_name is None:
-        raise CheckpointError(_no_config(directory))
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE}: no such file, and {weights.file.name} does not say the model's shape itself, "
+            f"as the {MODEL_ARGS} in nanoGPT's ckpt.pt do"
+        )
     tensors = by_path(weights.file, held.tensors, config, config_name, is_linear=is_nanogpt)
     if is_nanogpt:
         warnings.warn(f"{weights.file}: {_GELU}", UserWarning, stacklevel=3)
