@@ -435,7 +435,7 @@ def get_backend(name: str | Backend | None = None, device: Any = None) -> Backen
     'numpy'
     """
     if name is None:
-        name = _DEFAULT.get() or os.environ.get(DEFAULT_VARIABLE) or "numpy"
+        name = _DEFAULT.get() or _backend_of_environment() or "numpy"
     if isinstance(name, Backend):
         backend = name
     elif not isinstance(name, str):
@@ -444,6 +444,16 @@ def get_backend(name: str | Backend | None = None, device: Any = None) -> Backen
         backend = _load(name)
         _own(backend.array_types, backend)
     return backend if device is None else type(backend)(device)
+
+
+def _backend_of_environment() -> Backend | None:
+    """Return the backend that the environment variable names; None if it is not set, or empty."""
+    if not (name := os.environ.get(DEFAULT_VARIABLE)):
+        return None
+    try:
+        return get_backend(name)
+    except BackendNotInstalled as error:
+        raise BackendNotInstalled(f"{DEFAULT_VARIABLE} is {name!r:.80}: {error}") from error.__cause__
 
 
 def _load(name: str) -> Backend:

@@ -250,7 +250,7 @@ def token_ids(name: str, given: Any, n_vocab: int, axes: int = 1, *, may_be_empt
         except ValueError as error:
             raise ValueError(f"{name} are ragged; expected {expected}, rows of equal length") from error
     else:
-        ids = _array(name, given, f"{expected}, as a list or an array")
+        ids = integers(name, given, f"{expected}, as a list or an array")
     if may_be_empty and ids.shape == (0,):
         return np.empty(0, np.int32)
     if ids.ndim != axes or 0 in ids.shape:
@@ -268,7 +268,7 @@ def _row(name: str, given: Any, n_vocab: int) -> Any:
     if isinstance(given, range):
         return given[: n_vocab + 1]  # of more numbers than that, one of these is not an id
     if not isinstance(given, list | tuple):
-        return given if is_int(given) else _array(name, given, "rows of ints")
+        return given if is_int(given) else integers(name, given, "rows of ints")
     for kind in {*map(type, given)} - {int, list, tuple, range}:
         if not issubclass(kind, int | np.integer) or issubclass(kind, bool):
             bad = next(x for x in given if type(x) is kind)
@@ -276,7 +276,7 @@ def _row(name: str, given: Any, n_vocab: int) -> Any:
     return given
 
 
-def _array(name: str, given: Any, expected: str) -> np.ndarray:
+def integers(name: str, given: Any, expected: str) -> np.ndarray:
     """Return an array of integers of any backend on the host."""
     try:
         ids = to_numpy(given)

@@ -15,8 +15,12 @@ from .checks import is_int, is_number, shown
 
 @runtime_checkable
 class Op(Protocol):
-    """An op: called, it may run a kernel of the arrays' backend; `reference` always runs the definition."""
+    """An op: called, it may run a kernel of the arrays' backend; `reference` always runs the definition.
 
+    `check` refuses what does not fit the definition's signature, and returns the backend and the arguments by name.
+    """
+
+    check: Callable[..., tuple[Backend, dict[str, Any]]]
     reference: Callable[..., Any]
     __name__: str
 
@@ -155,14 +159,18 @@ def op(definition: Callable[..., Any]) -> Op:
             for d in sizes:
                 sources.setdefault(d, (key, shape))
 
-    @functools.wraps(definition)
-    def reference(*args: Any, **kwargs: Any) -> Any:
+    def check(*args: Any, **kwargs: Any) -> tuple[Backend, dict[str, Any]]:
         backend = check_types(args, kwargs)
         given = bind(args, kwargs)
         check_shapes(backend, given)
+        return backend, given
+
+    @functools.wraps(definition)
+    def reference(*args: Any, **kwargs: Any) -> Any:
+        backend, given = check(*args, **kwargs)
         narrow = [key for key in given if key in floats and backend.dtype_name(given[key]) in ("bfloat16", "float16")]
         if not narrow:
-            return definition(*args, **kwargs)
+            return definition(**given)
         dtype = given[narrow[0]].dtype
         wide = {key: backend.xp.astype(given[key], backend.xp.float32) for key in narrow}
         return backend.xp.astype(definition(**{**given, **wide}), dtype)
@@ -199,7 +207,7 @@ def op(definition: Callable[..., Any]) -> Op:
             raise
         return reference(*args, **kwargs) if result is NotImplemented else result
 
-    dispatch.reference = reference  # type: ignore[attr-defined]
+    dispatch.check, dispatch.reference = check, reference  # type: ignore[attr-defined]
     return dispatch  # type: ignore[return-value]
 
 

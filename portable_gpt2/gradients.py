@@ -96,7 +96,7 @@ def attention(
     scale: float | None = None,
 ) -> tuple[Float[Array, "*batch queries dv"], Backward]:
     """Compute y = w v with w the softmax of scale q k^T: what is masked has weight 0, and so no gradient."""
-    backend = backend_of(q)
+    backend, _ = ops.attention.check(q, k, v, mask=mask, scale=scale)  # of v, the weights know nothing
     xp, t = backend.xp, backend.xp.matrix_transpose
     scale = max(backend.shape(q)[-1], 1) ** -0.5 if scale is None else scale
     w = ops.attention_weights(q, k, mask=mask, scale=scale)
@@ -175,11 +175,14 @@ def cross_entropy(
     logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
 ) -> tuple[Float[Array, ""], Backward]:
     """Average -log softmax(logits)[target]: dlogits = (softmax(logits) - 1 at the target) / how many there are."""
+    value = ops.cross_entropy(logits, targets)
     backend = backend_of(logits)
     xp = backend.xp
     *start, vocab = backend.shape(logits)
 
     def backward(dy: Any = 1.0) -> Any:
+        if backend.is_empty(logits):  # of no targets
+            return logits
         index, known = ops.in_range("cross_entropy: targets", targets, vocab)
         is_target = index[..., None] == xp.astype(backend.arange(vocab, like=targets), index.dtype)
         p = ops.softmax(logits)
@@ -187,7 +190,7 @@ def cross_entropy(
             p = xp.where(known[..., None], p, math.nan)
         return xp.where(is_target, p - 1, p) * (dy / math.prod(start))
 
-    return ops.cross_entropy(logits, targets), backward
+    return value, backward
 
 
 def mlp(x: Float[Array, "batch seq n"], c_fc: Params, c_proj: Params) -> tuple[Float[Array, "batch seq n"], Backward]:

@@ -19,7 +19,7 @@ from .completion import Completion, Reader, Row, Stops, batched, complete
 from .config import GPT2Config
 from .generate import Decoder, Text, padded_length
 from .model import check_cache_size, gpt2
-from .params import Params, check_device, check_params, flatten, itemsize, nest, shapes
+from .params import Params, check_device, check_memory, check_params, flatten, nest, shapes
 from .sampling import Sampling
 from .score import Score, log_probs
 from .tokenizer import Tokenizer
@@ -204,7 +204,7 @@ class GPT2:
         check_length(seq, self.config)
         padding = padded_length(seq, self.config.n_ctx) - seq if self.backend.recompiles else 0
         n_logits = len(tokens) * (seq + padding) * self.config.n_vocab
-        memory(n_logits * itemsize(self.params["wte"]), f"logits of {len(tokens):,} x {seq} tokens")
+        check_memory(n_logits, self.params["wte"], f"logits of {len(tokens):,} x {seq} tokens")
         padded = np.pad(tokens, ((0, 0), (0, padding)))  # no token sees those behind it
         with self.backend.on(self._device):
             logits = self._logits(self.backend.from_numpy(padded, device=self._device))

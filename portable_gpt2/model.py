@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checks
-from .backend import backend_of
+from .backend import Backend, backend_of
 from .config import GPT2Config
 from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, unembed
-from .params import Params, check_config, check_params, itemsize
+from .params import Params, check_config, check_memory, check_params, place
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
     from jaxtyping import Bool, Float, Int
@@ -366,7 +366,7 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
     TypeError
         If the cache is not one.
     ValueError
-        If capacity is less than the cache has.
+        If capacity is less than the cache has, or the cache's buffers are not of one shape.
 
     Examples
     --------
@@ -376,13 +376,16 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
     >>> pg.grow_cache(cache, 4)["h0"]["k"].shape
     (1, 2, 4, 4)
     """
-    buffers = _buffers(cache, sum(name not in ("position", "padding") for name in cache))
-    backend, buffer = backend_of(buffers[0]), buffers[0]
-    batch, n_head, held, d = backend.shape(buffer)
+    backend, buffers = _buffers(cache)
+    buffer, shape = buffers[0], backend.shape(buffers[0])
+    for other in buffers:
+        if len(shape) != 4 or not _may_be_equal(backend.shape(other), shape):
+            found = f"{list(shape)} and {list(backend.shape(other))}"
+            raise ValueError(f"the cache has buffers of shapes {found}; expected one of new_cache")
+    batch, n_head, held, d = shape
     capacity = checks.integer("capacity", capacity, held, note=f"the cache has room for {held} tokens already")
     if isinstance(batch, int):  # else it is not known while tracing
-        n = len(buffers) * batch * n_head * capacity * d
-        checks.memory(n * itemsize(buffer), f"a cache of {capacity:,} tokens")
+        check_memory(len(buffers) * batch * n_head * capacity * d, buffer, f"a cache of {capacity:,} tokens")
 
     def grow(buffer: Any) -> Any:
         return backend.write(backend.zeros((batch, n_head, capacity, d), like=buffer), buffer, 0)
@@ -423,15 +426,10 @@ def check_cache(cache: Cache, tokens: Any, params: Params, config: GPT2Config) -
 
     A position that is traced is not known here: all keys are looked at then.
     """
-    buffers = _buffers(cache, config.n_layer)
+    owner, buffers = _buffers(cache, config.n_layer)
     backend, dtype = backend_of(tokens), params["wte"].dtype
-    for buffer in buffers:
-        try:
-            other = backend_of(buffer)
-        except TypeError as error:
-            raise TypeError(f"the cache: {error}") from None
-        if other is not backend:
-            raise TypeError(f"the cache is of {other.name} and tokens are of {backend.name}; make one of this model")
+    if owner is not backend:
+        raise TypeError(f"the cache is of {owner.name} and tokens are of {backend.name}; make one of this model")
     batch, seq = backend.shape(tokens)
     capacity = backend.shape(buffers[0])[-2]
     expected = (batch, config.n_head, capacity, config.head_size)
@@ -444,41 +442,56 @@ def check_cache(cache: Cache, tokens: Any, params: Params, config: GPT2Config) -
             )
         if buffer.dtype != dtype:
             raise TypeError(f"the cache of layer {i // 2} has dtype {buffer.dtype}; the parameters have {dtype}")
-    if (padding := cache.get("padding")) is not None and not fits(shape := backend.shape(padding), (batch,)):
-        raise ValueError(f"the cache's padding has shape {list(shape)}; {batch} texts were given")
+    padding: Any = cache.get("padding")
+    if padding is not None:
+        if not isinstance(padding, backend.array_types):
+            raise TypeError(f"the cache's padding is {checks.shown(padding)}; expected an array of {backend.name}")
+        if not fits(shape := backend.shape(padding), (batch,)):
+            raise ValueError(f"the cache's padding has shape {list(shape)}; {batch} texts were given")
     if isinstance(capacity, int) and capacity > config.n_ctx:
         raise ValueError(f"the cache has room for {capacity} tokens; the model has n_ctx = {config.n_ctx} positions")
-    position = int(cache["position"]) if isinstance(cache["position"], np.integer) else cache["position"]
-    if isinstance(position, backend.array_types):
+    position: Any = cache["position"]
+    position = int(position) if isinstance(position, np.integer) else position
+    is_array = isinstance(position, backend.array_types)
+    if is_array:
+        if backend.shape(position):
+            raise ValueError(f"the cache's position has shape {list(backend.shape(position))}; expected one int")
+        if not backend.xp.isdtype(position.dtype, "integral"):
+            raise TypeError(f"the cache's position has dtype {position.dtype}; expected an int")
+        if (span := backend.span(position)) is not None:
+            _check_room(span[0], seq, capacity, config)
         return position, capacity  # the shape of what is read cannot depend on it
     if not isinstance(position, int):
         raise TypeError(f"the cache's position is {checks.shown(position)}; expected an int")
+    _check_room(position, seq, capacity, config)
+    return position, position + seq
+
+
+def _check_room(position: int, seq: Any, capacity: Any, config: GPT2Config) -> None:
+    """Refuse tokens that would stand before the cache's first place, or after its last, as far as that is known."""
     if position < 0 or isinstance(position, bool):
         raise ValueError(f"the cache's position is {position}; expected an int of at least 0")
-    if position + seq > capacity:
+    if isinstance(seq, int) and isinstance(capacity, int) and position + seq > capacity:
         raise ValueError(
             f"{seq} tokens were given at position {position}; the cache has room for {capacity} "
             f"(grow_cache makes room, up to n_ctx = {config.n_ctx})"
         )
-    return position, position + seq
 
 
 def check_places(**arrays: Any) -> None:
     """Refuse arrays that live on different devices, as far as that is known: not while tracing."""
-    try:
-        places = {name: backend_of(x).device(x) for name, x in arrays.items() if x is not None}
-    except Exception:  # whatever the framework says of a tracer
-        return
-    known = {name: place for name, place in places.items() if place.strip(":")}  # TensorFlow's tracers have none
+    places = {name: place(x) for name, x in arrays.items() if x is not None}
+    known = {name: where for name, where in places.items() if where is not None}
     if len(set(known.values())) > 1:
-        found = ", ".join(f"{name} on {place}" for name, place in known.items())
+        found = ", ".join(f"{name} on {where}" for name, where in known.items())
         raise ValueError(f"the arrays live on different devices: {found}; put them on one")
 
 
-def _buffers(cache: Any, n_layer: int) -> list[Any]:
-    """Return the buffers of a cache, k and v of each layer; refuse what is not a cache of so many layers."""
+def _buffers(cache: Any, n_layer: int | None = None) -> tuple[Backend, list[Any]]:
+    """Return a cache's backend and its buffers, k and v of each layer; refuse what is not a cache of so many layers."""
     if not isinstance(cache, Mapping):
         raise TypeError(f"cache is {checks.shown(cache)}; expected one of new_cache")
+    n_layer = sum(name not in ("position", "padding") for name in cache) if n_layer is None else n_layer
     try:
         _ = cache["position"]
         buffers = [cache[f"h{i}"][name] for i in range(n_layer) for name in ("k", "v")]
@@ -488,7 +501,14 @@ def _buffers(cache: Any, n_layer: int) -> list[Any]:
         raise ValueError(
             f"the cache holds {checks.shown(sorted(map(str, cache)))}; expected one of new_cache for {n_layer} layers"
         )
-    return buffers
+    try:
+        owners = list(map(backend_of, buffers))
+    except TypeError as error:
+        raise TypeError(f"the cache: {error}") from None
+    for owner in owners:
+        if owner is not owners[0]:
+            raise TypeError(f"the cache has arrays of {owners[0].name} and of {owner.name}; make one of this model")
+    return owners[0], buffers
 
 
 def _may_be_equal(shape: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
@@ -501,4 +521,4 @@ def _may_be_equal(shape: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
 def check_cache_size(params: Params, config: GPT2Config, batch: int, capacity: int) -> None:
     """Refuse a cache that would take more memory than the machine has."""
     n = 2 * config.n_layer * batch * capacity * config.n_embd
-    checks.memory(n * itemsize(params["wte"]), f"a cache of {batch:,} texts of {capacity:,} tokens")
+    check_memory(n, params["wte"], f"a cache of {batch:,} texts of {capacity:,} tokens")

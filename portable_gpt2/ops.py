@@ -35,14 +35,14 @@ def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
         If an id is out of range, and the values can be read at once: NumPy's, and eager arrays on a CPU.
     """
     backend = backend_of(ids)
+    if _is_zero(n) and not backend.is_empty(ids):
+        raise ValueError(f"{name} have shape {list(backend.shape(ids))}, but there is nothing to choose from")
     xp, span, index = backend.xp, backend.span(ids), backend.index(ids)
     if isinstance(n, int) and span is not None:
         low, high = span
         if low < 0 or high >= n:
             raise ValueError(f"{name} range from {low} to {high}; expected 0 to {n - 1}")
         return index, None
-    if _is_zero(n) and not backend.is_empty(ids):
-        raise ValueError(f"{name} have shape {list(backend.shape(ids))}, but there is nothing to choose from")
     known = (index >= 0) & (index < (n if isinstance(n, int) else xp.astype(n, index.dtype)))
     return xp.where(known, index, 0), known
 
@@ -447,14 +447,16 @@ def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*ba
     Returns
     -------
     float array []
-        NaN if a target is out of range, where that raises no error. So is the gradient of that target's logits.
+        NaN if there are no targets, or one is out of range, where that raises no error. So is the gradient of that
+        target's logits.
 
     Raises
     ------
     TypeError
         If the arrays belong to different frameworks, logits are not floats or targets are not integers.
     ValueError
-        If the shapes do not fit, or a target is out of range and the targets can be read at once (see `embed`).
+        If the shapes do not fit, the vocabulary is empty, or a target is out of range and the targets can be read at
+        once (see `embed`).
 
     Notes
     -----
@@ -470,7 +472,10 @@ def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*ba
     """
     backend = backend_of(logits)
     xp = backend.xp
-    index, known = in_range("cross_entropy: targets", targets, backend.shape(logits)[-1])
+    vocab = backend.shape(logits)[-1]
+    if _is_zero(vocab):
+        raise ValueError(f"cross_entropy: logits have shape {list(backend.shape(logits))}; the vocabulary is empty")
+    index, known = in_range("cross_entropy: targets", targets, vocab)
     x = logits - xp.max(logits, axis=-1, keepdims=True)
     total = xp.log(xp.sum(xp.exp(x), axis=-1))
     losses = total - xp.take_along_axis(x, index[..., None], axis=-1)[..., 0]

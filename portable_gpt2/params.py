@@ -186,7 +186,8 @@ def init_params(
     owner = get_backend(backend, device)
     owner.dtype(dtype)
     seed, scale_residual = checks.seed(seed), checks.flag("scale_residual", scale_residual)
-    checks.memory(count(config) * float_dtypes[dtype].itemsize, f"a model of {count(config):,} parameters in {dtype}")
+    like = owner.from_numpy(np.zeros(()), dtype)
+    check_memory(count(config), like, f"a model of {count(config):,} parameters in {dtype}")
 
     def stdev(path: str) -> float:
         if path == "wpe":
@@ -258,6 +259,7 @@ def init_conv1d(
 def _initial(path: str, shape: tuple[int, ...], stdev: float, seed: int) -> np.ndarray:
     """Return a parameter's first value in float64."""
     leaf = path.rpartition("/")[2]
+    checks.memory(8 * math.prod(shape), f"the numbers of {path}, {list(shape)},")
     if leaf in ("g", "b"):
         return np.full(shape, 1.0 if leaf == "g" else 0.0)
     return stdev * _normal(path, shape, seed)
@@ -320,9 +322,21 @@ def check_params(params: Params, config: GPT2Config) -> None:
             raise ValueError(f"{path} has shape {list(shape)}; config makes it {list(expected[path])}")
 
 
-def itemsize(x: Any) -> int:
-    """Return how many bytes one number of an array of floats takes."""
-    return float_dtypes[backend_of(x).dtype_name(x) or "float32"].itemsize
+def place(x: Any) -> str | None:
+    """Return where an array lives; None where that is not known, while tracing."""
+    try:
+        return backend_of(x).device(x).strip(":") or None  # TensorFlow's tracers have an empty one
+    except Exception:  # whatever the framework says of a tracer
+        return None
+
+
+def check_memory(n: int, like: Any, what: str) -> None:
+    """Refuse n numbers of an array's dtype, on its device, if they would take more memory than the machine has.
+
+    An accelerator has memory of its own, and how much is not known here: there, nothing is refused.
+    """
+    if (place(like) or "").startswith("cpu"):
+        checks.memory(n * float_dtypes[backend_of(like).dtype_name(like) or "float32"].itemsize, what)
 
 
 def check_device(params: Params) -> None:

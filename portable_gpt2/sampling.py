@@ -17,7 +17,7 @@ import numpy as np
 from numpy.random import Philox  # now: imported at the first draw, it would swallow a Ctrl-C
 
 from . import checks
-from .backend import float_dtypes
+from .backend import float_dtypes, to_numpy
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def sample(
 
     Raises
     ------
+    TypeError
+        If the logits are not an array or a list.
     ValueError
         If an option is not valid, or the logits hold a NaN, or the largest of them is not finite.
 
@@ -127,7 +129,7 @@ def sample(
     """
     options = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, checks.seed(seed))
     position, index = checks.integer("position", position), checks.integer("index", index)
-    x = np.asarray(logits)
+    x = np.asarray(logits) if isinstance(logits, list | tuple) else to_numpy(logits)
     if x.ndim != 1 or not x.size or not (x.dtype.kind in "iuf" or x.dtype in float_dtypes.values()):
         raise ValueError(f"logits have shape {list(x.shape)} and dtype {x.dtype}; expected float [n_vocab]")
     seen = checks.token_ids("seen", seen, x.size, may_be_empty=True).tolist()

@@ -187,9 +187,18 @@ def test_the_environment_names_a_default(monkeypatch):
     assert pg.get_backend().name == "array_api_strict"
     with pg.use_backend("numpy"):
         assert pg.get_backend().name == "numpy"
-    monkeypatch.setenv("PORTABLE_GPT2_BACKEND", "nonsense")
-    with pytest.raises(pg.BackendNotInstalled, match="nonsense"):
+
+
+@pytest.mark.parametrize(("name", "why"), [("nonsense", "unknown backend"), ("absent", "absent is not installed")])
+def test_a_bad_name_in_the_environment_is_said_to_come_from_there(monkeypatch, name, why):
+    """Catches a message about a backend that the reader has nowhere asked for."""
+    point = importlib.metadata.EntryPoint("absent", "absent_adapter:Absent", backend_module.ENTRY_POINTS)
+    monkeypatch.setattr(backend_module, "_entry_points", lambda: {"numpy": None, "absent": point})
+    monkeypatch.setenv("PORTABLE_GPT2_BACKEND", name)
+    with pytest.raises(pg.BackendNotInstalled, match=f"^PORTABLE_GPT2_BACKEND is '{name}': .*{why}"):
         pg.get_backend()
+    with pytest.raises(pg.BackendNotInstalled, match=r"^(unknown )?backend"):
+        pg.get_backend(name)
 
 
 def test_defaults_nest():

@@ -13,6 +13,7 @@ import pytest
 from plain_gpt2 import on_backend, random_weights, truth_and_error
 
 import portable_gpt2 as pg
+from portable_gpt2 import checks
 from portable_gpt2.backend import Backend
 from portable_gpt2.cli import main
 
@@ -253,3 +254,25 @@ def test_a_model_on_several_devices_of_a_mesh_generates(backend, sharded, greedy
     saved = pg.GPT2.load(tmp_path / "saved", backend="numpy").params
     for path, a in pg.params.flatten(saved):
         np.testing.assert_array_equal(a, WEIGHTS[path].astype(np.float32))
+
+
+DEEP = pg.GPT2Config(n_layer=8, n_head=2, n_embd=16, n_vocab=53, n_ctx=80, eos_token_id=None)
+NEEDS_MEMORY = {
+    "parameters": lambda b, p: pg.init_params(DEEP, backend=b),
+    "cache": lambda b, p: pg.new_cache(p, DEEP, batch=4),
+    "larger cache": lambda b, p: pg.grow_cache(pg.new_cache(p, DEEP, capacity=1), 80),
+    "logits": lambda b, p: pg.GPT2(DEEP, p).logits(np.zeros((4, 80), np.int32)),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS_MEMORY)
+def test_the_memory_of_this_machine_limits_what_lives_here_alone(backend, name, monkeypatch):
+    """Catches arrays on an accelerator that are refused because the host has less memory than the accelerator."""
+    params = pg.init_params(DEEP, backend=backend)
+    monkeypatch.setattr(checks, "total_memory", lambda: 60_000)  # the random numbers of one parameter fit
+    with pytest.raises(ValueError, match="of memory; this machine has"):
+        NEEDS_MEMORY[name](backend, params)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(type(backend), "device", lambda self, x: "gpu:0")
+        elsewhere.setattr(type(backend), "placement", lambda self, x: None)
+        NEEDS_MEMORY[name](backend, params)

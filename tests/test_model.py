@@ -216,6 +216,19 @@ CACHES = {  # what is made of a cache, the error, what it says
     "before its start": (lambda p, c: {**c, "position": -1}, ValueError, "position is -1"),
     "at a float": (lambda p, c: {**c, "position": 1.0}, TypeError, "position is 1.0; expected an int"),
     "at True": (lambda p, c: {**c, "position": True}, ValueError, "position is True"),
+    "with a vector in it": (
+        lambda p, c: {**c, "h1": {"k": c["h1"]["k"][0, 0, 0, :], "v": c["h1"]["v"]}},
+        ValueError,
+        "8",
+    ),
+    "at several positions": (lambda p, c: {**c, "position": p["ln_f"]["g"]}, ValueError, r"position has shape \[32\]"),
+    "at an array of a float": (lambda p, c: {**c, "position": p["ln_f"]["g"][0, ...]}, TypeError, "position has dtype"),
+    "with a list for its padding": (
+        lambda p, c: {**c, "padding": [0]},
+        TypeError,
+        r"padding is \[0\]; expected an array",
+    ),
+    "with a number for its padding": (lambda p, c: {**c, "padding": 0}, TypeError, "padding is 0; expected an array"),
     "that is full": (lambda p, c: {**c, "position": np.int8(48)}, ValueError, "1 tokens were given at position 48"),
 }
 
@@ -279,6 +292,30 @@ def test_a_cache_does_not_shrink_nor_grow_beyond_the_memory(backend):
         pg.grow_cache(cache, 10**15)
     with pytest.raises(ValueError, match="one of new_cache"):
         pg.grow_cache({}, 7)
+
+
+GROWN = {  # what is made of the first layer's k and v
+    "a vector": (lambda k, v: {"k": k, "v": v[0, 0, 0, :]}, ValueError, r"buffers of shapes \[1, 4, 48, 8\] and \[8\]"),
+    "a scalar": (lambda k, v: {"k": k[0, 0, 0, 0, ...], "v": v}, ValueError, r"buffers of shapes \[\] and"),
+    "one shorter": (lambda k, v: {"k": k, "v": v[:, :, :9, :]}, ValueError, r"and \[1, 4, 9, 8\]"),
+    "a number": (lambda k, v: {"k": k, "v": 1}, TypeError, "^the cache: expected an array"),
+}
+
+
+@pytest.mark.parametrize("case", GROWN)
+def test_a_cache_is_looked_at_before_it_grows(backend, case):
+    """Catches an error of Python's or the framework's about axes, and a buffer that is filled up with zeros."""
+    cache = a_cache(on_backend(backend, random_weights(PLAIN)))
+    make, error, message = GROWN[case]
+    with pytest.raises(error, match=message):
+        pg.grow_cache({**cache, "h0": make(**cache["h0"])}, 96)
+    with pytest.raises(TypeError, match="cache is None; expected one of new_cache"):
+        pg.grow_cache(None, 96)
+    stranger = a_cache(
+        on_backend(pg.get_backend("torch" if backend.name == "numpy" else "numpy"), random_weights(PLAIN))
+    )
+    with pytest.raises(TypeError, match=r"^the cache has arrays of "):
+        pg.grow_cache({**cache, "h1": stranger["h1"]}, 96)
 
 
 TOKENS = {

@@ -484,3 +484,15 @@ def test_an_option_that_makes_sense_is_accepted_and_works(name, value):
     options = {**DEFAULTS, name: value}
     Sampling(**options)
     assert sample(LOGITS, 3, **options) in EVERYTHING
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [np.ma.masked_array([0.0, 9.0], [0, 1]), np.rec.array([0.0, 9.0]), None, "ab", {0: 1.0}, iter([1.0])],
+    ids=type,
+)
+def test_logits_are_a_plain_array_or_a_list(logits):
+    """Catches a logit that a mask hides and that is drawn all the same."""
+    with pytest.raises(TypeError, match=r"plain array|expected an array"):
+        sample(logits, 0, temperature=0)
+    assert sample([0.0, 9.0], 0, temperature=0) == 1

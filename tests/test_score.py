@@ -135,3 +135,11 @@ def test_an_empty_text_has_no_score(model):
     score = model.score_ids([])
     assert (score.n_tokens, score.total, score.n_bytes) == (0, 0, 0)
     assert math.isnan(score.perplexity)
+
+
+@pytest.mark.parametrize("empty", [[], (), range(0), np.asarray([]), np.asarray([], np.int64)], ids=repr)
+def test_no_tokens_have_an_empty_score_in_whatever_form_they_come(model, empty):
+    """Catches a form of no ids that is refused, since NumPy's empty array is of floats."""
+    for bos in (False, True):
+        score = model.score_ids(empty, bos=bos)
+        assert (score.tokens, score.log_probs.shape, score.n_tokens, score.n_bytes) == ([], (0,), 0, 0)

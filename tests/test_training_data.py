@@ -177,7 +177,7 @@ def test_a_tokenizer_that_cannot_be_made_is_refused(n_vocab, why):
 
 
 @hypothesis.given(
-    n=st.integers(1, 40), length=st.integers(1, 40), index=st.integers(0, 2**40), seed=st.integers(0, 2**64 - 1)
+    n=st.integers(2, 40), length=st.integers(2, 40), index=st.integers(0, 2**40), seed=st.integers(0, 2**64 - 1)
 )
 def test_windows_are_pieces_of_the_text(n, length, index, seed):
     """Catches a window beyond the end, one that depends on another, and a batch that is not the same again."""
@@ -225,3 +225,43 @@ def test_a_vocabulary_beyond_the_memory_is_refused(n_vocab):
     """Catches the library's abort, which ends the whole process: it reserves memory for all that is asked for."""
     with pytest.raises(ValueError, match=f"a vocabulary of {n_vocab} .* has merges for 26. entries"):
         train_tokenizer(["to be, or not to be"] * 3, n_vocab)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.asarray([1.0, 2.7, 3.0]),
+        np.asarray([1, 2, 3], complex),
+        np.asarray([True, False, True]),
+        np.zeros(3, "M8[s]"),
+        np.ma.masked_array([1, 2, 3], [0, 1, 0]),
+        [1, 2, 3],
+        None,
+        "abc",
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_windows_of_anything_but_integers_are_refused(given):
+    """Catches numbers that are rounded to ids, a hidden value that is taken for one, and a message of NumPy's."""
+    for take in (windows, lambda tokens, length: batch(tokens, 0, batch_size=1, length=length, seed=0)):
+        with pytest.raises(
+            TypeError, match=r"^tokens (have dtype \S+; expected integers|are of type \w+; expected int)"
+        ):
+            take(given, 2)
+
+
+def test_windows_are_of_one_text():
+    """Catches rows that are taken for tokens, and an error of NumPy's about its own arguments."""
+    for take in (windows, lambda tokens, length: batch(tokens, 0, batch_size=1, length=length, seed=0)):
+        with pytest.raises(ValueError, match=r"^tokens have shape \[3, 3\]; expected int \[n\]$"):
+            take(np.zeros((3, 3), int), 2)
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(2**32 - 1, "uint32"), (2**31, "int64"), (2**63, "uint64")])
+def test_ids_that_a_window_has_no_room_for_are_refused(largest, dtype):
+    """Catches an id that wraps around in int32, to one that is negative or another's."""
+    tokens = np.full(4, largest, dtype)
+    for take in (windows, lambda tokens, length: batch(tokens, 0, batch_size=1, length=length, seed=0)):
+        with pytest.raises(ValueError, match=f"^tokens hold {largest}; expected ids below 2\\*\\*31$"):
+            take(tokens, 2)
+        assert take(tokens - tokens + tokens.dtype.type(2**31 - 1), 2).max() == 2**31 - 1

@@ -15,7 +15,7 @@ from .. import checks
 from ..backend import Backend, get_backend
 from ..checkpoint import Checkpoint, cast, read_checkpoint
 from ..config import GPT2Config
-from ..params import count, init_params, nest
+from ..params import check_memory, count, init_params, nest
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import END_OF_TEXT
 from ..training.data import check_room, documents, train_tokenizer, write_tokens
@@ -297,18 +297,14 @@ def _check_memory(config: GPT2Config, recipe: Recipe, backend: Backend) -> None:
     context = recipe.context or config.n_ctx
     windows = 12 * recipe.batch_size * (context + 1)  # where each token is in the text, and its id
     checks.memory(windows, f"a batch of {recipe.batch_size} windows of {context} tokens")
-    scalar = backend.from_numpy(np.zeros(()), recipe.dtype)
-    if not backend.device(scalar).startswith("cpu"):
-        return  # how much memory an accelerator has is not known here
-    size = 8 if recipe.master_dtype == "float64" else 4
-    n = count(config)
-    checks.memory(4 * size * n, f"training {n:,} parameters, with a gradient and two moments of each,")
+    scalar, n = backend.from_numpy(np.zeros(()), recipe.master_dtype), count(config)
+    check_memory(4 * n, scalar, f"training {n:,} parameters, with a gradient and two moments of each,")
     at_once = recipe.batch_size * context
     if (part := backend.part_size(scalar)) is not None:
         at_once = min(at_once, max(part, context))
     # For the backward pass: the residual stream, queries, keys, values and hidden units of each layer, and the logits.
     activations = config.n_layer * (5 * config.n_embd + config.n_hidden) + config.n_vocab
-    checks.memory(size * (4 * n + at_once * activations), f"training on {at_once:,} tokens at a time")
+    check_memory(4 * n + at_once * activations, scalar, f"training on {at_once:,} tokens at a time")
 
 
 def _progress(pieces: Iterable[Any]) -> Iterable[Any]:

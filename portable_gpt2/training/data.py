@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -206,13 +207,30 @@ def check_room(n: int, length: int, what: str) -> None:
         raise ValueError(f"the {what} has {n} tokens and a window {length}: give more of it, or a shorter context")
 
 
+def _text(tokens: Any) -> np.ndarray:
+    """Return the token ids of a text, [n], on the host; they may be mapped from a file, and are not read here."""
+    found = checks.integers("tokens", tokens, "int [n], as an array")
+    if found.ndim != 1:
+        raise ValueError(f"tokens have shape {list(found.shape)}; expected int [n]")
+    return found
+
+
+def _as_int32(windows: np.ndarray) -> np.ndarray:
+    """Return windows of ids in the dtype that a model reads; refuse ids that would wrap around in it."""
+    if windows.dtype.itemsize >= 4 and (largest := int(windows.max())) >= 2**31:
+        raise ValueError(f"tokens hold {largest}; expected ids below 2**31")
+    return windows.astype(np.int32)
+
+
 def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed: int) -> np.ndarray:
     """Return some windows of a text, int32 [batch_size, length], at random: the same for the same index and seed.
 
     Raises
     ------
+    TypeError
+        If tokens is not an array of integers.
     ValueError
-        If the text is shorter than a window.
+        If the text is shorter than a window, or has more than one axis, or a number is out of range.
 
     Examples
     --------
@@ -224,13 +242,13 @@ def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed:
     """
     index, batch_size = checks.integer("index", index), checks.integer("batch_size", batch_size, 1)
     length = checks.integer("length", length, 2)
+    tokens = _text(tokens)
     check_room(len(tokens), length, "text")
     starts = len(tokens) - length + 1
     key = np.asarray([checks.seed(seed), _STREAM], np.uint64)
     words = Philox(key=key, counter=[0, index, 0, 0]).random_raw(batch_size)
     first = (words % np.uint64(starts)).astype(np.int64)  # of 2^64 words, that none is likelier shows to nobody
-    found: np.ndarray = tokens[first[:, None] + np.arange(length)].astype(np.int32)
-    return found
+    return _as_int32(tokens[first[:, None] + np.arange(length)])
 
 
 def windows(tokens: np.ndarray, length: int) -> np.ndarray:
@@ -240,8 +258,8 @@ def windows(tokens: np.ndarray, length: int) -> np.ndarray:
 
     Raises
     ------
-    ValueError
-        If the text is shorter than a window.
+    TypeError, ValueError
+        As for `batch`.
 
     Examples
     --------
@@ -252,5 +270,6 @@ def windows(tokens: np.ndarray, length: int) -> np.ndarray:
            [3, 4, 5, 6]], dtype=int32)
     """
     length = checks.integer("length", length, 2)
+    tokens = _text(tokens)
     check_room(len(tokens), length, "held-out text")
-    return sliding_window_view(tokens, length)[:: length - 1].astype(np.int32)
+    return _as_int32(sliding_window_view(tokens, length)[:: length - 1])
