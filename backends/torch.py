@@ -386,9 +386,11 @@ class TorchBackend(Backend):
     def is_readable(self, x: Any) -> bool:
         if not x.is_cpu or type(x) is not torch.Tensor or torch.compiler.is_compiling():
             return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # by a transform, whose wrapper may have an address
+            return False
         try:
             return x.data_ptr() is not None
-        except RuntimeError:  # it is mapped, or otherwise wrapped, by a transform of torch.func
+        except RuntimeError:  # it has no storage, as sparse ones
             return False
 
     def holds_values(self, device: Any) -> bool:
