@@ -145,7 +145,7 @@ def test_a_record_that_says_what_cannot_be_is_refused(run, name, change, why):
         (POINTERS, put("best", "held_out", 1.0)),
         (POINTERS, put("metrics", "lines", 3)),
     ],
-    ids=str,
+    ids=["learning rate", "seed", "n_training", "held-out of the last", "held-out of the best", "lines"],
 )
 def test_a_record_that_was_changed_is_refused(run, name, change):
     """Catches numbers that make sense, and change what the run ends in."""

@@ -36,7 +36,7 @@ MODEL_ARGS = "model_args"  # of nanoGPT's ckpt.pt
 SHIPPED = Path(__file__).parent.parent / "models"
 
 _GELU = (
-    "does not say which form of GELU it was trained with. nanoGPT uses the form by erf since June 2023; here it is "
+    "does not say which form of GELU it was trained with. Later versions of nanoGPT use the form by erf; here it is "
     "GPT-2's tanh form: logits may differ from nanoGPT's by about 0.01"
 )
 
