@@ -385,8 +385,9 @@ def test_an_unknown_device_is_refused(backend, device):
         lambda: backend.find_device(device),
     ]
     for attempt in attempts:
-        with pytest.raises(ValueError, match=f"{device!r}") as caught:
+        with pytest.raises(ValueError, match="has no device") as caught:
             attempt()
+        assert (repr(device) if isinstance(device, str) else "that is a float;") in str(caught.value)
         for name in backend.devices():
             assert name in str(caught.value)
 
@@ -505,7 +506,8 @@ def test_an_unknown_dtype_is_refused(backend, name):
     """Catches a dtype that is guessed, and a message that does not list those that there are."""
     with pytest.raises(ValueError, match="floating dtype") as caught:
         backend.dtype(name)
-    assert repr(name) in str(caught.value)
+    said = repr(name) if isinstance(name, str) else f"that is a {type(name).__name__};"
+    assert said in str(caught.value)
     assert "float32" in str(caught.value)
     if name is not None:
         with pytest.raises(ValueError, match="floating dtype"):
