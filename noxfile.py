@@ -17,6 +17,11 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = list(PYPROJECT["project"]["entry-points"]["portable_gpt2.backends"])
 PARITY = "tests/test_parity*.py"  # what needs transformers
+# Tests of files, texts and the command, which need NumPy alone: `tests(numpy)` runs them, and no other session again.
+NUMPY_ALONE = [
+    f"tests/test_{name}.py"
+    for name in ("cli_streams", "files", "kills", "paths", "run_damage", "runs", "targets", "tokenizer_files")
+]
 
 
 def install(session: nox.Session, extra: str = "", *groups: str) -> None:
@@ -67,10 +72,11 @@ def tests(session: nox.Session, backend: str) -> None:
 def equivalence(session: nox.Session) -> None:
     """Test all frameworks in one process, against each other; a test that is skipped is a failure.
 
-    What is of one framework has run in `tests`, on that framework alone.
+    Tests of one framework have run in `tests`, with that framework alone, and those of NUMPY_ALONE with NumPy.
     """
     install(session, "all", "test")
-    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", "--no-skips", "--backends=none"]
+    left = [f"--ignore={file}" for file in NUMPY_ALONE]
+    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", *left, "--no-skips", "--backends=none"]
     run_pytest(session, *args, x64=True, PORTABLE_GPT2_REQUIRE="all")
 
 
