@@ -386,8 +386,8 @@ class TorchBackend(Backend):
     def is_readable(self, x: Any) -> bool:
         if not x.is_cpu or type(x) is not torch.Tensor or torch.compiler.is_compiling():
             return False
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # by a transform, whose wrapper may have an address
-            return False
+        if torch._C._functorch.maybe_current_level() is not None:
+            return False  # torch.func wraps tensors; a wrapper may have an address, and to read a plain one makes one
         try:
             return x.data_ptr() is not None
         except RuntimeError:  # it has no storage, as sparse ones

@@ -89,6 +89,9 @@ def graphs(monkeypatch):
     stand_in = StandIn()
     monkeypatch.setattr(adapter, "_record", stand_in.record)
     monkeypatch.setattr(adapter, "_is_on_cuda", lambda tree: True)
+    # On CUDA no value is read by the host: neither ids, to be checked, nor the result of attention.
+    monkeypatch.setattr(adapter, "_is_checked", lambda ids: False)
+    monkeypatch.setattr(adapter, "_has_weights", lambda y: True)
     return stand_in
 
 
