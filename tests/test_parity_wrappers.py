@@ -6,6 +6,7 @@ import layouts
 import numpy as np
 import pytest
 import tiny
+import transformers
 from safetensors.numpy import save_file
 
 import portable_gpt2 as pg
@@ -262,7 +263,6 @@ def test_nanogpt_s_checkpoint_is_converted_for_transformers(save, torch, tmp_pat
     """Catches a conversion that only we read."""
     state = layouts.nanogpt(NANO, tiny.weights(NANO), bias=False)
     convert(save(state, "ckpt.pt", config=None), tmp_path / "out")
-    transformers = pytest.importorskip("transformers")
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, NANO.n_vocab, (2, NANO.n_ctx)))

@@ -7,6 +7,8 @@ import shutil
 import layouts
 import pytest
 import tiny
+import torch
+import transformers
 
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint import SHIPPED, convert, read_checkpoint, write_checkpoint
@@ -57,7 +59,6 @@ def test_a_text_ends_where_transformers_ends_it(shipped, config, generation, len
     edit(shipped, "config.json", **config)
     if generation is not None:
         edit(shipped, "generation_config.json", **generation)
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(shipped, dtype=torch.float32)
     model = pg.GPT2.load(shipped, backend="numpy")
     prompt = model.tokenizer.encode("To be")
@@ -94,7 +95,6 @@ def test_an_empty_prompt_starts_where_transformers_starts_it(shipped, config, ge
     edit(shipped, "config.json", **config)
     if generation is not None:
         edit(shipped, "generation_config.json", **generation)
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(shipped, dtype=torch.float32)
     first, *out = theirs.generate(max_new_tokens=5, do_sample=False)[0].tolist()
     assert first == start
@@ -227,7 +227,6 @@ def test_what_goes_with_a_model_is_saved_byte_for_byte(rich, tmp_path, backend):
 
 def test_transformers_reads_what_was_converted(rich, tmp_path):
     """Catches a file that arrives and means something else there."""
-    transformers = pytest.importorskip("transformers")
     convert(rich, tmp_path / "out", dtype="bfloat16")
     for read in (transformers.GPT2Config.from_pretrained, transformers.GenerationConfig.from_pretrained):
         theirs, ours = read(rich).to_dict(), read(tmp_path / "out").to_dict()
