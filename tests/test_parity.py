@@ -227,11 +227,11 @@ def test_cached_logits_are_as_near_to_the_truth_as_transformers_uncached_ones(lo
     expected = case("plain")
     text, rows = expected.tokens[1].tolist(), []
 
-    def dictate(logits, position, **options):
+    def dictate(options, logits, position, seen, index):
         rows.append(logits)
         return text[position]
 
-    monkeypatch.setattr(generate, "sample", dictate)
+    monkeypatch.setattr(generate, "sample_with", dictate)
     list(load("plain").stream_ids(text[:prompt], max_new_tokens=150 - prompt))
 
     ratio = float(abs(np.stack(rows) - expected.truth[1, prompt - 1 : -1]).max()) / (4 * expected.error["float32"])
