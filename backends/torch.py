@@ -519,7 +519,7 @@ class TorchBackend(Backend):
 
 
 def _load(path: str, is_mapped: bool) -> Any:
-    """Return what a file of PyTorch holds. No pickle is executed: its tensors, numbers, strings and lists are read."""
+    """Return the contents of a file of PyTorch: tensors, numbers, strings and lists. No pickle is executed."""
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
@@ -544,7 +544,7 @@ def _load(path: str, is_mapped: bool) -> Any:
 
 
 def _mappable(path: str) -> list[tuple[int, int]] | None:
-    """Return where the storages of a file lie, as offsets and lengths; None if they cannot be used as they lie there.
+    """Return where the storages of a file lie, as offsets and lengths; None if they cannot be mapped.
 
     torch.load maps whatever stands in the zip file, though it be compressed or in the other byte order. A file of
     before PyTorch 1.6 is not a zip file at all.

@@ -279,7 +279,7 @@ class Backend:
         raise NotImplementedError
 
     def read_checkpoint(self, path: str) -> Mapping[str, Any]:
-        """Return what a file of the framework's own format holds, by the names in it: each tensor as a `StoredTensor`.
+        """Return the contents of a file of the framework's own format by name, each tensor as a `StoredTensor`.
 
         Where the file nests objects, so does the result: dicts, lists, numbers and strings stand where they do there.
 

@@ -119,7 +119,7 @@ class Stops:
 class Reader:
     """The text of tokens that come one by one.
 
-    Of the text so far, `read` returns the part that is certain: a character that is split over tokens, and a possible
+    `read` returns the part of the text so far that is certain: a character that is split over tokens, and a possible
     beginning of a stop string, are held back. The text ends before the stop string that is complete first.
 
     Parameters

@@ -1,4 +1,4 @@
-"""Files and directories: what is read is a regular file, and what is written is complete or absent."""
+"""Files and directories: only regular files are read, and a file that is written is complete or absent."""
 
 from __future__ import annotations
 

@@ -366,7 +366,7 @@ def grow_cache(cache: Cache, capacity: int) -> Cache:
     TypeError
         If the cache is not one.
     ValueError
-        If capacity is less than the cache has, or the cache's buffers are not of one shape.
+        If capacity is less than the cache has, or the cache's buffers differ in shape.
 
     Examples
     --------

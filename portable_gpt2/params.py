@@ -289,7 +289,7 @@ def check_params(params: Params, config: GPT2Config) -> None:
     Raises
     ------
     TypeError
-        If they are not a tree of float arrays, or not of one framework and one dtype.
+        If they are not a tree of float arrays, or belong to two frameworks or two dtypes.
     ValueError
         If one is missing, one is too many, or one has another shape than the configuration says.
     """

@@ -31,10 +31,10 @@ class Sampling:
     top_k : int, optional
         Keep the k largest logits, and all that equal the smallest of these; 0 or None keeps all.
     top_p : float, optional
-        Of the tokens that top_k kept, keep the smallest set whose total probability reaches top_p. The token that
+        Keep the smallest set of the tokens that top_k kept whose total probability reaches top_p. The token that
         crosses the threshold is kept (Hugging Face's rule; OpenAI's code leaves it out). None keeps all.
     min_p : float, optional
-        Of the tokens that top_p kept, drop those whose probability is below min_p times that of the most likely token.
+        Drop those of the tokens that top_p kept whose probability is below min_p times that of the most likely token.
         None drops none.
     repetition_penalty : float
         Divides the positive logits of the tokens that the text holds already, and multiplies the negative ones: above 1

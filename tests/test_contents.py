@@ -120,7 +120,7 @@ def test_weights_under_the_name_of_another_format_are_told_theirs(tmp_path, torc
         read_checkpoint(tmp_path)
 
 
-# What is no file
+# Something that is not a file
 
 KINDS = ["a FIFO", "a directory", "a loop", "a device", "a socket", "a link to nothing"]
 

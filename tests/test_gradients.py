@@ -319,7 +319,7 @@ def test_a_gradient_refuses_what_its_op_refuses(backend):
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
 def test_the_loss_of_no_targets_is_nan_and_its_gradient_empty(backend, shape):
-    """Catches a ZeroDivisionError on the way back from a mean over nothing."""
+    """Catches a ZeroDivisionError in the backward pass of a mean over nothing."""
     logits = backend.from_numpy(np.zeros(shape, np.float32))
     value, backward = gradients.cross_entropy(logits, backend.from_numpy(np.zeros(shape[:-1], np.int32)))
     assert np.isnan(backend.to_numpy(value))

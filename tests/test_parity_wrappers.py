@@ -172,7 +172,7 @@ GELU = pytest.mark.filterwarnings("ignore:.*form of GELU")
 @GELU
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "", "module._orig_mod."])
 def test_nanogpt_s_checkpoint_is_read(save, torch, backend, prefix):
-    """Catches weights that stay transposed, which many of a size are in silence, and a file that is not found."""
+    """Catches weights that stay transposed, which nobody sees where they are square, and a file that is not found."""
     arrays = tiny.weights(NANO)
     directory = save(layouts.nanogpt(NANO, arrays, prefix=prefix), "ckpt.pt", config=None)
     for source in (directory, directory / "ckpt.pt"):

@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a model on texts, or train one further",
         description="Train a model from nothing, or from a checkpoint. DIR is a checkpoint itself: give it to --model. "
-        "Ctrl-C saves; --resume goes on, to the same bits.",
+        "Ctrl-C saves; --resume continues, and ends in the same bits.",
     )
     add_training_options(train)
     train.set_defaults(run=lambda arguments: run_training(arguments, Texts().read))
@@ -219,7 +219,7 @@ def _add_special(command: argparse.ArgumentParser, where: str) -> None:
 
 
 def _allow_special(arguments: argparse.Namespace) -> bool | list[str]:
-    """Return what the options say, as `Tokenizer.encode` takes it."""
+    """Return the value of the options, as `Tokenizer.encode` takes it."""
     names: list[str] = arguments.allow_special_token
     return arguments.allow_special or names or False
 

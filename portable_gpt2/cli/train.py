@@ -55,7 +55,7 @@ _VOCAB_SIZE = 2048
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Say what the command takes. What is not given is None: a run that is resumed has its own."""
+    """Add the options of the command. An option that is not given is None: a run that is resumed has its own."""
     add = command.add_argument
     add("--out", required=True, metavar="DIR", help="what to write: a checkpoint, and what it takes to resume")
     add("--resume", action="store_true", help="go on with the run in DIR, as it was begun")

@@ -119,7 +119,7 @@ class Trainer:
             If there are more or fewer batches than the recipe accumulates; if a batch has no window, is not of two
             axes, or has an id that is not in the vocabulary, or if its windows are longer than n_ctx + 1.
         TypeError
-            If a batch is not of integers, or state is not a State.
+            If a batch does not hold integers, or state is not a State.
         """
         if not isinstance(state, State):
             raise TypeError(f"state is {shown(state)}; expected the State that `start` or `step` returns")
