@@ -14,7 +14,8 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice, optimization_barrier
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from portable_gpt2.backend import Backend, StoredTensor
+from portable_gpt2.backend import Backend
+from portable_gpt2.host import StoredTensor
 
 _FLOATS = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16, "float16": tf.float16}
 _Axis = int | tuple[int, ...] | None

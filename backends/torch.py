@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from portable_gpt2.backend import Backend, CheckpointError, StoredTensor
+from portable_gpt2.backend import Backend
+from portable_gpt2.host import CheckpointError, StoredTensor
 
 _FLOATS = {
     "float32": torch.float32,

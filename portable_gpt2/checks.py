@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import to_numpy
+from .registry import to_numpy
 
 if TYPE_CHECKING:
     from .config import GPT2Config

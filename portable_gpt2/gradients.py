@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import ops
-from .backend import backend_of
 from .config import GPT2Config
 from .model import check_inputs, merge_heads, output_table, split_heads
 from .params import Params, check_params
+from .registry import backend_of
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
     from jaxtyping import Bool, Float, Int

@@ -12,14 +12,15 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from . import checks
-from .backend import Backend, backend_of, get_backend
+from .backend import Backend
 from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
 from .checks import check_ids, check_length, check_room, check_stop, flag, integer, memory, several, shown
-from .completion import Completion, Reader, Row, Stops, batched, complete
 from .config import GPT2Config
-from .generate import Decoder, Text, padded_length
+from .generation.completion import Completion, Reader, Row, Stops, batched, complete
+from .generation.decoder import Decoder, Text, padded_length
 from .model import check_cache_size, gpt2
 from .params import Params, check_device, check_memory, check_params, flatten, nest, shapes
+from .registry import backend_of, get_backend
 from .sampling import Sampling
 from .score import Score, log_probs
 from .tokenizer import Tokenizer

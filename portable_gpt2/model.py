@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checks
-from .backend import Backend, backend_of
+from .backend import Backend
 from .config import GPT2Config
 from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, unembed
 from .params import Params, check_config, check_memory, check_params, place
+from .registry import backend_of
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
     from jaxtyping import Bool, Float, Int

@@ -10,8 +10,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .backend import backend_of
-from .dispatch import check_axis, op
+from .op import check_axis, op
+from .registry import backend_of
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # importing it costs more than all of this package
     from jaxtyping import Bool, Float, Int

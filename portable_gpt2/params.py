@@ -11,8 +11,10 @@ import numpy as np
 from numpy.random import Philox
 
 from . import checks
-from .backend import Backend, backend_of, float_dtypes, get_backend
+from .backend import Backend
 from .config import GPT2Config
+from .host import float_dtypes
+from .registry import backend_of, get_backend
 
 Params = dict[str, Any]
 """A tree of arrays. A sub-tree is splatted into the function that uses it: ``conv1d(x, **params["c_attn"])``."""

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.random import Philox  # now: imported at the first draw, it would swallow a Ctrl-C
 
 from . import checks
-from .backend import float_dtypes, to_numpy
+from .host import float_dtypes
+from .registry import to_numpy
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 
 import portable_gpt2 as pg
-from portable_gpt2 import backend as backend_module
+from portable_gpt2 import registry
 
 X64 = os.environ.get("JAX_ENABLE_X64") == "1"
 FLOATS = ["float32", "float64", "bfloat16", "float16"]
@@ -49,7 +49,7 @@ def test_an_array_is_looked_up_in_one_table(backend, monkeypatch):
     """Catches a look-up by isinstance, which takes a microsecond, on every call; after the first it is a dict's."""
     x = backend.from_numpy(np.ones(3, np.float32))
     pg.backend_of(x)
-    monkeypatch.setattr(backend_module, "_find_owner", None)
+    monkeypatch.setattr(registry, "_find_owner", None)
     assert pg.backend_of(x) is backend
 
 
@@ -169,7 +169,7 @@ def test_what_is_no_array_is_refused(x):
         pg.backend_of(x)
     assert f"{type(x).__module__}.{type(x).__qualname__}" in str(caught.value)
     assert "numpy.asarray" in str(caught.value)
-    for name in backend_module.known_backends():
+    for name in registry.known_backends():
         assert name in str(caught.value)
 
 
@@ -192,8 +192,8 @@ def test_the_environment_names_a_default(monkeypatch):
 @pytest.mark.parametrize(("name", "why"), [("nonsense", "unknown backend"), ("absent", "absent is not installed")])
 def test_a_bad_name_in_the_environment_is_said_to_come_from_there(monkeypatch, name, why):
     """Catches a message about a backend that the reader has nowhere asked for."""
-    point = importlib.metadata.EntryPoint("absent", "absent_adapter:Absent", backend_module.ENTRY_POINTS)
-    monkeypatch.setattr(backend_module, "_entry_points", lambda: {"numpy": None, "absent": point})
+    point = importlib.metadata.EntryPoint("absent", "absent_adapter:Absent", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "_entry_points", lambda: {"numpy": None, "absent": point})
     monkeypatch.setenv("PORTABLE_GPT2_BACKEND", name)
     with pytest.raises(pg.BackendNotInstalled, match=f"^PORTABLE_GPT2_BACKEND is '{name}': .*{why}"):
         pg.get_backend()
@@ -249,9 +249,9 @@ def test_asynchronous_tasks_do_not_disturb_one_another():
 def test_threads_that_load_a_backend_at_once_share_one_instance(monkeypatch):
     """Catches two instances of one backend, whose arrays would be refused as those of two."""
     turn, found = threading.Barrier(2, timeout=10), []
-    monkeypatch.setattr(backend_module, "_LOADED", {})
-    monkeypatch.setattr(backend_module, "_BACKEND_OF_TYPE", {})
-    monkeypatch.setattr(backend_module, "_is_importable", lambda name: turn.wait() >= 0)  # neither was loaded till here
+    monkeypatch.setattr(registry, "_LOADED", {})
+    monkeypatch.setattr(registry, "_BACKEND_OF_TYPE", {})
+    monkeypatch.setattr(registry, "_is_importable", lambda name: turn.wait() >= 0)  # neither was loaded till here
     threads = [threading.Thread(target=lambda: found.append(pg.get_backend("numpy"))) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -368,7 +368,7 @@ def test_third_parties_are_found_by_entry_point():
     """Catches a list of backends that is written down in the package."""
     points = importlib.metadata.entry_points(group="portable_gpt2.backends")
     assert {"numpy", "tensorflow", "jax", "torch", "array_api_strict"} <= {point.name for point in points}
-    assert {point.name for point in points} == set(backend_module.known_backends())
+    assert {point.name for point in points} == set(registry.known_backends())
 
 
 # Devices

@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 import portable_gpt2 as pg
 from portable_gpt2 import checkpoint
-from portable_gpt2.backend import StoredTensor
 from portable_gpt2.checkpoint import hugging_face_name, writing
+from portable_gpt2.host import StoredTensor
 from portable_gpt2.params import flatten, shapes
 
 # One layer, one head, n_inner = n_embd = n_ctx: many matrices are square, so that a transposed one has the right shape.

@@ -17,9 +17,9 @@ import tiny
 import tokenizers
 
 import portable_gpt2 as pg
-from portable_gpt2.backend import known_backends
 from portable_gpt2.cli import main
 from portable_gpt2.params import nest
+from portable_gpt2.registry import known_backends
 
 
 @pytest.fixture(scope="module")

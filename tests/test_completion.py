@@ -9,7 +9,7 @@ import tiny
 from hypothesis import example, given
 
 import portable_gpt2 as pg
-from portable_gpt2.completion import Reader, Stops
+from portable_gpt2.generation.completion import Reader, Stops
 
 few = st.text("ab\n", max_size=12)
 stop_strings = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)

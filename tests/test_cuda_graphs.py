@@ -105,7 +105,7 @@ OPTIONS = pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 7}], 
 
 def texts(model, prompts, n, **options):
     """Return the tokens that a batch is continued by, padded before."""
-    from portable_gpt2.generate import Text
+    from portable_gpt2.generation.decoder import Text
     from portable_gpt2.sampling import Sampling
 
     sampling = Sampling(**{"seed": 3, **options})

@@ -42,7 +42,7 @@ def portable(name):
 
 PORTABLE = files("portable_gpt2")
 # Where portable code handles arrays of a backend; elsewhere it handles NumPy's, on the host.
-OF_ARRAYS = [*map(portable, ("dispatch", "ops", "model", "gradients", "training.optimizer"))]
+OF_ARRAYS = [*map(portable, ("op", "ops", "model", "gradients", "training.optimizer"))]
 OTHER_ADAPTERS = [path for path in files(ADAPTERS) if path.stem not in ("__init__", "numpy", "formats")]
 by_name = {"ids": lambda path: path.stem}
 
@@ -305,7 +305,7 @@ def test_an_array_is_looked_up_without_importing_a_framework():
 
 def test_known_backends_are_told_without_importing_them():
     """Catches a list of backends that is made by importing them; the entry points say it."""
-    code = "from portable_gpt2.backend import known_backends; import sys; print(*known_backends(), *sys.modules)"
+    code = "from portable_gpt2.registry import known_backends; import sys; print(*known_backends(), *sys.modules)"
     told = processes.run(code).split()
     assert set(told[:4]) == FRAMEWORKS | {"numpy"}
     assert not set(told[4:]) & FRAMEWORKS

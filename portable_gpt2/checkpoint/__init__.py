@@ -4,7 +4,7 @@ Tensors cross this package one at a time, as NumPy arrays by path (``h3/attn/c_a
 decided above, and files of a framework's own format are read by that framework's adapter.
 """
 
-from .errors import CheckpointError, TokenizerError
+from ..host import CheckpointError, TokenizerError
 from .formats import WEIGHTS_FILE, cast, stored
 from .names import hugging_face_name
 from .reading import SHIPPED, Checkpoint, read_checkpoint

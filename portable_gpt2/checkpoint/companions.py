@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ALIASES, GPT2Config
+from ..host import CheckpointError
 from ..tokenizer_files import ADDED_FILE, MERGES_FILE, SETTINGS_FILE, SPECIAL_FILE, TOKENIZER_FILE, VOCAB_FILE
 from .contents import LARGEST_TEXT, exists, parse_json, read_text
-from .errors import CheckpointError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from .errors import CheckpointError
+from ..host import CheckpointError
 
 LARGEST_TEXT = 1 << 26
 """The largest file of text that is read, in bytes: all but weights are far smaller."""

@@ -15,18 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import (
-    BackendNotInstalled,
-    StoredTensor,
-    available_backends,
-    backend_of,
-    float_dtypes,
-    get_backend,
-    how_to_install,
-)
 from ..checks import shown
+from ..host import CheckpointError, StoredTensor, float_dtypes
+from ..registry import BackendNotInstalled, available_backends, backend_of, get_backend, how_to_install
 from .contents import exists, is_safetensors, is_torch, mistaken, read_json, start
-from .errors import CheckpointError
 from .names import Found, prefix_of
 from .safetensors_files import open_safetensors
 

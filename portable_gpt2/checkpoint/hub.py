@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..backend import available_backends, how_to_install
+from ..host import CheckpointError
+from ..registry import available_backends, how_to_install
 from ..tokenizer_files import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
 from .companions import (
     CHAT_TEMPLATES,
@@ -16,7 +17,6 @@ from .companions import (
     TEMPLATES,
     TOKENIZER_SETTINGS,
 )
-from .errors import CheckpointError
 from .formats import INDEX, WEIGHTS_FILE, formats, read_index
 
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w.-][\w./-]*)?")

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import StoredTensor, float_dtypes
 from ..config import GPT2Config
+from ..host import CheckpointError, StoredTensor, float_dtypes
 from ..params import shapes
-from .errors import CheckpointError
 
 PREFIX = "transformer."
 OPENAI = "model/"

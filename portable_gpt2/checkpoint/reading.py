@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from .. import checks
-from ..backend import StoredTensor
 from ..config import GPT2Config
+from ..host import CheckpointError, StoredTensor, TokenizerError
 from ..tokenizer import Tokenizer
 from . import hub
 from .companions import (
@@ -27,7 +27,6 @@ from .companions import (
     read_tokenizer_settings,
 )
 from .contents import check_text, exists, read_json
-from .errors import CheckpointError, TokenizerError
 from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights
 from .names import by_path, is_openai
 

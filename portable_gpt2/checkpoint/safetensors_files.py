@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..backend import StoredTensor, float_dtypes
+from ..host import CheckpointError, StoredTensor, float_dtypes
 from .contents import parse_json
-from .errors import CheckpointError
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -10,11 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import checks
-from ..backend import StoredTensor, float_dtypes
 from ..config import GPT2Config
+from ..host import StoredTensor, TokenizerError, float_dtypes
 from ..tokenizer import Tokenizer
 from .companions import TOKENIZER_FILES, UNREAD, written_companions
-from .errors import TokenizerError
 from .formats import WEIGHTS_FILE, cast
 from .names import prefixed_name
 from .reading import read_checkpoint

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import strict_json
-from ..backend import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
 from ..checkpoint import SHIPPED, convert
-from ..completion import Completion
+from ..generation.completion import Completion
 from ..language_model import GPT2
+from ..registry import BackendNotInstalled, available_backends, get_backend, how_to_install, known_backends, to_numpy
 from ..sampling import Sampling
 from . import signals, streams
 from .options import FAILED, Command, Parser, at_least, index_or_all, number_or_off, stop_text

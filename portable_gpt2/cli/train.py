@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from ..backend import Backend, get_backend
+from ..backend import Backend
 from ..checkpoint import Checkpoint, cast, read_checkpoint
 from ..config import GPT2Config
 from ..params import check_memory, count, init_params, nest
+from ..registry import get_backend
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import END_OF_TEXT
 from ..training.data import check_room, documents, train_tokenizer, write_tokens
+from ..training.loop import train
 from ..training.recipe import Recipe
 from ..training.run import Run, check_new
-from ..training.train import train
 from ..training.trainer import State, Trainer
 from . import signals, streams
 from .options import at_least, number_or_off

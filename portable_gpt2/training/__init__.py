@@ -1,14 +1,14 @@
 """Training, written once: AdamW on the loss, by each framework's gradients or by those of `gradients`.
 
 ``recipe`` says how, ``data`` is what it reads, ``optimizer`` and ``trainer`` are a step, ``run`` is its directory and
-``train`` the loop.
+``loop`` the loop.
 """
 
 from .data import batch, documents, train_tokenizer, windows, write_tokens
+from .loop import Diverged, Report, train
 from .optimizer import Moments, adamw, learning_rate
 from .recipe import Recipe
 from .run import Run
-from .train import Diverged, Report, train
 from .trainer import State, Trainer
 
 __all__ = [

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import backend_of
 from ..checks import integer
 from ..params import Params, flatten, map_tree, nest
+from ..registry import backend_of
 from .recipe import Recipe
 
 _SMALLEST = float(np.finfo(np.float32).smallest_normal)

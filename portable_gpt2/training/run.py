@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import checks, files
-from ..backend import Backend, StoredTensor
+from ..backend import Backend
 from ..checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointError, read_checkpoint, stored, write_files
 from ..checkpoint.formats import is_finite
 from ..checkpoint.safetensors_files import open_safetensors, write_safetensors
 from ..checks import integer, is_int, number, shown
 from ..config import GPT2Config
 from ..files import appearing, replacing
+from ..host import StoredTensor
 from ..params import Params, flatten, nest, shapes
 from ..tokenizer import Tokenizer
 from . import records

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import gradients
-from ..backend import Backend, get_backend
+from ..backend import Backend
 from ..checks import check_ids, check_length, shown
 from ..config import GPT2Config
 from ..model import loss
 from ..params import Params, check_params, flatten, map_tree
+from ..registry import get_backend
 from .optimizer import Moments, no_moments, rates, update
 from .recipe import Recipe
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from .generate import Decoder, Text
-from .sampling import Sampling
-from .tokenizer import Tokenizer
+from ..sampling import Sampling
+from ..tokenizer import Tokenizer
+from .decoder import Decoder, Text
 
 _T = TypeVar("_T")
 
@@ -74,7 +74,7 @@ class Stops:
 
     Examples
     --------
-    >>> from portable_gpt2.completion import Stops
+    >>> from portable_gpt2.generation.completion import Stops
     >>> stops, state = Stops(["two", "once"]), None
     >>> for c in "one two":
     ...     state = stops.after(state or stops.start, c)
@@ -136,7 +136,7 @@ class Reader:
 
     Examples
     --------
-    >>> from portable_gpt2.completion import Reader
+    >>> from portable_gpt2.generation.completion import Reader
     >>> words = {0: "one t", 1: "wo", 2: " three"}
     >>> reader = Reader(lambda token: "" if token is None else words[token], ["two"])
     >>> [reader.read(token) for token in (0, 1)], reader.ended

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from .backend import _BACKEND_OF_TYPE, Backend, backend_of
+from .backend import Backend
 from .checks import is_int, is_number, shown
+from .registry import _BACKEND_OF_TYPE, backend_of
 
 
 @runtime_checkable

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Backend
-from .config import GPT2Config
-from .model import Cache, grow_cache, new_cache, output_table, transformer
-from .ops import unembed
-from .params import Params
-from .sampling import Sampling, sample_with
+from ..backend import Backend
+from ..config import GPT2Config
+from ..model import Cache, grow_cache, new_cache, output_table, transformer
+from ..ops import unembed
+from ..params import Params
+from ..sampling import Sampling, sample_with
 
 _SMALLEST = 64
 

@@ -1,0 +1,1 @@
+"""Generation: prefill and decode over a cache (`decoder`), and text out of tokens (`completion`)."""

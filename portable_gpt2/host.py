@@ -1,0 +1,32 @@
+"""What the package and its adapters share about data on the host: dtypes by name, tensors in files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+float_dtypes = {
+    name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float64", "float32", "float16", "bfloat16")
+}
+"""NumPy's floating dtypes by name; bfloat16 is that of ml_dtypes."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read as a GPT-2. The message names the file, and the tensor if one is at fault."""
+
+
+class TokenizerError(CheckpointError):
+    """A tokenizer cannot be used with a model whose weights can be used by token ids. The message says why."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file. Its shape and dtype are known; its values are read when `read` is called."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """``float32``, ``float64``, ``bfloat16`` or ``float16``; for any other dtype, the file's own name for it."""
+    read: Callable[[], np.ndarray]
+    """Returns an array of this shape and dtype. It may raise any Exception."""

@@ -1,0 +1,249 @@
+"""How a backend is found: by name, by the array that it owns, or by default.
+
+Adapters are found through the entry-point group ``portable_gpt2.backends``, so that a third party adds one from a
+package of its own: the name of an entry point is its framework's top-level module, its value a subclass of `Backend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .backend import Backend
+
+ENTRY_POINTS = "portable_gpt2.backends"
+DEFAULT_VARIABLE = "PORTABLE_GPT2_BACKEND"
+
+
+class BackendNotInstalled(ImportError):
+    """A backend that was asked for is unknown, or its framework cannot be imported."""
+
+
+# The one dispatch table: from an array's type to the backend that owns it. It holds the framework's own classes once
+# the backend was asked for or met, and every tracer or subclass once it was met.
+_BACKEND_OF_TYPE: dict[type, Backend] = {}
+_LOADED: dict[str, Backend] = {}
+if TYPE_CHECKING:
+    loaded: dict[str, Backend]  # computed by __getattr__, below
+_DEFAULT: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("portable_gpt2_backend", default=None)
+
+
+@functools.cache
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def known_backends() -> list[str]:
+    """Return the names of all backends that have an adapter here, their frameworks installed or not."""
+    return sorted(_entry_points())
+
+
+def available_backends() -> list[str]:
+    """Return the names of the backends whose framework can be imported here; none is imported to find out.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> "numpy" in pg.available_backends()
+    True
+    """
+    return [name for name in known_backends() if _is_importable(name)]
+
+
+def how_to_install(name: str) -> str:
+    """Return the command that installs a known backend's framework: an extra of ours, or a third party's framework."""
+    ours = _entry_points()[name].value.startswith("portable_gpt2_backends.")
+    return f"pip install 'portable-gpt2[{name}]'" if ours else f"pip install {name}"
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def get_backend(name: str | Backend | None = None, device: Any = None) -> Backend:
+    """Return a backend by name, importing its framework if need be.
+
+    Parameters
+    ----------
+    name : str or Backend, optional
+        One of `available_backends`, or a backend itself. None is the default: what the innermost `use_backend` chose,
+        else the environment variable PORTABLE_GPT2_BACKEND, else ``numpy``.
+    device : str or the framework's own device object, optional
+        Where arrays made by this backend live, such as ``cpu`` or ``cuda:1``. None leaves it to the framework.
+
+    Raises
+    ------
+    BackendNotInstalled
+        If the name is unknown or its framework is not installed. The message says what to install.
+    ValueError
+        If there is no such device. The message lists those that there are.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> pg.get_backend("numpy", device="cpu").name
+    'numpy'
+    """
+    if name is None:
+        name = _DEFAULT.get() or _backend_of_environment() or "numpy"
+    if isinstance(name, Backend):
+        backend = name
+    elif not isinstance(name, str):
+        raise TypeError(f"backend is of type {type(name).__name__}; expected a name such as 'numpy', or a Backend")
+    else:
+        backend = _load(name)
+        _own(backend.array_types, backend)
+    return backend if device is None else type(backend)(device)
+
+
+def _backend_of_environment() -> Backend | None:
+    """Return the backend that the environment variable names; None if it is not set, or empty."""
+    if not (name := os.environ.get(DEFAULT_VARIABLE)):
+        return None
+    try:
+        return get_backend(name)
+    except BackendNotInstalled as error:
+        raise BackendNotInstalled(f"{DEFAULT_VARIABLE} is {name!r:.80}: {error}") from error.__cause__
+
+
+def _load(name: str) -> Backend:
+    if name in _LOADED:
+        return _LOADED[name]
+    point = _entry_points().get(name)
+    if point is None:
+        raise BackendNotInstalled(f"unknown backend {name!r:.80}; the known backends are {', '.join(known_backends())}")
+    if not _is_importable(name):
+        raise BackendNotInstalled(
+            f"backend {name!r} is known, but {name} is not installed: {how_to_install(name)} "
+            f"(installed here: {', '.join(available_backends())})"
+        )
+    try:
+        backend: Backend = point.load()()
+        isinstance(None, backend.array_types)  # an adapter that cannot answer is broken too
+    except Exception as error:  # whatever a third party's adapter raises: it must not take the others down with it
+        raise BackendNotInstalled(
+            f"backend {name!r} could not be loaded from {point.value}: {type(error).__name__}: {error}"
+        ) from error
+    return _LOADED.setdefault(name, backend)  # of two threads, the first
+
+
+@contextlib.contextmanager
+def use_backend(name: str | Backend, device: Any = None) -> Iterator[Backend]:
+    """Make a backend the default within a ``with`` block, for this thread or asynchronous task alone.
+
+    The default decides what creates arrays from nothing (`get_backend`, `init_params`, `GPT2.load`); an op always
+    follows the arrays that it is given.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> with pg.use_backend("numpy"):
+    ...     pg.get_backend().name
+    'numpy'
+    """
+    backend = get_backend(name, device)
+    token = _DEFAULT.set(backend)
+    try:
+        yield backend
+    finally:
+        _DEFAULT.reset(token)
+
+
+def backend_of(x: Any) -> Backend:
+    """Return the backend that owns an array. No framework is imported that the program has not imported already.
+
+    Raises
+    ------
+    TypeError
+        If x is an array of no backend.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.backend_of(np.ones(3)).name
+    'numpy'
+    """
+    backend = _BACKEND_OF_TYPE.get(type(x))
+    return backend if backend is not None else _find_owner(x)
+
+
+def _find_owner(x: Any) -> Backend:
+    from . import registry as this_module
+
+    for backend in this_module.loaded.values():
+        if isinstance(x, backend.array_types):
+            if type(x) not in backend.array_types and not backend.owns(type(x)):
+                raise TypeError(
+                    f"{type(x).__module__}.{type(x).__qualname__} is a subclass of {backend.name}'s array, which may "
+                    f"compute otherwise; {backend.plain} is a plain array"
+                )
+            _own((type(x), *backend.array_types), backend)
+            return backend
+    raise TypeError(
+        f"expected an array of one of the backends {', '.join(known_backends())}; got {type(x).__module__}."
+        f"{type(x).__qualname__}. Make it an array of the framework that you use, such as numpy.asarray(x)"
+    )
+
+
+def _own(types: tuple[type, ...], backend: Backend) -> None:
+    for each in types:
+        _BACKEND_OF_TYPE[each] = backend
+
+
+def __getattr__(name: str) -> Any:
+    """Compute the attribute `loaded`: the backends of the frameworks that the program has imported so far.
+
+    It is an attribute and no function because torch.compile evaluates the one and traces the other, and the loading of
+    an adapter cannot be traced; so the first op of a program may be a compiled one.
+    """
+    if name != "loaded":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for known in known_backends():
+        if known in sys.modules and known not in _LOADED:
+            try:
+                _load(known)
+            except BackendNotInstalled as error:  # one that is broken does not take the others down with it
+                warnings.warn(f"skipped a backend that cannot be loaded: {error}", RuntimeWarning, stacklevel=4)
+    return _LOADED
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Return an array of any backend as a NumPy array on the host.
+
+    Raises
+    ------
+    TypeError
+        If x is an array of no backend, or one whose values cannot be had: while tracing, or of a sparse format.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> pg.to_numpy(pg.softmax(np.zeros(2)))
+    array([0.5, 0.5])
+    """
+    backend = backend_of(x)
+    try:
+        return backend.to_numpy(x)
+    except Exception as error:  # whatever the framework raises
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise TypeError(f"the values of this array of {backend.name} cannot be brought to the host ({why})") from error
+
+
+# What the program has imported already is entered now: a table that changes later makes torch.compile compile anew.
+for _backend in __getattr__("loaded").values():
+    _own(_backend.array_types, _backend)
