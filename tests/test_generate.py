@@ -12,7 +12,7 @@ import pytest
 from plain_gpt2 import on_backend, plain_gpt2, random_weights, truth_and_error
 
 import portable_gpt2 as pg
-from portable_gpt2 import generate
+from portable_gpt2.generation import decoder
 
 # More positions than 64 and 128, where a backend that compiles grows its cache, and no power of 2 at the end.
 CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=24, n_vocab=61, n_ctx=150, eos_token_id=None)
@@ -91,7 +91,7 @@ def test_logits_while_generating_are_as_near_to_the_truth_as_a_plain_implementat
         rows.append(logits)
         return text[position]
 
-    monkeypatch.setattr(generate, "sample_with", dictate)
+    monkeypatch.setattr(decoder, "sample_with", dictate)
     assert list(model.stream_ids(text[:50], max_new_tokens=100)) == text[50:]
 
     ratio = float(abs(np.stack(rows) - truth[0, 49:-1]).max()) / (4 * error)
@@ -121,8 +121,8 @@ def test_a_full_length_generation_compiles_once_for_each_size_of_the_cache(backe
         traces.append(backend.shape(tokens))
         return transformer(params, tokens, *args)
 
-    transformer = generate.transformer
-    monkeypatch.setattr(generate, "transformer", traced)
+    transformer = decoder.transformer
+    monkeypatch.setattr(decoder, "transformer", traced)
     model = pg.GPT2(CONFIG, on_backend(backend, WEIGHTS))
 
     list(model.stream_ids([3, 4, 5], max_new_tokens=147))
@@ -147,8 +147,8 @@ def test_few_compilations_serve_every_length(backend, monkeypatch):
         traces.append(backend.shape(tokens))
         return transformer(params, tokens, *args)
 
-    transformer = generate.transformer
-    monkeypatch.setattr(generate, "transformer", traced)
+    transformer = decoder.transformer
+    monkeypatch.setattr(decoder, "transformer", traced)
     config = pg.GPT2Config(n_layer=1, n_head=1, n_embd=4, n_vocab=7, n_ctx=1024, eos_token_id=None)
     model = pg.GPT2(config, on_backend(backend, random_weights(config)))
 
@@ -217,7 +217,7 @@ def test_generation_enters_the_models_device(backend, monkeypatch):
     on = backend.on
     monkeypatch.setattr(backend, "on", Entered)
     for name in ("transformer", "new_cache", "grow_cache", "unembed"):
-        watch(generate, name)
+        watch(decoder, name)
     watch(importlib.import_module("portable_gpt2.language_model"), "gpt2")
 
     model = pg.GPT2(CONFIG, on_backend(backend, WEIGHTS))
@@ -259,8 +259,8 @@ def test_no_more_is_computed_than_is_asked_for(backend, monkeypatch):
     """Catches a stream that runs ahead of its reader, and a step for a token that nobody draws from."""
     model = pg.GPT2(CONFIG, on_backend(backend, WEIGHTS))
     steps = []
-    read = generate.Decoder.read
-    monkeypatch.setattr(generate.Decoder, "read", lambda self, *args: steps.append(0) or read(self, *args))
+    read = decoder.Decoder.read
+    monkeypatch.setattr(decoder.Decoder, "read", lambda self, *args: steps.append(0) or read(self, *args))
     stream = model.stream_ids([1, 2], max_new_tokens=3)
     assert steps == []
     next(stream)

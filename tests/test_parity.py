@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import portable_gpt2 as pg
-from portable_gpt2 import generate
 from portable_gpt2.checkpoint import convert
+from portable_gpt2.generation import decoder
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -231,7 +231,7 @@ def test_cached_logits_are_as_near_to_the_truth_as_transformers_uncached_ones(lo
         rows.append(logits)
         return text[position]
 
-    monkeypatch.setattr(generate, "sample_with", dictate)
+    monkeypatch.setattr(decoder, "sample_with", dictate)
     list(load("plain").stream_ids(text[:prompt], max_new_tokens=150 - prompt))
 
     ratio = float(abs(np.stack(rows) - expected.truth[1, prompt - 1 : -1]).max()) / (4 * expected.error["float32"])
