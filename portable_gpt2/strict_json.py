@@ -1,11 +1,37 @@
-"""JSON that any parser reads. JSON has no NaN and no infinity, which Python's `json` writes all the same."""
+"""Strict JSON: each object holds a name once, and every number that is written is finite.
+
+Python's `json` is more lenient. It reads an object that holds a name twice and keeps the last value, and it writes NaN
+and Infinity, which are not JSON.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+_LONGEST_INT = 100  # digits
+
+
+def parse(content: bytes) -> Any:
+    """Return the value that a JSON document in UTF-8 describes.
+
+    Raises
+    ------
+    ValueError
+        If the document is not JSON, an object in it has two entries of one name, or an integer is absurdly long.
+    RecursionError
+        If it is nested too deeply.
+
+    Examples
+    --------
+    >>> from portable_gpt2 import strict_json
+    >>> strict_json.parse(b'{"n_layer": 12}')
+    {'n_layer': 12}
+    """
+    return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_int=_int)
 
 
 def line(value: Any) -> str:
@@ -18,6 +44,22 @@ def line(value: Any) -> str:
     '{"loss": 2.5, "norm": null}\n'
     """
     return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the entries of one object; refuse two of one name."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"names {name[:80]!r} twice; keep the entry that is meant")
+    return entries
+
+
+def _int(digits: str) -> int:
+    """Return an integer; Python's own error for a very long one is about its settings, not about the file."""
+    if len(digits) > _LONGEST_INT:
+        raise ValueError(f"holds an integer of {len(digits):,} digits")
+    return int(digits)
 
 
 def _finite(value: Any) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import strict_json
 from .checks import shown
 from .files import holds_file
 
@@ -131,21 +131,13 @@ def pair_of_files(found: Definition) -> dict[str, bytes]:
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    return _object_of("the file", json.loads(data.decode(), object_pairs_hook=_without_doubles))
+    return _object_of("the file", strict_json.parse(data))
 
 
 def _object_of(name: str, found: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{name} is {shown(found)}; expected an object")
     return found
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    once = dict(pairs)
-    if len(once) < len(pairs):
-        [(entry, _)] = Counter(entry for entry, _ in pairs).most_common(1)
-        raise ValueError(f"{entry!r} stands in it twice")
-    return once
 
 
 # What a tokenizer.json may ask for

@@ -74,7 +74,7 @@ def test_what_a_dtype_cannot_hold_is_refused(source, tmp_path):
     """Catches weights that become infinite in float16."""
     large = {**tiny.weights(), "h1/attn/c_proj/b": np.full(16, 1e5, np.float32)}
     layouts.write_safetensors(source, tiny.CONFIG, large)
-    with pytest.raises(ValueError, match="h1/attn/c_proj/b holds numbers that are beyond the range of float16"):
+    with pytest.raises(ValueError, match="h1/attn/c_proj/b holds values beyond the range of float16"):
         convert(source, tmp_path / "out", dtype="float16")
     convert(source, tmp_path / "out", dtype="bfloat16")
 

@@ -496,5 +496,5 @@ def test_a_weight_beyond_the_range_of_the_dtype_is_refused(backend, tmp_path):
     weights["h1/mlp/c_fc/b"][3] = 1e5
     pg.GPT2(tiny.CONFIG, nest(weights)).save(tmp_path / "large")
     pg.GPT2.load(tmp_path / "large", backend=backend, dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"h1/mlp/c_fc/b holds numbers that are beyond the range of float16"):
+    with pytest.raises(ValueError, match=r"h1/mlp/c_fc/b holds values beyond the range of float16"):
         pg.GPT2.load(tmp_path / "large", backend=backend, dtype="float16")

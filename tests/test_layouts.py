@@ -233,7 +233,7 @@ def test_weights_that_are_no_numbers_are_refused(layout, tmp_path):
 
 def test_weights_near_the_end_of_the_range_are_numbers():
     """Catches a test for infinity that takes the largest number for it, or that misses one, in any dtype."""
-    from portable_gpt2.checkpoint.formats import is_finite
+    from portable_gpt2.checkpoint.tensors import is_finite
     from portable_gpt2.host import float_dtypes
 
     for dtype in float_dtypes.values():

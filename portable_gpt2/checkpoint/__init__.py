@@ -5,9 +5,10 @@ decided above, and files of a framework's own format are read by that framework'
 """
 
 from ..host import CheckpointError, TokenizerError
-from .formats import WEIGHTS_FILE, cast, stored
+from .formats import WEIGHTS_FILE
 from .names import hugging_face_name
 from .reading import SHIPPED, Checkpoint, read_checkpoint
+from .tensors import cast, stored
 from .writing import convert, write_checkpoint, write_files
 
 __all__ = [

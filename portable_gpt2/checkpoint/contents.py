@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, strict_json
 from ..host import CheckpointError
 
 LARGEST_TEXT = 1 << 26
 """The largest file of text that is read, in bytes: all but weights are far smaller."""
-
-_LONGEST_INT = 100  # digits
 
 _PAGE = "an HTML page, perhaps the error page of a server; download the file again"
 _ARCHIVE = "archive; unpack it and give the directory"
@@ -111,26 +107,12 @@ def parse_json(file: Path, content: bytes) -> dict[str, Any]:
     if not content:
         raise CheckpointError(f"{file}: is {mistaken(content)}")
     try:
-        entries = json.loads(content.decode("utf-8"), object_pairs_hook=_once, parse_int=_int)
+        entries = strict_json.parse(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: {error}") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file}: expected a JSON object")
     return entries
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"names {name[:80]!r} twice; keep the entry that is meant")
-    return entries
-
-
-def _int(digits: str) -> int:
-    if len(digits) > _LONGEST_INT:
-        raise ValueError(f"holds an integer of {len(digits):,} digits")
-    return int(digits)
 
 
 def _with_name(file: Path, error: OSError) -> str:

@@ -14,11 +14,12 @@ from ..config import GPT2Config
 from ..host import StoredTensor, TokenizerError, float_dtypes
 from ..tokenizer import Tokenizer
 from .companions import TOKENIZER_FILES, UNREAD, written_companions
-from .formats import WEIGHTS_FILE, cast
+from .formats import WEIGHTS_FILE
 from .names import prefixed_name
 from .reading import read_checkpoint
 from .safetensors_files import write_safetensors
 from .target import replacing_checkpoint
+from .tensors import cast
 
 
 def write_checkpoint(

@@ -17,8 +17,8 @@ import numpy as np
 from .. import checks, files
 from ..backend import Backend
 from ..checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointError, read_checkpoint, stored, write_files
-from ..checkpoint.formats import is_finite
 from ..checkpoint.safetensors_files import open_safetensors, write_safetensors
+from ..checkpoint.tensors import is_finite
 from ..checks import integer, is_int, number, shown
 from ..config import GPT2Config
 from ..files import appearing, replacing
