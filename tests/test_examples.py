@@ -1,10 +1,49 @@
-"""The examples that files run."""
+"""The scripts in examples/ and tools/, and the README's code, run and show what they say."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, **options):
+    """Run a script of the checkout; return what it prints."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True, **options).stdout.decode()
+
+
+def test_softmax_replays_the_notebook():
+    """Catches a script that does not run, an unshifted softmax that does not overflow, and a missing table."""
+    text = run(ROOT / "examples" / "softmax.py", "numpy")
+    assert "unshifted [nan nan nan], pg.softmax [0.09003057 0.2447284" in text
+    assert len(re.findall(r"numpy +(3x3|4x3x2|36x10x4x3x2) +\d", text)) == 3
+
+
+def test_conv1d_replays_the_notebook():
+    """Catches a script that does not run, and a convolution that is another function than conv1d."""
+    text = run(ROOT / "examples" / "conv1d.py", "numpy")
+    differences = [float(found) for found in re.findall(r"(?:position: |numpy +)(\d\.\de[+-]\d\d)", text)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-6
+    assert len(re.findall(r"numpy +\S+ by \S+ +\d+\.\d +\d+\.\d +\d+\.\d", text)) == 2
+
+
+def test_inside_shows_attention_and_the_logit_lens():
+    """Catches a renamed trace entry, and a lens whose last layer is not the model (the script asserts that itself)."""
+    text = run(ROOT / "examples" / "inside.py", "To be, or not")
+    assert "h0/attn/weights      [1, 4, 5, 5]" in text
+    assert len(re.findall(r"layer \d: \|x\| = +\d", text)) == 4
+
+
+def test_the_readme_runs(tmp_path):
+    """Catches a name in the README that has gone, or that takes other arguments."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks))
+    assert run(script, cwd=tmp_path).strip()
 
 
 def test_the_texts_are_split_at_a_paragraph(tmp_path):
@@ -16,8 +55,7 @@ def test_the_texts_are_split_at_a_paragraph(tmp_path):
         (texts / f"{name}_gut.txt").write_bytes(text.encode("latin-1"))
     (texts / "a_gut_f.txt").write_text("of the Folio")
     (texts / "é.txt").write_bytes("é".encode("latin-1"))
-    code = [sys.executable, str(EXAMPLES / "shakespeare_texts.py"), "out"]
-    subprocess.run(code, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
+    run(ROOT / "tools" / "shakespeare_texts.py", "out", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     out = tmp_path / "out"
     assert sorted(file.name for file in (out / "train").iterdir()) == ["a.txt", "b.txt", "c.txt"]
     train = [(out / "train" / f"{name}.txt").read_bytes().decode() for name in "abc"]

