@@ -10,7 +10,6 @@ import math
 import numbers
 import operator
 import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -118,11 +117,6 @@ def seed(x: Any) -> int:
     if not is_int(x) or not 0 <= x < 2**64:
         raise ValueError(f"seed is {shown(x)}; expected an int from 0 to 2**64 - 1")
     return operator.index(x)
-
-
-def random_seed() -> int:
-    """Return a seed for where none was given, short enough to be typed again."""
-    return secrets.randbits(32)
 
 
 def path(name: str, x: Any) -> Path:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.random import Philox
 
-from . import checks
+from . import checks, random
 from .backend import Backend
 from .config import GPT2Config
 from .host import float_dtypes
@@ -264,19 +262,9 @@ def _initial(path: str, shape: tuple[int, ...], stdev: float, seed: int) -> np.n
     checks.memory(8 * math.prod(shape), f"the numbers of {path}, {list(shape)},")
     if leaf in ("g", "b"):
         return np.full(shape, 1.0 if leaf == "g" else 0.0)
-    return stdev * _normal(path, shape, seed)
-
-
-def _normal(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Draw from N(0, 1) by Box and Muller's transform of raw Philox words, whose stream NumPy promises to keep."""
-    scope = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
-    key = np.asarray([seed, scope], np.uint64)  # a plain list of the two would pass through float64
-    n = math.prod(shape)
-    checks.memory(5 * 8 * n, f"the random numbers of {path}, {list(shape)},")  # words, u, v, radius and the result
-    words = Philox(key=key).random_raw(2 * ((n + 1) // 2)).reshape(2, -1)
-    u, v = ((words >> np.uint64(12)) + 0.5) * 2.0**-52  # strictly between 0 and 1
-    radius = np.sqrt(-2 * np.log(u))
-    return np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)])[:n].reshape(shape)
+    # Five arrays exist at the same time: the random words, two uniform variates, the radius and the result.
+    checks.memory(5 * 8 * math.prod(shape), f"the random numbers of {path}, {list(shape)},")
+    return stdev * random.normal(path, shape, seed)
 
 
 def check_config(config: Any) -> None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.random import Philox  # now: imported at the first draw, it would swallow a Ctrl-C
 
 from . import checks
 from .host import float_dtypes
+from .random import gumbel, new_seed
 from .registry import to_numpy
 
 
@@ -72,7 +72,7 @@ class Sampling:
             "repetition_penalty": checks.number(
                 "repetition_penalty", self.repetition_penalty, above=True, note="1 is off"
             ),
-            "seed": checks.random_seed() if self.seed is None else checks.seed(self.seed),
+            "seed": new_seed() if self.seed is None else checks.seed(self.seed),
         }
         for name in ("top_p", "min_p"):
             if (share := getattr(self, name)) is not None:
@@ -196,15 +196,3 @@ def _nucleus(scaled: np.ndarray, top_p: float) -> np.ndarray:
     weights = np.exp(scaled[order])
     before = np.cumsum(weights) - weights
     return np.sort(order[before < top_p * weights.sum()])
-
-
-def gumbel(kept: np.ndarray, n_vocab: int, position: int, seed: int, index: int = 0) -> np.ndarray:
-    """Return the standard Gumbel variates of some entries of the vocabulary at a position, float64 [len(kept)].
-
-    They are -log(-log u), with u from the raw words of ``numpy.random.Philox`` (whose stream is stable by promise),
-    keyed by the seed and the sample's index, at the counter of the position, one word an entry.
-    """
-    key = np.asarray([seed, index], np.uint64)  # of a plain list, NumPy would make float64 where one is 2^63 or more
-    words = Philox(key=key, counter=[0, position, 0, 0]).random_raw(n_vocab)[kept]
-    u = ((words >> np.uint64(12)) + 0.5) * 2.0**-52  # strictly between 0 and 1
-    return np.asarray(-np.log(-np.log(u)))

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import portable_gpt2 as pg
-from portable_gpt2.sampling import Sampling, gumbel, penalised, sample, survivors
+from portable_gpt2.random import gumbel
+from portable_gpt2.sampling import Sampling, penalised, sample, survivors
 
 # The random stream
 

@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.random import Philox
 from tokenizers import models, pre_tokenizers, trainers
 
-from .. import checks
+from .. import checks, random
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import END_OF_TEXT
 
 _LARGEST_READ = 1 << 30  # bytes of token ids; files that are larger are mapped
 _CHUNK = 1 << 20  # characters that are encoded at a time
-_STREAM = int.from_bytes(b"windows", "little")  # of random words, beside those of parameters and draws
 
 
 def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
@@ -244,11 +242,8 @@ def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed:
     length = checks.integer("length", length, 2)
     tokens = _text(tokens)
     check_room(len(tokens), length, "text")
-    starts = len(tokens) - length + 1
-    key = np.asarray([checks.seed(seed), _STREAM], np.uint64)
-    words = Philox(key=key, counter=[0, index, 0, 0]).random_raw(batch_size)
-    first = (words % np.uint64(starts)).astype(np.int64)  # of 2^64 words, that none is likelier shows to nobody
-    return _as_int32(tokens[first[:, None] + np.arange(length)])
+    starts = random.window_starts(batch_size, len(tokens) - length + 1, index, checks.seed(seed))
+    return _as_int32(tokens[starts[:, None] + np.arange(length)])
 
 
 def windows(tokens: np.ndarray, length: int) -> np.ndarray:

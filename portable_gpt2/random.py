@@ -1,0 +1,80 @@
+"""The one random stream: words of NumPy's Philox, and what is made of them.
+
+A word depends only on the seed, the number of its stream, and its place in the stream. Nothing keeps a state, so that
+no sample depends on the samples before it. NumPy promises that the words of Philox never change; its random floats may
+change, and are not used. There are three kinds of streams:
+
+- one stream for each parameter of a model, named by the parameter's path: normal variates, the initial values;
+- one stream for each sample of a text, named by the sample's index: Gumbel variates, by which tokens are sampled. Each
+  position in the text is a place in the stream;
+- one stream for the windows of text that training reads. Each batch is a place in the stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+
+import numpy as np
+from numpy.random import Philox  # here, because Ctrl-C is lost if it comes while a function imports this
+
+_WINDOWS = int.from_bytes(b"windows", "little")
+
+
+def new_seed() -> int:
+    """Return a seed for a caller who gave none: 32 random bits, few enough to be typed again."""
+    return secrets.randbits(32)
+
+
+def words(n: int, seed: int, stream: int, place: int = 0) -> np.ndarray:
+    """Return n words of 64 random bits, uint64 [n], from a place of a stream. A place holds 2^66 words.
+
+    The seed and the number of the stream are from 0 to 2^64 - 1.
+    """
+    key = np.asarray([seed, stream], np.uint64)  # NumPy would convert a list with an int of 2^63 or more to float64
+    found: np.ndarray = Philox(key=key, counter=[0, place, 0, 0]).random_raw(n)
+    return found
+
+
+def uniform(words: np.ndarray) -> np.ndarray:
+    """Return a number strictly between 0 and 1 for each word, float64: its upper 52 bits, and a half, over 2^52."""
+    return ((words >> np.uint64(12)) + 0.5) * 2.0**-52
+
+
+def normal(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Return the standard normal variates of a parameter, float64, by the transform of Box and Muller (1958)."""
+    stream = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
+    n = math.prod(shape)
+    u, v = uniform(words(2 * ((n + 1) // 2), seed, stream).reshape(2, -1))
+    radius = np.sqrt(-2 * np.log(u))
+    return np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)])[:n].reshape(shape)
+
+
+def gumbel(kept: np.ndarray, n_vocab: int, position: int, seed: int, index: int = 0) -> np.ndarray:
+    """Return the standard Gumbel variates, -log(-log u), of some entries of the vocabulary, float64 [len(kept)].
+
+    Every entry of the vocabulary has a word, whether it is kept or not: a filter does not change the variates of the
+    entries that it keeps.
+
+    Parameters
+    ----------
+    kept : int array [n]
+        The entries.
+    n_vocab : int
+        Number of entries of the vocabulary.
+    position : int
+        The position in the text of the token that is sampled.
+    seed, index : int
+        The seed, and which of several samples of one text this is.
+    """
+    return np.asarray(-np.log(-np.log(uniform(words(n_vocab, seed, index, position)[kept]))))
+
+
+def window_starts(n: int, n_places: int, index: int, seed: int) -> np.ndarray:
+    """Return where the n windows of a batch start, int64 [n], each from 0 to n_places - 1.
+
+    The first n_places starts are not equally likely if n_places does not divide 2^64. The difference is below 2^-32 of
+    a probability for every text of fewer than 2^32 tokens.
+    """
+    return (words(n, seed, _WINDOWS, index) % np.uint64(n_places)).astype(np.int64)
