@@ -10,7 +10,8 @@ to zero), gamma(k) = ku / (1 - ku) bounds the relative error of k roundings in a
 of Numerical Algorithms", 2002, lemma 3.1). "First order" says that products of two errors are left out: they are below
 1e-4 of the bound. What is stored in 16 bits is computed in float32 and rounded once: see `_stored`.
 
-Every bound holds for any order of summation, and with or without fused multiply-add.
+Every bound holds for any order of summation, and with or without fused multiply-add. docs/numerics.md explains all of
+them, with the assumptions and the largest errors seen.
 """
 
 import functools
@@ -65,7 +66,7 @@ LOG_ERROR = 8.0  # of every backend's log between 1 and a million; seen 3.9 in t
 
 
 def exp_error(backend: str, dtype: str) -> float:
-    """Return the c of NUMERICS: the error of the backend's exp in units of u."""
+    """Return the error of the backend's exp in units of u, the c of docs/numerics.md."""
     return _EXP.get((backend, computed_in(dtype)), _ONE_ULP)
 
 
@@ -229,8 +230,7 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded
     costs s |w_k|, flushing w_k costs s |x_k|. Where an intermediate result is flushed, one of the K + 1 terms and
     partial sums is lost for s, and there is one result: K + 2 at most.
 
-    In 16 bits, this bound is computed for float32 and the result rounded once; to add the bias after that rounding, as
-    NUMERICS would allow, is not allowed here.
+    In 16 bits, this bound is computed for float32 and the result is rounded once, after the bias was added.
     """
     dtype = x.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
