@@ -1,7 +1,7 @@
-"""The benchmark: ours beside the peers that are installed, in one run. ``python -m bench --help`` says how.
+"""The benchmark compares portable_gpt2 with other libraries in one run: ``python -m bench --help``.
 
-`__main__` conducts. What computes does so in a process of its own (`worker`), a framework each; two sides are measured
-in turn (`clock`). What is ours and what is the framework's own stand in `model` and `frameworks`, the other libraries
-in `peers`. A figure is a `rows.Row`; what issue 3 demands of it stands in `bounds`, what becomes of it in `report` and
-`plots`.
+- `__main__` runs all measurements. Each framework computes in a process of its own (`worker`).
+- Two sides of a comparison are measured in turn (`clock`).
+- `model` calls portable_gpt2, `frameworks` calls the bare frameworks, and `peers` calls other libraries.
+- A figure is a `rows.Row`. `bounds` has the targets, and `report` and `plots` write the results.
 """

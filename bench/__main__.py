@@ -17,7 +17,7 @@ from .worker import environment
 
 BACKENDS = ("numpy", "jax", "torch", "tensorflow")
 
-# What is measured, in this order: the rows that there are for a backend, and what measures them.
+# The groups of rows, in the order measured. Each has a function that plans its rows and one that measures them.
 GROUPS = {
     "machine": (machine.plan, machine.measure),
     "ops": (ops.plan, ops.measure),
@@ -35,19 +35,19 @@ def main() -> int:
     """Run the benchmark; return the exit status."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.partition(":")[0] + ".")
     add = parser.add_argument
-    add("--quick", action="store_true", help="a few minutes: fewer rounds, the slow rows left out")
-    add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="only these")
-    add("--rows", nargs="+", choices=GROUPS, default=list(GROUPS), help="only these groups of rows")
-    add("--threads", type=int, default=2, help="processors that each side may use (default: 2)")
-    add("--out", type=Path, default=Path("docs/benchmarks"), help="where to write (default: docs/benchmarks)")
+    add("--quick", action="store_true", help="take a few minutes: measure fewer rounds and leave out slow rows")
+    add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="measure only these backends")
+    add("--rows", nargs="+", choices=GROUPS, default=list(GROUPS), help="measure only these groups of rows")
+    add("--threads", type=int, default=2, help="number of processors for each side (default: 2)")
+    add("--out", type=Path, default=Path("docs/benchmarks"), help="directory of the results (default: docs/benchmarks)")
     chosen = parser.parse_args()
 
     processors = sorted(os.sched_getaffinity(0))[: chosen.threads]
-    os.sched_setaffinity(0, processors)  # what is started from here on inherits it
+    os.sched_setaffinity(0, processors)  # inherited by all processes that are started later
     os.environ.update(environment(len(processors)))
 
     partial = chosen.quick or set(chosen.backends) < set(BACKENDS) or set(chosen.rows) < set(GROUPS)
-    out = chosen.out / "partial" if partial else chosen.out  # the whole table is not replaced by less
+    out = chosen.out / "partial" if partial else chosen.out  # a partial run does not replace the whole table
     report = Report(out, machine.describe(len(processors)), quick=chosen.quick)
     for group, (plan, _) in GROUPS.items():
         for backend in BACKENDS:
@@ -55,7 +55,7 @@ def main() -> int:
             report.add(*(row if wanted else row.failed("not chosen in this run") for row in plan(backend)))
 
     began = time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was measured is written, and drawn
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the measured rows are still written and plotted
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as directory:
             run = Run(Path(directory), quick=chosen.quick)

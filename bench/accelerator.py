@@ -1,4 +1,4 @@
-"""The same decode on an accelerator, where the frameworks report one; elsewhere the row says that there is none."""
+"""Decoding on an accelerator. If the framework reports no accelerator, the row says so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .worker import Worker, WorkerError
 
 
 def plan(backend: str) -> list[Row]:
-    """Return the row of this file for one framework; NumPy has no accelerator."""
+    """Return the planned row for one framework; NumPy has no accelerator."""
     return [] if backend == "numpy" else [Row("accelerator", backend, "124M against the limit", "ms/token")]
 
 
@@ -26,7 +26,7 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
                 if devices:
                     yield _decode(run, backend, devices[0], worker, row)
                 else:
-                    yield row.failed("no accelerator here that the framework reports")
+                    yield row.failed("the framework reports no accelerator on this machine")
         except WorkerError as error:
             yield row.failed(str(error))
 

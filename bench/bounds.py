@@ -1,4 +1,4 @@
-"""What is demanded of each row, in one table."""
+"""The targets of the benchmark, in one table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Bound(NamedTuple):
-    """A row's value is at most `times` its reference, plus `plus` in the row's unit; without a reference, `plus`."""
+    """The largest permitted value of a row: `times` its reference plus `plus`, in the row's unit."""
 
     group: str
     row: str  # a pattern
@@ -23,27 +23,27 @@ class Bound(NamedTuple):
 ALL = "numpy jax torch tensorflow"
 
 BOUNDS = (
-    # 2. Decode, and how it stays within the same ratio for the larger shape (3)
+    # Decode, for both shapes
     Bound("decode", "* against the limit", "numpy jax", 1.25),
     Bound("decode", "* against the limit", "torch tensorflow", 1.5),
     Bound("decode", "124M against transformers", "numpy torch", 1 / 1.5),
     Bound("decode", "124M against KerasHub", "jax torch tensorflow", 1 / 1.5),
     Bound("decode", "sampling against greedy", ALL, 1.0, plus=1.0),  # ms
-    # 3. Decode scales
+    # Decode at later positions, and compilations
     Bound("decode", "position 1000 against position 10", ALL, 1.3),
     Bound("compilations", "a full-length generation", "jax tensorflow", plus=7),
     Bound("compilations", "prompts of 1 to 1000 tokens, after it", "jax tensorflow", plus=6),
-    # 4. Prefill and batches
+    # Prefill and batches
     Bound("prefill", "512 tokens against all matrix products", "numpy", 1.4),
     Bound("prefill", "512 tokens against all matrix products", "jax torch tensorflow", 1.15),
     Bound("batches", "batch *", ALL, 1.3),
-    # 5. Ops: microseconds. On NumPy scipy's softmax is the framework's own.
+    # Ops, in microseconds. For NumPy, the framework's own softmax is SciPy's.
     Bound("ops", "softmax 12x1024x1024", "numpy", 0.8),
     Bound("ops", "softmax *", "numpy", 0.6),
     Bound("ops", "softmax *", "jax torch tensorflow", 1.05, plus=0.5),
     Bound("ops", "conv1d *", ALL, 1.05, plus=0.5),
     Bound("ops", "the definition under jit, *", "jax torch tensorflow", 1.05, plus=0.5),
-    # 6. Memory and start
+    # Memory and start
     Bound("memory", "peak of a generation", ALL, 1.1),
     Bound("start", "load and first forward pass", "numpy", plus=1.0),  # s
     Bound("start", "the generate command *", "numpy", plus=0.6),
@@ -52,7 +52,7 @@ BOUNDS = (
 
 
 def find(group: str, row: str, backend: str) -> Bound | None:
-    """Return the first bound that the table has for a row."""
+    """Return the first entry of the table that matches a row."""
     for bound in BOUNDS:
         if bound.group == group and backend in bound.backends.split() and fnmatch(row, bound.row):
             return bound

@@ -1,4 +1,4 @@
-"""Timing: the sides in turn, round after round, so that what slows the machine slows all of them; then the best."""
+"""Timing: all sides are measured in turn, in each round, so that a slow moment of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .worker import WorkerError
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Return how long a call takes."""
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -20,10 +20,10 @@ def seconds(call: Callable[[], Any]) -> float:
 def in_turn(
     rounds: int, sides: Mapping[str, Callable[[], float]], failures: dict[str, str] | None = None
 ) -> dict[str, list[float]]:
-    """Let each side measure itself in each round; return the samples of each, in the order measured.
+    """Call each side once per round; return the samples of each side, in the order measured.
 
-    Where failures are collected, there is a round more, the first, which only warms up; a side whose worker fails is
-    left out from then on, and why is entered into failures.
+    If a dict `failures` is given, an additional first round warms up and is not counted. A side whose worker fails is
+    then left out of the remaining rounds, and its error message is stored in `failures`.
     """
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds if failures is None else rounds + 1):
@@ -41,9 +41,9 @@ def in_turn(
 
 
 def repeated(calls: Mapping[str, Callable[[], Any]], *, rounds: int, at_least: float) -> dict[str, list[float]]:
-    """Return samples of the seconds that each call takes, each the mean over enough calls to last `at_least` seconds.
+    """Return samples of the seconds per call. A sample is the mean over enough calls to last `at_least` seconds.
 
-    Calls are timed in turn after one that warms up; how many make a sample is chosen for each.
+    After a warm-up, the functions are timed in turn. The number of calls per sample is chosen for each function.
     """
 
     def sampler(call: Callable[[], Any]) -> Callable[[], float]:

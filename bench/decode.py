@@ -1,4 +1,4 @@
-"""Decoding one text: ours beside what the memory allows, beside the peers, and beside itself at other positions."""
+"""Decoding one text, compared with the memory's limit, with other libraries, and with itself at other positions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .worker import Worker
 
 PROMPT, NEW = 128, 64
 POSITIONS = (10, 500, 1000)
-WINDOW = 12  # tokens at each of POSITIONS: from 500, a cache of 512 has room for so many
+WINDOW = 12  # number of tokens measured at each position; a cache of 512 has room for 12 from position 500 on
 LIMIT = "weights read once"
 
 
 def plan(backend: str) -> list[Row]:
-    """Return the rows of this file for one framework."""
+    """Return the planned rows for one framework."""
     names = [
         "124M against the limit",
         *(f"124M against {peer}" for peer in PEERS[backend]),
@@ -36,7 +36,7 @@ def _position(position: int) -> str:
 
 
 def measure(run: Run, backend: str) -> Iterator[Row]:
-    """Measure the rows of this file on one framework."""
+    """Measure the planned rows on one framework."""
     rows = {row.name: row for row in plan(backend)}
     yield from _beside_peers(run, backend, rows)
     yield from _positions(run, backend, rows)
@@ -47,7 +47,10 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
 
 
 def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
-    """Measure positions 128 to 192, greedy: a token's time is the difference of two lengths, for every side alike."""
+    """Measure greedy decoding from position 128 to 192.
+
+    For every side, the time per token is the difference between a long and a short generation, per additional token.
+    """
     new = 16 if run.quick else NEW
     model = {"backend": backend, "directory": run.checkpoint("124M"), "prompt": PROMPT}
     failures: dict[str, str] = {}
@@ -71,7 +74,7 @@ def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]
         return (min(samples[side]) - min(samples[first])) / new * 1e3
 
     def row(name: str, *sides: str) -> Row | None:
-        """Return the row as failed if one of its sides was."""
+        """Return the row as failed if one of its sides failed."""
         why = [failures[side] for side in ("ours, 1 token", "ours", *sides) if side in failures]
         return rows[name].failed(why[0]) if why else None
 
@@ -83,7 +86,7 @@ def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]
         weight_bytes("124M") / max(samples["GB/s"]) / 1e6,
         LIMIT,
         samples=kept("GB/s"),
-        note=f"{PROMPT} tokens read and the first written in {min(samples['ours, 1 token']) * 1e3:.0f} ms",
+        note=f"a prompt of {PROMPT} tokens and the first new token take {min(samples['ours, 1 token']) * 1e3:.0f} ms",
     )
     for peer in PEERS[backend]:
         name, first = f"124M against {peer}", f"{peer}, 1 token"
@@ -92,7 +95,7 @@ def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]
             per_token(peer, first),
             peer,
             samples=kept(first, peer),
-            note=f"its first token after {min(samples[first]) * 1e3:.0f} ms",
+            note=f"its first token takes {min(samples[first]) * 1e3:.0f} ms",
         )
     yield row("sampling against greedy", "ours, sampled") or rows["sampling against greedy"].measured(
         per_token("ours, sampled", "ours, 1 token"),
@@ -104,7 +107,7 @@ def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]
 
 
 def _positions(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
-    """Measure the twelve tokens after prompts of three lengths."""
+    """Measure twelve tokens after prompts of three lengths."""
     model = {"backend": backend, "directory": run.checkpoint("124M"), "new": WINDOW}
     failures: dict[str, str] = {}
     with Worker() as ours:
@@ -130,7 +133,7 @@ def _positions(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
 
 
 def _larger(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
-    """Measure the 355M shape beside its own limit, from position 128."""
+    """Compare the 355M shape with its own memory limit, from position 128."""
     model = {"backend": backend, "directory": run.checkpoint("355M"), "position": PROMPT, "new": NEW // 2}
     failures: dict[str, str] = {}
     with Worker() as machine, Worker() as ours:

@@ -1,7 +1,7 @@
-"""What each framework does without us: its own functions, bare, in the form that it is fastest in.
+"""The bare functions of each framework, without portable_gpt2, in their fastest form.
 
-One small class a framework, all with the same members. Nothing here imports portable_gpt2, and nowhere else in this
-package is a framework's function called.
+There is one small class per framework, all with the same members. Nothing here imports portable_gpt2, and no other
+module of this package calls a framework's functions.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Framework:
 
     @property
     def fast_modes(self) -> dict[str, Callable[[Function], Function]]:
-        """The modes that are worth trying for many products at once: those that compile, where there are such."""
+        """The modes to try for many products at once: those that compile, or eager mode if none does."""
         return {mode: run for mode, run in self.modes.items() if mode != "eager"} or dict(self.modes)
 
     def array(self, a: np.ndarray) -> Any:
-        """Return a NumPy array as the framework's own."""
+        """Return a NumPy array as an array of the framework."""
         raise NotImplementedError
 
     def wait(self, y: Any) -> Any:
-        """Return y, or a tuple of them, once computed."""
+        """Wait until y, an array or a tuple of arrays, is computed; return it."""
         return y
 
     def softmax(self, x: Any) -> Any:
@@ -51,7 +51,7 @@ class Framework:
         return {"x w + b": self.linear}
 
     def convolution(self, x: Any, w: Any, b: Any) -> Any:
-        """Return the same for x [batch, width, nx] by the framework's convolution, of width 1."""
+        """Return `linear` of x [batch, seq, nx], computed by the framework's convolution of width 1."""
         raise NotImplementedError
 
     def transpose(self, x: Any) -> Any:
@@ -59,17 +59,17 @@ class Framework:
         raise NotImplementedError
 
     def bind(self, run: Callable[[Function], Function], f: Function, weights: Any) -> Function:
-        """Return x -> f(x, weights), run in a mode, with the weights where they cost least."""
+        """Return the function x -> f(x, weights), run in a mode. The weights are passed in the cheapest way."""
         g = run(f)
         return lambda x: g(x, weights)
 
     def compiled(self) -> Callable[[Function], Function] | None:
-        """Return what compiles a function for `the definition under jit`, if something does."""
+        """Return the compiler for the rows `the definition under jit`, or None."""
         return None
 
 
 class Numpy(Framework):
-    """NumPy; its softmax is scipy's."""
+    """NumPy. It has no softmax, so SciPy's is used."""
 
     name = "numpy"
 
@@ -81,7 +81,7 @@ class Numpy(Framework):
         return a
 
     def softmax(self, x: Any) -> Any:
-        from scipy.special import softmax  # imported by the first call, which warms up
+        from scipy.special import softmax  # imported in the first call, which is a warm-up
 
         return softmax(x, axis=-1)
 
@@ -89,7 +89,7 @@ class Numpy(Framework):
         return x @ w + b
 
     def convolution(self, x: Any, w: Any, b: Any) -> Any:
-        # NumPy has none over channels: this is the textbook's, a contraction of windows (of width 1) with the kernel.
+        # NumPy has no convolution with channels. This is the textbook's: contract windows of width 1 with the kernel.
         windows = np.lib.stride_tricks.sliding_window_view(x, 1, axis=-2)
         return np.einsum("...cw,wcf->...f", windows, w[None], optimize=True) + b
 
@@ -98,7 +98,7 @@ class Numpy(Framework):
 
 
 class Torch(Framework):
-    """PyTorch, eager; torch.compile takes half a minute a function and is tried for the ops alone."""
+    """PyTorch, eager. torch.compile takes half a minute per function, so it is used for single ops only."""
 
     name = "torch"
 
@@ -123,18 +123,18 @@ class Torch(Framework):
         return {"addmm": self.linear, "F.linear": lambda x, w, b: self.torch.nn.functional.linear(x, w.mT, b)}
 
     def convolution(self, x: Any, w: Any, b: Any) -> Any:
-        return self.torch.nn.functional.conv1d(x.mT, w.mT[..., None], b).mT  # its channels stand before the width
+        return self.torch.nn.functional.conv1d(x.mT, w.mT[..., None], b).mT  # PyTorch expects channels before positions
 
     def transpose(self, x: Any) -> Any:
         return x.mT
 
     def compiled(self) -> Callable[[Function], Function]:
-        self.torch.compiler.reset()  # or a second shape would make it compile for unknown ones
+        self.torch.compiler.reset()  # without this, a second shape would be compiled with unknown sizes
         return functools.partial(self.torch.compile, fullgraph=True)
 
 
 class Jax(Framework):
-    """JAX: dispatched one by one, or compiled."""
+    """JAX, eager or compiled."""
 
     name = "jax"
 
@@ -169,7 +169,7 @@ class Jax(Framework):
 
 
 class Tensorflow(Framework):
-    """TensorFlow: eager, as a graph, or compiled by XLA."""
+    """TensorFlow, eager, as a graph or compiled by XLA."""
 
     name = "tensorflow"
 
@@ -202,7 +202,7 @@ class Tensorflow(Framework):
         return self.tf.linalg.matrix_transpose(x)
 
     def bind(self, run: Callable[[Function], Function], f: Function, weights: Any) -> Function:
-        return run(lambda x: f(x, weights))  # captured; as arguments, many tensors cost milliseconds a call
+        return run(lambda x: f(x, weights))  # captured, because many tensors as arguments cost milliseconds per call
 
     def compiled(self) -> Callable[[Function], Function]:
         return self.modes["XLA"]
@@ -215,5 +215,5 @@ def get(name: str) -> Framework:
 
 
 def installed(name: str) -> bool:
-    """Return whether a module can be imported here, without importing it."""
+    """Return whether a module can be imported, without importing it."""
     return importlib.util.find_spec(name) is not None

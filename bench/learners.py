@@ -1,4 +1,4 @@
-"""Training, in a worker: ours on one backend, or transformers' model with PyTorch's AdamW, on the same windows."""
+"""Training in a worker, on the same windows: portable_gpt2 on one backend, or transformers with PyTorch's AdamW."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Ours:
     def __init__(self, backend: str, n_vocab: int, recipe: Recipe) -> None:
         config = pg.GPT2Config(n_vocab=n_vocab, eos_token_id=0, **CONFIG)
         self.trainer = Trainer(config, recipe, pg.get_backend(backend))
-        options = {"backend": backend, "scale_residual": True}  # as transformers begins
+        options = {"backend": backend, "scale_residual": True}  # as transformers initialises
         self.state = self.trainer.start(pg.init_params(config, seed=recipe.seed, **options))
 
     def step(self, tokens: np.ndarray) -> float:
@@ -83,7 +83,7 @@ def _learner(side: str, n_vocab: int, seed: int, steps: int) -> _Ours | _Transfo
 def train(
     side: str, file: str, n_training: int, n_vocab: int, seed: int, steps: int, first: int, last: int
 ) -> list[list[float]]:
-    """Take the steps first to last - 1 of so many; return the loss of each, and the seconds that it took."""
+    """Take steps first to last - 1 of `steps`; return the loss and the seconds of each."""
     learner, tokens = _learner(side, n_vocab, seed, steps), open_tokens(file, n_vocab)[:n_training]
     found = []
     for i in range(first, last):

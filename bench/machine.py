@@ -1,4 +1,4 @@
-"""The machine's own limits: how fast memory is read, and how fast each framework multiplies matrices."""
+"""The machine's limits: the speed of reading memory, and of each framework's matrix products."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .run import Run
 from .worker import Worker, WorkerError
 
 SHAPE = 768, 3072
-ROWS, MATRICES = 512, 60  # 566 MB of weights: no cache holds them
+ROWS, MATRICES = 512, 60  # 566 MB of weights, more than any processor cache
 PACKAGES = ("numpy", "scipy", "torch", "jax", "jaxlib", "tensorflow", "keras", "transformers", "keras-hub")
 
 
 def plan(backend: str) -> list[Row]:
-    """Return the rows of this file for one framework; the machine's own come with NumPy's."""
+    """Return the planned rows for one framework. The memory's row is planned with NumPy's."""
     shared = [Row("machine", "-", "read bandwidth", "GB/s")] if backend == "numpy" else []
     return [
         *shared,
@@ -34,7 +34,7 @@ def plan(backend: str) -> list[Row]:
 
 
 def measure(run: Run, backend: str) -> Iterator[Row]:
-    """Measure the rows of this file on one framework."""
+    """Measure the planned rows on one framework."""
     with Worker() as worker:
         for row in plan(backend):
             try:
@@ -62,7 +62,7 @@ def _numbers() -> tuple[np.ndarray, Any]:
 
 
 def bandwidth() -> float:
-    """Return the GB/s at which 600 MB are read: the best of three sums by NumPy, on all threads, and by torch."""
+    """Return the GB/s at which 600 MB are read: the best of three sums each by NumPy on all threads and by PyTorch."""
     numbers, tensor = _numbers()
     parts = np.array_split(numbers, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -71,7 +71,7 @@ def bandwidth() -> float:
 
 
 def product_rates(name: str, rows: int, rounds: int) -> dict[str, list[float]]:
-    """Return the rate of x w by mode and layout of w: GFLOP/s, or the GB/s of w where x is a single row."""
+    """Return the rate of x w by mode and layout of w: in GFLOP/s, or in GB/s of w if x is a single row."""
     own = frameworks.get(name)
     random = np.random.default_rng(0)
     x = own.array(random.standard_normal((rows, SHAPE[0]), np.float32))
@@ -91,7 +91,7 @@ def product_rates(name: str, rows: int, rounds: int) -> dict[str, list[float]]:
 
 
 def describe(threads: int) -> dict[str, str]:
-    """Return what the figures were measured on and with."""
+    """Return the processor and the versions of the packages."""
     found = {"processor": _processor(), "threads": str(threads), "Python": platform.python_version()}
     for package in PACKAGES:
         try:

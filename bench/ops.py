@@ -1,8 +1,8 @@
-"""The latency of ops: ours beside the framework's own function, the faster of eager and compiled.
+"""The latency of ops, compared with the framework's own function, eager or compiled, whichever is faster.
 
-A compiled row puts the portable definition under the framework's compiler, beside its own function under the same.
-The notebooks of 2019 that the project began as asked two more questions: is the built-in softmax faster than the
-definition written out, and is the matrix product faster than a convolution of width 1?
+For the rows "the definition under jit", the same compiler compiles the portable definition and the framework's own
+function. The two notebooks of 2019, with which the project began, asked two more questions. Is the built-in softmax
+faster than its written-out definition? Is the matrix product faster than a convolution of width 1?
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .worker import Worker, WorkerError
 
 SOFTMAX = ((3, 3), (4, 3, 2), (36, 10, 4, 3, 2), (12, 1024, 1024))
 CONV1D = (((10, 5, 2, 5), (5, 3)), ((8, 128, 768), (768, 3072)))
-SLOW = ("torch",)  # to compile: half a minute an op
+SLOW = ("torch",)  # compiling takes half a minute per op
 
 
 def _title(shape: tuple[int, ...]) -> str:
@@ -36,16 +36,16 @@ PRODUCT = "is the product faster than a convolution? "
 
 
 def plan(backend: str) -> list[Row]:
-    """Return the rows of this file for one framework."""
+    """Return the planned rows for one framework."""
     ops = [*SOFTMAX_TITLES, *CONV1D_TITLES]
     names = [*ops, *(BUILT_IN + title for title in SOFTMAX_TITLES), *(PRODUCT + title for title in CONV1D_TITLES)]
-    if backend != "numpy":  # which has no compiler
+    if backend != "numpy":  # NumPy has no compiler
         names += [UNDER_JIT + name for name in ops]
     return [Row("ops", backend, name, "us") for name in names]
 
 
 def measure(run: Run, backend: str) -> Iterator[Row]:
-    """Measure the rows of this file on one framework."""
+    """Measure the planned rows on one framework."""
     with Worker() as worker:
         for row in plan(backend):
             if run.quick and row.name.startswith(UNDER_JIT) and backend in SLOW:
@@ -58,7 +58,7 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
 
 
 def measure_one(name: str, row: str, quick: bool) -> dict[str, Any]:
-    """Measure a row on one framework: its value and reference in microseconds."""
+    """Measure one row on one framework: value and reference, in microseconds."""
     import portable_gpt2 as pg
 
     own = frameworks.get(name)
@@ -79,7 +79,7 @@ def measure_one(name: str, row: str, quick: bool) -> dict[str, Any]:
 
     if question == UNDER_JIT:
         run = own.compiled()
-        # Of arrays alone: TensorFlow takes 80 us a call to bind a default such as axis.
+        # The arguments are arrays only: TensorFlow needs 80 us per call to bind a default such as axis.
         calls = {
             "definition": run(lambda *arrays: definition(*arrays)),
             "framework's own": run(lambda *arrays: theirs(*arrays)),

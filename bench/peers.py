@@ -1,4 +1,4 @@
-"""The GPT-2s that a user would pick instead, in a worker: random weights of the 124M shape, float32, greedy."""
+"""GPT-2 in other libraries, in a worker: random weights of the 124M shape, float32, greedy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-# By framework: the libraries that run GPT-2 on it, as their rows name them, and the modules they are installed as.
-# NumPy has no other GPT-2 of this speed: it is put beside the one that most people run.
+# For each framework, the libraries that run GPT-2 on it: the name in the table, and the name of the module.
+# No other library runs GPT-2 on NumPy at this speed, so NumPy is compared with the library that most people use.
 PEERS = {
     "numpy": {"transformers": "transformers"},
     "torch": {"transformers": "transformers", "KerasHub": "keras_hub"},
@@ -60,7 +60,7 @@ def _keras_hub() -> Callable[[int, int], object]:
 
 
 def generate(peer: str, prompt: int, new: int) -> float:
-    """Return the seconds that a peer takes for new tokens after a prompt; KerasHub's backend is the process's."""
+    """Return the seconds that a library takes for new tokens after a prompt; KERAS_BACKEND is KerasHub's backend."""
     run = {"transformers": _transformers, "KerasHub": _keras_hub}[peer]()
     start = time.perf_counter()
     run(prompt, new)

@@ -1,4 +1,4 @@
-"""The table as pictures: PNG files that each say one thing. A row that was not measured leaves its place empty."""
+"""Plots of the table, as PNG files. A row that was not measured leaves a gap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GREY = "#8c8c8c"
 
 
 def draw(rows: Iterable[Row], out: Path) -> None:
-    """Write the plots of what was measured; without matplotlib, none."""
+    """Plot the measured rows. Without matplotlib, nothing is written."""
     try:
         import matplotlib
     except ImportError:
@@ -37,7 +37,7 @@ def _axes(width: float = 8.0, height: float = 4.5) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, file: Path) -> None:
-    """Write a plot, if there is something in it."""
+    """Write a plot, unless it is empty."""
     import matplotlib.pyplot as plt
 
     if any(axes.patches or axes.get_legend() for axes in figure.axes):
@@ -46,7 +46,7 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def _decode(found: Found, out: Path) -> None:
-    """Ours, the peers and the memory's limit, in milliseconds a token."""
+    """Plot the milliseconds per token of portable_gpt2 and of other libraries, with the memory's limit."""
     bars: list[tuple[str, float, str]] = []
     limits = []
     for backend in BACKENDS:
@@ -67,13 +67,13 @@ def _decode(found: Found, out: Path) -> None:
     axes.set_yticks(range(len(bars)), names)
     axes.invert_yaxis()
     axes.axvline(min(limits), color="black", linestyle="--", linewidth=1)
-    axes.set_xlabel("milliseconds a token (dashed: the weights read once at the memory's speed)")
+    axes.set_xlabel("milliseconds per token (dashed: time to read all weights once)")
     axes.set_title("Decoding GPT-2 124M, float32, one text, greedy, position 128 to 192")
     _save(figure, out / "decode.png")
 
 
 def _positions(found: Found, out: Path) -> None:
-    """How the time of a token grows with its position."""
+    """Plot the time of a token over its position."""
     figure, axes = _axes()
     for backend in BACKENDS:
         rows = [
@@ -84,15 +84,15 @@ def _positions(found: Found, out: Path) -> None:
         if rows:
             axes.plot(*zip(*sorted(rows), strict=True), marker="o", color=COLOURS[backend], label=backend)
     if axes.lines:
-        axes.set(xlabel="position (tokens before the one that is drawn)", ylabel="milliseconds a token")
+        axes.set(xlabel="position (number of tokens before)", ylabel="milliseconds per token")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
-        axes.set_title("What a token costs as the text grows (GPT-2 124M, float32, one text)")
+        axes.set_title("Time of a token as the text grows (GPT-2 124M, float32, one text)")
     _save(figure, out / "positions.png")
 
 
 def _limits(found: Found, out: Path) -> None:
-    """Ratios to the machine's limits, beside the bounds."""
+    """Plot the ratios to the machine's limits, with the targets."""
     places = {
         "decode\nbatch 1": ("decode", "124M against the limit"),
         "decode 355M\nbatch 1": ("decode", "355M against the limit"),
@@ -103,23 +103,23 @@ def _limits(found: Found, out: Path) -> None:
     }
     figure, axes = _axes(9.0)
     _grouped(axes, {label: [found.get((*place, b)) for b in BACKENDS] for label, place in places.items()})
-    axes.set_ylabel("ratio to the limit (black tick: the bound)")
-    axes.set_title("How close to the machine: time beside memory bandwidth or bare products, bytes beside weights")
+    axes.set_ylabel("ratio to the limit (black line: the target)")
+    axes.set_title("Time / (time to read memory, or of bare matrix products); peak bytes / bytes of weights and cache")
     _save(figure, out / "limits.png")
 
 
 def _ops(found: Found, out: Path) -> None:
-    """Ops beside the framework's own."""
+    """Plot the ops' times, divided by those of the framework's own functions."""
     titles = [*SOFTMAX_TITLES, *CONV1D_TITLES]
     figure, axes = _axes(10.0)
     _grouped(axes, {_wrapped(title): [found.get(("ops", title, b)) for b in BACKENDS] for title in titles})
-    axes.set_ylabel("time / time of the framework's own function\n(black tick: the bound)")
-    axes.set_title("Ops beside the framework's own, the faster of eager and compiled (NumPy: scipy's softmax)")
+    axes.set_ylabel("time / time of the framework's own function\n(black line: the target)")
+    axes.set_title("Ops, compared with the framework's own function, eager or compiled (NumPy: SciPy's softmax)")
     _save(figure, out / "ops.png")
 
 
 def _questions(found: Found, out: Path) -> None:
-    """Answer the two questions of the notebooks for every framework."""
+    """Plot the answers to the two questions of the notebooks."""
     titles = [*(BUILT_IN + title for title in SOFTMAX_TITLES), *(PRODUCT + title for title in CONV1D_TITLES)]
     labels = [_wrapped(title.rpartition("? ")[2]) for title in titles]
     figure, axes = _axes(10.0)
@@ -128,7 +128,7 @@ def _questions(found: Found, out: Path) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("time / time of the alternative (log)")
-    axes.set_title("Below 1: built-in softmax beats the written-out one; the matrix product beats a convolution")
+    axes.set_title("Below 1: the built-in softmax, or the matrix product, is faster")
     _save(figure, out / "questions.png")
 
 
@@ -137,7 +137,7 @@ def _wrapped(title: str) -> str:
 
 
 def _grouped(axes: Any, groups: Mapping[str, list[Row | None]]) -> None:
-    """Draw a group of bars for each label, one a backend, with a tick at each row's bound."""
+    """Plot a group of bars for each label, one bar per backend, with a line at each row's target."""
     width = 0.8 / len(BACKENDS)
     for i, backend in enumerate(BACKENDS):
         label: str | None = backend
@@ -148,7 +148,7 @@ def _grouped(axes: Any, groups: Mapping[str, list[Row | None]]) -> None:
             x = place + (i - (len(BACKENDS) - 1) / 2) * width
             bar = axes.bar(x, row.ratio, width * 0.9, color=COLOURS[backend], label=label)
             axes.bar_label(bar, fmt="%.3g", fontsize=7, padding=4)
-            label = None  # once in the legend
+            label = None  # one entry per backend in the legend
             if row.bound is not None:
                 most = row.bound.times + row.bound.plus / row.reference
                 axes.hlines(most, x - width * 0.45, x + width * 0.45, color="black", linewidth=2)

@@ -1,4 +1,4 @@
-"""What a fresh process costs: importing, loading, starting to print, and the memory that a generation peaks at."""
+"""The cost of a new process: import time, load time, time to the first output, and peak memory of a generation."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ print(time.perf_counter() - start)
 
 
 def plan_start(backend: str) -> list[Row]:
-    """Return the rows of starting; the command and the import are NumPy's."""
+    """Return the planned rows. The command and the import are measured with NumPy only."""
     names = [LOAD, *([IMPORT, COMMAND, CONTINUATION] if backend == "numpy" else [])]
     return [Row("start", backend, name, "s") for name in names]
 
 
 def start(run: Run, backend: str) -> Iterator[Row]:
-    """Measure each row in processes that start for it, with the files in the file cache."""
+    """Measure each row in new processes, with a warm file cache."""
     for row in plan_start(backend):
         try:
             if row.name == LOAD:
@@ -41,7 +41,7 @@ def start(run: Run, backend: str) -> Iterator[Row]:
                 samples = in_turn(3 * run.rounds, {row.name: _import_seconds})[row.name]
             else:
                 samples = _command(run, token=row.name == CONTINUATION)
-            note = "the framework is imported before" if row.name == LOAD else ""
+            note = "without the import of the framework" if row.name == LOAD else ""
             yield row.measured(min(samples), samples={row.name: samples}, note=note)
         except (WorkerError, OSError, subprocess.SubprocessError) as error:
             yield row.failed(str(error))
@@ -63,7 +63,7 @@ def _import_seconds() -> float:
 
 
 def _command(run: Run, *, token: bool) -> list[float]:
-    """Return how long ``portable-gpt2 generate`` takes to its first byte, or to the first one after the prompt."""
+    """Return the seconds until ``portable-gpt2 generate`` prints its first byte, or its first byte after the prompt."""
     from .worker import ROOM
 
     prompt = "To be"
@@ -88,12 +88,12 @@ def _command(run: Run, *, token: bool) -> list[float]:
 
 
 def plan_memory(backend: str) -> list[Row]:
-    """Return the row of the memory's peak."""
+    """Return the planned row of peak memory."""
     return [Row("memory", backend, "peak of a generation", "MB")]
 
 
 def memory(run: Run, backend: str) -> Iterator[Row]:
-    """Measure by how much resident memory peaks, beyond the imported framework, beside the weights and the cache."""
+    """Compare peak memory, without the memory of the imported framework, with the size of weights and cache."""
     (row,) = plan_memory(backend)
     try:
         with Worker() as worker:
@@ -108,5 +108,5 @@ def memory(run: Run, backend: str) -> Iterator[Row]:
         needed / 1e6,
         "weights and cache",
         samples={"bytes": [peak]},
-        note=f"124M, {PROMPT} tokens read and {NEW} written, loading included",
+        note=f"124M, loading included; a prompt of {PROMPT} tokens and {NEW} new tokens",
     )

@@ -1,8 +1,8 @@
-"""The bare matrix products of a model, on one framework, in the fastest of the forms that are tried.
+"""The bare matrix products of a model on one framework, in the fastest of several forms.
 
-Each weight is an array of its own, so that no cache holds more of them than it would of a model's. Tried are the modes
-that compile (where the framework has such), the weights as checkpoints store them and transposed, and one call for
-the whole or one a layer, which returns less at once.
+Each weight is a separate array, as in a model, so that the processor's caches hold no more of them. The forms are all
+combinations of: each mode that compiles (or eager mode), weights as in a checkpoint or transposed, and one call for all
+layers or one call per layer.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from . import frameworks
 from .checkpoints import config
 from .clock import fastest, repeated, seconds
 
-LAYOUTS = {"x w": False, "x w^T": True}  # by name, whether a weight is stored transposed
+LAYOUTS = {"x w": False, "x w^T": True}  # whether a weight is stored transposed
 
 Form = tuple[str, Callable[[], Any]]
-"""What a form is called, and a function that computes all of its products."""
+"""The name of a form, and a function that computes all its products."""
 
 
 def linear_seconds(name: str, shape: str, rows: int, last: int) -> float:
-    """Return the seconds of the products of all linear layers with rows, and of the logits' with the last few."""
+    """Return the seconds of all linear layers' products for `rows` rows, and of the logits' product for `last` rows."""
     layers, logits = _layers(name, shape, rows), _logits(name, shape, last)
     return seconds(layers[1]) + seconds(logits[1])
 
 
 def form(name: str, shape: str, rows: int, last: int) -> str:
-    """Return which form of the layers' products and of the logits' was the fastest."""
+    """Return the names of the fastest forms of the layers' products and of the logits' product."""
     return f"{_layers(name, shape, rows)[0]}; logits {_logits(name, shape, last)[0]}"
 
 
 def attention_seconds(name: str, shape: str, seq: int) -> float:
-    """Return the seconds of attention's two products of all layers, the whole squares of a prefill's."""
+    """Return the seconds of attention's two products in all layers of a prefill, masked elements included."""
     return seconds(_attention(name, shape, seq)[1])
 
 
@@ -48,7 +48,7 @@ def _layers(name: str, shape: str, rows: int) -> Form:
     for layout, turned in LAYOUTS.items():
 
         def layer(x: Any, weights: Any, turned: bool = turned) -> list[Any]:
-            widths = [0, 0, 0, 1]  # which x each weight multiplies
+            widths = [0, 0, 0, 1]  # the index of the x that each weight multiplies
             return [own.matmul(x[i], own.transpose(w) if turned else w) for i, w in zip(widths, weights, strict=True)]
 
         def whole(x: Any, weights: Any, layer: Any = layer) -> list[Any]:
@@ -59,7 +59,7 @@ def _layers(name: str, shape: str, rows: int) -> Form:
         weights = [[own.array(random.standard_normal(k, np.float32)) for k in kinds] for _ in range(c.n_layer)]
         for mode, run in own.fast_modes.items():
             calls[f"{mode}, {layout}, in one call"] = [own.bind(run, whole, weights)]
-            calls[f"{mode}, {layout}, a call a layer"] = [own.bind(run, layer, each) for each in weights]
+            calls[f"{mode}, {layout}, one call per layer"] = [own.bind(run, layer, each) for each in weights]
     return _fastest({how: lambda fs=fs: [own.wait(f(x)) for f in fs] and None for how, fs in calls.items()})
 
 

@@ -1,4 +1,4 @@
-"""The table, in Markdown and JSON, written anew after every row so that a run that is cut short leaves what it has."""
+"""The table of results, in Markdown and JSON. It is written after each row, so an interrupted run keeps its results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .rows import Row
 
 TITLES = {
     "machine": "The machine's limits",
-    "ops": "Latency of ops, beside the framework's own function",
-    "prefill": "Prefill, beside the bare matrix products",
+    "ops": "Latency of ops, compared with the framework's own function",
+    "prefill": "Prefill, compared with the bare matrix products",
     "decode": "Decode, one text",
     "batches": "A decode step of a batch, position 128 to 192",
     "compilations": "Compilations",
@@ -21,12 +21,12 @@ TITLES = {
     "memory": "Memory beyond the imported framework",
     "accelerator": "On an accelerator",
 }
-HEADER = "| backend | row | value | beside | ratio | bound | |\n| --- | --- | --- | --- | --- | --- | --- |"
-FILE = "README"  # .md, which a forge shows with the folder
+HEADER = "| backend | row | value | reference | value / reference | target, at most | |\n" + "| --- " * 7 + "|"
+FILE = "README"  # README.md, because code hosts show it with the folder
 
 
 class Report:
-    """The rows of one run, by key: a row that is added replaces the one that was planned."""
+    """The rows of one run by key. A measured row replaces the planned row with the same key."""
 
     def __init__(self, out: Path, about: dict[str, str], *, quick: bool) -> None:
         self.out, self.about, self.quick = out, about, quick
@@ -40,7 +40,7 @@ class Report:
         return list(self.planned.values())
 
     def add(self, *rows: Row) -> None:
-        """Enter rows, and write the files if one was measured or failed."""
+        """Add rows and write the files."""
         for row in rows:
             self.planned[row.key] = row
         self.write()
@@ -48,7 +48,7 @@ class Report:
             print("  ", *_cells(rows[0]), sep="  ", file=sys.stderr, flush=True)
 
     def write(self, seconds: float | None = None) -> None:
-        """Write both files; how long the run took, once it is over."""
+        """Write both files, with the duration of the run when it is over."""
         self._replace(".json", json.dumps(self._everything(seconds), indent=1) + "\n")
         self._replace(".md", self._markdown(seconds))
 
@@ -73,10 +73,12 @@ class Report:
         lines = [
             "# Benchmarks",
             "",
-            "Written by `nox -s bench`: the sides in turn, the best of several. A ratio is the value over what it",
-            "stands beside; below 1, ours is faster or smaller. Absolute figures wander with the machine, ratios less.",
+            "This file was written by `nox -s bench`. All sides of a row are measured in turn, and the best of several",
+            "samples counts. A ratio below 1 means that ours is faster or smaller. Ratios are more reliable than",
+            "absolute figures, which vary with the load of the machine. A target such as `1.05 x + 0.5` allows 1.05",
+            "times the reference plus 0.5 units.",
             "",
-            f"Of {len(with_bound)} bounds {met} are met and {missed} missed; {len(with_bound) - met - missed} were not "
+            f"There are {len(with_bound)} targets: {met} met, {missed} missed, {len(with_bound) - met - missed} not "
             f"measured.{' Quick mode: few samples.' if self.quick else ''}",
             "",
             ", ".join(f"{name} {version}" for name, version in self.about.items()) + ".",

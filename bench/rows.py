@@ -1,4 +1,4 @@
-"""A row of the table: a figure of ours, what it stands beside, and whether it is what was asked for."""
+"""A row of the table: a figure of ours, its reference, and whether it meets its target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import bounds
 
 @dataclass
 class Row:
-    """One figure. Planned without a value, so that what is not measured is in the table too, with the reason."""
+    """One figure. A row is planned without a value, so that the table also shows why a row was not measured."""
 
     group: str
     backend: str
@@ -21,16 +21,16 @@ class Row:
     reference: float | None = None
     reference_name: str = ""
     samples: Mapping[str, list[float]] = field(default_factory=dict)
-    """All that the value and the reference were computed from, in the order measured; in seconds unless named."""
+    """The samples from which value and reference were computed, in the order measured; in seconds unless named."""
     best_of: Callable[[list[float]], float] = min
-    """Which of its samples is a side's best: the largest, where they are rates."""
+    """Returns the best of a side's samples: the smallest time, or the largest rate."""
     note: str = ""
     reason: str = "not run"
-    """Why there is no value."""
+    """The reason why there is no value."""
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What no two rows share."""
+        """The identity of the row."""
         return self.group, self.name, self.backend
 
     @property
@@ -40,12 +40,12 @@ class Row:
 
     @property
     def bound(self) -> bounds.Bound | None:
-        """What the issue demands, if it demands something of this row."""
+        """The target of the row, or None."""
         return bounds.find(self.group, self.name, self.backend)
 
     @property
     def met(self) -> bool | None:
-        """Whether the bound holds; None where there is none, or where a side of it was not measured."""
+        """Whether the target is met; None if there is no target, or if the value or the reference is missing."""
         bound = self.bound
         if bound is None or self.value is None or (bound.times and self.reference is None):
             return None
@@ -60,7 +60,7 @@ class Row:
         return replace(self, reason=reason)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it for JSON."""
+        """Return the row as a dict for JSON."""
         return {
             "group": self.group,
             "backend": self.backend,

@@ -1,4 +1,4 @@
-"""Prefill and batches: ours beside the bare matrix products of the same shapes, and beside the memory's speed."""
+"""Prefill and batches, compared with the bare matrix products of the same shapes and with the memory's speed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ALL, LINEAR = f"{SEQ} tokens against all matrix products", f"{SEQ} tokens agains
 
 
 def plan_prefill(backend: str) -> list[Row]:
-    """Return the rows of a prefill."""
+    """Return the planned rows of a prefill."""
     return [Row("prefill", backend, name, "ms") for name in (ALL, LINEAR)]
 
 
 def prefill(run: Run, backend: str) -> Iterator[Row]:
-    """Measure how long a prompt of 512 tokens takes up to the first new token, which needs one row of logits."""
+    """Measure the time from a prompt of 512 tokens to the first new token, which needs one row of logits."""
     directory, failures = run.checkpoint("124M"), {}
     with Worker() as worker:
         shape = {"name": backend, "shape": "124M"}
@@ -42,14 +42,15 @@ def prefill(run: Run, backend: str) -> Iterator[Row]:
 
 
 def plan_batches(backend: str) -> list[Row]:
-    """Return the rows of decode steps of batches."""
+    """Return the planned rows of decode steps of batches."""
     return [Row("batches", backend, f"batch {batch}", "ms") for batch in BATCHES]
 
 
 def batches(run: Run, backend: str) -> Iterator[Row]:
-    """Measure a decode step from position 128 to 192 through `pg.gpt2`, for several texts at once.
+    """Measure a decode step of `pg.gpt2` for several texts at once, from position 128 to 192.
 
-    It reads every weight and the cached rows, and multiplies; it is put beside the larger of the two limits.
+    A step reads every weight and the cached rows, and multiplies matrices. The reference is the larger of these two
+    times.
     """
     directory = run.checkpoint("124M")
     new = 8 if run.quick else NEW

@@ -1,12 +1,12 @@
-"""Train the same model by transformers and by ours: ``python -m bench.training TEXT... [--out DIRECTORY]``.
+"""Train one model with transformers and with portable_gpt2: ``python -m bench.training TEXT... [--out DIRECTORY]``.
 
-Configuration and recipe are those of a small GPT-2 of Shakespeare's works: 4 layers, 256 wide, context 256, a BPE of
-2,048 entries made for the text, AdamW with betas 0.9 and 0.99 and decay 0.1 of matrices, batches of 12 random windows,
-a rate of 1e-3 after 100 steps of warm-up and a cosine to a tenth of it at step 300, no dropout. Both sides read the
-same windows and begin as transformers begins; their random weights differ.
+The model is a small GPT-2: 4 layers, width 256, context 256, and a BPE tokenizer with 2,048 entries that is trained on
+the text. The optimizer is AdamW with betas 0.9 and 0.99, and weight decay 0.1 for matrices. Batches have 12 random
+windows. The learning rate is 1e-3 after 100 steps of warm-up, and decays by a cosine to a tenth at step 300. There is
+no dropout. Both sides read the same windows and use the same initial distributions; their random weights differ.
 
-First all sides take fifty steps, five at a time in turn: the seconds of a step, and the losses of one trajectory. Then
-transformers and ours on PyTorch are trained from three seeds, fifty steps at a time in turn, and evaluated on the whole
+First, all sides take fifty steps, in turns of five. This gives the seconds per step and the losses. Then transformers
+and portable_gpt2 on PyTorch are trained with three seeds, in turns of fifty steps. They are evaluated on the whole
 windows of the last 5% of the tokens.
 """
 
@@ -27,7 +27,12 @@ from . import machine
 from .worker import Worker, environment
 
 BACKENDS = ("numpy", "jax", "torch", "tensorflow")
-BOUNDS = {"torch": 1.0, "jax": 1.1, "tensorflow": 1.3, "numpy": 1.6}  # of transformers' seconds a step
+BOUNDS = {
+    "torch": 1.0,
+    "jax": 1.1,
+    "tensorflow": 1.3,
+    "numpy": 1.6,
+}  # seconds per step, divided by those of transformers
 PEER = "transformers"
 N_VOCAB, HELD_OUT, STEPS, SEEDS = 2048, 0.05, 300, (0, 1, 2)
 
@@ -35,10 +40,12 @@ N_VOCAB, HELD_OUT, STEPS, SEEDS = 2048, 0.05, 300, (0, 1, 2)
 def main() -> int:
     """Run the comparison; return the exit status."""
     parser = argparse.ArgumentParser(prog="bench.training", description=__doc__.partition(":")[0] + ".")
-    parser.add_argument("text", type=Path, nargs="+", help="texts in UTF-8, to be joined by a blank line")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where to write")
-    parser.add_argument("--threads", type=int, default=2, help="processors that each side may use (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="the steps in turn only")
+    parser.add_argument(
+        "text", type=Path, nargs="+", help="texts in UTF-8; they are joined with a blank line between them"
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="directory of the results")
+    parser.add_argument("--threads", type=int, default=2, help="number of processors for each side (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="measure the fifty steps only")
     chosen = parser.parse_args()
     processors = sorted(os.sched_getaffinity(0))[: chosen.threads]
     os.sched_setaffinity(0, processors)
@@ -62,7 +69,7 @@ def main() -> int:
 
 
 def _in_turn(options: dict[str, Any]) -> dict[str, list[list[float]]]:
-    """Return the loss and the seconds of each of fifty steps of every side."""
+    """Return the losses and the seconds of fifty steps of every side."""
     found: dict[str, list[list[float]]] = {side: [] for side in (PEER, *BACKENDS)}
     with contextlib.ExitStack() as stack:
         workers = {side: stack.enter_context(Worker()) for side in found}
@@ -74,7 +81,7 @@ def _in_turn(options: dict[str, Any]) -> dict[str, list[list[float]]]:
 
 
 def _held_out(options: dict[str, Any]) -> dict[str, list[float]]:
-    """Return the held-out loss after training of transformers and of ours on PyTorch, of each seed."""
+    """Return the held-out losses of transformers and of portable_gpt2 on PyTorch after training, for each seed."""
     found: dict[str, list[float]] = {PEER: [], "torch": []}
     for seed in SEEDS:
         with Worker() as theirs, Worker() as ours:
@@ -90,7 +97,7 @@ def _held_out(options: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _seconds(steps: list[list[float]]) -> float:
-    return statistics.median(seconds for _, seconds in steps[10:])  # what is compiled, is by then
+    return statistics.median(seconds for _, seconds in steps[10:])  # compilation ends before step 10
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -98,13 +105,15 @@ def _table(found: dict[str, Any]) -> str:
     peer = _seconds(steps[PEER])
     measured = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value != "not installed")
     lines = [
-        "# Training, beside transformers",
+        "# Training, compared with transformers",
         "",
-        f"{measured}. Written by `nox -s bench-training`. A step is of 12 windows of 256 tokens, the model of 3.75 "
-        "million parameters. Seconds are medians of 40 steps, all sides in turn; agreement is the greatest relative "
-        "difference of the first 50 losses from NumPy's.",
+        f"{measured}.",
         "",
-        "| | s a step | of transformers' | bound | agreement |",
+        "This file was written by `nox -s bench-training`. A step has 12 windows of 256 tokens, and the model has 3.75 "
+        "million parameters. The seconds are medians of 40 steps, with all sides in turn. The last column is the "
+        "largest relative difference between the first 50 losses and those of NumPy.",
+        "",
+        "| | seconds per step | seconds / transformers' seconds | target, at most | difference of losses |",
         "| --- | --- | --- | --- | --- |",
         f"| transformers, PyTorch | {peer:.3f} | 1 | | |",
     ]
@@ -122,12 +131,12 @@ def _table(found: dict[str, Any]) -> str:
         met = "met" if statistics.mean(ours) <= statistics.mean(theirs) + spread else "missed"
         lines += [
             "",
-            f"Held-out loss after {STEPS} steps, nats a token, seeds {', '.join(map(str, SEEDS))}:",
+            f"Held-out loss after {STEPS} steps, in nats per token, for seeds {', '.join(map(str, SEEDS))}:",
             "",
             f"- transformers {', '.join(f'{x:.4f}' for x in theirs)}: mean {statistics.mean(theirs):.4f}, "
             f"spread {spread:.4f}",
-            f"- ours {', '.join(f'{x:.4f}' for x in ours)}: mean {statistics.mean(ours):.4f}; at most theirs and the "
-            f"spread: {met}",
+            f"- ours {', '.join(f'{x:.4f}' for x in ours)}: mean {statistics.mean(ours):.4f}; target "
+            f"(at most transformers' mean plus its spread): {met}",
         ]
     return "\n".join(lines) + "\n"
 
@@ -139,7 +148,11 @@ def _plot(found: dict[str, Any], file: Path) -> None:
     axes = figure.subplots()
     for (side, steps), style in zip(found["in turn"].items(), ("k:", "-", "--", "-.", ":"), strict=True):
         axes.plot(range(1, 51), [loss for loss, _ in steps], style, label=side, linewidth=3 if style == "k:" else 1.5)
-    axes.set(xlabel="step", ylabel="loss, nats a token", title="The same windows; ours from the same weights too")
+    axes.set(
+        xlabel="step",
+        ylabel="loss, nats per token",
+        title="The same windows on all sides; all of ours have the same initial weights",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)

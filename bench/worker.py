@@ -1,7 +1,7 @@
-"""A process of its own for what computes: called by messages, so that two of them can be measured in turn.
+"""Worker processes. They are called by messages, so that two of them can be measured in turn.
 
-A message is a line of JSON on stdin, an answer one on stdout; what a framework prints goes to stderr. The functions
-that are called keep their models from call to call (`functools.cache`).
+A message is a line of JSON on stdin, and its answer is a line of JSON on stdout. Everything that a framework prints
+goes to stderr. The called functions keep their models between calls (`functools.cache`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 ROOM = Path(__file__).resolve().parents[1]  # the directory that this package is imported from
-LIMIT = 900  # seconds: no call takes so long that is not stuck
+LIMIT = 900  # seconds; a call that takes longer is stuck
 
 
 class WorkerError(RuntimeError):
-    """A call that failed in the worker, or a worker that died; the message is the last line that it wrote."""
+    """A call failed in the worker, or the worker died. The message is the last line that it wrote."""
 
 
 class Worker:
@@ -48,7 +48,7 @@ class Worker:
         self.log.close()
 
     def ask(self, function: str, **arguments: Any) -> Any:
-        """Return what a function of this package returns, after at most LIMIT seconds."""
+        """Call a function of this package in the worker and return its result, after at most LIMIT seconds."""
         alarm = threading.Timer(LIMIT, self.process.kill)
         alarm.start()
         try:
@@ -72,7 +72,7 @@ class Worker:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Return the settings that every measurement runs with; JAX follows the number of processors it may use."""
+    """Return the environment variables of every measurement. JAX uses the number of processors that it may use."""
     pools = ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "TF_NUM_INTRAOP", "TF_NUM_INTEROP")
     return {**{f"{pool}_THREADS": str(threads) for pool in pools}, "TF_CPP_MIN_LOG_LEVEL": "3"}
 
@@ -86,7 +86,7 @@ def _serve() -> None:
         try:
             result = getattr(importlib.import_module(f"{__package__}.{module}"), function)(**arguments)
             answer = [result, None]
-        except Exception as error:  # whatever a peer raises becomes a row that says so
+        except Exception as error:  # the row then shows the exception
             answer = [None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]]
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
