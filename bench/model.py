@@ -69,14 +69,13 @@ def batch_seconds(backend: str, directory: str, batch: int, prompt: int, new: in
     columns = [from_numpy(random.integers(0, c.n_vocab, (batch, 1), np.int32)) for _ in range(new)]
     rows = from_numpy(random.standard_normal((batch, c.n_head, prompt, c.head_size), np.float32))
     cache = pg.new_cache(model.params, c, batch=batch, capacity=prompt + new)
-    for layer in cache.values():
-        if isinstance(layer, dict):
-            layer.update({name: own.wait(model.backend.write(buffer, rows, 0)) for name, buffer in layer.items()})
+    k, v = (tuple(own.wait(model.backend.write(x, rows, 0)) for x in buffers) for buffers in (cache.k, cache.v))
+    cache = cache._replace(k=k, v=v)
     start = time.perf_counter()
     for position, column in enumerate(columns, prompt):
         if position == prompt + 1:  # the first may compile
             start = time.perf_counter()
-        logits, cache = step(column, {**cache, "position": position})
+        logits, cache = step(column, cache._replace(position=position))
         own.wait(logits)
     return (time.perf_counter() - start) / (new - 1)
 

@@ -1,11 +1,12 @@
 """The public names of portable_gpt2, which has them as its own attributes."""
 
 from .backend import Backend
+from .cache import KVCache, grow_cache, new_cache
 from .checkpoint import CheckpointError
 from .config import GPT2Config
 from .generation.completion import Completion
 from .language_model import GPT2
-from .model import gpt2, grow_cache, loss, new_cache
+from .model import gpt2, loss
 from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, softmax, unembed
 from .params import init_conv1d, init_params
 from .registry import BackendNotInstalled, available_backends, backend_of, get_backend, to_numpy, use_backend
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "Completion",
     "GPT2Config",
+    "KVCache",
     "Score",
     "Tokenizer",
     "attention",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops
 from .config import GPT2Config
-from .model import check_inputs, merge_heads, output_table, split_heads
+from .model import check_inputs, merge_heads, output_embedding, split_heads
 from .params import Params, check_params
 from .registry import backend_of
 
@@ -272,7 +272,7 @@ def loss(
         x, back_block = block(x, params[f"h{i}"], **options)
         back_blocks.append(back_block)
     h, back_ln_f = layer_norm(x, **params["ln_f"], eps=config.layer_norm_epsilon)
-    logits, back_table = unembed(h, output_table(params))
+    logits, back_table = unembed(h, output_embedding(params))
     value, back_loss = cross_entropy(logits, tokens[:, 1:])
 
     def backward(dy: Any = 1.0) -> Params:

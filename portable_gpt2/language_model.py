@@ -13,12 +13,13 @@ import numpy as np
 
 from . import checks
 from .backend import Backend
+from .cache import check_cache_size
 from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
 from .checks import check_ids, check_length, check_room, check_stop, flag, integer, memory, several, shown
 from .config import GPT2Config
 from .generation.completion import Completion, Reader, Row, Stops, batched, complete
 from .generation.decoder import Decoder, Text, padded_length
-from .model import check_cache_size, gpt2
+from .model import gpt2
 from .params import Params, check_device, check_memory, check_params, flatten, nest, shapes
 from .registry import backend_of, get_backend
 from .sampling import Sampling

@@ -208,7 +208,7 @@ def test_a_step_takes_no_number_from_the_host(dtype, padding):
     backend = pg.get_backend("torch")
     params = on_backend(backend, WEIGHTS, dtype, device="meta")
     cache = pg.new_cache(params, CONFIG, batch=3, capacity=64, padding=padding)
-    cache["position"] = torch.zeros((), dtype=torch.int64, device="meta")
+    cache = cache._replace(position=torch.zeros((), dtype=torch.int64, device="meta"))
     tokens = torch.zeros((3, 1), dtype=torch.int32, device="meta")
     strays = []
 

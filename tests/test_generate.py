@@ -108,7 +108,7 @@ def test_a_text_may_be_read_in_pieces(model, backend):
         logits, cache = model._decoder.read([text[start : start + n]], cache)
         start += n
         assert abs(logits - truth[0, start - 1]).max() <= 4 * error
-    assert cache["position"] == 66
+    assert cache.position == 66
 
 
 def test_a_full_length_generation_compiles_once_for_each_size_of_the_cache(backend, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_compiled_step_needs_no_room_for_a_second_cache(jax):
     step = model._decoder._step
     ids = jax.numpy.asarray([[1]]), jax.numpy.asarray([0])
     memory = step.func.lower(*step.args, *ids, cache).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < cache["h0"]["k"].nbytes
+    assert memory.temp_size_in_bytes < cache.k[0].nbytes
 
 
 def test_compiled_attention_over_a_written_cache_copies_no_buffer(tf):

@@ -139,7 +139,7 @@ def test_cached_logits_are_as_near_to_the_truth_as_uncached_ones(backend):
     ratio = largest_error(np.concatenate(pieces, axis=1), truth) / (4 * error)
     bounds.record("gpt2 cached", backend.name, "float32", ratio)
     assert ratio <= 1
-    assert cache["position"] == 9
+    assert cache.position == 9
 
 
 def test_a_grown_cache_holds_what_it_held(backend):
@@ -152,8 +152,8 @@ def test_a_grown_cache_holds_what_it_held(backend):
     cache = pg.grow_cache(cache, 9)
     logits, cache = pg.gpt2(params, ids[:, 5:], PLAIN, cache)
 
-    assert cache["position"] == 9
-    assert backend.shape(cache["h1"]["v"]) == (2, 4, 9, 8)
+    assert cache.position == 9
+    assert backend.shape(cache.v[1]) == (2, 4, 9, 8)
     assert largest_error(logits, truth[:, 5:]) <= 4 * error
 
 
@@ -161,14 +161,12 @@ def test_new_cache_is_empty_and_of_the_parameters_kind(backend):
     """Catches another capacity, dtype or number of layers than the model's."""
     params = on_backend(backend, random_weights(PLAIN))
     cache = pg.new_cache(params, PLAIN, batch=3)
-    assert set(cache) == {"position", "h0", "h1"}
-    assert cache["position"] == 0
-    for layer in (cache["h0"], cache["h1"]):
-        assert set(layer) == {"k", "v"}
-        for buffer in layer.values():
-            assert backend.shape(buffer) == (3, 4, 48, 8)
-            assert backend.dtype_name(buffer) == "float32"
-            assert not pg.to_numpy(buffer).any()
+    assert (cache.position, cache.padding) == (0, None)
+    assert len(cache.k) == len(cache.v) == 2
+    for buffer in (*cache.k, *cache.v):
+        assert backend.shape(buffer) == (3, 4, 48, 8)
+        assert backend.dtype_name(buffer) == "float32"
+        assert not pg.to_numpy(buffer).any()
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 49])
@@ -206,30 +204,52 @@ def without(tree, name):
 CACHES = {  # what is made of a cache, the error, what it says
     "of more texts": (lambda p, c: a_cache(p, batch=2), ValueError, r"\[2, 4, 48, 8\]; .* = \[1, 4, 48, 8\]"),
     "longer than the model": (lambda p, c: pg.grow_cache(c, 96), ValueError, "room for 96 tokens.*n_ctx = 48"),
-    "without a layer": (lambda p, c: without(c, "h1"), ValueError, "one of new_cache for 2 layers"),
-    "with one layer more": (lambda p, c: {**c, "h2": c["h0"]}, ValueError, "one of new_cache for 2 layers"),
-    "without values": (lambda p, c: {**c, "h1": without(c["h1"], "v")}, ValueError, "one of new_cache"),
-    "without a position": (lambda p, c: without(c, "position"), ValueError, "one of new_cache"),
-    "empty": (lambda p, c: {}, ValueError, "one of new_cache"),
-    "a list": (lambda p, c: [c], TypeError, "cache is "),
-    "with None in it": (lambda p, c: {**c, "h1": {"k": None, "v": None}}, TypeError, "the cache: .*NoneType"),
-    "before its start": (lambda p, c: {**c, "position": -1}, ValueError, "position is -1"),
-    "at a float": (lambda p, c: {**c, "position": 1.0}, TypeError, "position is 1.0; expected an int"),
-    "at True": (lambda p, c: {**c, "position": True}, ValueError, "position is True"),
-    "with a vector in it": (
-        lambda p, c: {**c, "h1": {"k": c["h1"]["k"][0, 0, 0, :], "v": c["h1"]["v"]}},
+    "without a layer": (
+        lambda p, c: c._replace(k=c.k[:1], v=c.v[:1]),
         ValueError,
-        "8",
+        "the cache has 1 arrays for k and 1 arrays for v; expected one of new_cache for 2 layers",
     ),
-    "at several positions": (lambda p, c: {**c, "position": p["ln_f"]["g"]}, ValueError, r"position has shape \[32\]"),
-    "at an array of a float": (lambda p, c: {**c, "position": p["ln_f"]["g"][0, ...]}, TypeError, "position has dtype"),
+    "with one layer more": (
+        lambda p, c: c._replace(k=(*c.k, c.k[0]), v=(*c.v, c.v[0])),
+        ValueError,
+        "3 arrays for k and 3 arrays for v; expected one of new_cache for 2 layers",
+    ),
+    "without a layer's values": (lambda p, c: c._replace(v=c.v[:1]), ValueError, "2 arrays for k and 1 arrays for v"),
+    "without keys": (lambda p, c: c._replace(k=None), ValueError, "has None for k and 2 arrays for v"),
+    "without a position": (lambda p, c: c._replace(position=None), TypeError, "position is None; expected an int"),
+    "empty": (lambda p, c: c._replace(k=(), v=()), ValueError, "one of new_cache for 2 layers"),
+    "a list": (lambda p, c: [c], TypeError, "cache is "),
+    "a plain tuple": (lambda p, c: tuple(c), TypeError, "cache is "),
+    "with None in it": (lambda p, c: c._replace(v=(c.v[0], None)), TypeError, "the cache: .*NoneType"),
+    "before its start": (lambda p, c: c._replace(position=-1), ValueError, "position is -1"),
+    "at a float": (lambda p, c: c._replace(position=1.0), TypeError, "position is 1.0; expected an int"),
+    "at True": (lambda p, c: c._replace(position=True), ValueError, "position is True"),
+    "with a vector in it": (
+        lambda p, c: c._replace(k=(c.k[0], c.k[1][0, 0, 0, :])),
+        ValueError,
+        r"the cache of layer 1 has shape \[8\]",
+    ),
+    "at several positions": (
+        lambda p, c: c._replace(position=p["ln_f"]["g"]),
+        ValueError,
+        r"position has shape \[32\]",
+    ),
+    "at an array of a float": (
+        lambda p, c: c._replace(position=p["ln_f"]["g"][0, ...]),
+        TypeError,
+        "position has dtype",
+    ),
     "with a list for its padding": (
-        lambda p, c: {**c, "padding": [0]},
+        lambda p, c: c._replace(padding=[0]),
         TypeError,
         r"padding is \[0\]; expected an array",
     ),
-    "with a number for its padding": (lambda p, c: {**c, "padding": 0}, TypeError, "padding is 0; expected an array"),
-    "that is full": (lambda p, c: {**c, "position": np.int8(48)}, ValueError, "1 tokens were given at position 48"),
+    "with a number for its padding": (
+        lambda p, c: c._replace(padding=0),
+        TypeError,
+        "padding is 0; expected an array",
+    ),
+    "that is full": (lambda p, c: c._replace(position=np.int8(48)), ValueError, "1 tokens were given at position 48"),
 }
 
 
@@ -253,7 +273,7 @@ def test_a_cache_of_another_kind_of_model_is_refused(backend):
         pg.gpt2(params, ids, PLAIN, pg.new_cache(params, heads))
     two = a_cache(params, batch=2, padding=[0, 3])
     with pytest.raises(ValueError, match=r"padding has shape \[2\]; 1 texts"):
-        pg.gpt2(params, ids, PLAIN, {**a_cache(params), "padding": two["padding"]})
+        pg.gpt2(params, ids, PLAIN, a_cache(params)._replace(padding=two.padding))
     if backend.name != "array_api_strict":
         with pytest.raises(TypeError, match=r"dtype .*float16.*; the parameters have .*float32"):
             pg.gpt2(params, ids, PLAIN, a_cache(on_backend(backend, random_weights(PLAIN), "float16")))
@@ -290,15 +310,15 @@ def test_a_cache_does_not_shrink_nor_grow_beyond_the_memory(backend):
         pg.grow_cache(cache, 7)
     with pytest.raises(ValueError, match=r"a cache of 1,000,000,000,000,000 tokens would take .* GiB of memory"):
         pg.grow_cache(cache, 10**15)
-    with pytest.raises(ValueError, match="one of new_cache"):
-        pg.grow_cache({}, 7)
+    with pytest.raises(ValueError, match="has 0 arrays for k and 0 arrays for v; expected one of new_cache"):
+        pg.grow_cache(pg.KVCache((), ()), 7)
 
 
 GROWN = {  # what is made of the first layer's k and v
-    "a vector": (lambda k, v: {"k": k, "v": v[0, 0, 0, :]}, ValueError, r"buffers of shapes \[1, 4, 48, 8\] and \[8\]"),
-    "a scalar": (lambda k, v: {"k": k[0, 0, 0, 0, ...], "v": v}, ValueError, r"buffers of shapes \[\] and"),
-    "one shorter": (lambda k, v: {"k": k, "v": v[:, :, :9, :]}, ValueError, r"and \[1, 4, 9, 8\]"),
-    "a number": (lambda k, v: {"k": k, "v": 1}, TypeError, "^the cache: expected an array"),
+    "a vector": (lambda k, v: (k, v[0, 0, 0, :]), ValueError, r"buffers of shapes \[1, 4, 48, 8\] and \[8\]"),
+    "a scalar": (lambda k, v: (k[0, 0, 0, 0, ...], v), ValueError, r"buffers of shapes \[\] and"),
+    "one shorter": (lambda k, v: (k, v[:, :, :9, :]), ValueError, r"and \[1, 4, 9, 8\]"),
+    "a number": (lambda k, v: (k, 1), TypeError, "^the cache: expected an array"),
 }
 
 
@@ -307,14 +327,15 @@ def test_a_cache_is_looked_at_before_it_grows(backend, case):
     """Catches an error of Python's or the framework's about axes, and a buffer that is filled up with zeros."""
     cache = a_cache(on_backend(backend, random_weights(PLAIN)))
     make, error, message = GROWN[case]
+    k, v = make(cache.k[0], cache.v[0])
     with pytest.raises(error, match=message):
-        pg.grow_cache({**cache, "h0": make(**cache["h0"])}, 96)
+        pg.grow_cache(cache._replace(k=(k, cache.k[1]), v=(v, cache.v[1])), 96)
     with pytest.raises(TypeError, match="cache is None; expected one of new_cache"):
         pg.grow_cache(None, 96)
     other = pg.get_backend("array_api_strict" if backend.name == "numpy" else "numpy")
     stranger = a_cache(on_backend(other, random_weights(PLAIN)))
     with pytest.raises(TypeError, match=r"^the cache has arrays of "):
-        pg.grow_cache({**cache, "h1": stranger["h1"]}, 96)
+        pg.grow_cache(cache._replace(k=(cache.k[0], stranger.k[1])), 96)
 
 
 TOKENS = {
@@ -623,7 +644,7 @@ def test_runs_under_jax_jit_with_a_static_configuration(backend):
     second, cache = step(params, ids[:, 6:], config=PLAIN, cache=cache)
     assert largest_error(first, truth[:, :6]) <= 4 * error
     assert largest_error(second, truth[:, 6:]) <= 4 * error
-    assert int(cache["position"]) == 10
+    assert int(cache.position) == 10
 
 
 @pytest.mark.parametrize("backend", ["tensorflow"], indirect=True)

@@ -42,7 +42,7 @@ def portable(name):
 
 PORTABLE = files("portable_gpt2")
 # Where portable code handles arrays of a backend; elsewhere it handles NumPy's, on the host.
-OF_ARRAYS = [*map(portable, ("op", "ops", "model", "gradients", "training.optimizer"))]
+OF_ARRAYS = [*map(portable, ("op", "ops", "cache", "model", "gradients", "training.optimizer"))]
 OTHER_ADAPTERS = [path for path in files(ADAPTERS) if path.stem not in ("__init__", "numpy", "formats")]
 by_name = {"ids": lambda path: path.stem}
 

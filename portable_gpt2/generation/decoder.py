@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..backend import Backend
+from ..cache import KVCache, grow_cache, new_cache
 from ..config import GPT2Config
-from ..model import Cache, grow_cache, new_cache, output_table, transformer
+from ..model import output_embedding, transformer
 from ..ops import unembed
 from ..params import Params
 from ..sampling import Sampling, sample_with
@@ -62,10 +63,10 @@ class Decoder:
     def __init__(self, backend: Backend, params: Params, config: GPT2Config, device: Any) -> None:
         self.backend, self.params, self.config, self.device = backend, params, config, device
 
-        def step(params: Params, tokens: Any, row: Any, cache: Cache) -> tuple[Any, Cache | None]:
+        def step(params: Params, tokens: Any, row: Any, cache: KVCache) -> tuple[Any, KVCache | None]:
             """Read tokens [batch, seq]; return the logits [batch, 1, n_vocab] after row [1] of them, and the cache."""
             h, cache_ = transformer(params, tokens, config, cache)
-            return unembed(backend.xp.take(h, row, axis=1), output_table(params)), cache_
+            return unembed(backend.xp.take(h, row, axis=1), output_embedding(params)), cache_
 
         self._step = backend.compile(step, bound=params, donate=("cache",))
 
@@ -73,19 +74,19 @@ class Decoder:
         """Return how many tokens a buffer should hold now for a text of this length that may grow to its final one."""
         return padded_length(length, self.config.n_ctx) if self.backend.recompiles else final
 
-    def read(self, rows: Sequence[list[int]], cache: Cache) -> tuple[np.ndarray, Cache]:
+    def read(self, rows: Sequence[list[int]], cache: KVCache) -> tuple[np.ndarray, KVCache]:
         """Extend the cache by rows of equal length; return the logits [batch, n_vocab] after each, on the host.
 
         Tokens may be padded behind: the cache's rows for them are masked until they are overwritten.
         """
-        n, start = len(rows[0]), cache["position"]
+        n, start = len(rows[0]), cache.position
         if n > 1 and self.backend.recompiles:
-            room = self.backend.shape(cache["h0"]["k"])[-2] - start
+            room = self.backend.shape(cache.k[0])[-2] - start
             behind = [0] * (min(padded_length(n, self.config.n_ctx), room) - n)
             rows = [row + behind for row in rows]
         with self.backend.on(self.device):
             logits, grown = self._step(self._ints(rows), self._ints([n - 1]), cache)
-        return self.backend.to_numpy(logits)[:, 0], {**grown, "position": start + n}
+        return self.backend.to_numpy(logits)[:, 0], grown._replace(position=start + n)
 
     def _ints(self, values: Any) -> Any:
         return self.backend.from_numpy(np.asarray(values, np.int32), device=self.device)
