@@ -17,10 +17,14 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = list(PYPROJECT["project"]["entry-points"]["portable_gpt2.backends"])
 PARITY = "tests/test_parity*.py"  # what needs transformers
-# Tests of files, texts and the command, which need NumPy alone: `tests(numpy)` runs them, and no other session again.
+# The framework-independent tests run with NumPy alone, and again with all frameworks in one process. Those in these
+# files, of files, texts and the command, run with NumPy alone only.
 NUMPY_ALONE = [
     f"tests/test_{name}.py"
-    for name in ("cli_streams", "files", "kills", "paths", "run_damage", "runs", "targets", "tokenizer_files")
+    for name in (
+        *("checkout", "cli_streams", "files", "kills", "paths"),
+        *("run_damage", "runs", "targets", "tokenizer_files"),
+    )
 ]
 
 

@@ -1,49 +1,56 @@
-"""Every test that takes the fixture `backend` runs on every backend.
+"""What all tests share: a test that takes the fixture `backend` runs once on every backend.
 
-A backend whose framework is not installed is reported as skipped; with PORTABLE_GPT2_REQUIRE (a comma-separated list of
-backends, or ``all``) in the environment, a backend that is named there and missing is a failure.
+If a backend's framework is not installed, its tests are skipped. They fail instead if the environment variable
+PORTABLE_GPT2_REQUIRE, a comma-separated list of backends or ``all``, names that backend.
 
-JAX computes in float64 only in a process that was started with its x64 switch, and then its other tests would mean
-something else: the parametrisation ``jax`` x ``float64`` runs where JAX_ENABLE_X64=1, and nothing else runs there.
+JAX computes in float64 only in a process that was started with JAX_ENABLE_X64=1, and its other tests would mean
+something else there. So that process runs the tests of JAX in float64 and those marked ``x64``, and every other process
+runs the rest.
 """
 
 import os
 
-# Two threads a framework, and no chatter: set before any framework is imported.
+# These must be set before a framework is imported: two threads per framework, no log messages, one version of the
+# standard.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("ARRAY_API_STRICT_API_VERSION", "2024.12")
-# On an accelerator, none of them takes all of its memory.
+# On an accelerator, no framework may reserve all of the memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-# No test asks the hub; one that is to ask a stand-in of it says so to a process of its own.
+# No test connects to the hub. Downloads are tested in processes of their own, with a local server.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Two devices where there is no accelerator, so that a leak to the default one can be seen.
+# JAX gets a second CPU device, so that a test can see an array that is made on the wrong device.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 
+import checkout
+
+checkout.refuse_a_stale_copy()
+
+import importlib
+
 import bounds
+import frameworks
 import hypothesis
 import layouts
 import pytest
 
 import portable_gpt2 as pg
 
-BACKENDS = ["numpy", "tensorflow", "jax", "torch", "array_api_strict"]
-FRAMEWORKS = {"tf": "tensorflow", "jax": "jax", "torch": "torch"}  # the backend of each fixture that is a framework
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
-LACKING = {("array_api_strict", "bfloat16"), ("array_api_strict", "float16")}  # the standard does not know them
-REQUIRED = os.environ.get("PORTABLE_GPT2_REQUIRE", "")
 X64 = os.environ.get("JAX_ENABLE_X64") == "1"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--no-skips", action="store_true", help="take a test that is skipped for a failure")
-    parser.addoption("--backends", default=",".join([*BACKENDS, "none"]), help="whose tests to run, none's among them")
+    names = ",".join([*frameworks.BACKENDS, "none"])
+    backends = "run the tests of these backends; none stands for the tests that do not belong to one backend"
+    parser.addoption("--backends", default=names, help=f"{backends} (default: {names})")
+    parser.addoption("--no-skips", action="store_true", help="count a skipped test as a failure")
 
 
 def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None:  # one of several workers of pytest-xdist
+    if reporter is None:  # this is a worker of pytest-xdist, which hands its record to the main process
         session.config.workeroutput["bounds"] = bounds.recorded()
     elif session.config.getoption("--no-skips") and reporter.stats.get("skipped"):
         reporter.write_line("\nSkipped tests are failures here (--no-skips).", red=True)
@@ -61,43 +68,43 @@ hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=N
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
-def load(name):
-    """Return the backend of that name, or skip; a missing backend that this run requires is a failure."""
-    if name not in pg.available_backends():
-        required = BACKENDS if REQUIRED == "all" else REQUIRED.split(",")
-        report = pytest.fail if name in required else pytest.skip
-        report(f"backend {name} is not installed")
-    return pg.get_backend(name)
-
-
 def pytest_configure(config):
     if "tensorflow" in pg.available_backends():
-        import tensorflow as tf  # its CPU can be split only before it has made a tensor
+        import tensorflow as tf  # its CPU can be split in two devices only before it makes a tensor
 
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-        tf.config.experimental.enable_tensor_float_32_execution(False)  # float32 on a GPU is meant to be float32
+        tf.config.experimental.enable_tensor_float_32_execution(False)  # otherwise a GPU multiplies float32 in TF32
 
 
-def whose_is(item):
-    """Return the one backend that a test is of, by its parameter or by a fixture; where it is of several, none."""
+def backend_of(item):
+    """Return the name of the one backend that a test needs, by its parameter or a fixture; ``none`` for any other."""
     params = getattr(getattr(item, "callspec", None), "params", {})
-    named = {params.get("backend"), *(FRAMEWORKS.get(name) for name in item.fixturenames)} - {None}
+    named = {params.get("backend"), *(frameworks.FIXTURES.get(name) for name in item.fixturenames)} - {None}
     return named.pop() if len(named) == 1 else "none"
 
 
-def pytest_collection_modifyitems(config, items):
-    """Keep jax in float64 to the process that has its switch, and everything else out of it.
+def computes_in(backend, dtype):
+    """Return whether a backend has a dtype; True if the backend is not installed, or if a test has no such parameters.
 
-    What a backend has no dtype for is left out too, and what is of other backends than --backends names.
+    This imports the backend's framework, so it is asked only about tests that are to run.
+    """
+    if backend not in pg.available_backends() or dtype not in DTYPES:
+        return True
+    return dtype in pg.get_backend(backend)._dtypes
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect the tests of backends that --backends does not name, those of dtypes that a backend does not have, and
+    those that belong in a process with the other setting of JAX_ENABLE_X64.
     """
     backends = config.getoption("--backends").split(",")
 
     def is_run(item):
         params = getattr(getattr(item, "callspec", None), "params", {})
-        choice = params.get("backend"), params.get("dtype")
-        is_x64 = "x64" in item.keywords or choice == ("jax", "float64")
-        return is_x64 == X64 and choice not in LACKING and whose_is(item) in backends
+        backend, dtype = params.get("backend"), params.get("dtype")
+        is_x64 = "x64" in item.keywords or (backend, dtype) == ("jax", "float64")
+        return is_x64 == X64 and backend_of(item) in backends and computes_in(backend, dtype)
 
     left = [item for item in items if not is_run(item)]
     if left:
@@ -105,44 +112,38 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if is_run(item)]
 
 
-@pytest.fixture(params=BACKENDS, scope="module")
+@pytest.fixture(params=frameworks.BACKENDS, scope="module")
 def backend(request):
-    """A backend; the test runs on every one of them."""
-    return load(request.param)
+    """A backend; the test runs once on each."""
+    return frameworks.load(request.param)
 
 
 @pytest.fixture(params=DTYPES, scope="module")
 def dtype(request):
-    """A floating dtype by name; the test runs in every one that the backend has."""
+    """A floating dtype by name; the test runs once in each that the backend has."""
     return request.param
 
 
-@pytest.fixture(scope="module")
-def tf():
-    """TensorFlow itself, for a test that is of it alone."""
-    load("tensorflow")
-    return pytest.importorskip("tensorflow")
+def framework(name, backend):
+    """Make the fixture that gives a framework's module to a test of that framework alone."""
+
+    @pytest.fixture(scope="module", name=name)
+    def module():
+        frameworks.load(backend)
+        return importlib.import_module(backend)
+
+    return module
 
 
-@pytest.fixture(scope="module")
-def jax():
-    """JAX itself, for a test that is of it alone."""
-    load("jax")
-    return pytest.importorskip("jax")
-
-
-@pytest.fixture(scope="module")
-def torch():
-    """PyTorch itself, for a test that is of it alone."""
-    load("torch")
-    return pytest.importorskip("torch")
+# A fixture for each framework: `tf`, `jax`, `torch`, and that of any backend that is added.
+globals().update({name: framework(name, backend) for name, backend in frameworks.FIXTURES.items()})
 
 
 @pytest.fixture(params=layouts.WRITERS, scope="module")
 def layout(request):
-    """A layout of checkpoints by name; the test runs on every one that the frameworks here can write."""
-    if fixture := layouts.WRITERS[request.param][0]:
-        request.getfixturevalue(fixture)
+    """A layout of checkpoints by name; the test runs once with each that an installed framework can write."""
+    if backend := layouts.WRITERS[request.param][0]:
+        frameworks.load(backend)
     return request.param
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import frameworks
 import numpy as np
 import pytest
 import tiny
@@ -701,12 +702,12 @@ def test_backends_lists_what_is_installed_and_how_to_get_the_rest(command):
             assert (version, devices) == ("-", f"not installed: pip install 'portable-gpt2[{name}]'")
 
 
-BLOCKED = """
+BLOCKED = f"""
 import sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("tensorflow", "jax", "torch"):
+        if name.partition(".")[0] in {frameworks.FRAMEWORKS}:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Blocked())
@@ -725,7 +726,7 @@ def test_where_only_numpy_is_installed_it_works_and_says_what_to_install(checkpo
 
     table = run("backends")
     assert table.returncode == 0
-    for name in ("tensorflow", "jax", "torch"):
+    for name in frameworks.FRAMEWORKS:
         assert re.search(
             rf"^{name} +- +not installed: pip install 'portable-gpt2\[{name}\]'$", table.stdout, re.MULTILINE
         )

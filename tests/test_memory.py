@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import frameworks
 import layouts
 import numpy as np
 import processes
@@ -60,11 +61,11 @@ def written(tmp_path_factory):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not say what the peak was")
 @pytest.mark.parametrize(("name", "layout", "stored", "dtype"), CASES)
-def test_loading_takes_little_more_than_the_weights(name, layout, stored, dtype, written, request, capsys):
+def test_loading_takes_little_more_than_the_weights(name, layout, stored, dtype, written, capsys):
     """Catches weights that are in memory twice: as the file's and the framework's, in two dtypes, in two layouts."""
-    for fixture in ({"numpy": None, "tensorflow": "tf"}.get(name, name), layouts.WRITERS[layout][0]):
-        if fixture:
-            request.getfixturevalue(fixture)
+    for backend in (name, layouts.WRITERS[layout][0]):
+        if backend:
+            frameworks.load(backend)
     code = "import sys; sys.argv[1:] = " + repr([*written(layout, stored), name, dtype]) + MEASURE
     peak = 1024 * int(processes.run(code).splitlines()[-1])
     weights = count(CONFIG) * (4 if dtype == "float32" else 2)

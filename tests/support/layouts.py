@@ -129,7 +129,7 @@ def write_openai_tokenizer(directory, files):
         Path(directory, theirs).write_bytes(Path(files, name).read_bytes())
 
 
-WRITERS = {  # by layout: the fixture of the framework that it takes to write it, and how
+WRITERS = {  # by layout: the backend whose framework writes it, and the function
     "safetensors": (None, write_safetensors),
     "safetensors in 3 files": (None, write_sharded_safetensors),
     "bin": ("torch", write_bin),
@@ -137,5 +137,5 @@ WRITERS = {  # by layout: the fixture of the framework that it takes to write it
     "bin in 2 files": ("torch", lambda *args: write_bin(*args, n=2)),
     "training state": ("torch", write_training_state),
     "nanoGPT": ("torch", write_nanogpt),
-    "OpenAI": ("tf", write_openai),
+    "OpenAI": ("tensorflow", write_openai),
 }

@@ -1,0 +1,37 @@
+"""The backends that tests run on. They come from the entry points: no test lists them.
+
+A backend of another package is tested as soon as that package is installed, or is on the import path together with its
+metadata, as tests/third_party is.
+"""
+
+import importlib.metadata
+import os
+
+import pytest
+
+import portable_gpt2 as pg
+from portable_gpt2.registry import ENTRY_POINTS, known_backends
+
+BACKENDS = sorted(known_backends(), key=lambda name: (name != "numpy", name))
+"""The names of all backends, installed or not, NumPy first."""
+
+_OURS = importlib.metadata.entry_points(group=ENTRY_POINTS)
+OURS = [name for name in BACKENDS if _OURS[name].value.startswith("portable_gpt2_backends.")]
+"""The backends whose adapters belong to this project."""
+
+FRAMEWORKS = [name for name in OURS if name != "numpy"]
+"""Those of them whose framework is an extra of the package."""
+
+FIXTURES = {"tf" if name == "tensorflow" else name: name for name in FRAMEWORKS}
+"""The backend's name by the name of the fixture that gives its framework's module."""
+
+_REQUIRED = os.environ.get("PORTABLE_GPT2_REQUIRE", "")
+
+
+def load(name):
+    """Return a backend by name, or skip the test; fail if PORTABLE_GPT2_REQUIRE names the backend and it is missing."""
+    if name not in pg.available_backends():
+        required = BACKENDS if _REQUIRED == "all" else _REQUIRED.split(",")
+        report = pytest.fail if name in required else pytest.skip
+        report(f"backend {name} is not installed")
+    return pg.get_backend(name)
