@@ -17,8 +17,10 @@ from .cache import check_cache_size
 from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
 from .checks import check_ids, check_length, check_room, check_stop, flag, integer, memory, several, shown
 from .config import GPT2Config
-from .generation.completion import Completion, Reader, Row, Stops, batched, complete
-from .generation.decoder import Decoder, Text, padded_length
+from .generation.completion import Completion, Request, batched, complete
+from .generation.decoder import Decoder, Generation, padded_length
+from .generation.detokenizer import StreamingDetokenizer
+from .generation.stop_strings import StopStrings
 from .model import gpt2
 from .params import Params, check_device, check_memory, check_params, flatten, nest, shapes
 from .registry import backend_of, get_backend
@@ -259,8 +261,8 @@ class GPT2:
             raise TypeError(f"stop names {strings[0]!r}; expected token ids (stream and generate take strings)")
         max_new_tokens = check_room([prompt], max_new_tokens, self.config, sliding)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        drawn = self._decoder.stream([Text(prompt, sampling)], max_new_tokens)
-        return takewhile(lambda token: token not in ends, (text.tokens[-1] for text in drawn))
+        generated = self._decoder.stream([Generation(prompt, sampling)], max_new_tokens)
+        return takewhile(lambda token: token not in ends, (generation.tokens[-1] for generation in generated))
 
     def stream(
         self,
@@ -297,8 +299,8 @@ class GPT2:
         tokenizer = self._require_tokenizer()
         ids = self._prompt_ids(prompt, allow_special)
         ends, strings = check_stop(stop, self.config)
-        drawn = self.stream_ids(ids, stop=ends.union(self._end_of_text()), **options)
-        return Reader(tokenizer.decoder(), strings).pieces(drawn)
+        generated = self.stream_ids(ids, stop=ends.union(self._end_of_text()), **options)
+        return StreamingDetokenizer(tokenizer.decoder(), strings).pieces(generated)
 
     def complete(
         self,
@@ -357,12 +359,12 @@ class GPT2:
         n_rows = min(batch_size, num_samples * len(prompts))
         check_cache_size(self.params, self.config, n_rows, max(map(len, ids), default=1))
         given = zip(prompts, ids, samplings, strict=False)
-        rows = (Row(p, tokens, sampling, k) for p, tokens, sampling in given for k in range(num_samples))
+        requests = (Request(p, tokens, sampling, k) for p, tokens, sampling in given for k in range(num_samples))
         # Where the window slides, the longest text would cut the others: only those of one length go together.
-        groups = groupby(rows, key=lambda row: len(row.ids) if sliding else 0)
+        groups = groupby(requests, key=lambda request: len(request.ids) if sliding else 0)
         batches = (batch for _, group in groups for batch in batched(group, batch_size))
         ends.update(self._end_of_text())
-        stops = Stops(strings)
+        stops = StopStrings(strings)
         return chain.from_iterable(
             complete(self._decoder, tokenizer, batch, max_new_tokens, ends, stops) for batch in batches
         )

@@ -9,7 +9,8 @@ import tiny
 from hypothesis import example, given
 
 import portable_gpt2 as pg
-from portable_gpt2.generation.completion import Reader, Stops
+from portable_gpt2.generation.detokenizer import StreamingDetokenizer
+from portable_gpt2.generation.stop_strings import StopStrings
 
 few = st.text("ab\n", max_size=12)
 stop_strings = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -17,7 +18,7 @@ stop_strings = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 
 def reader_of(pieces, stops):
     """Return a reader of the tokens 0, 1 ..., which stand for these pieces, of which each but the last is whole."""
-    return Reader(lambda token: "" if token is None else pieces[token], stops)
+    return StreamingDetokenizer(lambda token: "" if token is None else pieces[token], stops)
 
 
 def ended(text, stops):
@@ -85,8 +86,8 @@ def test_pieces_are_the_text(pieces, stops):
 def test_the_work_for_stop_strings_is_proportional_to_the_text(monkeypatch, piece, stops):
     """Catches a search that looks at a whole stop string, at all that is held back or at every stop for every token."""
     looked = []
-    child = Stops._child
-    monkeypatch.setattr(Stops, "_child", lambda self, state, c: looked.append(c) or child(self, state, c))
+    child = StopStrings._child
+    monkeypatch.setattr(StopStrings, "_child", lambda self, state, c: looked.append(c) or child(self, state, c))
     pieces = [piece] * 5_000
     reader = reader_of(pieces, stops)
     for token in range(len(pieces)):

@@ -105,11 +105,11 @@ OPTIONS = pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 7}], 
 
 def texts(model, prompts, n, **options):
     """Return the tokens that a batch is continued by, padded before."""
-    from portable_gpt2.generation.decoder import Text
+    from portable_gpt2.generation.decoder import Generation
     from portable_gpt2.sampling import Sampling
 
     sampling = Sampling(**{"seed": 3, **options})
-    batch = [Text(list(prompt), sampling, index) for index, prompt in enumerate(prompts)]
+    batch = [Generation(list(prompt), sampling, index) for index, prompt in enumerate(prompts)]
     for _ in model._decoder.stream(batch, n):
         pass
     return [text.tokens for text in batch]

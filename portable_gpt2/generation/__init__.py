@@ -1,1 +1,1 @@
-"""Generation: prefill and decode over a cache (`decoder`), and text out of tokens (`completion`)."""
+"""Generation: tokens from a model (`decoder`), text from tokens (`detokenizer`), both for a batch (`completion`)."""

@@ -1,7 +1,7 @@
-"""Token after token: prefill, then decode over cached keys and values, of one text or several at once.
+"""Tokens from a model: prefill, then decode over cached keys and values, for a batch of texts.
 
-Where a new shape costs a compilation (`Backend.recompiles`), prompts are padded and caches sized to 64, 128, 256 ... so
-that a whole generation compiles a handful of times; elsewhere the cache is allocated once, at its final size.
+Where every new shape costs a compilation (`Backend.recompiles`), prompts are padded, and caches have room for 64, 128,
+256 ... tokens, so that a whole generation compiles a handful of times. Elsewhere the cache has its final size at once.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ _SMALLEST = 64
 
 
 @dataclass(eq=False)
-class Text:
-    """A text that grows.
+class Generation:
+    """A text that is being generated.
 
     Parameters
     ----------
     tokens : list of int
-        The prompt, of at least one token, and the tokens that were sampled after it.
+        The prompt, of at least one token, and the tokens that were generated after it.
     sampling : Sampling
-        How its tokens are sampled.
+        The sampling options.
     index : int
-        Which of several samples of one prompt it is.
-    ended : bool
-        Whether it is complete: no token is drawn any more.
+        The number of the sample among those of the same prompt.
+    finished : bool
+        Whether the text is complete. No more tokens are generated then.
     """
 
     tokens: list[int]
     sampling: Sampling
     index: int = 0
-    ended: bool = False
+    finished: bool = False
 
 
 class Decoder:
-    """A model made ready to produce one row of logits for each text at a time.
+    """Computes the logits of the next token, and samples from them, for a batch of texts.
 
     Parameters
     ----------
@@ -57,79 +57,80 @@ class Decoder:
     config : GPT2Config
         The model's shape.
     device : device
-        Where the parameters live, as the framework's own object.
+        The device of the parameters, as the framework's own object.
     """
 
     def __init__(self, backend: Backend, params: Params, config: GPT2Config, device: Any) -> None:
         self.backend, self.params, self.config, self.device = backend, params, config, device
 
-        def step(params: Params, tokens: Any, row: Any, cache: KVCache) -> tuple[Any, KVCache | None]:
-            """Read tokens [batch, seq]; return the logits [batch, 1, n_vocab] after row [1] of them, and the cache."""
-            h, cache_ = transformer(params, tokens, config, cache)
-            return unembed(backend.xp.take(h, row, axis=1), output_embedding(params)), cache_
+        def step(params: Params, tokens: Any, last: Any, cache: KVCache) -> tuple[Any, KVCache | None]:
+            """Return the logits [batch, 1, n_vocab] after the token at index `last`, an array [1], and the cache."""
+            h, extended = transformer(params, tokens, config, cache)
+            return unembed(backend.xp.take(h, last, axis=1), output_embedding(params)), extended
 
         self._step = backend.compile(step, bound=params, donate=("cache",))
 
     def capacity(self, length: int, final: int) -> int:
-        """Return how many tokens a buffer should hold now for a text of this length that may grow to its final one."""
+        """Return how many tokens a cache should have room for, for a text of this length and its final length."""
         return padded_length(length, self.config.n_ctx) if self.backend.recompiles else final
 
     def read(self, rows: Sequence[list[int]], cache: KVCache) -> tuple[np.ndarray, KVCache]:
-        """Extend the cache by rows of equal length; return the logits [batch, n_vocab] after each, on the host.
+        """Extend the cache by rows of equal length; return the logits [batch, n_vocab] after each row, on the host.
 
-        Tokens may be padded behind: the cache's rows for them are masked until they are overwritten.
+        Rows may be padded at the end: the mask hides the padding's keys until they are overwritten.
         """
         n, start = len(rows[0]), cache.position
         if n > 1 and self.backend.recompiles:
             room = self.backend.shape(cache.k[0])[-2] - start
-            behind = [0] * (min(padded_length(n, self.config.n_ctx), room) - n)
-            rows = [row + behind for row in rows]
+            padding = [0] * (min(padded_length(n, self.config.n_ctx), room) - n)
+            rows = [row + padding for row in rows]
         with self.backend.on(self.device):
-            logits, grown = self._step(self._ints(rows), self._ints([n - 1]), cache)
-        return self.backend.to_numpy(logits)[:, 0], grown._replace(position=start + n)
+            logits, extended = self._step(self._ints(rows), self._ints([n - 1]), cache)
+        return self.backend.to_numpy(logits)[:, 0], extended._replace(position=start + n)
 
     def _ints(self, values: Any) -> Any:
         return self.backend.from_numpy(np.asarray(values, np.int32), device=self.device)
 
-    def stream(self, texts: Sequence[Text], max_new_tokens: int) -> Iterator[Text]:
-        """Sample new tokens; yield a text whenever one was added to it.
+    def stream(self, generations: Sequence[Generation], max_new_tokens: int) -> Iterator[Generation]:
+        """Append new tokens; yield a generation each time it has one more token.
 
-        Whoever finds a text complete marks it so. A text that fills n_ctx goes on from its last n_ctx // 2 tokens;
-        texts of several lengths must not come to that, as the longest would cut the others.
+        The caller marks a generation as finished. When a text fills n_ctx, its last n_ctx // 2 tokens are read again,
+        and generation continues from these. Texts of different lengths must not reach that point, because the longest
+        text would truncate the others.
         """
         n_ctx = self.config.n_ctx
-        while max_new_tokens > 0 and not all(text.ended for text in texts):
-            length = max(len(text.tokens) for text in texts)
-            read = length if length < n_ctx else n_ctx // 2
-            drawn = min(max_new_tokens, n_ctx - read)
-            yield from self._fill(texts, read, read + drawn)
-            max_new_tokens -= drawn
+        while max_new_tokens > 0 and not all(generation.finished for generation in generations):
+            length = max(len(generation.tokens) for generation in generations)
+            n_read = length if length < n_ctx else n_ctx // 2
+            n_new = min(max_new_tokens, n_ctx - n_read)
+            yield from self._stream_window(generations, n_read, n_read + n_new)
+            max_new_tokens -= n_new
 
-    def _fill(self, texts: Sequence[Text], read: int, final: int) -> Iterator[Text]:
-        """Read the last tokens of each text, and draw until the longest is of its final length."""
-        unread = [text.tokens[-read:] for text in texts]
-        padding = [read - len(tokens) for tokens in unread]
+    def _stream_window(self, generations: Sequence[Generation], n_read: int, final: int) -> Iterator[Generation]:
+        """Read the last n_read tokens of each text, and generate until the longest has its final length."""
+        unread = [generation.tokens[-n_read:] for generation in generations]
+        padding = [n_read - len(tokens) for tokens in unread]
         unread = [[0] * n + tokens for n, tokens in zip(padding, unread, strict=True)]
-        capacity = self.capacity(read, final)
+        capacity = self.capacity(n_read, final)
         with self.backend.on(self.device):
             ragged = padding if any(padding) else None
-            cache = new_cache(self.params, self.config, batch=len(texts), capacity=capacity, padding=ragged)
-        for position in range(read, final):
-            if position > capacity:
-                capacity = self.capacity(position, final)
+            cache = new_cache(self.params, self.config, batch=len(generations), capacity=capacity, padding=ragged)
+        for length in range(n_read, final):
+            if length > capacity:
+                capacity = self.capacity(length, final)
                 with self.backend.on(self.device):
                     cache = grow_cache(cache, capacity)
             logits, cache = self.read(unread, cache)
-            for text, row in zip(texts, logits, strict=True):
-                if not text.ended:
-                    seen = text.tokens
-                    text.tokens.append(sample_with(text.sampling, row, len(seen), seen, text.index))
-                    yield text
-            if all(text.ended for text in texts):
+            for generation, row in zip(generations, logits, strict=True):
+                if not generation.finished:
+                    seen = generation.tokens
+                    seen.append(sample_with(generation.sampling, row, len(seen), seen, generation.index))
+                    yield generation
+            if all(generation.finished for generation in generations):
                 return
-            unread = [text.tokens[-1:] for text in texts]
+            unread = [generation.tokens[-1:] for generation in generations]
 
 
 def padded_length(n: int, n_ctx: int) -> int:
-    """Return the first of 64, 128, 256 ... that is at least n, but at most n_ctx."""
+    """Return the smallest of 64, 128, 256 ... that is at least n, but at most n_ctx."""
     return min(max(_SMALLEST, 1 << (n - 1).bit_length()), n_ctx)
