@@ -144,7 +144,7 @@ class NumpyBackend(Backend):
         "embed": _embed,
         "unembed": _unembed,
     }
-    _dtypes = {
+    dtypes = {
         "float32": np.dtype(np.float32),
         "float64": np.dtype(np.float64),
         "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -161,18 +161,15 @@ class NumpyBackend(Backend):
     def is_readable(self, x: Any) -> bool:
         return True
 
-    def devices(self) -> list[str]:
-        return ["cpu"]
-
-    def _find_device(self, device: Any) -> Any:
-        return "cpu" if device in ("cpu", "cpu:0") else None
+    def devices(self) -> dict[str, Any]:
+        return {"cpu": "cpu"}
 
     def device(self, x: Any) -> str:
         return "cpu"
 
     def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
         if device is not None:
-            self.find_device(device)
+            self.resolve_device(device)
         return self.host_array(a, dtype)
 
     def to_numpy(self, x: Any) -> np.ndarray:
@@ -182,7 +179,7 @@ class NumpyBackend(Backend):
         np.add.at(x, indices, rows)
         return x
 
-    def prepare(self, path: str, x: Any) -> Any:
+    def relayout(self, path: str, x: Any) -> Any:
         # One row times a matrix reads memory, and a tall matrix is read faster down its columns: a decode step's c_proj
         # of the mlp at 32 GB/s instead of 25, the logits' wte at 32 instead of 27 (a sum reads 28).
         if x.ndim != 2 or x.shape[0] < 4 * x.shape[1] or x.flags.f_contiguous:

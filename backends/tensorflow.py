@@ -227,9 +227,10 @@ class TensorflowBackend(Backend):
     xp = _Namespace
     # No gelu: tf.nn.gelu raises to the power of 3: 27 ms at [512, 3072], the definition 7; under XLA both 1.55.
     kernels = {"conv1d": _conv1d, "softmax": _softmax, "attention": _attention, "unembed": _unembed}
-    recompiles = True
+    compiles_per_shape = True
+    handwritten_gradient_is_faster = True
     plain = "tf.convert_to_tensor(x)"
-    _dtypes = _FLOATS
+    dtypes = _FLOATS
 
     def index(self, ids: Any) -> Any:
         return ids if ids.dtype in (tf.int32, tf.int64) else tf.cast(ids, tf.int64)
@@ -247,19 +248,14 @@ class TensorflowBackend(Backend):
         dynamic = tf.shape(x)
         return tuple(dynamic[i] if n is None else n for i, n in enumerate(static))
 
-    def devices(self) -> list[str]:
-        return list(self._devices())
-
-    def _devices(self) -> dict[str, str]:
+    def devices(self) -> dict[str, Any]:
         names = [device.name for kind in ("CPU", "GPU") for device in tf.config.list_logical_devices(kind)]
         return {_device_name(name): name for name in names}
 
-    def _find_device(self, device: Any) -> Any:
-        name = str(getattr(device, "name", device))
-        devices = self._devices()
-        if "device:" in name.lower():
-            name = _device_name(name)
-        return devices.get(name, devices.get(f"{name}:0", devices.get(name.removesuffix(":0"))))
+    def resolve_device(self, device: Any) -> Any:
+        name = getattr(device, "name", device)
+        is_long = isinstance(name, str) and "device:" in name.lower()
+        return super().resolve_device(_device_name(name) if is_long else name)
 
     def device(self, x: Any) -> str:
         return _device_name(x.device)
@@ -268,7 +264,7 @@ class TensorflowBackend(Backend):
         return None
 
     def on(self, device: Any) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if device is None else tf.device(self.find_device(device))
+        return contextlib.nullcontext() if device is None else tf.device(self.resolve_device(device))
 
     def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
         with self.on(self.default_device if device is None else device):
@@ -318,29 +314,21 @@ class TensorflowBackend(Backend):
 
         return differentiated
 
-    def compile(
-        self,
-        fn: Callable[..., Any],
-        *,
-        bound: Any = None,
-        static: tuple[str, ...] = (),
-        donate: tuple[str, ...] = (),
-    ) -> Callable[..., Any]:
-        # Parameters are captured: as arguments, 148 of them cost 2.5 to 4.3 ms a call; captured, 0.4.
-        fn = functools.partial(fn, bound)
+    def compile(self, fn: Callable[..., Any], *bound: Any, donate: tuple[str, ...] = ()) -> Callable[..., Any]:
+        # The trace captures the parameters: 148 of them as arguments cost 2.5 to 4.3 ms per call; captured, 0.4.
+        fn = functools.partial(fn, *bound)
         names = list(inspect.signature(fn).parameters)
         traces: dict[Any, _Trace] = {}
 
         def call(*args: Any) -> Any:
             leaves: list[Any] = []
             structure = tuple(
-                a if name in static else _take_apart(a, leaves, _as_variable if name in donate else _as_traced)
+                _take_apart(a, leaves, _as_variable if name in donate else _as_traced)
                 for name, a in zip(names, args, strict=False)
             )
             key = (structure, *map(_signature, leaves))
             if key not in traces:
-                dynamic = [name not in static for name in names[: len(args)]]
-                traces[key] = _Trace(fn, structure, dynamic, leaves, writes=bool(donate))
+                traces[key] = _Trace(fn, structure, leaves, writes=bool(donate))
             return traces[key](leaves)
 
         return call
@@ -353,12 +341,10 @@ class _Trace:
     would be copied.
     """
 
-    def __init__(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], dynamic: list[bool], leaves: list[Any], writes: bool
-    ) -> None:
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], leaves: list[Any], writes: bool) -> None:
         def flat(*leaves: Any) -> list[Any]:
             rest, results = iter(leaves), list[Any]()
-            result = fn(*(_put_together(a, rest) if d else a for a, d in zip(args, dynamic, strict=True)))
+            result = fn(*(_put_together(a, rest) for a in args))
             self._structure = _take_apart(result, results, lambda leaf: leaf)
             places = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Variable)}
             self._places = [places.get(id(x)) for x in results]

@@ -132,7 +132,7 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
     blocks = _blocks(x, w) if 0 < n <= 256 else 0
     # Time of the four products of a 124M block against addmm, 2 threads: 0.66 for 1 row, 0.60 for 2 (cut along nx);
     # 0.56 for 4, 0.8 for 8 to 32, 0.92 for 128 (cut along nf). At 512 the two are equal, and from there on it loses.
-    # A weight in Fortran order (see prepare) is one piece of memory when cut along nf.
+    # A weight in Fortran order (see relayout) is one piece of memory when cut along nf.
     if blocks and n < 4 and nx % blocks == 0 and w.is_contiguous():
         return (_sum_of_blocks(x, w, blocks) + b).view(*start, nf)
     rows = x.reshape(n, nx)
@@ -149,7 +149,7 @@ def _unembed(x: Any, w: Any) -> Any:
     *start, d = x.shape
     n, w = math.prod(start), w.mT
     rows = x.reshape(n, d)
-    blocks = _blocks(rows, w) if w.is_contiguous() else 0  # it is once prepared
+    blocks = _blocks(rows, w) if w.is_contiguous() else 0  # `relayout` makes it so
     # The blocks' sums pay while they are small beside w: 0.55 of the time of x w^T for 1 row, 0.9 for 32.
     fits = blocks and d % blocks == 0 and 6 * blocks * n <= d
     return (_sum_of_blocks(rows, w, blocks) if fits else torch.matmul(rows, w)).reshape(*start, w.shape[1])
@@ -371,7 +371,7 @@ class TorchBackend(Backend):
         "unembed": _unembed,
         "cross_entropy": _cross_entropy,
     }
-    _dtypes = _FLOATS
+    dtypes = _FLOATS
 
     def owns(self, kind: type) -> bool:
         return super().owns(kind) and not kind.__module__.startswith(("torch.masked", "torch.nested", "torch.sparse"))
@@ -394,24 +394,21 @@ class TorchBackend(Backend):
         except RuntimeError:  # it has no storage, as sparse ones
             return False
 
-    def holds_values(self, device: Any) -> bool:
-        return bool(torch.device(device).type != "meta")
-
-    def devices(self) -> list[str]:
+    def devices(self) -> dict[str, Any]:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if accelerator is None:
-            return ["cpu"]
-        return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+        names = ["cpu"]
+        if accelerator is not None:
+            names += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+        return {name: torch.device(name) for name in names}
 
-    def _find_device(self, device: Any) -> Any:
-        try:
-            found = torch.device(device)
-        except (RuntimeError, TypeError):
-            return None
-        if found.type in ("cpu", "meta"):
-            return found if not found.index else None
-        indexed = found if found.index is not None else torch.device(found.type, 0)
-        return indexed if str(indexed) in self.devices() else None
+    def resolve_device(self, device: Any) -> Any:
+        name = str(device) if isinstance(device, torch.device) else device
+        if isinstance(name, str) and name.partition(":")[0] == "meta":
+            raise ValueError(
+                f"device 'meta' holds shapes and no values; a model needs one of the devices here: "
+                f"{', '.join(self.devices())}"
+            )
+        return super().resolve_device(name)
 
     def device(self, x: Any) -> str:
         return str(x.device)
@@ -424,7 +421,7 @@ class TorchBackend(Backend):
             x = torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
         else:
             x = torch.from_numpy(a)
-        target = self.default_device if device is None else self.find_device(device)
+        target = self.default_device if device is None else self.resolve_device(device)
         return x.to(torch.get_default_device() if target is None else target)
 
     def to_numpy(self, x: Any) -> np.ndarray:
@@ -496,24 +493,18 @@ class TorchBackend(Backend):
 
         return differentiated
 
-    def compile(
-        self,
-        fn: Callable[..., Any],
-        *,
-        bound: Any = None,
-        static: tuple[str, ...] = (),
-        donate: tuple[str, ...] = (),
-    ) -> Callable[..., Any]:
-        # What donates is not differentiated. Without autograd's records of views a decode step costs 0.6 ms less.
-        step = super().compile(fn, bound=bound, static=static, donate=donate)
+    def compile(self, fn: Callable[..., Any], *bound: Any, donate: tuple[str, ...] = ()) -> Callable[..., Any]:
+        # A function that donates arguments is not differentiated. Without autograd's records of views a decode step
+        # takes 0.6 ms less.
+        step = super().compile(fn, *bound, donate=donate)
         if not donate:
             return step
-        if _is_on_cuda(bound) and not static:
+        if _is_on_cuda(bound):
             step = _Steps(step, [name in donate for name in inspect.signature(step).parameters]).__call__
         inferred: Callable[..., Any] = torch.inference_mode()(step)
         return inferred
 
-    def prepare(self, path: str, x: Any) -> Any:
+    def relayout(self, path: str, x: Any) -> Any:
         # In Fortran order a tall matrix is read at the memory's speed where rows are few: of a decode step wte for the
         # logits, at half of it otherwise, and c_proj of the mlp, at three quarters.
         return x.mT.contiguous().mT if x.ndim == 2 and x.shape[0] >= 4 * x.shape[1] and not x.mT.is_contiguous() else x

@@ -47,14 +47,14 @@ def count(backend: str, directory: str, step: int) -> tuple[int, int]:
     owner = type(pg.get_backend(backend))
     compile_ = owner.compile
 
-    def counting(self: Any, fn: Any, **options: Any) -> Any:
+    def counting(self: Any, fn: Any, *bound: Any, **options: Any) -> Any:
         @functools.wraps(fn)
         def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal traces
             traces += 1
             return fn(*args, **kwargs)
 
-        return compile_(self, counted, **options)
+        return compile_(self, counted, *bound, **options)
 
     owner.compile = counting
     model = pg.GPT2.load(directory, backend=backend)

@@ -55,7 +55,7 @@ def _step(backend: str, directory: str) -> Any:
     def step(params: Any, tokens: Any, cache: Any) -> Any:
         return pg.gpt2(params, tokens, model.config, cache)
 
-    return model.backend.compile(step, bound=model.params, donate=("cache",))
+    return model.backend.compile(step, model.params, donate=("cache",))
 
 
 def batch_seconds(backend: str, directory: str, batch: int, prompt: int, new: int) -> float:
@@ -115,7 +115,7 @@ def device_bandwidth(backend: str, device: str) -> float:
     numbers = np.ones(150_000_000, np.float32)
     x = owner.from_numpy(numbers, device=device)
     best = np.inf
-    with owner.on(owner.find_device(device)):
+    with owner.on(owner.resolve_device(device)):
         for _ in range(5):
             start = time.perf_counter()
             for _ in range(8):

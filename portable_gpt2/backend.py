@@ -19,8 +19,7 @@ class Backend:
     """What the portable code asks of an array framework.
 
     An adapter subclasses this and overrides what its framework does differently. `name`, `array_types`, `xp`,
-    `_dtypes`, `devices`, `_find_device`, `device`, `from_numpy` and `to_numpy` have no sensible default; the rest has
-    one.
+    `dtypes`, `devices`, `device`, `from_numpy` and `to_numpy` have no sensible default; the rest has one.
 
     Parameters
     ----------
@@ -68,16 +67,18 @@ class Backend:
     fails, the checks run before its exception goes on.
     """
 
-    recompiles: ClassVar[bool] = False
-    """Whether `compile` compiles anew for each new shape, so that it pays to pad to few sizes."""
+    compiles_per_shape: ClassVar[bool] = False
+    """Whether `compile` compiles again for each new shape of an argument, so that callers should pad to few sizes."""
 
-    _dtypes: ClassVar[Mapping[str, Any]]
+    handwritten_gradient_is_faster: ClassVar[bool] = False
+    """Whether the functions of `gradients` take less time than `value_and_grad` inside a compiled function."""
+
+    dtypes: ClassVar[Mapping[str, Any]]
     """The framework's floating dtypes by name: float32, and those of float64, bfloat16, float16 that it has."""
 
     def __init__(self, device: Any = None) -> None:
-        self.default_device = None if device is None else self.find_device(device)
-        self.check_holds_values(self.default_device)
-        self._dtype_names = {dtype: name for name, dtype in self._dtypes.items()}
+        self.default_device = None if device is None else self.resolve_device(device)
+        self._dtype_names = {dtype: name for name, dtype in self.dtypes.items()}
         self._frameworks = {kind.__module__.partition(".")[0] for kind in self.array_types}
 
     def __repr__(self) -> str:
@@ -117,11 +118,11 @@ class Backend:
             If the framework has no such dtype. The message lists those that it has.
         """
         try:
-            return self._dtypes[name]
+            return self.dtypes[name]
         except (KeyError, TypeError):
             said = f"{name!r:.80}" if isinstance(name, str) else f"that is a {type(name).__name__}"
             raise ValueError(
-                f"backend {self.name!r} has no floating dtype {said}; choose one of {', '.join(self._dtypes)}"
+                f"backend {self.name!r} has no floating dtype {said}; choose one of {', '.join(self.dtypes)}"
             ) from None
 
     def host_array(self, a: np.ndarray, dtype: str | None = None) -> np.ndarray:
@@ -162,44 +163,31 @@ class Backend:
 
     # Devices
 
-    def devices(self) -> list[str]:
-        """Return the devices that there are, as strings such as ``cpu``, ``cuda:0``."""
+    def devices(self) -> Mapping[str, Any]:
+        """Return the devices that there are: the framework's own objects by names such as ``cpu``, ``cuda:0``."""
         raise NotImplementedError
 
-    def holds_values(self, device: Any) -> bool:
-        """Return whether arrays on a device, as `find_device` returns it, have values and not shapes alone."""
-        return True
+    def resolve_device(self, device: Any) -> Any:
+        """Return the framework's own object for a device; such an object itself is returned as it is.
 
-    def check_holds_values(self, device: Any) -> None:
-        """Refuse a device, as `find_device` returns it or None, whose arrays have no values."""
-        if device is not None and not self.holds_values(device):
-            raise ValueError(
-                f"device {str(device)!r} holds shapes and no values; a model needs one of the devices here: "
-                f"{', '.join(self.devices())}"
-            )
-
-    def find_device(self, device: Any) -> Any:
-        """Return the framework's own object for a device named by a string; its own objects pass through.
+        A name may have ``:0`` at its end or lack it. An adapter that takes other objects or names overrides this
+        method, and calls it for all that it does not know.
 
         Raises
         ------
         ValueError
-            If there is no such device. The message lists those that there are.
+            If there is no such device, or if its arrays would have shapes and no values. The message lists the devices.
         """
-        try:
-            found = self._find_device(device)
-        except Exception:  # whatever the framework says of an object of another kind
-            found = None
-        if found is None:
-            said = f"{device!r:.80}" if isinstance(device, str) else f"that is a {type(device).__name__}"
-            raise ValueError(
-                f"backend {self.name!r} has no device {said}; the devices here are {', '.join(self.devices())}"
-            )
-        return found
-
-    def _find_device(self, device: Any) -> Any:
-        """Return the framework's own object for device, or None if there is no such device."""
-        raise NotImplementedError
+        devices = self.devices()
+        if isinstance(device, str):
+            for name in (device, f"{device}:0", device.removesuffix(":0")):
+                if name in devices:
+                    return devices[name]
+        with contextlib.suppress(Exception):  # whatever the framework says of an object of another kind
+            if device in devices.values():
+                return device
+        said = f"{device!r:.80}" if isinstance(device, str) else f"that is a {type(device).__name__}"
+        raise ValueError(f"backend {self.name!r} has no device {said}; the devices here are {', '.join(devices)}")
 
     def device(self, x: Any) -> str:
         """Return where x lives, as one of the strings of `devices`."""
@@ -214,8 +202,8 @@ class Backend:
         return 1024 if self.device(x).startswith("cpu") else None
 
     def placement(self, x: Any) -> Any:
-        """Return where to put what goes with x, as `find_device` takes it: where x lives, whole on each such device."""
-        return self.find_device(self.device(x))
+        """Return the device of x as `resolve_device` returns it, or a sharding that replicates over its devices."""
+        return x.device
 
     def on(self, device: Any) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which everything computed lives on device (None: wherever its inputs live).
@@ -308,24 +296,18 @@ class Backend:
             state = body(i, state)
         return state
 
-    def prepare(self, path: str, x: Any) -> Any:
-        """Return a parameter in the memory layout that this backend likes best; its shape and values stay.
+    def relayout(self, path: str, x: Any) -> Any:
+        """Return a parameter in the memory layout in which this backend reads it fastest, with equal shape and values.
 
-        What is prepared already is returned as it is. path is the parameter's name, such as ``h3/attn/c_attn/w``.
+        A parameter that has this layout already is returned as it is. `path` is its name, such as ``h3/attn/c_attn/w``.
         """
         return x
 
-    def compile(
-        self,
-        fn: Callable[..., Any],
-        *,
-        bound: Any = None,
-        static: tuple[str, ...] = (),
-        donate: tuple[str, ...] = (),
-    ) -> Callable[..., Any]:
-        """Return ``lambda *args: fn(bound, *args)``, compiled where eager code is not already fast.
+    def compile(self, fn: Callable[..., Any], *bound: Any, donate: tuple[str, ...] = ()) -> Callable[..., Any]:
+        """Return ``functools.partial(fn, *bound)``, compiled where eager code is not already fast.
 
-        bound are arrays that do not change. Python ints among the arguments (in trees too) that are not named in
-        static may vary from call to call without compiling anew. An argument named in donate is dead afterwards.
+        The bound arguments are trees of arrays that do not change. The other arguments are trees of arrays and Python
+        ints; another int does not cause another compilation. Do not use an argument again that is named in `donate`:
+        its memory may have been reused.
         """
-        return functools.partial(fn, bound)
+        return functools.partial(fn, *bound)

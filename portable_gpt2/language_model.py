@@ -78,17 +78,21 @@ class GPT2:
                 f"the tokenizer has {tokenizer.n_base} entries and the model {config.n_vocab}; without a tokenizer it "
                 f"works by token ids"
             )
-        self.config, self.tokenizer = config, tokenizer
+        backend = backend_of(params["wte"])
+        with backend.on(backend.placement(params["wte"])):
+            params = nest({path: backend.relayout(path, x) for path, x in flatten(params)})
+        self._assemble(config, params, tokenizer)
+
+    def _assemble(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None) -> None:
+        """Set all attributes. The parameters have been checked, and have the backend's memory layout."""
+        self.config, self.params, self.tokenizer = config, params, tokenizer
         self.source: str | None = None
         self.companions: Mapping[str, bytes] = {}
         self.backend: Backend = backend_of(params["wte"])
         self.device = self.backend.device(params["wte"])
-        self._device = self.backend.placement(params["wte"])
-        self.backend.check_holds_values(self._device)
-        with self.backend.on(self._device):
-            self.params: Params = nest({path: self.backend.prepare(path, x) for path, x in flatten(params)})
+        self._device = self.backend.resolve_device(self.backend.placement(params["wte"]))
         self._decoder = Decoder(self.backend, self.params, config, self._device)
-        self._logits = self.backend.compile(lambda params, tokens: gpt2(params, tokens, config)[0], bound=self.params)
+        self._logits = self.backend.compile(lambda params, tokens: gpt2(params, tokens, config)[0], self.params)
 
     def __repr__(self) -> str:
         c = self.config
@@ -156,8 +160,9 @@ class GPT2:
         with owner.on(owner.default_device):
             for path in progress(order):
                 tensor = cast(path, tensors.pop(path), dtype)
-                params[path] = owner.prepare(path, owner.from_numpy(tensor.read(), dtype))
-        model = cls(found.config, nest({path: params[path] for path in shapes(found.config)}), found.tokenizer)
+                params[path] = owner.relayout(path, owner.from_numpy(tensor.read(), dtype))
+        model = cls.__new__(cls)  # the constructor would convert the layout of all parameters at once
+        model._assemble(found.config, nest({path: params[path] for path in shapes(found.config)}), found.tokenizer)
         model.source, model.companions = found.source, found.companions
         return model
 
@@ -206,7 +211,7 @@ class GPT2:
         tokens = check_ids(token_ids, self.config, axes=2)
         _, seq = tokens.shape
         check_length(seq, self.config)
-        padding = padded_length(seq, self.config.n_ctx) - seq if self.backend.recompiles else 0
+        padding = padded_length(seq, self.config.n_ctx) - seq if self.backend.compiles_per_shape else 0
         n_logits = len(tokens) * (seq + padding) * self.config.n_vocab
         check_memory(n_logits, self.params["wte"], f"logits of {len(tokens):,} x {seq} tokens")
         padded = np.pad(tokens, ((0, 0), (0, padding)))  # no token sees those behind it

@@ -122,7 +122,7 @@ def op(definition: Callable[..., Any]) -> Op:
                 if dtype is None:
                     dtype, floating = x.dtype, key
                     if not backend.is_floating(x):
-                        raise TypeError(f"{name}: {key} has dtype {dtype}; expected {' or '.join(backend._dtypes)}")
+                        raise TypeError(f"{name}: {key} has dtype {dtype}; expected {' or '.join(backend.dtypes)}")
                 elif x.dtype != dtype:
                     raise TypeError(
                         f"{name}: {floating} has dtype {dtype} and {key} has {x.dtype}; convert one of them"

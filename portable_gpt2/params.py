@@ -305,7 +305,7 @@ def check_params(params: Params, config: GPT2Config) -> None:
                 f"{first} is an array of {owner.name} and {path} one of {backend.name}; give arrays of one framework"
             )
         if not backend.is_floating(x):
-            raise TypeError(f"{path} has dtype {x.dtype}; expected {' or '.join(backend._dtypes)}")
+            raise TypeError(f"{path} has dtype {x.dtype}; expected {' or '.join(backend.dtypes)}")
         if x.dtype != found[first].dtype:
             raise TypeError(f"{first} has dtype {found[first].dtype} and {path} has {x.dtype}; convert one of them")
         if (shape := backend.shape(x)) != expected[path]:

@@ -91,7 +91,7 @@ def computes_in(backend, dtype):
     """
     if backend not in pg.available_backends() or dtype not in DTYPES:
         return True
-    return dtype in pg.get_backend(backend)._dtypes
+    return dtype in pg.get_backend(backend).dtypes
 
 
 def pytest_collection_modifyitems(config, items):

@@ -383,7 +383,7 @@ def test_an_unknown_device_is_refused(backend, device):
         lambda: pg.get_backend(backend.name, device=device),
         lambda: pg.use_backend(backend.name, device=device).__enter__(),
         lambda: backend.from_numpy(x, device=device),
-        lambda: backend.find_device(device),
+        lambda: backend.resolve_device(device),
     ]
     for attempt in attempts:
         with pytest.raises(ValueError, match="has no device") as caught:
@@ -398,8 +398,8 @@ def test_every_device_is_found_by_its_name_and_by_itself(backend):
     assert "cpu" in backend.devices()
     assert len(set(backend.devices())) == len(backend.devices())
     for name in backend.devices():
-        found = backend.find_device(name)
-        assert backend.find_device(found) == found
+        found = backend.resolve_device(name)
+        assert backend.resolve_device(found) == found
         for chosen in (pg.get_backend(backend.name, device=name), pg.get_backend(backend.name, device=found)):
             assert name in repr(chosen) or str(found) in repr(chosen)
             assert backend.device(chosen.from_numpy(np.ones(3, np.float32))) == name
@@ -590,11 +590,11 @@ def counted():
     """Return a function that writes into a cache, as a decoding step does, and a list of its traces."""
     traces = []
 
-    def step(bound, cache, position, scale):
+    def step(params, scale, cache, steps):
         traces.append(1)
-        backend = pg.backend_of(bound["w"])
-        buffer = backend.write(cache["k"], bound["w"][None, :] * scale, cache["position"])
-        return {"k": buffer, "position": cache["position"] + position}
+        backend = pg.backend_of(scale)
+        buffer = backend.write(cache["k"], (params["w"] - scale)[None, :], cache["position"])
+        return {"k": buffer, "position": cache["position"] + steps}
 
     return step, traces
 
@@ -609,44 +609,27 @@ def test_split_cuts_the_last_axis(backend):
 
 
 def test_compiled_functions_compute_what_they_computed(backend):
-    """Catches arguments that are mixed up or lost on the way, an int that is fixed by its first value."""
+    """Catches arguments, bound ones among them, that are mixed up or lost, and an int that keeps its first value."""
     step, traces = counted()
-    run = backend.compile(step, bound={"w": backend.from_numpy(np.ones(2, np.float32))}, static=("scale",))
+    w, scale = (backend.from_numpy(np.full(2, n, np.float32)) for n in (5, 3))
+    run = backend.compile(step, {"w": w}, scale)
     cache = {"k": backend.from_numpy(np.zeros((8, 2), np.float32)), "position": 0}
     for i in range(4):
-        cache = {**run(cache, 1, 2.0), "position": i + 1}
+        cache = {**run(cache, 1), "position": i + 1}
     expected = np.repeat([2.0, 0.0], 4)[:, None] * np.ones(2)
     np.testing.assert_array_equal(backend.to_numpy(cache["k"]), expected)
-    assert len(traces) == (1 if backend.recompiles else 4)
-
-
-def test_a_static_argument_is_a_python_value_and_compiles_anew(backend):
-    """Catches a static argument that reaches the function as an array, and one whose change is not noticed."""
-    seen = []
-
-    def repeat(bound, x, n):
-        seen.append(n)
-        for _ in range(n):
-            x = x + bound
-        return x
-
-    run = backend.compile(repeat, bound=backend.from_numpy(np.ones(2, np.float32)), static=("n",))
-    for n in (1, 3, 1):
-        result = run(backend.from_numpy(np.zeros(2, np.float32)), n)
-        assert backend.to_numpy(result).tolist() == [n, n]
-    assert all(type(n) is int for n in seen)
-    assert len(seen) == (2 if backend.recompiles else 3)
+    assert len(traces) == (1 if backend.compiles_per_shape else 4)
 
 
 def test_a_donated_argument_is_dead_and_its_memory_used(jax):
     """Catches a cache that is copied for every token because its donation went lost."""
     backend = pg.get_backend("jax")
-    run = backend.compile(lambda bound, cache: backend.write(cache, bound, 0), bound=jax.numpy.ones((1, 2)))
+    run = backend.compile(lambda bound, cache: backend.write(cache, bound, 0), jax.numpy.ones((1, 2)))
     kept = jax.numpy.zeros((8, 2))
     run(kept)
     assert not kept.is_deleted()
     run = backend.compile(
-        lambda bound, cache: backend.write(cache, bound, 0), bound=jax.numpy.ones((1, 2)), donate=("cache",)
+        lambda bound, cache: backend.write(cache, bound, 0), jax.numpy.ones((1, 2)), donate=("cache",)
     )
     donated = jax.numpy.zeros((8, 2))
     at = donated.unsafe_buffer_pointer()
@@ -659,7 +642,7 @@ def test_a_donated_variable_is_written_where_it_lies(tf):
     """Catches a cache that is copied for every token: after the first, which makes it a variable, it stays one."""
     backend = pg.get_backend("tensorflow")
     rows = tf.ones((1, 2))
-    run = backend.compile(lambda rows, at, cache: backend.write(cache, rows, at), bound=rows, donate=("cache",))
+    run = backend.compile(lambda rows, at, cache: backend.write(cache, rows, at), rows, donate=("cache",))
     given = run(3, tf.zeros((8, 2)))
 
     def address(variable):
@@ -679,7 +662,7 @@ def test_donation_changes_no_result(backend):
         return backend.write(cache, bound, 1), cache[..., :1, :] + bound
 
     bound = backend.from_numpy(np.full((1, 2), 5, np.float32))
-    run = backend.compile(step, bound=bound, donate=("cache",))
+    run = backend.compile(step, bound, donate=("cache",))
     buffer, read = run(backend.from_numpy(np.ones((3, 2), np.float32)))
     assert backend.to_numpy(buffer).tolist() == [[1, 1], [5, 5], [1, 1]]
     assert backend.to_numpy(read).tolist() == [[6, 6]]
@@ -691,11 +674,11 @@ def test_prepare_keeps_shapes_and_values(backend):
     plain = {"wte": (150, 4), "wpe": (3, 4), "h0/mlp/c_proj/w": (16, 4), "h0/ln_1/g": (4,)}
     plain = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in plain.items()}
     params = {path: backend.from_numpy(a) for path, a in plain.items()}
-    prepared = {path: backend.prepare(path, x) for path, x in params.items()}
+    prepared = {path: backend.relayout(path, x) for path, x in params.items()}
     for path, x in prepared.items():
         np.testing.assert_array_equal(backend.to_numpy(x), plain[path])
         assert backend.device(x) == backend.device(params[path])
-        assert backend.prepare(path, x) is x
+        assert backend.relayout(path, x) is x
     x, ids = (
         backend.from_numpy(rng.standard_normal((2, 4)), "float32"),
         backend.from_numpy(np.asarray([5, 0], np.int32)),
@@ -714,7 +697,7 @@ def test_a_backend_says_how_to_get_it(backend):
 def test_a_compiled_function_of_a_variable_has_a_gradient(tf):
     """Catches a call beneath the public one, which records nothing, where nothing is donated."""
     backend = pg.get_backend("tensorflow")
-    run = backend.compile(lambda b, w: tf.reduce_sum(w * w * b), bound=tf.constant([1.0, 2.0]))
+    run = backend.compile(lambda b, w: tf.reduce_sum(w * w * b), tf.constant([1.0, 2.0]))
     w = tf.Variable([3.0, 4.0])
     with tf.GradientTape() as tape:
         y = run(w)
@@ -724,7 +707,7 @@ def test_a_compiled_function_of_a_variable_has_a_gradient(tf):
 def test_compiled_functions_take_arrays_of_several_shapes_and_named_tuples(tf):
     """Catches a trace that is taken for another shape's, and a tree that cannot be put together again."""
     pair = collections.namedtuple("pair", ["x", "y"])
-    run = pg.get_backend("tensorflow").compile(lambda _, p: pair(p.y, p.x + 1))
+    run = pg.get_backend("tensorflow").compile(lambda p: pair(p.y, p.x + 1))
     for shape in ((2,), (3,)):
         x, y = run(pair(np.zeros(shape, np.float32), tf.ones(2)))
         assert (x.numpy().tolist(), y.numpy().tolist()) == ([1.0, 1.0], [1.0] * shape[0])

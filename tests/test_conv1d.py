@@ -70,8 +70,8 @@ def test_a_product_with_a_large_weight_is_within_its_error_bound(backend, rows, 
     """
     random = np.random.default_rng(rows)
     x, w, b = (normal(random, each, "float32") for each in ((rows, shape[0]), shape, shape[1:]))
-    weight = backend.prepare("h0/mlp/c_proj/w", backend.from_numpy(w))
-    table = backend.prepare("wte", backend.from_numpy(w.T.copy()))
+    weight = backend.relayout("h0/mlp/c_proj/w", backend.from_numpy(w))
+    table = backend.relayout("wte", backend.from_numpy(w.T.copy()))
     for product, layer in (
         (bounds.linear_at_random(x, w, b), (x, weight, b)),
         (bounds.linear_at_random(x, w, np.zeros_like(b)), (x, table)),

@@ -152,7 +152,7 @@ def compiled_step():
     backend = pg.get_backend("torch")
     return backend.compile(
         lambda w, x, cache: (x + w, {"k": backend.write(cache["k"], x[None, :], cache["position"])}),
-        bound=torch.ones(2),
+        torch.ones(2),
         donate=("cache",),
     )
 
@@ -201,11 +201,12 @@ def test_a_value_that_is_waited_for_cannot_be_recorded():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("padding", [None, PADDED])
-def test_a_step_takes_no_number_from_the_host(dtype, padding):
+def test_a_step_takes_no_number_from_the_host(dtype, padding, monkeypatch):
     """Catches a constant that is made on the host and copied, or a value that is read: a driver refuses to record
     either. On the device `meta`, which has no numbers, a copy from the host can be seen and a value cannot be read.
     """
     backend = pg.get_backend("torch")
+    monkeypatch.setattr(type(backend), "resolve_device", lambda self, device: torch.device(device))  # allows `meta`
     params = on_backend(backend, WEIGHTS, dtype, device="meta")
     cache = pg.new_cache(params, CONFIG, batch=3, capacity=64, padding=padding)
     cache = cache._replace(position=torch.zeros((), dtype=torch.int64, device="meta"))

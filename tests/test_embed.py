@@ -65,10 +65,10 @@ def test_the_bound_of_unembed_is_tight(backend, dtype):
 
 
 def test_a_table_that_was_prepared_means_the_same(backend, dtype):
-    """Catches a layout that `prepare` likes and an op does not: the rows are the same, the logits within the bound."""
+    """Catches a layout that `relayout` likes and an op does not: the rows are the same, the logits within the bound."""
     random = np.random.default_rng(3)
     x, w, ids = normal(random, (4, 24), dtype), normal(random, (70, 24), dtype), np.asarray([[69, 0], [7, 7]], np.int32)
-    table = backend.prepare("wte", backend.from_numpy(w))
+    table = backend.relayout("wte", backend.from_numpy(w))
     for form, op in bounds.forms(pg.embed, backend).items():
         assert backend.to_numpy(op(backend.from_numpy(ids), table)).tobytes() == w[ids].tobytes(), form
     for form, op in bounds.forms(pg.unembed, backend).items():

@@ -126,7 +126,7 @@ def test_a_full_length_generation_compiles_once_for_each_size_of_the_cache(backe
     model = pg.GPT2(CONFIG, on_backend(backend, WEIGHTS))
 
     list(model.stream_ids([3, 4, 5], max_new_tokens=147))
-    if backend.recompiles:
+    if backend.compiles_per_shape:
         assert traces == [(1, 64), (1, 1), (1, 1), (1, 1)]
         list(model.stream_ids([6] * 17, max_new_tokens=133))
         assert len(traces) == 4
@@ -138,8 +138,8 @@ def test_few_compilations_serve_every_length(backend, monkeypatch):
     """Catches a compilation for each length of a prompt: on a context of 1024, a generation of its whole length takes
     at most 7, and prompts from 1 to 1000 tokens at most 6 more (every 13th length, and those beside a power of 2).
     """
-    if not backend.recompiles:
-        assert backend.compile(pg.gpt2, bound=1).func is pg.gpt2  # nothing is compiled: there is nothing to count
+    if not backend.compiles_per_shape:
+        assert backend.compile(pg.gpt2, 1).func is pg.gpt2  # nothing is compiled: there is nothing to count
         return
     traces = []
 
@@ -224,7 +224,9 @@ def test_generation_enters_the_models_device(backend, monkeypatch):
     list(model.stream_ids([3] * 60, max_new_tokens=6))
     model.logits([[1, 2]])
 
-    expected = {"transformer", "new_cache", "unembed", "gpt2"} | ({"grow_cache"} if backend.recompiles else set())
+    expected = {"transformer", "new_cache", "unembed", "gpt2"} | (
+        {"grow_cache"} if backend.compiles_per_shape else set()
+    )
     assert {name for name, _ in inside} == expected
     assert all(within for _, within in inside)
     assert not entered

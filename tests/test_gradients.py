@@ -236,7 +236,7 @@ def test_gradients_of_the_loss_agree_on_every_backend(backend, name):
     found = {"by hand": by_hand(backend, weights, config, "float32")}
     own = backend.value_and_grad(lambda params, tokens: pg.loss(params, tokens, config))
     if own is not NotImplemented:
-        compiled = backend.compile(lambda _, params, tokens: own(params, tokens))  # where other kernels may run
+        compiled = backend.compile(lambda params, tokens: own(params, tokens))  # where other kernels may run
         arguments = on_backend(backend, weights), backend.from_numpy(TOKENS)
         found |= {"own": own(*arguments), "own, compiled": compiled(*arguments)}
     error = max(abs(single[path] - truth[path]).max() for path in truth)
@@ -279,7 +279,7 @@ def test_a_row_that_is_read_twice_gets_both_gradients(backend):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_loss_of_16_bits_is_computed_in_float32(backend, dtype):
     """Catches a loss that is rounded to eight bits: it would not move for hundreds of steps."""
-    if dtype not in backend._dtypes:
+    if dtype not in backend.dtypes:
         return
     weights = random_weights(CONFIG)
     params, tokens = on_backend(backend, weights, dtype), backend.from_numpy(TOKENS)

@@ -88,7 +88,7 @@ def test_a_compiled_model_can_be_observed(model, truth):
         pg.gpt2(params, tokens, CONFIG, observe=found.__setitem__)
         return found["h1/attn/weights"]
 
-    step = model.backend.compile(weights, bound=model.params)
+    step = model.backend.compile(weights, model.params)
     found = model.backend.to_numpy(step(model.backend.from_numpy(np.asarray([IDS], np.int32))))
     np.testing.assert_allclose(found, truth["h1/attn/weights"], atol=1e-4)
 

@@ -170,7 +170,7 @@ def test_the_first_fifty_losses_are_those_of_float64(backend, true_losses):
 @pytest.mark.parametrize("compiled", [True, False], ids=["by hand", "by the framework"])
 def test_either_gradient_trains_as_well(backend, compiled, true_losses, monkeypatch):
     """The hand-written backward pass on every backend, and each framework's own, whichever it trains by."""
-    monkeypatch.setattr(type(backend), "recompiles", compiled)
+    monkeypatch.setattr(type(backend), "handwritten_gradient_is_faster", compiled)
     _, losses = trajectory(backend, FIFTY, 50, text=learnable)
     np.testing.assert_allclose(losses, true_losses, rtol=1e-4)
 
@@ -182,7 +182,7 @@ def test_what_is_compiled_as_a_whole_trains_by_hand(backend, dtype, monkeypatch)
     monkeypatch.setattr(gradients, "loss", lambda *args, loss=gradients.loss: used.append(1) or loss(*args))
     trajectory(backend, dataclasses.replace(RECIPE, dtype=dtype), 1)
     has_its_own = backend.value_and_grad(abs) is not NotImplemented
-    assert bool(used) == (not has_its_own or (backend.recompiles and dtype == "float32"))
+    assert bool(used) == (not has_its_own or (backend.handwritten_gradient_is_faster and dtype == "float32"))
 
 
 def test_accumulated_batches_are_one(backend):

@@ -378,7 +378,7 @@ def test_a_large_weight_under_transforms_of_torch(torch, rows):
     """
     generator = torch.Generator().manual_seed(rows)
     x, w, b = (torch.randn(shape, generator=generator) for shape in ((rows, 768), (768, 384), (384,)))
-    table = w.mT  # laid out as `prepare` does
+    table = w.mT  # laid out as `relayout` does
     plain = x @ w
     close = functools.partial(torch.testing.assert_close, rtol=0, atol=24 * 768 * UNIT["float32"])
     for fn, expected in ((lambda x, w: pg.conv1d(x, w, b), plain + b), (lambda x, w: pg.unembed(x, w.mT), plain)):
@@ -401,7 +401,8 @@ def test_a_large_weight_under_transforms_of_torch(torch, rows):
 def test_ops_need_no_data(torch, name, form):
     """Catches an op that looks at values to decide what to do: on the meta device there are none."""
     case = CASES[name]
-    result = call(case, form)(*case.on(pg.get_backend("torch"), "float32", device="meta").values())
+    arrays = case.on(pg.get_backend("torch"), "float32").values()
+    result = call(case, form)(*[x.to("meta") for x in arrays])
     assert result.device.type == "meta"
     assert tuple(result.shape) == case.reference().shape
 

@@ -1,7 +1,8 @@
 """Tokens from a model: prefill, then decode over cached keys and values, for a batch of texts.
 
-Where every new shape costs a compilation (`Backend.recompiles`), prompts are padded, and caches have room for 64, 128,
-256 ... tokens, so that a whole generation compiles a handful of times. Elsewhere the cache has its final size at once.
+Where every new shape costs a compilation (`Backend.compiles_per_shape`), prompts are padded, and caches have room for
+64, 128, 256 ... tokens, so that a whole generation compiles a handful of times. Elsewhere the cache has its final size
+at once.
 """
 
 from __future__ import annotations
@@ -68,11 +69,11 @@ class Decoder:
             h, extended = transformer(params, tokens, config, cache)
             return unembed(backend.xp.take(h, last, axis=1), output_embedding(params)), extended
 
-        self._step = backend.compile(step, bound=params, donate=("cache",))
+        self._step = backend.compile(step, params, donate=("cache",))
 
     def capacity(self, length: int, final: int) -> int:
         """Return how many tokens a cache should have room for, for a text of this length and its final length."""
-        return padded_length(length, self.config.n_ctx) if self.backend.recompiles else final
+        return padded_length(length, self.config.n_ctx) if self.backend.compiles_per_shape else final
 
     def read(self, rows: Sequence[list[int]], cache: KVCache) -> tuple[np.ndarray, KVCache]:
         """Extend the cache by rows of equal length; return the logits [batch, n_vocab] after each row, on the host.
@@ -80,7 +81,7 @@ class Decoder:
         Rows may be padded at the end: the mask hides the padding's keys until they are overwritten.
         """
         n, start = len(rows[0]), cache.position
-        if n > 1 and self.backend.recompiles:
+        if n > 1 and self.backend.compiles_per_shape:
             room = self.backend.shape(cache.k[0])[-2] - start
             padding = [0] * (min(padded_length(n, self.config.n_ctx), room) - n)
             rows = [row + padding for row in rows]

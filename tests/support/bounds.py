@@ -469,14 +469,14 @@ def compute(op: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **
 def forms(op: Any, backend: Any, *, compiled: bool = False, **options: Any) -> dict[str, Callable[..., Any]]:
     """Return the ways to run an op, by name: its kernel, its definition, and both compiled where that differs."""
     found = {"kernel": op, "reference": op.reference}
-    if compiled and backend.recompiles:
+    if compiled and backend.compiles_per_shape:
         for name, form in list(found.items()):
             found[f"compiled {name}"] = _compiled(form, backend, options)
     return found
 
 
 def _compiled(form: Callable[..., Any], backend: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    function = backend.compile(lambda _, arrays: form(*arrays, **options))
+    function = backend.compile(lambda arrays: form(*arrays, **options))
 
     @functools.wraps(form)
     def call(*arrays: Any, **_: Any) -> Any:
@@ -487,7 +487,7 @@ def _compiled(form: Callable[..., Any], backend: Any, options: dict[str, Any]) -
 
 def compute_everywhere(op: Any, dtype: str, *arrays: np.ndarray | None, **options: Any) -> dict[str, np.ndarray]:
     """Run an op on every backend that is installed and has the dtype; return the results by the backend's name."""
-    backends = [backend for backend in map(pg.get_backend, pg.available_backends()) if dtype in backend._dtypes]
+    backends = [backend for backend in map(pg.get_backend, pg.available_backends()) if dtype in backend.dtypes]
     return {backend.name: compute(op, backend, *arrays, **options) for backend in backends}
 
 

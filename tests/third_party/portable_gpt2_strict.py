@@ -9,7 +9,7 @@ import numpy as np
 
 from portable_gpt2.backend import Backend
 
-_DEVICES = {"CPU_DEVICE": "cpu", "device1": "device1", "device2": "device2"}
+_DEVICES = {"cpu": xp.Device("CPU_DEVICE"), "device1": xp.Device("device1"), "device2": xp.Device("device2")}
 
 
 class StrictBackend(Backend):
@@ -18,20 +18,16 @@ class StrictBackend(Backend):
     name = "array_api_strict"
     array_types = (type(xp.asarray(0)),)
     xp = xp
-    _dtypes = {"float32": xp.float32, "float64": xp.float64}
+    dtypes = {"float32": xp.float32, "float64": xp.float64}
 
     def devices(self):
-        return list(_DEVICES.values())
-
-    def _find_device(self, device):
-        own = {name: xp.Device(key) for key, name in _DEVICES.items()}
-        return device if isinstance(device, xp.Device) else own.get(device)
+        return _DEVICES
 
     def device(self, x):
-        return {xp.Device(key): name for key, name in _DEVICES.items()}[x.device]
+        return next(name for name, device in _DEVICES.items() if device == x.device)
 
     def from_numpy(self, a, dtype=None, device=None):
-        device = self.default_device if device is None else self.find_device(device)
+        device = self.default_device if device is None else self.resolve_device(device)
         return xp.asarray(self.host_array(a, dtype), device=device)
 
     def to_numpy(self, x):
