@@ -164,6 +164,7 @@ def leaves(tree):
 
 
 @pytest.mark.parametrize("backend", SECOND, indirect=True)
+@pytest.mark.usefixtures("with_shapes_alone")
 def test_strays_are_seen(backend):
     """Catches a watch that sees nothing: what is computed on the first device must show."""
     device = SECOND[backend.name]
