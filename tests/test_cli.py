@@ -87,7 +87,7 @@ def test_the_prompt_and_its_continuation_go_to_stdout(command, backend, checkpoi
     first, last = err.splitlines()
     assert first == (
         "<GPT2 of 2 layers, 2 heads, 16 wide, context 64, vocabulary 384, "
-        f"on {backend.name}, {backend.devices()[0]}>, seed 7, "
+        f"on {backend.name}, {next(iter(backend.devices()))}>, seed 7, "
         "from Hugging Face's layout, model.safetensors, float32"
     )
     assert re.fullmatch(r"20 tokens in \d+\.\d\d s, \d+\.\d tokens/s", last)
