@@ -1,11 +1,9 @@
 """embed and unembed: rows to the bit, and logits within a derived bound of the exact ones."""
 
-from itertools import combinations
-
 import bounds
 import hypothesis.strategies as st
 import numpy as np
-import pytest
+import operations
 import strategies
 from hypothesis import given
 
@@ -19,12 +17,7 @@ def normal(random, shape, dtype):
 @given(data=st.data())
 def test_embed_returns_the_rows_of_the_table_to_the_bit(backend, dtype, data):
     """Catches rows of a neighbour, arithmetic on what need only be copied, and writing into the argument."""
-    vocab, d = data.draw(strategies.cases([(7, 3), (1, 1), (2, 0)], st.tuples(st.integers(1, 9), st.integers(0, 9))))
-    w = data.draw(strategies.arrays((vocab, d), dtype))
-    kind = data.draw(st.sampled_from(strategies.integer_dtypes(backend)))
-    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    ids = random.integers(0, vocab, data.draw(strategies.shapes())).astype(kind)
-    ids = data.draw(strategies.laid_out(np.asarray(ids)))
+    ids, w = data.draw(operations.rows(dtype, strategies.integer_dtypes(backend)))
     expected = np.asarray(w)[ids]
     for form, op in bounds.forms(pg.embed, backend).items():
         computed = bounds.compute(op, backend, ids, w)
@@ -44,10 +37,7 @@ def test_compiled_embed_returns_the_same_bits(backend, dtype):
 @given(data=st.data())
 def test_unembed_is_within_its_error_bound(backend, dtype, data):
     """Catches a table that is not transposed, 16-bit or TF32 products, and writing into the argument."""
-    shape, vocab = data.draw(strategies.shapes(least=1)), data.draw(strategies.lengths([3, 0], most=9))
-    largest = data.draw(st.sampled_from([bounds.FORMATS[dtype].largest ** 0.5 / 8, None]))
-    x = data.draw(strategies.arrays(shape, dtype, largest=largest))
-    w = data.draw(strategies.arrays((vocab, shape[-1]), dtype, largest=largest))
+    x, w = data.draw(operations.products_with_a_table(dtype))
     expected = bounds.linear(x, w.T)
     for form, op in bounds.forms(pg.unembed, backend).items():
         computed = bounds.compute(op, backend, x, w)
@@ -86,17 +76,3 @@ def test_unembed_is_conv1d_with_the_table_transposed(backend, dtype):
     for form, op in bounds.forms(pg.unembed, backend).items():
         ratio = bounds.Bounded(bounds.exact(layer), error).ratio(bounds.compute(op, backend, x, w))
         assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
-
-
-@pytest.mark.parametrize("dtype", strategies.SHARED_DTYPES)
-def test_backends_agree_on_embed_and_unembed(dtype):
-    """Catches two backends that are both near the truth by their own account, and not near each other."""
-    random = np.random.default_rng(5)
-    x, w, ids = normal(random, (3, 32), dtype), normal(random, (90, 32), dtype), np.arange(89, -1, -7, dtype=np.int32)
-    rows = bounds.compute_everywhere(pg.embed, dtype, ids, w)
-    logits = bounds.compute_everywhere(pg.unembed, dtype, x, w)
-    error = 2 * bounds.linear(x, w.T).error
-    for one, other in combinations(rows, 2):
-        assert rows[one].tobytes() == rows[other].tobytes(), f"{one} and {other}"
-        ratio = bounds.Bounded(bounds.exact(logits[other]), error).ratio(logits[one])
-        assert ratio <= 1, f"{one} and {other} differ by {ratio:.3g} times the sum of their bounds"

@@ -1,7 +1,6 @@
 """gelu: each result within a derived bound of the exact one, in the tanh form that GPT-2 was trained with."""
 
 import math
-from itertools import combinations
 
 import bounds
 import hypothesis.strategies as st
@@ -87,17 +86,6 @@ def test_gelu_is_between_0_and_x_far_from_0_and_exact_farther_out(backend, dtype
         assert np.all(y <= np.maximum(wide, 0) * (1 + 4 * u)), form
         assert np.array_equal(y[wide > 9], wide[wide > 9]), form
         assert np.all(y[wide < -9] == 0), form
-
-
-@pytest.mark.parametrize("dtype", strategies.SHARED_DTYPES)
-def test_backends_agree_on_gelu(dtype):
-    """Catches what TensorFlow's and PyTorch's GPT-2 of Hugging Face once did: two forms of GELU, unnoticed."""
-    x = np.random.default_rng(3).normal(0, 3, (40, 25)).astype(bounds.host_dtype(dtype))
-    results = bounds.compute_everywhere(pg.gelu, dtype, x)
-    errors = {name: bound(x, pg.get_backend(name)).error for name in results}
-    for one, other in combinations(results, 2):
-        ratio = bounds.Bounded(bounds.exact(results[other]), errors[one] + errors[other]).ratio(results[one])
-        assert ratio <= 1, f"{one} and {other} differ by {ratio:.3g} times the sum of their bounds"
 
 
 @strategies.wide_dtypes

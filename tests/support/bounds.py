@@ -23,8 +23,6 @@ import ml_dtypes
 import numpy as np
 from mpmath.ctx_mp import MPContext
 
-import portable_gpt2 as pg
-
 _mp = MPContext()
 _mp.prec = 200
 
@@ -483,12 +481,6 @@ def _compiled(form: Callable[..., Any], backend: Any, options: dict[str, Any]) -
         return function(arrays)
 
     return call
-
-
-def compute_everywhere(op: Any, dtype: str, *arrays: np.ndarray | None, **options: Any) -> dict[str, np.ndarray]:
-    """Run an op on every backend that is installed and has the dtype; return the results by the backend's name."""
-    backends = [backend for backend in map(pg.get_backend, pg.available_backends()) if dtype in backend.dtypes]
-    return {backend.name: compute(op, backend, *arrays, **options) for backend in backends}
 
 
 def assert_within(bounded: Bounded, computed: np.ndarray, op: str, backend: Any, dtype: str, form: str) -> float:
