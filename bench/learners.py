@@ -59,7 +59,7 @@ class _Transformers:
     def step(self, tokens: np.ndarray) -> float:
         loss = self._loss(tokens)
         loss.backward()
-        self.torch.nn.utils.clip_grad_norm_(self.leaves, self.recipe.clip)
+        self.torch.nn.utils.clip_grad_norm_(self.leaves, self.recipe.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps, self.recipe)
         self.optimizer.step()

@@ -1,7 +1,7 @@
-"""Validation of what users pass. A check returns the value as Python's own type, which the code then computes with.
+"""Validation of the values that users pass. Most checks return the value in Python's own type.
 
-NumPy's narrow integers wrap around, and its floats round: a number that was validated is an ``int`` or a ``float`` from
-here on. Messages name the argument, what was given, and what was expected.
+NumPy's narrow integers wrap around and its narrow floats round, so the code computes with the ``int`` or the ``float``
+that a check returned. A message names the argument, the value that was given, and the values that were expected.
 """
 
 from __future__ import annotations
@@ -13,48 +13,45 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .registry import to_numpy
 
-if TYPE_CHECKING:
-    from .config import GPT2Config
-
 LARGEST = 2**63 - 1
-"""The largest count that is accepted: more would not fit into the integers of NumPy and of the frameworks."""
+"""The largest integer that is accepted: NumPy and the frameworks have no larger signed integers."""
 
 MANY = 2**20
 """The most items that are taken from an iterable."""
 
 
 def shown(x: Any) -> str:
-    """Return the repr of a value, shortened to a line: it may have a million characters, or raise."""
+    """Return the repr of a value for a message, shortened to one line. If the repr raises an error, say so."""
     try:
         text = " ".join(repr(x).split())
-    except Exception as error:  # an int of more than 4,300 digits has no repr; a stranger's class may raise anything
+    except Exception as error:  # such as ValueError for an int of more than 4,300 digits
         text = f"<{type(x).__name__} that cannot be printed: {type(error).__name__}>"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def is_int(x: Any) -> bool:
-    """Return whether x is a whole number, Python's or NumPy's. A bool is not one, and neither is 1.0."""
+    """Return whether x is an integer of Python or NumPy. True and 1.0 are not integers."""
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def is_number(x: Any) -> bool:
-    """Return whether x is a real number, Python's or NumPy's. A bool is not one."""
+    """Return whether x is a real number of Python or NumPy. True is not a number."""
     return isinstance(x, numbers.Real | np.integer | np.floating) and not isinstance(x, bool)
 
 
 def integer(name: str, x: Any, low: int = 0, high: int = LARGEST, *, note: str = "") -> int:
-    """Return a whole number from low to high as Python's int.
+    """Return an integer from low to high as Python's int.
 
     Raises
     ------
     ValueError
-        If x is not a whole number, or is out of the range. `note` is added to what was expected.
+        If x is not an integer, or is out of the range. The message ends with `note`.
 
     Examples
     --------
@@ -84,12 +81,14 @@ def number(
     below: bool = False,
     note: str = "",
 ) -> float:
-    """Return a finite number from low to high as Python's float. With `above` or `below`, that end is left out.
+    """Return a finite number from low to high as Python's float.
+
+    With `above`, it must be greater than low; with `below`, it must be less than high.
 
     Raises
     ------
     ValueError
-        If x is not a number, is NaN or infinite, or is out of the range. `note` is added to what was expected.
+        If x is not a number, is NaN or infinite, or is out of the range. The message ends with `note`.
 
     Examples
     --------
@@ -112,22 +111,22 @@ def number(
     raise ValueError(f"{name} is {shown(x)}; expected {expected}{note and f' ({note})'}")
 
 
-def seed(x: Any) -> int:
-    """Return a seed of a random stream: an int from 0 to 2**64 - 1."""
+def seed(name: str, x: Any) -> int:
+    """Return the seed of a random stream, an integer from 0 to 2^64 - 1, as Python's int."""
     if not is_int(x) or not 0 <= x < 2**64:
-        raise ValueError(f"seed is {shown(x)}; expected an int from 0 to 2**64 - 1")
+        raise ValueError(f"{name} is {shown(x)}; expected an int from 0 to 2**64 - 1")
     return operator.index(x)
 
 
 def path(name: str, x: Any) -> Path:
-    """Return a path that names something: an empty one would be the current directory.
+    """Return a path. An empty path, which would name the current directory, is refused.
 
     Raises
     ------
     TypeError
-        If x is not a str or an `os.PathLike` of one.
+        If x is not a str, or an `os.PathLike` that gives a str.
     ValueError
-        If it is empty, or holds a NUL, which no path can.
+        If it is empty, or cannot be the name of a file.
 
     Examples
     --------
@@ -146,28 +145,28 @@ def path(name: str, x: Any) -> Path:
     if not text.strip():
         raise ValueError(f"{name} is an empty path; if it comes from a variable, the variable is not set")
     if "\0" in text:
-        raise ValueError(f"{name} is {shown(text)}, which holds a NUL character; no path can")
+        raise ValueError(f"{name} is {shown(text)}, which holds a NUL character; a path cannot hold one")
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise ValueError(f"{name} is {shown(text)}, which cannot be the name of a file: it is not text") from None
+        raise ValueError(f"{name} is {shown(text)}, which cannot be encoded as the name of a file") from None
     return Path(text)
 
 
 def memory(n_bytes: int, what: str) -> None:
-    """Refuse what needs more memory than the machine has, before anything is made.
+    """Refuse a computation that needs more memory than the machine has, before it allocates any.
 
     Parameters
     ----------
     n_bytes : int
-        How many bytes it takes at least.
+        A lower bound of the memory that is needed.
     what : str
-        What takes them, as the message begins: ``a vocabulary of 10**12 entries``.
+        The object that needs the memory. The message begins with it: ``a vocabulary of 10**12 entries``.
 
     Raises
     ------
     ValueError
-        If the machine has less memory. Where the system does not say how much it has, nothing is refused.
+        If the machine has less memory. If the system does not tell its memory, nothing is refused.
     """
     if n_bytes > (total := total_memory()):
         raise ValueError(
@@ -176,7 +175,7 @@ def memory(n_bytes: int, what: str) -> None:
 
 
 def total_memory() -> float:
-    """Return the machine's memory in bytes; infinity where the system does not say."""
+    """Return the machine's memory in bytes, or infinity if the system does not tell it."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
@@ -184,19 +183,19 @@ def total_memory() -> float:
 
 
 def flag(name: str, x: Any) -> bool:
-    """Return a switch as Python's bool; the text ``no``, which is true, and the number 0 are refused."""
+    """Return a bool of Python or NumPy as Python's bool. Numbers and texts are refused: the text ``no`` is true."""
     if isinstance(x, bool | np.bool_):
         return bool(x)
     raise ValueError(f"{name} is {shown(x)}; expected true or false")
 
 
 def several(name: str, x: Any, expected: str) -> list[Any]:
-    """Return the items of an iterable as a list; an iterator that never ends is refused after `MANY` of them.
+    """Return the items of an iterable as a list. No more than `MANY` items are read, as an iterator may never end.
 
     Raises
     ------
     TypeError
-        If x is not an iterable, or is one text or one dict, whose items would be something else than was meant.
+        If x is not an iterable, or is a single text or dict, whose characters or keys would be the items.
     ValueError
         If it has more than `MANY` items.
 
@@ -210,7 +209,7 @@ def several(name: str, x: Any, expected: str) -> list[Any]:
     """
     try:
         items = None if isinstance(x, str | bytes | bytearray | memoryview | Mapping) else iter(x)
-    except TypeError:  # an array without an axis has the method, too
+    except TypeError:  # an array without an axis has __iter__, which raises this error
         items = None
     if items is None:
         raise TypeError(f"{name} is {shown(x)}; expected {expected}, in a list")
@@ -220,13 +219,10 @@ def several(name: str, x: Any, expected: str) -> list[Any]:
     return found
 
 
-def check_ids(given: Any, config: GPT2Config, axes: int, *, may_be_empty: bool = False) -> np.ndarray:
-    """Return token ids from outside, [seq] or [batch, seq], as integers on the host, each an id of the vocabulary."""
-    return token_ids("token ids", given, config.n_vocab, axes, may_be_empty=may_be_empty)
-
-
 def token_ids(name: str, given: Any, n_vocab: int, axes: int = 1, *, may_be_empty: bool = False) -> np.ndarray:
-    """Return ids from 0 to n_vocab - 1, in a list or an array of any backend, as integers on the host.
+    """Return ids from 0 to n_vocab - 1 as a NumPy array, [seq] or, with two axes, [batch, seq].
+
+    They may be given as a list, or as an array of any backend.
 
     Examples
     --------
@@ -258,9 +254,9 @@ def token_ids(name: str, given: Any, n_vocab: int, axes: int = 1, *, may_be_empt
 
 
 def _row(name: str, given: Any, n_vocab: int) -> Any:
-    """Return a row of token ids, a list or an array; in a list, refuse what NumPy would convert to an int."""
+    """Return a row of token ids, a list or an array. Items of a list that NumPy would convert to an int are refused."""
     if isinstance(given, range):
-        return given[: n_vocab + 1]  # of more numbers than that, one of these is not an id
+        return given[: n_vocab + 1]  # a longer range has an item among these that is not an id
     if not isinstance(given, list | tuple):
         return given if is_int(given) else integers(name, given, "rows of ints")
     for kind in {*map(type, given)} - {int, list, tuple, range}:
@@ -271,7 +267,7 @@ def _row(name: str, given: Any, n_vocab: int) -> Any:
 
 
 def integers(name: str, given: Any, expected: str) -> np.ndarray:
-    """Return an array of integers of any backend on the host."""
+    """Return an array of integers, which may belong to any backend, as a NumPy array."""
     try:
         ids = to_numpy(given)
     except TypeError as error:
@@ -281,32 +277,32 @@ def integers(name: str, given: Any, expected: str) -> np.ndarray:
     return ids
 
 
-def check_length(seq: int, config: GPT2Config) -> None:
-    """Refuse more tokens than the model has positions."""
-    if seq > config.n_ctx:
-        raise ValueError(f"{seq} tokens were given; the model has n_ctx = {config.n_ctx} positions")
+def positions(n: int, n_ctx: int) -> None:
+    """Refuse a text of more tokens than the model has positions."""
+    if n > n_ctx:
+        raise ValueError(f"{n} tokens were given; the model has n_ctx = {n_ctx} positions")
 
 
-def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: GPT2Config, sliding: bool) -> int:
-    """Return how many new tokens were asked for; refuse prompts that do not fit into the context with so many."""
+def new_tokens(max_new_tokens: int, sliding: bool, prompts: Sequence[Sequence[int]], n_ctx: int) -> int:
+    """Return `max_new_tokens` as Python's int. Prompts that leave no room for so many tokens are refused."""
     max_new_tokens = integer("max_new_tokens", max_new_tokens)
     if flag("sliding", sliding):
-        if config.n_ctx < 2:
-            raise ValueError("sliding needs a context of two tokens at least; the model has n_ctx = 1")
+        if n_ctx < 2:
+            raise ValueError("sliding needs a context of at least two tokens; the model has n_ctx = 1")
         return max_new_tokens
     longest = max(map(len, prompts), default=0)
-    if longest + max_new_tokens > config.n_ctx:
-        room = config.n_ctx - longest
+    if longest + max_new_tokens > n_ctx:
+        room = n_ctx - longest
         advice = f"give at most {room}" if room > 0 else "shorten the prompt"
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} do not fit into "
-            f"n_ctx = {config.n_ctx}: {advice}, or let the window slide (sliding)"
+            f"n_ctx = {n_ctx}: {advice}, or let the window slide (sliding)"
         )
     return max_new_tokens
 
 
-def check_stop(stop: str | int | Iterable[str | int] | None, config: GPT2Config) -> tuple[set[int], list[str]]:
-    """Return the token ids and the strings that end a text."""
+def stops(stop: str | int | Iterable[str | int] | None, n_vocab: int) -> tuple[set[int], list[str]]:
+    """Return the token ids and the strings that end a text, as two collections."""
     given: list[Any] = [] if stop is None else [stop]
     if given and not isinstance(stop, str) and not is_int(stop):
         given = several("stop", stop, "a token id, a string, or several of them")
@@ -319,8 +315,8 @@ def check_stop(stop: str | int | Iterable[str | int] | None, config: GPT2Config)
             strings.append(each)
         elif not is_int(each):
             raise TypeError(f"stop names {shown(each)}; expected token ids or strings")
-        elif not 0 <= each < config.n_vocab:
-            raise ValueError(f"stop names {shown(each)}, which is not in the vocabulary of {config.n_vocab}")
+        elif not 0 <= each < n_vocab:
+            raise ValueError(f"stop names {shown(each)}, which is not in the vocabulary of {n_vocab} tokens")
         else:
             ends.add(int(each))
     return ends, strings

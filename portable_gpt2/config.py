@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import flag, integer, is_int, number, shown
+from .options import option
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class GPT2Config:
     32
     """
 
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
+    n_layer: int = option(12, "number of transformer blocks", integer)
+    n_head: int = option(12, "number of attention heads in each block; it divides n_embd", integer)
+    n_embd: int = option(768, "width of the residual stream", integer)
     n_vocab: int = 50257
-    n_ctx: int = 1024
+    n_ctx: int = option(1024, "number of positions: the longest text that the model can read, in tokens", integer)
     n_inner: int | None = None
     layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True

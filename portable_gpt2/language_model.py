@@ -1,4 +1,4 @@
-"""GPT2: a configuration, its parameters on a backend, and a tokenizer; what most users hold."""
+"""GPT2: a language model, which is a configuration, parameters on a backend, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, takewhile
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from . import checks
 from .backend import Backend
 from .cache import check_cache_size
 from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
-from .checks import check_ids, check_length, check_room, check_stop, flag, integer, memory, several, shown
 from .config import GPT2Config
 from .generation.completion import Completion, Request, batched, complete
 from .generation.decoder import Decoder, Generation, padded_length
@@ -24,9 +23,34 @@ from .generation.stop_strings import StopStrings
 from .model import gpt2
 from .params import Params, check_device, check_memory, check_params, flatten, nest, shapes
 from .registry import backend_of, get_backend
-from .sampling import Sampling
+from .sampling import Sampling, SamplingOptions
 from .score import Score, log_probs
 from .tokenizer import Tokenizer
+
+Stop: TypeAlias = str | int | Iterable[str | int] | None
+AllowSpecial: TypeAlias = bool | Collection[str]
+
+
+class GenerationOptions(SamplingOptions, total=False):
+    """The options of `GPT2.generate`, of `GPT2.stream` and of `GPT2.complete`: those of `Sampling`, and these.
+
+    =================  =========  ======================================================================================
+    option             default    meaning
+    =================  =========  ======================================================================================
+    max_new_tokens     100        Sample at most this many tokens. Unless sliding is true, prompt and new tokens must
+                                  fit into n_ctx.
+    stop               None       A string or a token id, or several of them, that end the text and are not part of it.
+                                  A string may be spread over several tokens.
+    sliding            False      Whether to continue a text that fills n_ctx from its last n_ctx // 2 tokens.
+    allow_special      False      Which special tokens in a prompt, such as ``<|endoftext|>``, are read as that one
+                                  token and not as text: none (False), all (True), or those of these names.
+    =================  =========  ======================================================================================
+    """
+
+    max_new_tokens: int
+    stop: Stop
+    sliding: bool
+    allow_special: AllowSpecial
 
 
 class GPT2:
@@ -37,27 +61,27 @@ class GPT2:
     config : GPT2Config
         The model's shape.
     params : dict
-        Its parameters, arrays of one backend on one device, as `init_params` makes them.
+        Its parameters, as `init_params` returns them: arrays of one backend on one device.
     tokenizer : Tokenizer, optional
-        Without one, the model works by token ids.
+        Without a tokenizer, the methods that take or return text raise an error, and those that take token ids work.
 
     Raises
     ------
     ValueError
-        If the parameters are not those of the configuration: one is missing, too many, or of another shape.
+        If a parameter is missing, is not one of the configuration's, or has another shape than the configuration says.
 
     Attributes
     ----------
     config, params, tokenizer
-        As given; params may have been laid out anew in memory.
+        As given, except that the backend may have changed the memory layout of the parameters.
     backend : Backend
-        What computes.
+        The backend of the parameters, which runs the model.
     device : str
-        Where.
+        The device of the parameters.
     source : str or None
-        What it was loaded from, in a few words.
+        A short description of the files that the model was loaded from.
     companions : dict
-        Files of the checkpoint that it was loaded from which other programs read, by name; `save` writes them again.
+        The contents, by file name, of other files of the checkpoint, such as chat templates. `save` writes them again.
 
     Examples
     --------
@@ -72,11 +96,11 @@ class GPT2:
         check_params(params, config)
         check_device(params)
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-            raise TypeError(f"tokenizer is {shown(tokenizer)}; expected a Tokenizer, such as Tokenizer.load gives")
+            raise TypeError(f"tokenizer is {checks.shown(tokenizer)}; expected a Tokenizer (Tokenizer.load reads one)")
         if tokenizer is not None and tokenizer.n_base > config.n_vocab:
             raise ValueError(
-                f"the tokenizer has {tokenizer.n_base} entries and the model {config.n_vocab}; without a tokenizer it "
-                f"works by token ids"
+                f"the tokenizer has {tokenizer.n_base} entries and the model {config.n_vocab}; without a tokenizer the "
+                f"model works with token ids"
             )
         backend = backend_of(params["wte"])
         with backend.on(backend.placement(params["wte"])):
@@ -110,52 +134,52 @@ class GPT2:
         device: Any = None,
         dtype: str | None = None,
         tokenizer: Tokenizer | Literal["auto"] | None = "auto",
-        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+        progress: Callable[[Iterable[str]], Iterable[str]] = iter,
     ) -> GPT2:
         """Load a checkpoint.
 
         Parameters
         ----------
         source : path or str
-            A directory in Hugging Face's layout (``config.json``; ``model.safetensors``, or several and their index, or
-            ``pytorch_model.bin``), OpenAI's (``hparams.json``, ``model.ckpt``) or nanoGPT's (``ckpt.pt``), with the
-            tokenizer's files for text; without them the model works by ids. Where there is none of this name, the small
-            model ``shakespeare`` that is a part of this package, or a model of the hub: ``gpt2``, ``user/model`` or
-            ``user/model@revision``.
+            A directory, or the name of a model: ``shakespeare``, a small model that comes with this package, or a model
+            of the Hugging Face hub (``gpt2``, ``user/model``, ``user/model@revision``). A directory of the same name is
+            preferred. A directory has Hugging Face's layout (``config.json`` with ``model.safetensors``, with several
+            such files and their index, or with ``pytorch_model.bin``), OpenAI's (``hparams.json`` with ``model.ckpt``)
+            or nanoGPT's (``ckpt.pt``). Text needs the tokenizer's files as well.
         backend : str or Backend, optional
-            What computes; the default backend (see `get_backend`) unless given.
+            The backend that runs the model; the default backend (see `get_backend`) unless given.
         device : str or the framework's own device object, optional
-            Where: ``cpu``, ``cuda``, ``cuda:1`` ...; the framework's default unless given.
+            ``cpu``, ``cuda``, ``cuda:1`` ...; the framework's default device unless given.
         dtype : str, optional
-            ``float32`` unless given; ``float64``, ``bfloat16`` or ``float16`` where the backend computes in them
-            (NumPy stores 16 bits and computes in float32).
+            ``float32`` unless given; ``float64``, ``bfloat16`` or ``float16`` if the backend supports them (NumPy
+            stores 16 bits and computes in float32).
         tokenizer : Tokenizer, "auto" or None
-            The tokenizer: the checkpoint's own unless given (``"auto"``), another one, or none (None): the model then
-            works by token ids, whatever the checkpoint's own is. A tokenizer may have more tokens than the model if
-            those were added to its vocabulary, such as ``[PAD]``; a text that has one of them is refused.
+            The checkpoint's own tokenizer (``"auto"``), another tokenizer, or none. A tokenizer may have tokens, such
+            as ``[PAD]``, that were added to it and not to the model; a text that contains one of them is refused.
         progress : callable, optional
-            Wraps the iterable of tensors that are loaded one by one, as tqdm does.
+            Wraps the iterable of the tensors' paths while they are loaded, as tqdm does.
 
         Raises
         ------
         CheckpointError
-            If the files are not those of a whole GPT-2. The message names the file and the tensor. If it is the
-            tokenizer that cannot be used, the model can be loaded without it (``tokenizer=None``).
+            If the files are not those of a complete GPT-2. The message names the file and the tensor. If only the
+            tokenizer cannot be used, the model can be loaded without it (``tokenizer=None``).
         BackendNotInstalled
-            If the backend's framework is missing, or one that it takes to read the files. The message says what to
+            If the framework of the backend, or the one that reads the files, is not installed. The message says what to
             install.
         ValueError
-            If there is no such device or dtype, or a weight is beyond the dtype's range.
+            If there is no such device or dtype, or a weight is outside the range of the dtype.
         TypeError
-            If the backend would narrow the dtype in silence. The message names the switch that permits it.
+            If the framework would silently convert the dtype to a narrower one. The message names the setting that
+            changes this.
         """
         owner = get_backend(backend, device)
         dtype = "float32" if dtype is None else dtype
         owner.dtype(dtype)
         found = read_checkpoint(source, tokenizer=tokenizer)
         tensors, params = found.tensors, dict[str, Any]()
-        # One tensor at a time, and each is let go before the next is read. The largest first: what is in memory twice
-        # for a moment is so while there is little else, and leaves room that the next ones fit into.
+        # A tensor is in memory twice while it is copied to the backend. The largest tensors are loaded first, when
+        # little else is in memory; the smaller ones fit into the memory that is freed afterwards.
         order = sorted(tensors, key=lambda path: -math.prod(tensors[path].shape))
         with owner.on(owner.default_device):
             for path in progress(order):
@@ -169,20 +193,19 @@ class GPT2:
     def save(self, directory: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the model, and its tokenizer if it has one, as a checkpoint that `load` and transformers read.
 
-        Files of transformers that stood next to a model which was loaded (``generation_config.json``, chat templates
-        ...) are written again.
+        The files in `companions` (``generation_config.json``, chat templates ...) are written, too.
 
         Parameters
         ----------
         directory : path
-            Where to. It appears complete or not at all.
+            The directory. It appears complete or not at all.
         force : bool
-            Whether to replace a directory that exists, with all that it holds.
+            Whether to replace a directory that exists, with everything in it.
 
         Raises
         ------
         FileExistsError
-            If the directory exists and may not be replaced. Nothing is written.
+            If the directory exists and force is false. Nothing is written.
         """
         directory = checks.path("directory", directory)
         tensors = {path: stored(x) for path, x in flatten(self.params)}
@@ -206,15 +229,15 @@ class GPT2:
         TypeError
             If the ids are not integers.
         ValueError
-            If they are not of two axes, one is not in the vocabulary, or there are more than n_ctx in a row.
+            If the ids do not have two axes, an id is not in the vocabulary, or a row has more than n_ctx ids.
         """
-        tokens = check_ids(token_ids, self.config, axes=2)
+        tokens = checks.token_ids("token ids", token_ids, self.config.n_vocab, axes=2)
         _, seq = tokens.shape
-        check_length(seq, self.config)
+        checks.positions(seq, self.config.n_ctx)
         padding = padded_length(seq, self.config.n_ctx) - seq if self.backend.compiles_per_shape else 0
         n_logits = len(tokens) * (seq + padding) * self.config.n_vocab
         check_memory(n_logits, self.params["wte"], f"logits of {len(tokens):,} x {seq} tokens")
-        padded = np.pad(tokens, ((0, 0), (0, padding)))  # no token sees those behind it
+        padded = np.pad(tokens, ((0, 0), (0, padding)))  # attention is causal: no token sees the padding after it
         with self.backend.on(self._device):
             logits = self._logits(self.backend.from_numpy(padded, device=self._device))
             return logits[:, :seq, :] if padding else logits
@@ -224,77 +247,62 @@ class GPT2:
         ids: Any,
         *,
         max_new_tokens: int = 100,
-        temperature: float = 1.0,
-        top_k: int | None = 40,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
         stop: int | Iterable[int] | None = None,
         sliding: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[int]:
-        """Return an iterator over the token ids that continue some token ids, as they are drawn.
+        """Return an iterator over token ids that continue a prompt, which yields each id as soon as it is sampled.
 
         Parameters
         ----------
         ids : int [seq]
-            The prompt: a list or an array, of at least one id.
-        max_new_tokens : int
-            How many to draw at most. Prompt and continuation fit into n_ctx together, unless sliding.
-        temperature, top_k, top_p, min_p, repetition_penalty
-            See `sampling.sample`: temperature 0 is greedy; 0 or None switch top_k off, None top_p and min_p, 1 the
-            penalty.
-        seed : int, optional
-            The same seed gives the same tokens on every backend; a random one unless given.
-        stop : int or ints, optional
-            Token ids that end the continuation, and are not part of it.
-        sliding : bool
-            Where the text fills n_ctx, go on from its last n_ctx // 2 tokens, which are read anew; else refuse what
-            would come to that.
+            The prompt: a list or an array of at least one token id.
+        max_new_tokens, stop, sliding
+            See `GenerationOptions`. Here stop names token ids only.
+        **options
+            See `Sampling`.
 
         Raises
         ------
         TypeError
-            If the ids are not integers.
+            If the ids are not integers, or there is no such option.
         ValueError
-            If an id is not in the vocabulary, an option makes no sense, or the whole would not fit into n_ctx.
-            All is checked at the call, before anything is computed.
+            If an id is not in the vocabulary, an option is not valid, or the text would not fit into n_ctx. Everything
+            is checked at the call, before the model runs.
         """
-        prompt = check_ids(ids, self.config, axes=1).tolist()
-        ends, strings = check_stop(stop, self.config)
+        prompt = checks.token_ids("token ids", ids, self.config.n_vocab).tolist()
+        ends, strings = checks.stops(stop, self.config.n_vocab)
         if strings:
             raise TypeError(f"stop names {strings[0]!r}; expected token ids (stream and generate take strings)")
-        max_new_tokens = check_room([prompt], max_new_tokens, self.config, sliding)
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        generated = self._decoder.stream([Generation(prompt, sampling)], max_new_tokens)
+        max_new_tokens = checks.new_tokens(max_new_tokens, sliding, [prompt], self.config.n_ctx)
+        generated = self._decoder.stream([Generation(prompt, Sampling(**options))], max_new_tokens)
         return takewhile(lambda token: token not in ends, (generation.tokens[-1] for generation in generated))
 
     def stream(
         self,
         prompt: str,
         *,
-        stop: str | int | Iterable[str | int] | None = None,
-        allow_special: bool | Collection[str] = False,
-        **options: Any,
+        max_new_tokens: int = 100,
+        stop: Stop = None,
+        sliding: bool = False,
+        allow_special: AllowSpecial = False,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
-        """Return an iterator over the text that continues a prompt, in pieces as they come.
+        """Return an iterator over the pieces of the text that continues a prompt.
 
-        There is a piece for each token, empty while a character that is split over tokens is not whole, or while the
-        text may be the beginning of a stop string. The text ends at ``<|endoftext|>`` or another of the
-        configuration's ends (`GPT2Config.eos_token_id`), or before what ``stop`` names. An empty prompt starts from the
-        configuration's bos_token_id, which is ``<|endoftext|>`` in GPT-2.
+        It yields a piece for each token. The piece is empty while a character that is spread over several tokens is not
+        complete, and while the text may be the beginning of a stop string. The text ends at ``<|endoftext|>``, at
+        another id of `GPT2Config.eos_token_id`, or before a stop string or a stop token.
 
         Parameters
         ----------
         prompt : str
-            What to continue.
-        stop : str, int, or several of them, optional
-            Strings, found across the borders of tokens too, and token ids that end the text and are not part of it.
-        allow_special : bool or collection of str
-            Which special tokens that the prompt spells are that one token and not text: none (False), all (True), or
-            those of these names; see `Tokenizer.encode`.
+            The text to continue. An empty prompt starts from the configuration's bos_token_id (in GPT-2,
+            ``<|endoftext|>``).
+        max_new_tokens, stop, sliding, allow_special
+            See `GenerationOptions`.
         **options
-            As for `stream_ids`.
+            See `Sampling`.
 
         Raises
         ------
@@ -303,9 +311,10 @@ class GPT2:
         """
         tokenizer = self._require_tokenizer()
         ids = self._prompt_ids(prompt, allow_special)
-        ends, strings = check_stop(stop, self.config)
-        generated = self.stream_ids(ids, stop=ends.union(self._end_of_text()), **options)
-        return StreamingDetokenizer(tokenizer.decoder(), strings).pieces(generated)
+        ends, strings = checks.stops(stop, self.config.n_vocab)
+        ends.update(self._end_of_text())
+        tokens = self.stream_ids(ids, max_new_tokens=max_new_tokens, stop=ends, sliding=sliding, **options)
+        return StreamingDetokenizer(tokenizer.decoder(), strings).pieces(tokens)
 
     def complete(
         self,
@@ -314,100 +323,105 @@ class GPT2:
         num_samples: int = 1,
         batch_size: int = 8,
         max_new_tokens: int = 100,
-        temperature: float = 1.0,
-        top_k: int | None = 40,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | int | Iterable[str | int] | None = None,
+        stop: Stop = None,
         sliding: bool = False,
-        allow_special: bool | Collection[str] = False,
+        allow_special: AllowSpecial = False,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[Completion]:
-        """Return an iterator over what continues several prompts, computed several at a time.
+        """Return an iterator over the continuations of several prompts, which are computed in batches.
 
-        Each text is what the prompt alone would have given with the same seed: it depends neither on the other prompts
-        nor on their order. Equal prompts therefore get equal texts if a seed is given; without one, each prompt gets a
-        random seed of its own, which `Completion` has.
+        The continuation of a prompt does not depend on the other prompts: it is the one that the same seed gives for
+        that prompt alone. Without a seed, each prompt gets a random seed, which its `Completion` has.
 
         Parameters
         ----------
         prompts : strs
-            What to continue, of any lengths.
+            The texts to continue, of any lengths.
         num_samples : int
-            How many continuations of each to draw. The first is the one that `generate` draws.
+            Number of continuations of each prompt. The first is the one that `generate` returns.
         batch_size : int
-            How many texts to compute at a time.
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, sliding
-            As for `stream_ids`.
-        stop, allow_special
-            As for `stream`.
+            Number of texts in a batch.
+        max_new_tokens, stop, sliding, allow_special
+            See `GenerationOptions`.
+        **options
+            See `Sampling`.
 
         Returns
         -------
         iterator of Completion
-            In the order of the prompts, and of the samples of each.
+            In the order of the prompts, and for each prompt in the order of its samples.
 
         Raises
         ------
         TypeError, ValueError
-            As for `stream`. All prompts are checked at the call, before anything is computed.
+            As for `stream`. All prompts are checked at the call, before the model runs.
         """
         tokenizer = self._require_tokenizer()
-        num_samples, batch_size = integer("num_samples", num_samples, 1), integer("batch_size", batch_size, 1)
-        prompts = several("prompts", prompts, "texts")
+        num_samples = checks.integer("num_samples", num_samples, 1)
+        batch_size = checks.integer("batch_size", batch_size, 1)
+        prompts = checks.several("prompts", prompts, "texts")
         ids = [self._prompt_ids(prompt, allow_special) for prompt in prompts]
-        ends, strings = check_stop(stop, self.config)
-        max_new_tokens = check_room(ids, max_new_tokens, self.config, sliding)
-        options = (temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        samplings = [Sampling(*options) for _ in prompts] or [Sampling(*options)]  # without a prompt, they are checked
+        ends, strings = checks.stops(stop, self.config.n_vocab)
+        ends.update(self._end_of_text())
+        max_new_tokens = checks.new_tokens(max_new_tokens, sliding, ids, self.config.n_ctx)
+        samplings = [Sampling(**options) for _ in prompts] or [Sampling(**options)]  # checked even without a prompt
         n_rows = min(batch_size, num_samples * len(prompts))
         check_cache_size(self.params, self.config, n_rows, max(map(len, ids), default=1))
         given = zip(prompts, ids, samplings, strict=False)
         requests = (Request(p, tokens, sampling, k) for p, tokens, sampling in given for k in range(num_samples))
-        # Where the window slides, the longest text would cut the others: only those of one length go together.
+        # With sliding, a batch has prompts of one length: the longest text would otherwise shorten the others.
         groups = groupby(requests, key=lambda request: len(request.ids) if sliding else 0)
         batches = (batch for _, group in groups for batch in batched(group, batch_size))
-        ends.update(self._end_of_text())
         stops = StopStrings(strings)
         return chain.from_iterable(
             complete(self._decoder, tokenizer, batch, max_new_tokens, ends, stops) for batch in batches
         )
 
     @overload
-    def generate(self, prompt: str, *, num_samples: None = None, **options: Any) -> str: ...
+    def generate(self, prompt: str, *, num_samples: None = None, **options: Unpack[GenerationOptions]) -> str: ...
 
     @overload
     def generate(
-        self, prompt: str | list[str] | tuple[str, ...], *, num_samples: int | None = None, **options: Any
+        self, prompt: str, *, num_samples: int, batch_size: int = 8, **options: Unpack[GenerationOptions]
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        num_samples: int | None = None,
+        batch_size: int = 8,
+        **options: Unpack[GenerationOptions],
     ) -> list[str]: ...
 
     def generate(
         self, prompt: str | list[str] | tuple[str, ...], *, num_samples: int | None = None, **options: Any
     ) -> str | list[str]:
-        """Return the text that continues a prompt, the continuation only; of several prompts, a list.
+        """Return the text that continues a prompt, without the prompt. For several prompts, return a list.
 
         Parameters
         ----------
         prompt : str, or list or tuple of str
-            What to continue.
+            The text to continue, or several texts.
         num_samples : int, optional
-            How many continuations of each to draw. They come in a list, those of one prompt beside each other.
+            Number of continuations of each prompt. If it is given, the result is a list, in which the continuations of
+            a prompt are adjacent.
         **options
-            As for `stream`; where there are several, as for `complete`.
+            See `GenerationOptions` and `Sampling`. If the result is a list, also the batch_size of `complete`.
         """
         if num_samples is None and isinstance(prompt, str):
             return "".join(self.stream(prompt, **options))
         if not isinstance(prompt, str | list | tuple):
-            raise TypeError(f"prompt is {shown(prompt)}; expected a str, or a list of them")
+            raise TypeError(f"prompt is {checks.shown(prompt)}; expected a str, or a list of them")
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        n = 1 if num_samples is None else integer("num_samples", num_samples, 1)
-        memory(n * len(prompts) * sys.getsizeof(""), f"{n:,} continuations of {len(prompts):,} prompts")
+        n = 1 if num_samples is None else checks.integer("num_samples", num_samples, 1)
+        checks.memory(n * len(prompts) * sys.getsizeof(""), f"{n:,} continuations of {len(prompts):,} prompts")
         return [completion.text for completion in self.complete(prompts, num_samples=n, **options)]
 
     @overload
     def score(
-        self, texts: str, *, stride: int | None = None, bos: bool = False, allow_special: bool | Collection[str] = False
+        self, texts: str, *, stride: int | None = None, bos: bool = False, allow_special: AllowSpecial = False
     ) -> Score: ...
 
     @overload
@@ -417,7 +431,7 @@ class GPT2:
         *,
         stride: int | None = None,
         bos: bool = False,
-        allow_special: bool | Collection[str] = False,
+        allow_special: AllowSpecial = False,
     ) -> list[Score]: ...
 
     def score(
@@ -426,28 +440,26 @@ class GPT2:
         *,
         stride: int | None = None,
         bos: bool = False,
-        allow_special: bool | Collection[str] = False,
+        allow_special: AllowSpecial = False,
     ) -> Score | list[Score]:
-        """Return the log-probability of every token of a text given those before it; of several texts, a list.
+        """Return the log-probability of every token of a text given the tokens before it; for several texts, a list.
 
-        A text longer than n_ctx is read in windows, each of which scores what the one before it has not read: every
-        token is conditioned on all tokens before it or, where the text is longer than n_ctx, on at least n_ctx - stride
-        of them.
+        A text longer than n_ctx is read in windows that overlap. Each token is scored once, in the first window that
+        contains it: given all tokens before it, or at least n_ctx - stride of them.
 
         Parameters
         ----------
         texts : str or list of str
-            What to score.
+            The text, or several texts.
         stride : int, optional
-            How far apart windows start, from 1 to n_ctx - 1; n_ctx // 2 unless given. Less is slower, and gives each
-            token more to go by.
+            Distance between the beginnings of two windows, from 1 to n_ctx - 1; n_ctx // 2 unless given. A smaller
+            stride is slower and gives each token more context.
         bos : bool
             Whether to put the configuration's bos_token_id before the text. In GPT-2 it is ``<|endoftext|>``, with
-            which a document begins in its training data. Then the first token of the text is scored too; otherwise
-            nothing comes before that token, and its log-probability is NaN.
+            which a document begins in its training data. Then the first token of the text is scored as well; without it
+            the log-probability of the first token is NaN, because nothing comes before that token.
         allow_special : bool or collection of str
-            Which special tokens that the text spells, such as ``<|endoftext|>`` between documents, are that one token
-            and not text: none (False), all (True), or those of these names; see `Tokenizer.encode`.
+            See `GenerationOptions`.
 
         Returns
         -------
@@ -456,28 +468,28 @@ class GPT2:
         Raises
         ------
         TypeError, ValueError
-            If the model has no tokenizer, a text is not valid, or stride is not in its range.
+            If the model has no tokenizer, a text is not valid, or stride is out of range.
         """
-        given = [texts] if isinstance(texts, str) else several("texts", texts, "a text, or several")
+        given = [texts] if isinstance(texts, str) else checks.several("texts", texts, "a text, or several")
         encoded = [self._encode(text, allow_special) for text in given]
         scores = [self.score_ids(ids, stride=stride, bos=bos) for ids in encoded]
         return scores[0] if isinstance(texts, str) else scores
 
     def score_ids(self, ids: Any, *, stride: int | None = None, bos: bool = False) -> Score:
-        """Return the log-probability of each of some token ids given those before it: `score` without a tokenizer.
+        """Return the log-probability of each token id of a text, as `score` does. No tokenizer is needed.
 
         Parameters
         ----------
         ids : int [seq]
-            A list or an array.
+            The text: a list or an array.
         stride, bos
             As for `score`.
         """
         n_ctx = self.config.n_ctx
         stride = n_ctx // 2 if stride is None else stride
-        stride = integer("stride", stride, 1, n_ctx - 1, note="the largest is n_ctx - 1")
-        tokens = check_ids(ids, self.config, axes=1, may_be_empty=True).tolist()
-        start = [self._start("bos was asked for")] if flag("bos", bos) else []
+        stride = checks.integer("stride", stride, 1, n_ctx - 1, note="the largest is n_ctx - 1")
+        tokens = checks.token_ids("token ids", ids, self.config.n_vocab, may_be_empty=True).tolist()
+        start = [self._start("bos is true")] if checks.flag("bos", bos) else []
 
         def logits_of(window: list[int]) -> np.ndarray:
             rows: np.ndarray = self.backend.to_numpy(self.logits([window]))[0]
@@ -487,23 +499,27 @@ class GPT2:
         found = log_probs(logits_of, start + tokens, n_ctx, stride)[len(start) :]
         return Score(tokens, found, sum(n for n, p in zip(lengths, found, strict=True) if not np.isnan(p)))
 
-    def trace(self, text: str | Sequence[int], *, allow_special: bool | Collection[str] = False) -> dict[str, Any]:
-        """Return what the model computes on the way to its logits, by scope path.
+    def trace(self, text: str | Sequence[int], *, allow_special: AllowSpecial = False) -> dict[str, Any]:
+        """Return the intermediate results of the model for one text, by scope path.
 
         Parameters
         ----------
         text : str or ints
             A text, or token ids [seq].
         allow_special : bool or collection of str
-            Which special tokens that the text spells are that one token; as for `score`.
+            See `GenerationOptions`.
 
         Returns
         -------
         dict of float arrays
-            Of the model's backend, on its device, in the order of computation; [1, seq, n_embd] unless said otherwise:
-            ``embedding``, then for each layer ``h3/attn/weights`` [1, n_head, seq, seq], how much each position (row)
-            looks at each (column), and ``h3/residual``, the stream that leaves it; ``ln_f``; ``logits`` [1, seq,
-            n_vocab].
+            Arrays of the model's backend, on its device, in the order of computation. The shape is [1, seq, n_embd]
+            unless another is given:
+
+            - ``embedding``;
+            - for each layer ``h3/attn/weights`` [1, n_head, seq, seq], the weight of each key (column) for each query
+              (row), and ``h3/residual``, the output of the layer;
+            - ``ln_f``;
+            - ``logits`` [1, seq, n_vocab].
 
         Raises
         ------
@@ -519,8 +535,8 @@ class GPT2:
         (1, 2, 3, 3)
         """
         ids = self._encode(text, allow_special) if isinstance(text, str) else text
-        tokens = check_ids(ids, self.config, axes=1)[None]
-        check_length(tokens.shape[1], self.config)
+        tokens = checks.token_ids("token ids", ids, self.config.n_vocab)[None]
+        checks.positions(tokens.shape[1], self.config.n_ctx)
         found: dict[str, Any] = {}
         with self.backend.on(self._device):
             tokens = self.backend.from_numpy(tokens, device=self._device)
@@ -531,12 +547,12 @@ class GPT2:
         if self.tokenizer is None:
             raise ValueError(
                 "the model has no tokenizer: its checkpoint had no vocab.json and merges.txt, and no tokenizer.json, "
-                "or it was loaded without. Add them, or use stream_ids and logits, which work by token ids"
+                "or it was loaded without one. Add these files, or use stream_ids and logits, which take token ids"
             )
         return self.tokenizer
 
-    def _encode(self, text: str, allow_special: bool | Collection[str]) -> list[int]:
-        """Return the ids of a text; refuse tokens that were added to the tokenizer and not to the model."""
+    def _encode(self, text: str, allow_special: AllowSpecial) -> list[int]:
+        """Return the ids of a text. Tokens that were added to the tokenizer and not to the model are refused."""
         tokenizer = self._require_tokenizer()
         ids = tokenizer.encode(text, allow_special=allow_special)
         if (largest := max(ids, default=0)) >= self.config.n_vocab:
@@ -553,12 +569,12 @@ class GPT2:
         return list(dict.fromkeys(end for end in ends if end is not None and end < self.config.n_vocab))
 
     def _start(self, why: str) -> int:
-        """Return the id that a text starts from where nothing comes before it."""
+        """Return the id that stands before the first token of a document."""
         for start in (self.config.start, *self._end_of_text()):
             if start is not None:
                 return start
         raise ValueError(f"{why}, and the vocabulary has no <|endoftext|> to start from")
 
-    def _prompt_ids(self, prompt: str, allow_special: bool | Collection[str]) -> list[int]:
+    def _prompt_ids(self, prompt: str, allow_special: AllowSpecial) -> list[int]:
         ids = self._encode(prompt, allow_special) or [self._start("the prompt is empty")]
-        return check_ids(ids, self.config, axes=1).tolist()  # type: ignore[no-any-return]
+        return checks.token_ids("token ids", ids, self.config.n_vocab).tolist()  # type: ignore[no-any-return]

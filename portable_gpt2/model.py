@@ -255,7 +255,7 @@ def check_inputs(params: Params, tokens: Any, config: GPT2Config, targets: int =
     if isinstance(seq := shape[1], int):
         if seq <= targets:
             raise ValueError("a window has one token, and nothing to predict; expected int [batch, seq + 1]")
-        checks.check_length(seq - targets, config)
+        checks.positions(seq - targets, config.n_ctx)
     n_scopes = 3 + config.n_layer + (not config.tie_word_embeddings)  # wpe, wte and ln_f
     if not isinstance(params, Mapping) or len(params) != n_scopes or not {"wpe", "wte"} <= params.keys():
         check_params(params, config)

@@ -185,7 +185,7 @@ def init_params(
     check_config(config)
     owner = get_backend(backend, device)
     owner.dtype(dtype)
-    seed, scale_residual = checks.seed(seed), checks.flag("scale_residual", scale_residual)
+    seed, scale_residual = checks.seed("seed", seed), checks.flag("scale_residual", scale_residual)
     like = owner.from_numpy(np.zeros(()), dtype)
     check_memory(count(config), like, f"a model of {count(config):,} parameters in {dtype}")
 
@@ -248,7 +248,7 @@ def init_conv1d(
         raise TypeError(f"scope is {checks.shown(scope)}; expected a path, such as 'h3/attn/c_attn'")
     owner = get_backend(backend, device)
     owner.dtype(dtype)
-    nx, nf, seed = checks.integer("nx", nx), checks.integer("nf", nf), checks.seed(seed)
+    nx, nf, seed = checks.integer("nx", nx), checks.integer("nf", nf), checks.seed("seed", seed)
     w_init_stdev = checks.number("w_init_stdev", w_init_stdev)
     return {
         "w": owner.from_numpy(_initial(f"{scope}/w", (nx, nf), w_init_stdev, seed), dtype),

@@ -1,54 +1,46 @@
-"""From logits to a token: repetition penalty, temperature, top-k, top-p, min-p, in this order, and a random stream.
+"""From logits to a token: repetition penalty, temperature, top-k, top-p and min-p, in this order, then a random stream.
 
-All of it is on the host, what is added and divided in float64.
+Sampling runs on the host; arithmetic is in float64. The token is the argmax of logits / T + G, where G has one Gumbel
+variate for each entry of the vocabulary, so that the same seed gives the same token whichever framework computed the
+logits: another token may be chosen only where the two largest sums are closer together than the logits of two
+frameworks. Filters remove entries and do not shift the random stream.
 
-The same seed draws the same token whichever framework computed the logits. A draw is the argmax of logits / T + G, with
-one Gumbel variate G an entry of the vocabulary, so that it changes only where the two best sums lie closer together
-than the frameworks' logits do. Filters only mask entries; they do not shift the stream.
+To add an option, add a field to `Sampling`, its type to `SamplingOptions`, and the code that applies it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from . import checks
 from .host import float_dtypes
+from .options import documented, option, validate
 from .random import gumbel, new_seed
 from .registry import to_numpy
 
 
+@documented
 @dataclass(frozen=True)
 class Sampling:
-    """The options of sampling, validated once.
+    """The options of sampling. They are validated and converted to Python's own types when the object is made.
 
     Parameters
     ----------
-    temperature : float
-        What the logits are divided by; 0 takes the largest.
-    top_k : int, optional
-        Keep the k largest logits, and all that equal the smallest of these; 0 or None keeps all.
-    top_p : float, optional
-        Keep the smallest set of the tokens that top_k kept whose total probability reaches top_p. The token that
-        crosses the threshold is kept (Hugging Face's rule; OpenAI's code leaves it out). None keeps all.
-    min_p : float, optional
-        Drop those of the tokens that top_p kept whose probability is below min_p times that of the most likely token.
-        None drops none.
-    repetition_penalty : float
-        Divides the positive logits of the tokens that the text holds already, and multiplies the negative ones: above 1
-        they become less likely, 1 changes nothing. It applies to greedy choice too.
-    seed : int, optional
-        Names the random stream, from 0 to 2^64 - 1; a random one unless given.
+    {options}
 
     Raises
     ------
     ValueError
-        If temperature is not a finite number of at least 0, top_k not None or an int of at least 0, top_p or min_p not
-        None or a number above 0 and at most 1, repetition_penalty not a finite number above 0, or seed not an int from
-        0 to 2^64 - 1.
+        If an option is not valid. The message names the option, the value and the values that are expected.
+
+    Notes
+    -----
+    The token whose probability crosses top_p is kept, as in Hugging Face's transformers; OpenAI's code drops it. The
+    repetition penalty also changes the choice at temperature 0.
 
     Examples
     --------
@@ -58,56 +50,84 @@ class Sampling:
     Sampling(temperature=1.0, top_k=1, top_p=None, min_p=None, repetition_penalty=1.0, seed=7)
     """
 
-    temperature: float = 1.0
-    top_k: int | None = 40
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    temperature: float = option(
+        1.0,
+        "number that divides the logits: a smaller one makes likely tokens likelier, and 0 always chooses the most "
+        "likely token",
+        checks.number,
+        note="0 is greedy",
+    )
+    top_k: int | None = option(
+        40,
+        "keep only this many of the most likely tokens, and those that tie with the last of them; 0 keeps all tokens",
+        checks.integer,
+        note="0 or None is off",
+    )
+    top_p: float | None = option(
+        None,
+        "keep only the smallest set of tokens, of those that top-k keeps, whose total probability reaches this value",
+        checks.number,
+        high=1,
+        above=True,
+        note="None is off",
+    )
+    min_p: float | None = option(
+        None,
+        "drop tokens whose probability is below this value times that of the most likely token",
+        checks.number,
+        high=1,
+        above=True,
+        note="None is off",
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "number above 1 that makes tokens less likely which the text already contains: their positive logits are "
+        "divided by it and their negative logits multiplied by it; 1 changes nothing",
+        checks.number,
+        above=True,
+        note="1 is off",
+    )
+    seed: int | None = option(
+        None,
+        "number of the random stream, from 0 to 2^64 - 1: the same seed gives the same text on every backend",
+        checks.seed,
+        default_text="a random seed for each prompt",
+    )
 
     def __post_init__(self) -> None:
-        made: dict[str, Any] = {
-            "temperature": checks.number("temperature", self.temperature, note="0 is greedy"),
-            "top_k": None if self.top_k is None else checks.integer("top_k", self.top_k, note="0 or None is off"),
-            "repetition_penalty": checks.number(
-                "repetition_penalty", self.repetition_penalty, above=True, note="1 is off"
-            ),
-            "seed": new_seed() if self.seed is None else checks.seed(self.seed),
-        }
-        for name in ("top_p", "min_p"):
-            if (share := getattr(self, name)) is not None:
-                made[name] = checks.number(name, share, 0, 1, above=True, note="None is off")
-        for name, value in made.items():
-            object.__setattr__(self, name, value)
+        validate(self)
+        if self.seed is None:
+            object.__setattr__(self, "seed", new_seed())
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling` as keyword arguments of a function, for ``**options: Unpack[SamplingOptions]``."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    seed: int | None
 
 
 def sample(
-    logits: np.ndarray,
-    position: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = 40,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seen: Sequence[int] = (),
-    seed: int = 0,
-    index: int = 0,
+    logits: Any, position: int, *, seen: Sequence[int] = (), index: int = 0, **options: Unpack[SamplingOptions]
 ) -> int:
     """Sample the token at a position from the logits that the model computed for it.
 
     Parameters
     ----------
     logits : float array [n_vocab]
-        Of one text, on the host.
+        The logits, of any backend, or a list.
     position : int
-        The token's position in the whole text, the prompt included.
-    temperature, top_k, top_p, min_p, repetition_penalty, seed
-        See `Sampling`.
+        The token's position in the text. The first token of the prompt is at position 0.
     seen : ints
-        The token ids of the text so far, the prompt included: those that repetition_penalty applies to.
+        The token ids of the prompt and of the text so far, to which repetition_penalty applies.
     index : int
-        Names the random stream together with the seed: which of several samples of one text this is.
+        Which of several samples of one text this is. It chooses the random stream together with the seed.
+    **options
+        See `Sampling`. Here the seed is 0 unless given.
 
     Returns
     -------
@@ -119,7 +139,7 @@ def sample(
     TypeError
         If the logits are not an array or a list.
     ValueError
-        If an option is not valid, or the logits hold a NaN, or the largest of them is not finite.
+        If an option is not valid, the logits hold a NaN, or the largest of them is not finite.
 
     Examples
     --------
@@ -128,26 +148,27 @@ def sample(
     >>> sample(np.asarray([0.0, 3.0, 1.0]), 5, temperature=0)
     1
     """
-    options = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, checks.seed(seed))
+    options.setdefault("seed", 0)
+    sampling = Sampling(**options)
     position, index = checks.integer("position", position), checks.integer("index", index)
     x = np.asarray(logits) if isinstance(logits, list | tuple) else to_numpy(logits)
     if x.ndim != 1 or not x.size or not (x.dtype.kind in "iuf" or x.dtype in float_dtypes.values()):
         raise ValueError(f"logits have shape {list(x.shape)} and dtype {x.dtype}; expected float [n_vocab]")
     seen = checks.token_ids("seen", seen, x.size, may_be_empty=True).tolist()
-    return sample_with(options, x, position, seen, index)
+    return sample_with(sampling, x, position, seen, index)
 
 
-def sample_with(options: Sampling, logits: np.ndarray, position: int, seen: Sequence[int], index: int) -> int:
-    """Do what `sample` does, with options that are validated already."""
+def sample_with(sampling: Sampling, logits: np.ndarray, position: int, seen: Sequence[int], index: int) -> int:
+    """Return what `sample` returns, for arguments that have been validated."""
     x = logits if logits.dtype in (np.float32, np.float64) else logits.astype(np.float32)
     check_finite(x.max())
-    if options.repetition_penalty != 1 and len(seen):
-        x = penalised(x.astype(np.float64), seen, options.repetition_penalty)
-    if options.temperature == 0:
+    if sampling.repetition_penalty != 1 and len(seen):
+        x = apply_repetition_penalty(x.astype(np.float64), seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
         return int(np.argmax(x))
-    kept, scaled = survivors(x, options.temperature, options.top_k, options.top_p, options.min_p)
-    assert options.seed is not None
-    return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, options.seed, index))])
+    kept, scaled = filter_logits(x, sampling)
+    assert sampling.seed is not None
+    return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, sampling.seed, index))])
 
 
 def check_finite(largest: Any) -> None:
@@ -159,11 +180,11 @@ def check_finite(largest: Any) -> None:
         )
 
 
-def penalised(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:
-    """Return the logits with those of the tokens in seen made less likely, however often they occur.
+def apply_repetition_penalty(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:
+    """Return the logits, float64, with those of the tokens in seen made less likely, however often they occur there.
 
-    Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation", 2019, with the rule for
-    negative logits that is in use since: to divide one would raise it.
+    Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation", 2019. A negative logit
+    is multiplied, as in later implementations: to divide it would make the token likelier.
     """
     x = logits.copy()
     ids = np.unique(np.asarray(seen, np.int64))
@@ -171,27 +192,28 @@ def penalised(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.nda
     return x
 
 
-def survivors(
-    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids that the filters keep, ascending, and their logits over the temperature, the largest of them 0."""
-    if top_k and top_k < logits.size:
-        kept = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+def filter_logits(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids that the filters keep, ascending, and their logits divided by the temperature, float64.
+
+    The largest logit is subtracted before the division, so that the largest result is 0.
+    """
+    if sampling.top_k and sampling.top_k < logits.size:
+        kept = np.flatnonzero(logits >= np.partition(logits, -sampling.top_k)[-sampling.top_k])
     else:
         kept = np.arange(logits.size)
-    with np.errstate(over="ignore"):  # by a tiny temperature: to -inf, as the largest is subtracted first
-        scaled = (logits[kept].astype(np.float64) - float(logits.max())) / temperature
-    if top_p is not None and top_p < 1:
-        nucleus = _nucleus(scaled, top_p)
+    with np.errstate(over="ignore"):  # a tiny temperature gives -inf
+        scaled = (logits[kept].astype(np.float64) - float(logits.max())) / sampling.temperature
+    if sampling.top_p is not None and sampling.top_p < 1:
+        nucleus = _nucleus(scaled, sampling.top_p)
         kept, scaled = kept[nucleus], scaled[nucleus]
-    if min_p is not None:
-        likely = np.exp(scaled) >= min_p
+    if sampling.min_p is not None:
+        likely = np.exp(scaled) >= sampling.min_p
         kept, scaled = kept[likely], scaled[likely]
     return kept, scaled
 
 
 def _nucleus(scaled: np.ndarray, top_p: float) -> np.ndarray:
-    """Return the indices, ascending, of the fewest entries whose probabilities reach top_p."""
+    """Return the indices, ascending, of the smallest set of entries whose total probability reaches top_p."""
     order = np.argsort(-scaled, kind="stable")
     weights = np.exp(scaled[order])
     before = np.cumsum(weights) - weights

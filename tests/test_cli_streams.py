@@ -213,7 +213,7 @@ def test_training_that_is_told_to_end_saves_what_it_has(room, name, monkeypatch)
     assert b"Traceback" not in err
     run = pg.training.Run.open(room / name)
     assert run.last["step"] > 5
-    assert f"stopped after step {run.last['step']} of 1000000; to go on: ".encode() in err
+    assert f"stopped after step {run.last['step']} of 1000000; to continue: ".encode() in err
 
 
 def test_a_signal_that_is_ignored_stays_ignored(room, monkeypatch):

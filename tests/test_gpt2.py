@@ -1,5 +1,6 @@
 """The object that most users hold: what it loads, takes, gives and refuses, on every backend alike."""
 
+import dataclasses
 import inspect
 import threading
 
@@ -10,6 +11,7 @@ import tokenizers
 
 import portable_gpt2 as pg
 from portable_gpt2.params import flatten, nest
+from portable_gpt2.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +67,13 @@ def test_without_a_seed_each_text_is_another(model):
 
 def test_the_defaults_are_those_that_are_documented(model):
     """Catches a default that drifts: it would change the text of everybody who names a seed and nothing else."""
-    defaults = {"max_new_tokens": 100, "temperature": 1.0, "top_k": 40, "top_p": None, "seed": None, "stop": None}
-    defaults |= {"min_p": None, "repetition_penalty": 1.0, "sliding": False}
-    parameters = inspect.signature(pg.GPT2.stream_ids).parameters.values()
-    assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == defaults
+    sampling = {"temperature": 1.0, "top_k": 40, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "seed": None}
+    assert {field.name: field.default for field in dataclasses.fields(Sampling)} == sampling
+    others = {"max_new_tokens": 100, "stop": None, "sliding": False}
+    for method, more in (("stream_ids", {}), ("stream", {"allow_special": False})):
+        parameters = inspect.signature(getattr(pg.GPT2, method)).parameters.values()
+        assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == others | more
+    defaults = sampling | others
     explicit = model.generate("To be", **{**defaults, "seed": 7, "max_new_tokens": 30})
     assert model.generate("To be", seed=7, max_new_tokens=30) == explicit
 

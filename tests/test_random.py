@@ -119,8 +119,12 @@ def test_a_seed_that_nobody_gave_has_32_bits(monkeypatch):
 @pytest.mark.parametrize("value", [0, 1, 2**32, 2**63, LARGEST])
 def test_a_seed_is_any_unsigned_integer_of_64_bits(value):
     """Catches a range that is narrower in one place than in another."""
-    assert check_seed(value) == Sampling(seed=value).seed == pg.training.Recipe(seed=value).seed == value
+    assert check_seed("seed", value) == Sampling(seed=value).seed == pg.training.Recipe(seed=value).seed == value
     for wrong in (-1 - value, LARGEST + 1 + value):
-        for refuse in (check_seed, lambda x: Sampling(seed=x), lambda x: pg.training.Recipe(seed=x)):
+        for refuse in (
+            lambda x: check_seed("seed", x),
+            lambda x: Sampling(seed=x),
+            lambda x: pg.training.Recipe(seed=x),
+        ):
             with pytest.raises(ValueError, match=r"^seed is .*; expected an int from 0 to 2\*\*64 - 1$"):
                 refuse(wrong)

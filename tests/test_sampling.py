@@ -1,6 +1,8 @@
 """From logits to a token: the same draw everywhere, from the right distribution, on one pinned random stream."""
 
+import dataclasses
 import math
+import typing
 from itertools import pairwise
 
 import hypothesis.extra.numpy as hnp
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 import portable_gpt2 as pg
 from portable_gpt2.random import gumbel
-from portable_gpt2.sampling import Sampling, penalised, sample, survivors
+from portable_gpt2.sampling import Sampling, SamplingOptions, apply_repetition_penalty, filter_logits, sample
 
 # The random stream
 
@@ -90,6 +92,11 @@ def test_a_variate_depends_on_nothing_but_its_own_entry(data):
 
 
 # Filters
+
+
+def survivors(x, temperature, top_k, top_p, min_p=None):
+    return filter_logits(x, Sampling(temperature, top_k, top_p, min_p, seed=0))
+
 
 finite = st.floats(-50, 50)
 few_values = st.sampled_from([-3.0, 0.0, 0.5, 2.0])  # so that there are ties
@@ -176,12 +183,12 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(x, temperature, 
 def test_a_repetition_penalty_never_raises_a_seen_token(x, penalty, data):
     """Catches a negative logit that is divided, a token that is punished twice, and others that are touched."""
     seen = data.draw(st.lists(st.integers(0, x.size - 1), max_size=10))
-    before, y = x.copy(), penalised(x, seen, penalty)
+    before, y = x.copy(), apply_repetition_penalty(x, seen, penalty)
     np.testing.assert_array_equal(x, before)
     others = np.setdiff1d(np.arange(x.size), seen)
     np.testing.assert_array_equal(y[others], x[others])
     assert (y <= x).all()
-    np.testing.assert_array_equal(y, penalised(x, [*seen, *seen], penalty))
+    np.testing.assert_array_equal(y, apply_repetition_penalty(x, [*seen, *seen], penalty))
     if penalty > 1:
         assert all(y[i] < x[i] for i in seen if np.isfinite(x[i]) and abs(x[i]) > 1e-300)
 
@@ -464,6 +471,27 @@ GOOD_OPTIONS = {
     "seed": [0, 2**64 - 1, np.uint64(2**64 - 1), np.int32(7)],
 }
 DEFAULTS = {"temperature": 1.0, "top_k": 40, "top_p": None, "seed": 0}
+
+
+def test_every_option_is_tried():
+    """Catches an option that is added, and whose bad values nobody has thought of."""
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    assert [*BAD_OPTIONS] == [*GOOD_OPTIONS] == names
+
+
+def test_the_options_have_one_set_of_types():
+    """Catches a field of `Sampling` that a type checker does not know, or takes for another type."""
+    fields = {field.name: typing.get_type_hints(Sampling)[field.name] for field in dataclasses.fields(Sampling)}
+    assert typing.get_type_hints(SamplingOptions) == fields
+    assert not SamplingOptions.__required_keys__
+
+
+def test_every_option_is_documented():
+    """Catches a docstring from which a field is missing."""
+    text = " ".join(Sampling.__doc__.split())
+    for field in dataclasses.fields(Sampling):
+        assert f"{field.name} : {field.type}" in text
+        assert field.metadata["help"][1:] in text
 
 
 @pytest.mark.parametrize(

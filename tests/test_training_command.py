@@ -63,12 +63,14 @@ def test_texts_become_a_model(command, room, backend):
     """Catches options that are lost on the way, and a directory that is no checkpoint."""
     recipe = ["--steps", "3", "--eval-every", "2", "--learning-rate", "0.01", "--seed", "9", "--dtype", "float32"]
     args = ["--data", "a.txt", "b.txt", "--out", "run", *SMALL, *recipe, "--backend", backend.name]
-    status, out, err = command(*args, "--clip", "off", "--held-out", "0.2", "--scale-residual", "--plot", "losses.png")
+    status, out, err = command(
+        *args, "--max-grad-norm", "off", "--held-out", "0.2", "--scale-residual", "--plot", "losses.png"
+    )
     assert (status, out) == (0, "")
-    assert f"parameters on {backend.name}, cpu, 16 tokens a step" in err
+    assert f"parameters on {backend.name}, cpu, 16 tokens per step" in err
     held_out = re.findall(r"step (\d): held-out loss (\d\.\d{4})", err)
     assert [step for step, _ in held_out] == ["0", "2", "3"]
-    assert f"run: the model of step 3, held-out loss {held_out[-1][1]} nats a token" in err
+    assert f"run: the model of step 3, held-out loss {held_out[-1][1]} nats per token" in err
     assert re.search(r"3/3 .*loss \d\.\d{4}, [\d,]+ tokens/s", err)
     assert (room / "losses.png").read_bytes().startswith(b"\x89PNG")
     run = pg.training.Run.open("run")
@@ -79,7 +81,7 @@ def test_texts_become_a_model(command, room, backend):
         "eval_every": 2,
         "learning_rate": 0.01,
         "seed": 9,
-        "clip": None,
+        "max_grad_norm": None,
     }
     assert run.recipe == pg.training.Recipe(**expected)
     assert run.config == pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_ctx=8, n_vocab=260, eos_token_id=0)
@@ -111,7 +113,7 @@ def test_a_checkpoint_is_trained_further(command, room):
     options = ["--steps", "2", "--batch-size", "2", "--context", "8", "--learning-rate", "1e-5", "--warmup", "0"]
     status, _, err = command("--data", "a.txt", "--init-from", "it", "--out", "run", *options)
     assert status == 0
-    assert "16 tokens a step" in err
+    assert "16 tokens per step" in err
     after = pg.GPT2.load("run", backend="numpy")
     assert after.config == tiny.CONFIG
     assert after.tokenizer.encode("To be") == model.tokenizer.encode("To be")
@@ -224,7 +226,7 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_same_bits(command, room):
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130, err
-    assert re.search(rb"stopped after step \d+ of 2000; to go on: portable-gpt2 train --resume --out run", err)
+    assert re.search(rb"stopped after step \d+ of 2000; to continue: portable-gpt2 train --resume --out run", err)
     assert b"Traceback" not in err
     step = pg.training.Run.open("run").last["step"]
     assert 0 < step < 2000
@@ -275,7 +277,7 @@ WRONG = [
     (["--data", "a.txt", "--plot", "losses"], "losses: the name ends in no format"),
     (["--data", "b.txt", *SMALL, "--held-out", "0.001"], "the held-out text has 0 tokens and a window 9"),
     (["--resume"], "run: holds no training run to resume"),
-    (["--resume", "--steps", "7", "--data", "a.txt"], "--data, --steps: a run goes on as it was begun"),
+    (["--resume", "--steps", "7", "--data", "a.txt"], "--data, --steps: a run that is resumed keeps its options"),
 ]
 
 
@@ -298,7 +300,7 @@ def test_what_exists_is_not_written_over(command, room):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(command, room):
-    options = ["--learning-rate", "1e30", "--clip", "off", "--steps", "9"]
+    options = ["--learning-rate", "1e30", "--max-grad-norm", "off", "--steps", "9"]
     with np.errstate(all="ignore"):
         status, _, err = command("--data", "a.txt", "--out", "run", *SMALL, *options)
     assert status == 2
@@ -323,8 +325,8 @@ def test_a_loss_that_is_no_number_ends_the_run(command, room):
         (["--seed", "9" * 5000], "(5002 characters): expected a whole number of fewer digits"),
         (["--seed", "0x10"], "argument --seed: '0x10': expected a whole number"),
         (["--steps", "1e3"], "argument --steps: '1e3': expected a whole number"),
-        (["--clip", "x"], "argument --clip: 'x': expected a number or off"),
-        (["--clip", ""], "argument --clip: '': expected a number or off"),
+        (["--max-grad-norm", "x"], "argument --clip: 'x': expected a number or off"),
+        (["--max-grad-norm", ""], "argument --clip: '': expected a number or off"),
         (["--held-out", "nan"], "--held-out nan: expected a file, or a share"),
         (["--context", "9"], "--context 9: the model has n_ctx = 8 positions"),
         (["--n-lay", "3"], "unrecognized arguments: --n-lay 3"),

@@ -214,7 +214,7 @@ def test_held_out_tokens_are_predicted_once(n, length):
 
 
 def test_too_little_text_is_refused():
-    with pytest.raises(ValueError, match="the text has 5 tokens and a window 6: give more of it, or a shorter context"):
+    with pytest.raises(ValueError, match="the text has 5 tokens and a window 6: give more text, or a shorter context"):
         batch(np.arange(5), 0, batch_size=1, length=6, seed=0)
     with pytest.raises(ValueError, match="the held-out text has 5 tokens and a window 6"):
         windows(np.arange(5), 6)

@@ -35,6 +35,15 @@ OTHERS = {
 }
 
 
+def expanded(function):
+    """Yield the parameters of a function, and for ``**options: Unpack[SamplingOptions]`` those of `Sampling`."""
+    for p in inspect.signature(function).parameters.values():
+        if p.annotation == "Unpack[SamplingOptions]":
+            yield from inspect.signature(sampling.Sampling).parameters.values()
+        else:
+            yield p
+
+
 def parameters():
     """Yield the name of every parameter of a public function or method that is annotated as a number, and its kind."""
     for name, thing in PUBLIC.items():
@@ -45,7 +54,7 @@ def parameters():
             methods = {key: f for key, f in vars(thing).items() if inspect.isfunction(f) and key[0] != "_"}
             callables |= {f"{name}.{key}": f for key, f in methods.items()}
         for path, each in callables.items():
-            for p in inspect.signature(each).parameters.values():
+            for p in expanded(each):
                 kind = None if "Callable" in str(p.annotation) else NUMBER.search(str(p.annotation))
                 if kind and f"{path}.{p.name}" not in OTHERS and p.name not in OTHERS:
                     yield f"{path}.{p.name}", kind[0]

@@ -1,22 +1,30 @@
-"""Parsers of options. Each says what was expected, in one line, and knows what can be refused without a model."""
+"""Parsers, and the options that several commands share.
+
+A parser refuses a wrong value by one line on stderr. Values are checked before a model is loaded, if that is possible.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any, NoReturn
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
 
+from ..checkpoint import SHIPPED
 from ..checks import LARGEST, shown
+from ..language_model import GPT2
 from . import streams
 
+_T = TypeVar("_T")
+
 FAILED = 2
-"""The exit status of wrong use, and of everything else that fails."""
+"""The exit status of wrong use, and of every other failure."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line, which names the option, what was given, and what was expected.
+    """A parser whose errors take one line, which names the option, the value, and the values that are expected.
 
-    An option must be written in full: the beginning of a name that is unique today may not be so tomorrow.
+    An option must be written in full: an abbreviation that is unique today may be ambiguous in the next release.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -30,13 +38,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(FAILED)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        streams.write(message)  # the help; argparse itself would not notice that it is lost
+        streams.write(message)  # the help; unlike argparse, it raises an error if stdout is closed or full
 
 
 class Command(Parser):
-    """The parser of one command. It refuses an empty value of every argument that has no type: a path, or a name.
+    """The parser of one command. It refuses an empty value of an argument without a type, which is a path or a name.
 
-    An argument whose value is text says so by ``type=str``.
+    An argument whose value is text has ``type=str``.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -45,7 +53,7 @@ class Command(Parser):
 
 
 def at_least(low: int, alternative: str = "") -> Callable[[str], int]:
-    """Return a function that reads a whole number from low to 2^63 - 1."""
+    """Return a function that reads an integer from low to 2^63 - 1."""
 
     def read(text: str) -> int:
         value = _integer(text, alternative)
@@ -57,12 +65,12 @@ def at_least(low: int, alternative: str = "") -> Callable[[str], int]:
 
 
 def number_or_off(text: str) -> float | str:
-    """Read a number, or the word off."""
+    """Read a number, or the word ``off``."""
     return text if text == "off" else _number(text, " or off")
 
 
 def index_or_all(text: str) -> int | str:
-    """Read an index from 0, or the word all."""
+    """Read an index from 0, or the word ``all``."""
     return text if text == "all" else at_least(0, " or all")(text)
 
 
@@ -76,7 +84,7 @@ def stop_text(text: str) -> str:
 def _integer(text: str, alternative: str = "") -> int:
     try:
         return int(text)
-    except ValueError:  # also of more than 4,300 digits
+    except ValueError:  # also raised for more than 4,300 digits
         fewer = " of fewer digits" if text.strip().lstrip("+-").isdecimal() else ""
         raise argparse.ArgumentTypeError(f"{shown(text)}: expected a whole number{fewer}{alternative}") from None
 
@@ -92,3 +100,112 @@ def _not_empty(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("the value is empty; if it comes from a variable, the variable is not set")
     return text
+
+
+# Options that are fields of a dataclass
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "N"),
+    "int | None": (int, "N"),
+    "float": (float, "X"),
+    "float | None": (number_or_off, "X|off"),
+    "str": (None, "NAME"),
+}
+"""How a field of each type is read, and what stands for its value in the help."""
+
+
+def flag(name: str) -> str:
+    """Return the name of the option for a field, such as ``--top-k`` for ``top_k``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_fields(group: argparse._ActionsContainer, cls: type, defaults: Mapping[str, Any] | None = None) -> None:
+    """Add an option for each field of a dataclass that consists of `options.option`, with the help text of the field.
+
+    An option that is not given is None. With `defaults`, only the fields that it names are added; the help shows these
+    defaults, and the caller applies them.
+    """
+    for field in dataclasses.fields(cls):
+        if defaults is None or field.name in defaults:
+            kind, metavar = _KINDS[str(field.type)]
+            default = field.metadata["default"] if defaults is None else defaults[field.name]
+            text = f"{field.metadata['help']} (default: {default})"
+            group.add_argument(flag(field.name), type=kind, metavar=metavar, help=text)
+
+
+def given_fields(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Return the options of `add_fields` that were given, by field. The word ``off`` becomes None."""
+    found = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(cls)}
+    return {name: None if value == "off" else value for name, value in found.items() if value is not None}
+
+
+# Options of several commands
+
+
+def add_backend(group: argparse._ActionsContainer) -> None:
+    """Add the options that choose a backend and a device."""
+    add = group.add_argument
+    add(
+        "--backend",
+        metavar="NAME",
+        help="array framework that runs the model; `portable-gpt2 backends` lists them (default: the environment "
+        "variable PORTABLE_GPT2_BACKEND, or numpy)",
+    )
+    add("--device", help="device of the framework: cpu, cuda, cuda:1 ... (default: the framework's own choice)")
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Add the options that choose a model."""
+    add = command.add_argument
+    add(
+        "--model",
+        default=SHIPPED / "shakespeare",
+        metavar="DIR",
+        help="directory of a checkpoint, or the name of a model of the Hugging Face hub, such as gpt2 (default: "
+        "shakespeare, a small model that comes with this package)",
+    )
+    add_backend(command)
+    add("--dtype", help="dtype of the computation: float32, float64, bfloat16 or float16 (default: float32)")
+
+
+def load(arguments: argparse.Namespace) -> GPT2:
+    """Load the model that the options of `add_model` choose."""
+    return GPT2.load(
+        arguments.model,
+        backend=arguments.backend,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        progress=progress,
+    )
+
+
+def progress(items: Iterable[_T]) -> Iterable[_T]:
+    """Show a progress bar while tensors are loaded, if that takes longer than a second."""
+    from tqdm import tqdm
+
+    bar: Iterable[_T] = tqdm(items, desc="loading", unit=" tensors", delay=1, leave=False)
+    return bar
+
+
+def add_special(command: argparse.ArgumentParser, where: str) -> None:
+    """Add the options that choose which special tokens are read as tokens."""
+    add = command.add_argument
+    add(
+        "--allow-special",
+        action="store_true",
+        help=f"read every special token that is written in {where}, such as <|endoftext|>, as that token and not as "
+        "text",
+    )
+    add(
+        "--allow-special-token",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="read this special token as a token, and other special tokens as text; may be given several times",
+    )
+
+
+def allow_special(arguments: argparse.Namespace) -> bool | list[str]:
+    """Return the value of the options of `add_special`, as `Tokenizer.encode` takes it."""
+    names: list[str] = arguments.allow_special_token
+    return arguments.allow_special or names or False

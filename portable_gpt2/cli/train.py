@@ -1,135 +1,156 @@
-"""``portable-gpt2 train``: from texts to a directory that `GPT2.load` and transformers load."""
+"""``portable-gpt2 train``: train a model and write a directory that `GPT2.load` and transformers read."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from .. import checks
 from ..backend import Backend
-from ..checkpoint import Checkpoint, cast, read_checkpoint
+from ..checkpoint import cast, read_checkpoint
 from ..config import GPT2Config
-from ..params import check_memory, count, init_params, nest
+from ..host import StoredTensor
+from ..params import Params, check_memory, count, init_params, nest
 from ..registry import get_backend
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import END_OF_TEXT
-from ..training.data import check_room, documents, train_tokenizer, write_tokens
+from ..training.data import check_window, documents, train_tokenizer, write_tokens
 from ..training.loop import train
 from ..training.recipe import Recipe
 from ..training.run import Run, check_new
-from ..training.trainer import State, Trainer
+from ..training.trainer import State, Trainer, micro_batch_tokens
 from . import signals, streams
-from .options import at_least, number_or_off
+from .options import add_backend, add_fields, at_least, flag, given_fields
+from .texts import Texts
 
-_MODEL = {
-    "n_layer": (4, "blocks"),
-    "n_head": (4, "attention heads of each"),
-    "n_embd": (256, "width"),
-    "n_ctx": (256, "positions"),
-}
-_RECIPE = {
-    "steps": "number of training steps",
-    "batch_size": "windows of text in a batch",
-    "accumulate": "batches whose gradients are averaged for one step",
-    "context": "tokens in a window",
-    "learning_rate": "learning rate at the end of warm-up, the highest",
-    "warmup": "steps of linear warm-up of the learning rate",
-    "final_rate": "learning rate at the end of the cosine, as a share of the highest",
-    "weight_decay": "weight decay of the matrices; biases and gains do not decay",
-    "beta1": "decay rate of the gradient's moving average",
-    "beta2": "decay rate of the squared gradient's moving average",
-    "eps": "added to the denominator of Adam's update",
-    "clip": "scale the gradient down to this norm where it is larger; off never scales it",
-    "seed": "seed of the initial weights and of the choice of windows",
-    "dtype": "dtype of the computation: float32, float64 or bfloat16",
-    "eval_every": "steps from one evaluation on held-out text to the next; each saves a checkpoint",
-}
-_INTS = ("steps", "batch_size", "accumulate", "context", "warmup", "seed", "eval_every")
+_T = TypeVar("_T")
+
+_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ctx": 256}
+"""The shape of a new model: the fields of GPT2Config that have options, and their defaults."""
+
 _HELD_OUT = "0.05"
 _VOCAB_SIZE = 2048
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """Add the options of the command. An option that is not given is None: a run that is resumed has its own."""
-    add = command.add_argument
-    add("--out", required=True, metavar="DIR", help="what to write: a checkpoint, and what it takes to resume")
-    add("--resume", action="store_true", help="go on with the run in DIR, as it was begun")
-    add("--backend", metavar="NAME", help="what computes (default: $PORTABLE_GPT2_BACKEND, else numpy)")
-    add("--device", help="where: cpu, cuda, cuda:1 ... (default: the framework's)")
-    add("--plot", metavar="FILE", help="draw the losses at the end: .png, .svg, .pdf ...")
+def add_to(commands: Any) -> None:
+    """Add the command to a parser's commands. An option that is not given is None, and a resumed run keeps its own."""
+    parser = commands.add_parser(
+        "train",
+        help="train a new model, or continue to train a checkpoint",
+        description="Train a new model, or continue to train a checkpoint. DIR becomes a checkpoint, which the option "
+        "--model of the other commands takes. Ctrl-C saves the run; --resume continues it, and gives the same bits as "
+        "a run that was never interrupted.",
+    )
+    add = parser.add_argument
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="directory to write: a checkpoint of the best step, and the files from which the run can be resumed",
+    )
+    add("--resume", action="store_true", help="continue the run in DIR, with the data, the model and the recipe it has")
+    add_backend(parser)
+    add("--plot", metavar="FILE", help="at the end, plot the losses into this file, such as losses.png, .svg or .pdf")
 
-    add = command.add_argument_group("data").add_argument
+    add = parser.add_argument_group("data").add_argument
     add(
         "--data",
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="texts in UTF-8, each a document, or several with <|endoftext|> between them; - is stdin",
+        help="files with texts in UTF-8; each file is one document, or several with <|endoftext|> between them; - is "
+        "stdin",
     )
     add(
         "--held-out",
         metavar="FILE|SHARE",
-        help=f"a text, or the last share of them (default: {_HELD_OUT})",
+        help="file with a text that is used for evaluation only; or a number from 0 to below 1, which is the share of "
+        f"the tokens of --data, taken from their end, that is used for evaluation only (default: {_HELD_OUT})",
     )
     add(
         "--allow-special",
         action=argparse.BooleanOptionalAction,
-        help="read all special tokens in the texts as tokens, or none (default: <|endoftext|>, between documents)",
+        help="read every special token that is written in the texts as that token, or none of them (default: only "
+        "<|endoftext|>, which separates documents)",
     )
     add(
         "--allow-special-token",
         action="append",
         metavar="NAME",
-        help="read this special token as a token, too; may be given several times",
+        help="read this special token as a token as well; may be given several times",
     )
-    add("--tokenizer", metavar="DIR", help="the directory of a tokenizer's files")
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="directory of the files of a tokenizer (default: train a new tokenizer on the texts)",
+    )
     add(
         "--vocab-size",
         type=at_least(1),
         metavar="N",
-        help=f"else, entries of the one to be made (default: {_VOCAB_SIZE})",
+        help=f"number of entries of the new tokenizer's vocabulary (default: {_VOCAB_SIZE})",
     )
 
-    add = command.add_argument_group("model").add_argument
-    add(
+    group = parser.add_argument_group("model")
+    group.add_argument(
         "--init-from",
         metavar="CHECKPOINT",
-        help="begin with a checkpoint's weights: a directory, or a model of the hub",
+        help="start from the weights, the shape and the tokenizer of a checkpoint: a directory, or the name of a model "
+        "of the hub (default: start from random weights)",
     )
-    for name, (default, text) in _MODEL.items():
-        add(_option(name), type=int, metavar="N", help=f"{text} (default: {default})")
-    add("--scale-residual", action="store_true", default=None, help="begin with c_proj divided by sqrt(2 n_layer)")
+    add_fields(group, GPT2Config, _SHAPE)
+    group.add_argument(
+        "--scale-residual",
+        action="store_true",
+        default=None,
+        help="divide the initial weights of the projections c_proj, whose results are added to the residual stream, by "
+        "sqrt(2 n_layer)",
+    )
+    add_fields(parser.add_argument_group("recipe"), Recipe)
+    parser.set_defaults(run=run)
 
-    add = command.add_argument_group("recipe").add_argument
-    for name, text in _RECIPE.items():
-        default = getattr(Recipe(), name)
-        said = "n_ctx" if name == "context" else default
-        kind: Any = None if name == "dtype" else int if name in _INTS else number_or_off if name == "clip" else float
-        add(_option(name), type=kind, metavar="N" if kind else "NAME", help=f"{text} (default: {said})")
 
-
-def run(arguments: argparse.Namespace, read: Callable[[str], str]) -> int:
-    """Train as the arguments say; ``read`` returns the text of a file."""
-    from tqdm import tqdm
-
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
     from .. import plot
 
     signals.clean_up_first()
     if arguments.plot:
         plot.check_file(arguments.plot)
-    run, trainer, state = _resumed(arguments) if arguments.resume else _begun(arguments, read)
+    run, trainer, state = _resume(arguments) if arguments.resume else _begin(arguments)
+    stopped = _train(run, trainer, state)
+    if arguments.plot:
+        plot.save(plot.draw_losses(run.metrics()), arguments.plot)
+        streams.say(f"wrote {arguments.plot}")
+    last, best = run.last, run.best
+    if last["step"] < run.recipe.steps:
+        streams.say(
+            f"stopped after step {last['step']} of {run.recipe.steps}; to continue: portable-gpt2 train --resume --out "
+            f"{run.directory}"
+        )
+        return signals.status(stopped[0])
+    loss = "" if best["held_out"] is None else f", held-out loss {best['held_out']:.4f} nats per token"
+    streams.say(f"{run.directory}: the model of step {best['step']}{loss}")
+    return 0
+
+
+def _train(run: Run, trainer: Trainer, state: State) -> list[int]:
+    """Take the steps that are left. Return the signals that ended training before the last step."""
+    from tqdm import tqdm
+
+    recipe = run.recipe
+    n_tokens = recipe.batch_size * recipe.gradient_accumulation_steps * (recipe.context or run.config.n_ctx)
     where = f"{trainer.backend.name}, {trainer.backend.device(state.params['wte'])}"
-    n_tokens = run.recipe.batch_size * run.recipe.accumulate * (run.recipe.context or run.config.n_ctx)
-    streams.say(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens a step")
-    bar = tqdm(total=run.recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5)
+    streams.say(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens per step")
+    bar = tqdm(total=recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5)
     reports = train(run, trainer, state)
-    with signals.Noted() as stopped:  # Ctrl-C, or a scheduler's warning before it kills the process
+    with signals.Noted() as stopped:  # Ctrl-C, or the signal by which a scheduler announces that it ends the process
         try:
             for report in reports:
                 if report.step > bar.n:
@@ -142,99 +163,81 @@ def run(arguments: argparse.Namespace, read: Callable[[str], str]) -> int:
                 if stopped:
                     break
         finally:
-            reports.close()  # which saves what was not
+            reports.close()  # saves the last step
             bar.close()
-    if arguments.plot:
-        plot.save(plot.draw_losses(run.metrics()), arguments.plot)
-        streams.say(f"wrote {arguments.plot}")
-    last, best = run.last, run.best
-    if last["step"] < run.recipe.steps:
-        streams.say(
-            f"stopped after step {last['step']} of {run.recipe.steps}; to go on: portable-gpt2 train --resume --out "
-            f"{run.directory}"
-        )
-        return signals.status(stopped[0])
-    loss = "" if best["held_out"] is None else f", held-out loss {best['held_out']:.4f} nats a token"
-    streams.say(f"{run.directory}: the model of step {best['step']}{loss}")
-    return 0
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return stopped
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return those of some options that were given, by name."""
     found = {name: getattr(arguments, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _resumed(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
+def _resume(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
+    """Open a run. Options that would change it are refused."""
     data = ("data", "held_out", "allow_special", "allow_special_token", "tokenizer", "vocab_size")
-    fixed = (*data, "init_from", "scale_residual", *_MODEL, *_RECIPE)
-    if given := _given(arguments, *fixed):
-        names = ", ".join(map(_option, given))
-        raise ValueError(f"{names}: a run goes on as it was begun; for another, give --init-from {arguments.out}")
+    given = _given(arguments, *data, "init_from", "scale_residual")
+    given |= given_fields(arguments, GPT2Config) | given_fields(arguments, Recipe)
+    if given:
+        names = ", ".join(map(flag, given))
+        raise ValueError(
+            f"{names}: a run that is resumed keeps its options; to change them, start another run with --init-from "
+            f"{arguments.out}"
+        )
     run = Run.open(arguments.out)
     where = {**run.where, **_given(arguments, "backend", "device")}
     backend = get_backend(where.get("backend"), where.get("device"))
     return run, Trainer(run.config, run.recipe, backend), run.restore(backend)
 
 
-def _begun(arguments: argparse.Namespace, read: Callable[[str], str]) -> tuple[Run, Trainer, State]:
+class _Start(NamedTuple):
+    """The model that training starts from."""
+
+    config: GPT2Config
+    tokenizer: Tokenizer | None
+    """None if a tokenizer is to be trained on the texts."""
+    tensors: Mapping[str, StoredTensor] | None = None
+    """The weights of a checkpoint; None for random weights."""
+    companions: Mapping[str, bytes] = {}
+
+
+def _begin(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
+    """Create a run. What can be refused without the texts is refused before they are read."""
     if not arguments.data:
         raise ValueError("--data: name the texts to train on, or a run to --resume")
-    chosen: dict[str, Any] = {name: None if x == "off" else x for name, x in _given(arguments, *_RECIPE).items()}
-    recipe = Recipe(**chosen)
-    held_out = _HELD_OUT if arguments.held_out is None else arguments.held_out
-    share = _share(held_out)
+    recipe = Recipe(**given_fields(arguments, Recipe))
+    share = _share(arguments.held_out or _HELD_OUT)
     check_new(arguments.out)
     backend = get_backend(arguments.backend, arguments.device)
     backend.dtype(recipe.dtype)
-    if arguments.init_from:
-        found = _checkpoint(arguments)
-        config, tokenizer = found.config, found.tokenizer
-    else:
-        tokenizer = _tokenizer(arguments)
-        config = _config(arguments, tokenizer)
-    if recipe.context is not None and recipe.context > config.n_ctx:
-        raise ValueError(f"--context {recipe.context}: the model has n_ctx = {config.n_ctx} positions")
-    _check_memory(config, recipe, backend)
+    start = _from_checkpoint(arguments) if arguments.init_from else _from_random_weights(arguments)
+    if recipe.context is not None and recipe.context > start.config.n_ctx:
+        raise ValueError(f"--context {recipe.context}: the model has n_ctx = {start.config.n_ctx} positions")
+    _check_memory(start.config, recipe, backend)
 
+    read = Texts().read
     texts = [read(file) for file in arguments.data]
-    held_out_texts = [read(held_out)] if share is None else []
-    if tokenizer is None:
-        tokenizer = train_tokenizer(_separated(arguments, texts), config.n_vocab)
-    special = _special(arguments, tokenizer, [*texts, *held_out_texts])
-    dtype = recipe.master_dtype
-    if arguments.init_from:
-        arrays = {path: cast(path, tensor, dtype).read() for path, tensor in found.tensors.items()}
-        params = nest({path: backend.from_numpy(array, dtype) for path, array in arrays.items()})
-    else:
-        scale_residual = bool(arguments.scale_residual)
-        params = init_params(config, seed=recipe.seed, backend=backend, dtype=dtype, scale_residual=scale_residual)
+    held_out = [read(arguments.held_out)] if share is None else []
+    named = arguments.allow_special_token or []
+    if (tokenizer := start.tokenizer) is None:
+        is_literal = arguments.allow_special is False and END_OF_TEXT not in named
+        whole = texts if is_literal else chain.from_iterable(map(documents, texts))
+        tokenizer = train_tokenizer(whole, start.config.n_vocab)
+    special = _special_tokens(tokenizer, arguments.allow_special, named, [*texts, *held_out])
 
     def write(file: Path) -> int:
-        n = write_tokens(texts, tokenizer, config.n_vocab, file, _progress, allow_special=special)
-        if share is None:
-            n_held_out = write_tokens(held_out_texts, tokenizer, config.n_vocab, file, allow_special=special)
-        else:
-            n_held_out = round(share * n)
-        n_training = n if share is None else n - n_held_out
-        length = (recipe.context or config.n_ctx) + 1
-        check_room(n_training, length, "text")
-        if share != 0:
-            check_room(n_held_out, length, "held-out text")
-        return n_training
+        return _write(file, texts, held_out, share, tokenizer, special, start.config, recipe)
 
-    where = {"backend": backend.name} | _given(arguments, "device")
-    trainer = Trainer(config, recipe, backend)
-    companions = found.companions if arguments.init_from else {}
-    run = Run.create(arguments.out, recipe, config, tokenizer, write, companions=companions, **where)
+    params = _initial(start, recipe, backend, scale_residual=bool(arguments.scale_residual))
+    where = {"backend": backend.name, **_given(arguments, "device")}
+    trainer = Trainer(start.config, recipe, backend)
+    run = Run.create(arguments.out, recipe, start.config, tokenizer, write, companions=start.companions, **where)
     return run, trainer, trainer.start(params)
 
 
 def _share(text: str) -> float | None:
-    """Return the share that a text says; None if it names a file."""
+    """Return the share of the tokens that is held out, or None if the text is the name of a file."""
     try:
         share = float(text)
     except ValueError:
@@ -244,72 +247,92 @@ def _share(text: str) -> float | None:
     return share
 
 
-def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
-    """Return the tokenizer that was given; None if one is to be made."""
+def _from_checkpoint(arguments: argparse.Namespace) -> _Start:
+    given = _given(arguments, "tokenizer", "vocab_size", "scale_residual") | given_fields(arguments, GPT2Config)
+    if given:
+        raise ValueError(f"{', '.join(map(flag, given))}: the checkpoint of --init-from has its own")
+    found = read_checkpoint(arguments.init_from)
+    if found.tokenizer is None:
+        raise ValueError(f"{arguments.init_from}: has no tokenizer, which training needs to read text")
+    return _Start(found.config, found.tokenizer, found.tensors, found.companions)
+
+
+def _from_random_weights(arguments: argparse.Namespace) -> _Start:
+    shape = _SHAPE | given_fields(arguments, GPT2Config)
     if arguments.tokenizer is None:
-        return None
+        n_vocab = _VOCAB_SIZE if arguments.vocab_size is None else arguments.vocab_size
+        return _Start(GPT2Config(n_vocab=n_vocab, eos_token_id=0, **shape), None)  # the ids of `train_tokenizer`
     if arguments.vocab_size is not None:
-        raise ValueError("--vocab-size is of a tokenizer to be made; --tokenizer has its own")
-    found = Tokenizer.load(arguments.tokenizer)
-    if found is None:
+        raise ValueError("--vocab-size is an option of a new tokenizer; --tokenizer has its own vocabulary")
+    tokenizer = Tokenizer.load(arguments.tokenizer)
+    if tokenizer is None:
         raise ValueError(f"{arguments.tokenizer}: holds neither tokenizer.json, nor vocab.json and merges.txt")
-    return found
+    return _Start(GPT2Config(n_vocab=tokenizer.n_vocab, eos_token_id=tokenizer.end_of_text, **shape), tokenizer)
 
 
-def _special(arguments: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
-    """Return the special tokens that are tokens where the texts spell them."""
-    named = arguments.allow_special_token or []
-    if arguments.allow_special is False:
+def _special_tokens(tokenizer: Tokenizer, allow: bool | None, named: list[str], texts: list[str]) -> list[str]:
+    """Return the special tokens that are read as tokens."""
+    if allow is False:
         return [*named]
     if tokenizer.end_of_text is None and any(END_OF_TEXT in text for text in texts):
         raise ValueError(
             f"--data: the texts hold {END_OF_TEXT}, which the tokenizer lacks; --no-allow-special reads it as text"
         )
     separators = [END_OF_TEXT] if tokenizer.end_of_text is not None else []
-    return [*named, *(tokenizer.special_tokens if arguments.allow_special else separators)]
+    return [*named, *(tokenizer.special_tokens if allow else separators)]
 
 
-def _separated(arguments: argparse.Namespace, texts: list[str]) -> Iterable[str]:
-    """Return the texts that a tokenizer is made for: documents, without what separates them."""
-    if arguments.allow_special is False and END_OF_TEXT not in (arguments.allow_special_token or []):
-        return texts
-    return chain.from_iterable(map(documents, texts))
+def _write(
+    file: Path,
+    texts: list[str],
+    held_out: list[str],
+    share: float | None,
+    tokenizer: Tokenizer,
+    special: list[str],
+    config: GPT2Config,
+    recipe: Recipe,
+) -> int:
+    """Write the tokens of the texts, then those that are held out; return the number of tokens to train on."""
+    n = write_tokens(texts, tokenizer, config.n_vocab, file, _progress, allow_special=special)
+    if share is None:
+        n_held_out = write_tokens(held_out, tokenizer, config.n_vocab, file, allow_special=special)
+    else:
+        n_held_out = round(share * n)
+        n -= n_held_out
+    length = (recipe.context or config.n_ctx) + 1
+    check_window(n, length, "text")
+    if share != 0:
+        check_window(n_held_out, length, "held-out text")
+    return n
 
 
-def _config(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> GPT2Config:
-    shape = {name: default for name, (default, _) in _MODEL.items()} | _given(arguments, *_MODEL)
-    if tokenizer is not None:
-        return GPT2Config(n_vocab=tokenizer.n_vocab, eos_token_id=tokenizer.end_of_text, **shape)
-    n_vocab = _VOCAB_SIZE if arguments.vocab_size is None else arguments.vocab_size
-    return GPT2Config(n_vocab=n_vocab, eos_token_id=0, **shape)  # as `train_tokenizer` makes it
-
-
-def _checkpoint(arguments: argparse.Namespace) -> Checkpoint:
-    if given := _given(arguments, "tokenizer", "vocab_size", "scale_residual", *_MODEL):
-        raise ValueError(f"{', '.join(map(_option, given))}: the checkpoint of --init-from has its own")
-    found = read_checkpoint(arguments.init_from)
-    if found.tokenizer is None:
-        raise ValueError(f"{arguments.init_from}: has no tokenizer, without which no text can be read")
-    return found
+def _initial(start: _Start, recipe: Recipe, backend: Backend, *, scale_residual: bool) -> Params:
+    """Return the parameters before the first step."""
+    dtype = recipe.master_dtype
+    if start.tensors is None:
+        return init_params(start.config, seed=recipe.seed, backend=backend, dtype=dtype, scale_residual=scale_residual)
+    arrays = {path: cast(path, tensor, dtype).read() for path, tensor in start.tensors.items()}
+    return nest({path: backend.from_numpy(array, dtype) for path, array in arrays.items()})
 
 
 def _check_memory(config: GPT2Config, recipe: Recipe, backend: Backend) -> None:
-    """Refuse a run that needs more memory than there is, before a text is read. The sums are lower bounds."""
+    """Refuse a run that needs more memory than there is. The sums are lower bounds."""
     context = recipe.context or config.n_ctx
-    windows = 12 * recipe.batch_size * (context + 1)  # where each token is in the text, and its id
+    windows = 12 * recipe.batch_size * (context + 1)  # bytes: 8 for the place of each token in the text, 4 for its id
     checks.memory(windows, f"a batch of {recipe.batch_size} windows of {context} tokens")
     scalar, n = backend.from_numpy(np.zeros(()), recipe.master_dtype), count(config)
     check_memory(4 * n, scalar, f"training {n:,} parameters, with a gradient and two moments of each,")
     at_once = recipe.batch_size * context
-    if (part := backend.part_size(scalar)) is not None:
-        at_once = min(at_once, max(part, context))
-    # For the backward pass: the residual stream, queries, keys, values and hidden units of each layer, and the logits.
+    if (size := micro_batch_tokens(backend, scalar)) is not None:
+        at_once = min(at_once, max(size, context))
+    # The activations that the backward pass needs: in each layer, the residual stream, queries, keys, values and hidden
+    # units; and the logits.
     activations = config.n_layer * (5 * config.n_embd + config.n_hidden) + config.n_vocab
     check_memory(4 * n + at_once * activations, scalar, f"training on {at_once:,} tokens at a time")
 
 
-def _progress(pieces: Iterable[Any]) -> Iterable[Any]:
+def _progress(pieces: Iterable[_T]) -> Iterable[_T]:
     from tqdm import tqdm
 
-    bar: Iterable[Any] = tqdm(pieces, desc="tokenizing", unit=" pieces", delay=1, leave=False)
+    bar: Iterable[_T] = tqdm(pieces, desc="tokenizing", unit=" pieces", delay=1, leave=False)
     return bar

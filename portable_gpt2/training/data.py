@@ -199,10 +199,10 @@ def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
     return tokens
 
 
-def check_room(n: int, length: int, what: str) -> None:
-    """Refuse a text of n tokens that is shorter than a window."""
+def check_window(n: int, length: int, what: str) -> None:
+    """Refuse a text that has fewer tokens than one window."""
     if n < length:
-        raise ValueError(f"the {what} has {n} tokens and a window {length}: give more of it, or a shorter context")
+        raise ValueError(f"the {what} has {n} tokens and a window {length}: give more text, or a shorter context")
 
 
 def _text(tokens: Any) -> np.ndarray:
@@ -241,8 +241,8 @@ def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed:
     index, batch_size = checks.integer("index", index), checks.integer("batch_size", batch_size, 1)
     length = checks.integer("length", length, 2)
     tokens = _text(tokens)
-    check_room(len(tokens), length, "text")
-    starts = random.window_starts(batch_size, len(tokens) - length + 1, index, checks.seed(seed))
+    check_window(len(tokens), length, "text")
+    starts = random.window_starts(batch_size, len(tokens) - length + 1, index, checks.seed("seed", seed))
     return _as_int32(tokens[starts[:, None] + np.arange(length)])
 
 
@@ -266,5 +266,5 @@ def windows(tokens: np.ndarray, length: int) -> np.ndarray:
     """
     length = checks.integer("length", length, 2)
     tokens = _text(tokens)
-    check_room(len(tokens), length, "held-out text")
+    check_window(len(tokens), length, "held-out text")
     return _as_int32(sliding_window_view(tokens, length)[:: length - 1])

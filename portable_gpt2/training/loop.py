@@ -82,8 +82,8 @@ def _steps(
     options = {"batch_size": recipe.batch_size, "length": length, "seed": recipe.seed}
 
     def batches(step: int) -> Iterator[np.ndarray]:
-        first = step * recipe.accumulate
-        return (batch(training, first + i, **options) for i in range(recipe.accumulate))
+        first = step * recipe.gradient_accumulation_steps
+        return (batch(training, first + i, **options) for i in range(recipe.gradient_accumulation_steps))
 
     def loss_of(state: State, text: np.ndarray, what: str) -> float:
         """Return a loss after a step, which shows that the model still computes."""

@@ -38,7 +38,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     Examples
     --------
     >>> from portable_gpt2.training import Recipe, learning_rate
-    >>> recipe = Recipe(steps=300, learning_rate=1e-3, warmup=100, final_rate=0.1)
+    >>> recipe = Recipe(steps=300, learning_rate=1e-3, warmup=100, min_lr_ratio=0.1)
     >>> [round(learning_rate(step, recipe), 6) for step in (0, 49, 99, 200, 300)]
     [1e-05, 0.0005, 0.001, 0.00055, 0.0001]
     """
@@ -46,7 +46,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    share = recipe.final_rate + (1 - recipe.final_rate) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    share = recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
     return recipe.learning_rate * share
 
 
@@ -102,10 +102,10 @@ def update(params: Params, grads: Params, moments: Moments, rates: Any, recipe: 
         The gradient's, before it was clipped.
     """
     xp = backend_of(rates).xp
-    norm = global_norm(grads) / recipe.accumulate
-    scale = 1 / recipe.accumulate
-    if recipe.clip is not None:
-        scale = scale * xp.where(norm > recipe.clip, recipe.clip / (norm + 1e-6), 1.0)
+    norm = global_norm(grads) / recipe.gradient_accumulation_steps
+    scale = 1 / recipe.gradient_accumulation_steps
+    if recipe.max_grad_norm is not None:
+        scale = scale * xp.where(norm > recipe.max_grad_norm, recipe.max_grad_norm / (norm + 1e-6), 1.0)
     p, g, m, v = (dict(flatten(tree)) for tree in (params, grads, *moments))
     for path in p:
         p[path], m[path], v[path] = adamw(p[path], g[path] * scale, m[path], v[path], rates, recipe)

@@ -1,57 +1,46 @@
-"""Recipe: the numbers that fix a training run, the data and the model aside."""
+"""Recipe: the options of a training run, apart from the data and the model."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import integer, number, seed
+from ..checks import integer, number, seed, shown
+from ..options import documented, option, validate
 
-_POSITIVE = ("steps", "batch_size", "accumulate", "eval_every")
-_COMPUTE = ("float32", "float64", "bfloat16")
+_DTYPES = ("float32", "float64", "bfloat16")
+
+_NAMES_IN_FILES = {
+    "gradient_accumulation_steps": "accumulate",
+    "min_lr_ratio": "final_rate",
+    "max_grad_norm": "clip",
+}
+"""The options whose names in the files of a run differ from the names of the fields."""
 
 
+def _dtype(name: str, x: Any) -> str:
+    if isinstance(x, str) and x in _DTYPES:
+        return x
+    raise ValueError(
+        f"{name} is {shown(x)}; choose one of {', '.join(_DTYPES)} (in float16 the gradients would underflow)"
+    )
+
+
+@documented
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained: AdamW on random windows of text, without dropout.
 
     Parameters
     ----------
-    steps : int
-        How many steps there are.
-    batch_size : int
-        Windows of text that are computed at a time.
-    accumulate : int
-        Batches whose gradients are averaged into one step.
-    context : int, optional
-        Tokens that a window reads; the model's n_ctx unless given. Positions behind it are not trained.
-    learning_rate : float
-        The highest, which warm-up ends at.
-    warmup : int
-        Steps in which the rate grows to it, in proportion.
-    final_rate : float
-        The share of it, from 0 to 1, that the cosine ends at.
-    weight_decay : float
-        Of matrices (w, wte, wpe, lm_head); biases and gains do not decay.
-    beta1, beta2 : float
-        How much of the running averages of the gradient and of its square a step keeps, from 0 to 1.
-    eps : float
-        Added to the square root of the latter.
-    clip : float, optional
-        The greatest norm that a gradient, of all parameters together, may have; None leaves it as it is.
-    seed : int
-        From 0 to 2^64 - 1: of the windows and of the initial parameters.
-    dtype : str
-        What the model computes in: ``float32``, ``float64`` or ``bfloat16``. The parameters that are trained are
-        float32 at least; of bfloat16, each step computes with a copy.
-    eval_every : int
-        Steps between evaluations, each of which saves a checkpoint too.
+    {options}
 
     Raises
     ------
     ValueError
-        If a number is not in its range. The message names it.
+        If an option is not valid. The message names the option, the value and the values that are expected.
 
     Examples
     --------
@@ -60,45 +49,78 @@ class Recipe:
     100
     """
 
-    steps: int = 1000
-    batch_size: int = 12
-    accumulate: int = 1
-    context: int | None = None
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    final_rate: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    clip: float | None = 1.0
-    seed: int = 0
-    dtype: str = "float32"
-    eval_every: int = 100
+    steps: int = option(1000, "number of training steps", integer, low=1)
+    batch_size: int = option(12, "number of windows of text in a batch", integer, low=1)
+    gradient_accumulation_steps: int = option(
+        1, "number of batches whose gradients are averaged for one training step", integer, low=1
+    )
+    context: int | None = option(
+        None,
+        "number of tokens that the model reads in a window of text; later positions are not trained",
+        integer,
+        low=1,
+        note="or None",
+        default_text="the model's n_ctx",
+    )
+    learning_rate: float = option(1e-3, "largest learning rate, which is reached at the end of the warm-up", number)
+    warmup: int = option(100, "number of steps in which the learning rate rises linearly to the largest", integer)
+    min_lr_ratio: float = option(
+        0.1,
+        "learning rate at the end of training, as a fraction of the largest; after the warm-up the learning rate falls "
+        "along a cosine",
+        number,
+        high=1,
+    )
+    weight_decay: float = option(
+        0.1, "weight decay of the matrices; biases and the gains of layer_norm do not decay", number
+    )
+    beta1: float = option(
+        0.9, "decay rate of the moving average of the gradient, from 0 to below 1", number, high=1, below=True
+    )
+    beta2: float = option(
+        0.99, "decay rate of the moving average of the squared gradient, from 0 to below 1", number, high=1, below=True
+    )
+    eps: float = option(1e-8, "number that is added to the denominator of Adam's update", number)
+    max_grad_norm: float | None = option(
+        1.0,
+        "largest norm that the gradient of all parameters together may have; a gradient with a larger norm is scaled "
+        "down to it",
+        number,
+        above=True,
+        note="or None",
+    )
+    seed: int = option(0, "seed of the initial weights and of the choice of windows, from 0 to 2^64 - 1", seed)
+    dtype: str = option(
+        "float32",
+        "dtype that the model computes in: float32, float64 or bfloat16; with bfloat16, the trained parameters are "
+        "float32 and each step computes with a copy of them",
+        _dtype,
+    )
+    eval_every: int = option(
+        100,
+        "number of steps between two evaluations on the held-out text, each of which also saves a checkpoint",
+        integer,
+        low=1,
+    )
 
     def __post_init__(self) -> None:
-        made: dict[str, Any] = {name: integer(name, getattr(self, name), 1) for name in _POSITIVE}
-        made["warmup"] = integer("warmup", self.warmup)
-        made["seed"] = seed(self.seed)
-        made |= {name: number(name, getattr(self, name)) for name in ("learning_rate", "weight_decay", "eps")}
-        made["final_rate"] = number("final_rate", self.final_rate, 0, 1)
-        made |= {name: number(name, getattr(self, name), 0, 1, below=True) for name in ("beta1", "beta2")}
-        if self.context is not None:
-            made["context"] = integer("context", self.context, 1, note="or None")
-        if self.clip is not None:
-            made["clip"] = number("clip", self.clip, above=True, note="or None")
-        if self.dtype not in _COMPUTE:
-            raise ValueError(
-                f"dtype is {self.dtype!r}; choose one of {', '.join(_COMPUTE)} (the gradients of float16 would vanish)"
-            )
-        for name, value in made.items():
-            object.__setattr__(self, name, value)
+        validate(self)
 
     @property
     def master_dtype(self) -> str:
-        """The dtype of the parameters that are trained."""
+        """The dtype of the trained parameters."""
         return "float64" if self.dtype == "float64" else "float32"
 
+    @staticmethod
+    def names_in_files() -> dict[str, str]:
+        """Return the name of each field, by its name in the files of a run."""
+        return {_NAMES_IN_FILES.get(field.name, field.name): field.name for field in dataclasses.fields(Recipe)}
+
     def to_dict(self) -> dict[str, Any]:
-        """Return its numbers by name."""
-        return dataclasses.asdict(self)
+        """Return the values by their names in the files of a run."""
+        return {stored: getattr(self, name) for stored, name in self.names_in_files().items()}
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that `to_dict` of another recipe describes."""
+        return cls(**{name: entries[stored] for stored, name in cls.names_in_files().items()})

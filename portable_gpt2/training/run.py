@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import shutil
 import warnings
@@ -353,7 +352,8 @@ class Run:
         pointers = _read_pointers(self.directory)
         if pointers is None:
             return Diverged(f"step {step}: {why}; training cannot begin with these weights, give others")
-        recipe, clip = self.recipe, "a clip" if self.recipe.clip is None else f"a clip below {self.recipe.clip}"
+        recipe, norm = self.recipe, self.recipe.max_grad_norm
+        clip = "a max_grad_norm" if norm is None else f"a max_grad_norm below {norm}"
         return Diverged(
             f"step {step} diverged: {why}. Try a lower learning rate than {recipe.learning_rate}, more steps of "
             f"warm-up than {recipe.warmup}, {clip}, or an eps above {recipe.eps}, in a new directory; "
@@ -412,9 +412,8 @@ def _locked(directory: Path) -> Iterator[None]:
 def _read_run(file: Path) -> dict[str, Any]:
     """Return the recipe of a run, the size of its text, and how many of its tokens are for training."""
     entries = records.read_record(file, "recipe", "n_training", "tokens", "where")
-    names = [field.name for field in dataclasses.fields(Recipe)]
     try:
-        recipe = Recipe(**records.fields(file, "recipe", entries["recipe"], *names))
+        recipe = Recipe.from_dict(records.fields(file, "recipe", entries["recipe"], *Recipe.names_in_files()))
         tokens = records.fields(file, "tokens", entries["tokens"], "bytes", "sha256")
         size = integer("the size of the tokens", tokens["bytes"])
         n_training = integer("n_training", entries["n_training"], 0, size // 2)

@@ -1,4 +1,4 @@
-"""Trainer: the step of training and the loss of held-out text, on one backend."""
+"""Trainer: a training step, and the loss of held-out text, on one backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import gradients
 from ..backend import Backend
-from ..checks import check_ids, check_length, shown
+from ..checks import positions, shown, token_ids
 from ..config import GPT2Config
 from ..model import loss
 from ..params import Params, check_params, flatten, map_tree
@@ -19,33 +19,55 @@ from ..registry import get_backend
 from .optimizer import Moments, no_moments, rates, update
 from .recipe import Recipe
 
-# NumPy alone would warn of each overflow on the way to a loss that is NaN, which `train` reports.
+# Only NumPy warns of an overflow. The loss or the gradient then is NaN, which `train` reports.
 _QUIET = functools.partial(np.errstate, all="ignore")
+
+_MICRO_BATCH, _EAGER_MICRO_BATCH = 1024, 2048
+
+
+def micro_batch_tokens(backend: Backend, x: Any) -> int | None:
+    """Return for how many tokens at a time a gradient is computed on the device of x; None for all of a batch.
+
+    On a CPU, the activations of a large batch are allocated and freed in each step, which costs page faults; those of
+    small micro-batches use the same memory again. A framework that records each op for automatic differentiation while
+    it runs has a cost per op, so its micro-batches are larger. On an accelerator, the framework keeps its memory, and
+    large batches are faster. The measurements are in docs/decisions/0017.
+    """
+    if not backend.device(x).startswith("cpu"):
+        return None
+    is_eager = _has_gradients(backend) and not backend.compiles_per_shape
+    return _EAGER_MICRO_BATCH if is_eager else _MICRO_BATCH
+
+
+def _has_gradients(backend: Backend) -> bool:
+    """Return whether the framework has automatic differentiation."""
+    return backend.value_and_grad(lambda x: x) is not NotImplemented
 
 
 class State(NamedTuple):
-    """Where a run stands: all that the steps to come depend on, the data and the recipe aside."""
+    """The state of a run. Together with the data and the recipe, it determines the steps that follow."""
 
     step: int
-    """How many steps were taken."""
+    """The number of steps that were taken."""
     params: Params
     moments: Moments
 
 
 class Diverged(ArithmeticError):
-    """A loss, a gradient, or what a step makes of the parameters or of their moments, is NaN or infinite."""
+    """A loss, a gradient, a parameter or a moment is NaN or infinite."""
 
 
 class Trainer:
-    """What trains a model of one shape by one recipe, on the backend and device of the parameters that it is given.
+    """Trains a model of one shape by one recipe, on the device of the parameters that it is given.
 
     Parameters
     ----------
     config : GPT2Config
         The model's shape.
     recipe : Recipe
+        The options of training.
     backend : Backend or str
-        What computes.
+        The backend that runs the model.
 
     Examples
     --------
@@ -82,9 +104,9 @@ class Trainer:
         Raises
         ------
         ValueError
-            If the parameters do not fit the configuration, or their dtype is not the recipe's `Recipe.master_dtype`.
+            If the parameters do not fit the configuration, or their dtype is not `Recipe.master_dtype`.
         TypeError
-            If they are not arrays of the trainer's backend.
+            If the parameters are not arrays of the trainer's backend.
         """
         check_params(params, self.config)
         for path, x in flatten(params):
@@ -102,42 +124,44 @@ class Trainer:
         Parameters
         ----------
         state : State
+            The state before the step. It is not changed.
         batches : int arrays [batch, seq + 1]
-            Windows of text, as many arrays as the recipe accumulates, of any integer dtype.
+            Windows of text, in any integer dtype: one array for each batch whose gradient is accumulated.
 
         Returns
         -------
         state : State
-            After the step. The one that was given is as it was.
+            The state after the step.
         loss : float
-            The mean over the batches, before the step.
+            The mean loss of the batches, before the step.
         norm : float
-            The gradient's, before it was clipped.
+            The norm of the gradient, before it is clipped.
 
         Raises
         ------
         ValueError
-            If there are more or fewer batches than the recipe accumulates; if a batch has no window, is not of two
-            axes, or has an id that is not in the vocabulary, or if its windows are longer than n_ctx + 1.
+            If the number of batches is not the recipe's gradient_accumulation_steps; or if a batch is not of two axes,
+            has no window, has windows longer than n_ctx + 1, or has an id that is not in the vocabulary.
         TypeError
-            If a batch does not hold integers, or state is not a State.
+            If a batch does not consist of integers, or state is not a State.
         """
         if not isinstance(state, State):
             raise TypeError(f"state is {shown(state)}; expected the State that `start` or `step` returns")
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches is {shown(batches)}; expected arrays of windows, int [batch, seq + 1]")
         device = self.backend.placement(state.params["wte"])
-        size = self.backend.part_size(state.params["wte"])
+        size = micro_batch_tokens(self.backend, state.params["wte"])
         with self.backend.on(device), _QUIET():
             values, grads = [], None
             for tokens in batches:
-                parts = self.backend.from_numpy(_in_parts(self._windows(tokens), size), device=device)
-                value, more = self._gradient(state.params, parts)
+                micro_batches = self.backend.from_numpy(_split(self._windows(tokens), size), device=device)
+                value, more = self._gradient(state.params, micro_batches)
                 values.append(value)
                 grads = more if grads is None else self._add(grads, more)
-            if len(values) != self.recipe.accumulate:
+            if len(values) != self.recipe.gradient_accumulation_steps:
                 raise ValueError(
-                    f"{len(values)} batches were given; the recipe's accumulate is {self.recipe.accumulate}"
+                    f"{len(values)} batches were given; the recipe's gradient_accumulation_steps is "
+                    f"{self.recipe.gradient_accumulation_steps}"
                 )
             now = self.backend.from_numpy(rates(state.step, self.recipe), self.recipe.master_dtype, device)
             params, moments, norm = self._update(state.params, grads, state.moments, now)
@@ -145,7 +169,7 @@ class Trainer:
             return State(state.step + 1, params, moments), float(np.mean(losses)), float(self.backend.to_numpy(norm))
 
     def evaluate(self, params: Params, windows: np.ndarray) -> float:
-        """Return the mean loss of windows of text, int [n, seq + 1], in nats a token; they are checked as by `step`."""
+        """Return the mean loss of windows of text, int [n, seq + 1], in nats per token. Errors are those of `step`."""
         windows = self._windows(windows)
         device = self.backend.placement(params["wte"])
         size, losses = self.recipe.batch_size, []
@@ -157,62 +181,63 @@ class Trainer:
         return float(np.sum(losses) / len(windows))
 
     def _windows(self, given: Any) -> np.ndarray:
-        tokens = check_ids(given, self.config, axes=2)
+        tokens = token_ids("token ids", given, self.config.n_vocab, axes=2)
         if tokens.shape[1] < 2:
-            raise ValueError("a window has one token, and nothing to predict; expected int [batch, seq + 1]")
-        check_length(tokens.shape[1] - 1, self.config)
+            raise ValueError("a window has one token, so there is nothing to predict; expected int [batch, seq + 1]")
+        positions(tokens.shape[1] - 1, self.config.n_ctx)
         return tokens
 
     def _loss_of(self, params: Params, tokens: Any) -> Any:
         return loss(self._computing(params), tokens, self.config)
 
-    def _gradient_of(self, params: Params, parts: Any) -> tuple[Any, Params]:
-        """Return the mean loss of windows [parts, batch, seq + 1] and its gradient, one part after the other."""
+    def _gradient_of(self, params: Params, micro_batches: Any) -> tuple[Any, Params]:
+        """Return the mean loss of n micro-batches [n, batch, seq + 1] and its gradient, one micro-batch at a time."""
         backend = self.backend
-        n = backend.shape(parts)[0]
+        n = backend.shape(micro_batches)[0]
         if n == 1:
-            return self._gradient_of_part(params, parts[0, ...], 1.0)
+            return self._gradient_of_micro_batch(params, micro_batches[0, ...], 1.0)
 
         def add(i: Any, total: tuple[Any, Params]) -> tuple[Any, Params]:
-            value, grads = self._gradient_of_part(params, parts[i, ...], 1 / n)
+            value, grads = self._gradient_of_micro_batch(params, micro_batches[i, ...], 1 / n)
             return total[0] + value, map_tree(lambda x, y: x + y, total[1], grads)
 
         zeros = map_tree(lambda x: backend.zeros(backend.shape(x), like=x), params)
         return backend.fori_loop(n, add, (backend.zeros((), like=params["wte"]), zeros))  # type: ignore[no-any-return]
 
-    def _gradient_of_part(self, params: Params, tokens: Any, share: float) -> tuple[Any, Params]:
-        """Return a share of the loss and its gradient: by hand where that is faster, or where the framework has none.
+    def _gradient_of_micro_batch(self, params: Params, tokens: Any, share: float) -> tuple[Any, Params]:
+        """Return the loss times a share, and its gradient.
 
-        Compiled as a whole it is: it takes 0.73 of the time of jax.value_and_grad, 0.91 of tf.GradientTape's, before
-        attention is cut into thirds. One call after the other it is not: 1.4 times that of PyTorch's autograd.
+        The hand-written gradient is used where it is faster, and where the framework has no automatic differentiation.
+        It is faster where a whole step is compiled: it took 0.73 times as long as jax.value_and_grad and 0.91 times as
+        long as tf.GradientTape. Eagerly it is slower: it took 1.4 times as long as PyTorch's autograd.
         """
-        by_framework = self.backend.value_and_grad(lambda params: share * self._loss_of(params, tokens))
-        by_hand = self.backend.handwritten_gradient_is_faster and self.recipe.dtype == self.recipe.master_dtype
-        if by_framework is not NotImplemented and not by_hand:
-            found: tuple[Any, Params] = by_framework(params)
+        is_handwritten = self.backend.handwritten_gradient_is_faster and self.recipe.dtype == self.recipe.master_dtype
+        if _has_gradients(self.backend) and not is_handwritten:
+            differentiated = self.backend.value_and_grad(lambda params: share * self._loss_of(params, tokens))
+            found: tuple[Any, Params] = differentiated(params)
             return found
-        # 16 bits are storage here: what was rounded to them is computed with in the dtype of the parameters.
+        # Here 16-bit dtypes are for storage: the rounded parameters are converted back, and arithmetic is in float32.
         xp, rounded = self.backend.xp, self._computing(params)
         rounded = map_tree(lambda x, p: xp.astype(x, p.dtype, copy=False), rounded, params)
         value, backward = gradients.loss(rounded, tokens, self.config)
         return share * value, backward(share)
 
     def _computing(self, params: Params) -> Params:
-        """Return the parameters in the dtype that the model computes in."""
+        """Return the parameters in the dtype of the recipe."""
         if self.recipe.dtype == self.recipe.master_dtype:
             return params
         xp, dtype = self.backend.xp, self.backend.dtype(self.recipe.dtype)
         return map_tree(lambda x: xp.astype(x, dtype), params)
 
 
-def _in_parts(tokens: np.ndarray, size: int | None) -> np.ndarray:
-    """Cut windows [batch, seq + 1] into equal parts, [parts, n, seq + 1], which predict about `size` tokens each.
+def _split(tokens: np.ndarray, size: int | None) -> np.ndarray:
+    """Split windows [batch, seq + 1] into equal micro-batches, [n, batch / n, seq + 1], of about `size` tokens each.
 
-    Without a size they are one part, and where no number of windows divides the batch well.
+    There is one micro-batch if size is None, or if no number of windows near the size divides the batch.
 
     Examples
     --------
-    >>> _in_parts(np.zeros((12, 257)), 1024).shape, _in_parts(np.zeros((7, 257)), 1024).shape
+    >>> _split(np.zeros((12, 257)), 1024).shape, _split(np.zeros((7, 257)), 1024).shape
     ((3, 4, 257), (1, 7, 257))
     """
     batch, length = tokens.shape

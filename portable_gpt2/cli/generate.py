@@ -1,0 +1,136 @@
+"""``portable-gpt2 generate``: continue texts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from .. import strict_json
+from ..generation.completion import Completion
+from ..sampling import Sampling
+from . import streams
+from .options import add_fields, add_model, add_special, allow_special, at_least, given_fields, load, stop_text
+from .texts import Texts
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to a parser's commands."""
+    parser = commands.add_parser(
+        "generate",
+        help="continue one text, or several",
+        description="Write a prompt and its continuation to stdout. The continuation of a single prompt is written "
+        "while it is sampled; several prompts are written one after the other. Without a prompt, the text starts from "
+        "<|endoftext|>.",
+    )
+    add = parser.add_argument
+    add("prompt", nargs="*", type=str, help="text to continue")
+    add(
+        "--prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="file whose whole content is a prompt; - is stdin; may be given several times",
+    )
+    add_model(parser)
+    add(
+        "-n",
+        "--max-new-tokens",
+        type=at_least(0),
+        default=100,
+        metavar="N",
+        help="largest number of tokens to sample (default: 100)",
+    )
+    add_fields(parser, Sampling)
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        type=stop_text,
+        metavar="TEXT",
+        help="end the text before this string; may be given several times",
+    )
+    add(
+        "--stop-token",
+        action="append",
+        default=[],
+        type=at_least(0),
+        metavar="ID",
+        help="end the text before this token id; may be given several times",
+    )
+    add(
+        "--num-samples",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="number of continuations of each prompt (default: 1)",
+    )
+    add(
+        "--batch-size",
+        type=at_least(1),
+        default=8,
+        metavar="N",
+        help="number of texts that are computed at a time (default: 8)",
+    )
+    add("--sliding", action="store_true", help="when the context is full, continue from its last half")
+    add_special(parser, "a prompt")
+    add(
+        "--json",
+        action="store_true",
+        help="write one JSON object per text, each on one line; a number that is not finite is written as null",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    sampling = Sampling(**given_fields(arguments, Sampling))  # checked before a text is read or a model is loaded
+    streams.write("")
+    texts = Texts()
+    prompts = [*arguments.prompt, *map(texts.read, arguments.prompt_file)] or [""]
+    model = load(arguments)
+    options: dict[str, Any] = {
+        **given_fields(arguments, Sampling),
+        "max_new_tokens": arguments.max_new_tokens,
+        "stop": [*arguments.stop, *arguments.stop_token],
+        "sliding": arguments.sliding,
+        "allow_special": allow_special(arguments),
+    }
+    is_single = len(prompts) == arguments.num_samples == 1 and not arguments.json
+    if is_single:
+        options["seed"] = sampling.seed
+        pieces = model.stream(prompts[0], **options)
+    else:
+        many = {"num_samples": arguments.num_samples, "batch_size": arguments.batch_size}
+        completions = model.complete(prompts, **many, **options)
+    seed = f", seed {options['seed']}" if "seed" in options else ""
+    streams.say(f"{model!r}{seed}, from {model.source}")
+    start = time.perf_counter()
+    if is_single:
+        streams.write(prompts[0])
+        n = 0
+        for n, piece in enumerate(pieces, 1):  # noqa: B007 - n is the number of pieces after the loop
+            streams.write(piece)
+        n = min(n, arguments.max_new_tokens)  # a text that ends within a character has one more piece than tokens
+        streams.write("\n")
+    else:
+        n = _write_all(completions, arguments.num_samples, arguments.json, show_seeds=arguments.seed is None)
+    seconds = time.perf_counter() - start
+    streams.say(f"{n} tokens in {seconds:.2f} s, {n / seconds:.1f} tokens/s")
+    return 0
+
+
+def _write_all(completions: Iterable[Completion], num_samples: int, as_json: bool, show_seeds: bool) -> int:
+    """Write each completion as soon as it is complete. Return the number of tokens of all completions."""
+    n = 0
+    for i, completion in enumerate(completions):
+        n += len(completion.tokens)
+        if as_json:
+            streams.write(strict_json.line(dataclasses.asdict(completion)))
+        else:
+            which = f"prompt {i // num_samples + 1}, sample {completion.index + 1}"
+            which += f", seed {completion.seed}" if show_seeds else ""
+            streams.write(f"{'=' * 20} {which} {'=' * 20}\n{completion.prompt}{completion.text}\n")
+    return n

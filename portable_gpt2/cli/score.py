@@ -1,0 +1,60 @@
+"""``portable-gpt2 score``: the log-probability and the perplexity of texts."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import strict_json
+from . import streams
+from .options import add_model, add_special, allow_special, at_least, load
+from .texts import Texts
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to a parser's commands."""
+    parser = commands.add_parser(
+        "score",
+        help="compute the log-probability and the perplexity of texts",
+        description="Write the log-probability and the perplexity of each text.",
+    )
+    add = parser.add_argument
+    add("file", nargs="+", help="file with a text in UTF-8; - is stdin")
+    add_model(parser)
+    add(
+        "--stride",
+        type=at_least(1),
+        metavar="N",
+        help="distance in tokens between the windows in which a long text is read; a smaller distance is slower and "
+        "gives each token more context (default: half of the context)",
+    )
+    add("--bos", action="store_true", help="put <|endoftext|> before each text, so that its first token is scored, too")
+    add_special(parser, "a text")
+    add(
+        "--json",
+        action="store_true",
+        help="write one JSON object per text, each on one line, with the log-probability of each token; a number that "
+        "is not finite is written as null",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    streams.write("")
+    texts = Texts()
+    contents = [(name, texts.read(name)) for name in arguments.file]
+    model = load(arguments)
+    streams.say(f"{model!r}, from {model.source}")
+    for name, text in contents:
+        score = model.score(text, stride=arguments.stride, bos=arguments.bos, allow_special=allow_special(arguments))
+        if arguments.json:
+            found = {"tokens": score.tokens, "log_probs": score.log_probs.tolist()}
+            found |= {key: getattr(score, key) for key in ("total", "n_bytes", "perplexity", "byte_perplexity")}
+            streams.write(strict_json.line({"file": name, **found}))
+        else:
+            streams.write(
+                f"{name}: perplexity {score.perplexity:.4f} per token, {score.byte_perplexity:.4f} per byte; "
+                f"log-probability {score.total:.4f} of {score.n_tokens} tokens, {score.n_bytes} bytes\n"
+            )
+    return 0
