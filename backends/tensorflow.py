@@ -263,6 +263,13 @@ class TensorflowBackend(Backend):
     def part_size(self, x: Any) -> int | None:
         return None
 
+    def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+        # Python's loop would be unrolled in the graph, which takes longer to trace with each iteration.
+        def step(i: Any, state: Any) -> tuple[Any, Any]:
+            return i + 1, body(i, state)
+
+        return tf.while_loop(lambda i, _: i < n, step, (tf.constant(0), state), parallel_iterations=1)[1]
+
     def on(self, device: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if device is None else tf.device(self.resolve_device(device))
 
