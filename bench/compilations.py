@@ -1,6 +1,6 @@
-"""How often the model is compiled: traces of what `Backend.compile` is given, which do not depend on the model's size.
+"""The number of compilations: how often the functions given to `Backend.compile` are traced, for a model of any size.
 
-`tests/` holds them to the same bounds; here the table says how many they are.
+The tests check the same limits; this file puts the numbers into the table.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ FULL, PROMPTS = "a full-length generation", "prompts of 1 to 1000 tokens, after 
 
 
 def plan(backend: str) -> list[Row]:
-    """Return the rows of this file, for the frameworks that compile."""
+    """Return the planned rows, for the frameworks that compile."""
     return [
         Row("compilations", backend, name, "traces") for name in (FULL, PROMPTS) if backend in ("jax", "tensorflow")
     ]
 
 
 def measure(run: Run, backend: str) -> Iterator[Row]:
-    """Count the traces of a generation from 1 token to n_ctx, and how many more every length of prompt adds."""
+    """Count the traces of a generation from 1 token to n_ctx, and the additional traces for prompts of all lengths."""
     rows = plan(backend)
     if not rows:
         return
@@ -36,11 +36,11 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
         yield from (row.failed(str(error)) for row in rows)
         return
     for row, count in zip(rows, counts, strict=True):
-        yield row.measured(count, note=f"prompts of every {step}th length" if step > 1 and row.name == PROMPTS else "")
+        yield row.measured(count, note=f"every {step}th length of prompt" if step > 1 and row.name == PROMPTS else "")
 
 
 def count(backend: str, directory: str, step: int) -> tuple[int, int]:
-    """Return both counts; two layers compute them, and the context is the published 1024."""
+    """Return both counts, for a model of two layers with the published context of 1,024 tokens."""
     import portable_gpt2 as pg
 
     traces = 0

@@ -1,4 +1,4 @@
-"""Our GPT-2, in a worker: what a user calls, timed."""
+"""portable_gpt2 in a worker: the functions that a user calls, timed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import frameworks
 
 @functools.cache
 def load(backend: str, directory: str, device: str | None = None) -> pg.GPT2:
-    """Return a checkpoint's model; the call that loads it keeps it."""
+    """Return the model of a checkpoint. It is loaded by the first call and kept."""
     return pg.GPT2.load(directory, backend=backend, device=device)
 
 
@@ -27,7 +27,7 @@ def parameters(backend: str, directory: str) -> int:
 def generate(
     backend: str, directory: str, prompt: int, new: int, sampled: bool = False, device: str | None = None
 ) -> float:
-    """Return the seconds that new tokens take after a prompt of so many ids: greedy, or top_k 40 and top_p 0.95."""
+    """Return the seconds for `new` tokens after a prompt of `prompt` ids: greedy, or with top_k 40 and top_p 0.95."""
     model = load(backend, directory, device)
     options = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 7} if sampled else {"temperature": 0}
     ids = list(range(prompt))
@@ -38,7 +38,7 @@ def generate(
 
 
 def token_seconds(backend: str, directory: str, position: int, new: int) -> float:
-    """Return the mean seconds of each of new tokens after a prompt that ends at a position, the first left out."""
+    """Return the mean seconds per token of `new` tokens after `position` + 1 tokens."""
     stream = load(backend, directory).stream_ids(list(range(position)), max_new_tokens=1 + new, temperature=0)
     next(stream)
     start = time.perf_counter()
@@ -49,7 +49,7 @@ def token_seconds(backend: str, directory: str, position: int, new: int) -> floa
 
 @functools.cache
 def _step(backend: str, directory: str) -> Any:
-    """Return ``step(tokens, cache)``: `pg.gpt2`, compiled as the backend compiles."""
+    """Return ``step(tokens, cache)``: `pg.gpt2`, compiled by the backend."""
     model = load(backend, directory)
 
     def step(params: Any, tokens: Any, cache: Any) -> Any:
@@ -61,7 +61,7 @@ def _step(backend: str, directory: str) -> Any:
 def batch_seconds(backend: str, directory: str, batch: int, prompt: int, new: int) -> float:
     """Return the mean seconds of a decode step of a batch, by `pg.gpt2`, after prompts of equal length.
 
-    The prompts are not read: their rows of the cache are drawn at random, and written, so that they are in memory.
+    The prompts are not computed. Random keys and values are written into the cache instead.
     """
     model, step, own = load(backend, directory), _step(backend, directory), frameworks.get(backend)
     c, from_numpy = model.config, model.backend.from_numpy
@@ -81,7 +81,7 @@ def batch_seconds(backend: str, directory: str, batch: int, prompt: int, new: in
 
 
 def first_pass(backend: str, directory: str) -> float:
-    """Return the seconds to load a model and compute the logits of one token; the framework is imported before."""
+    """Return the seconds to load a model and compute the logits of one token, without the import of the framework."""
     pg.get_backend(backend)
     start = time.perf_counter()
     model = pg.GPT2.load(directory, backend=backend)
@@ -90,10 +90,10 @@ def first_pass(backend: str, directory: str) -> float:
 
 
 def peak_bytes(backend: str, directory: str, prompt: int, new: int) -> int:
-    """Return by how many bytes the resident memory peaks while a model is loaded and generates, in a fresh process."""
+    """Return the bytes by which peak memory grows while a model is loaded and generates text, in a new process."""
     pg.to_numpy(pg.get_backend(backend).from_numpy(np.zeros(1, np.float32)))
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # VmHWM starts anew: what the import peaked at is not counted
+        file.write("5")  # resets the peak VmHWM, so that the import does not count
     before = _status("VmRSS")
     generate(backend, directory, prompt, new)
     return _status("VmHWM") - before
@@ -105,7 +105,7 @@ def _status(entry: str) -> int:
 
 
 def accelerators(backend: str) -> list[str]:
-    """Return the backend's devices that are no CPU."""
+    """Return the names of the backend's devices other than CPUs."""
     return [device for device in pg.get_backend(backend).devices() if device != "cpu" and not device.startswith("cpu:")]
 
 

@@ -1,0 +1,35 @@
+"""An adapter: all that portable_gpt2 needs to know about the library `counting`.
+
+portable_gpt2 finds it through the entry point in ``counting_backend-1.0.dist-info``, as for an installed package. A
+package of your own declares the same entry point in its pyproject.toml.
+"""
+
+import counting
+import numpy as np
+
+from portable_gpt2.backend import Backend
+
+
+class CountingBackend(Backend):
+    """Arrays that count multiplications, on the CPU, in float32 and float64."""
+
+    name = "counting"
+    array_types = (counting.Array,)
+    xp = counting
+    dtypes = {"float32": np.dtype("float32"), "float64": np.dtype("float64")}
+
+    def devices(self):
+        """Return the devices by name."""
+        return {"cpu": "cpu"}
+
+    def device(self, x):
+        """Return the name of the device of x."""
+        return "cpu"
+
+    def from_numpy(self, a, dtype=None, device=None):
+        """Return an Array with a copy of a."""
+        return counting.Array(np.array(self.host_array(a, dtype)))
+
+    def to_numpy(self, x):
+        """Return the NumPy array of an Array."""
+        return x.a
