@@ -42,8 +42,26 @@ def portable(name):
 
 
 PORTABLE = files("portable_gpt2")
+PORTABLE_ROOT = Path(importlib.util.find_spec("portable_gpt2").origin).parent
 # Where portable code handles arrays of a backend; elsewhere it handles NumPy's, on the host.
 OF_ARRAYS = [*map(portable, ("op", "ops", "cache", "model", "gradients", "training.optimizer"))]
+# Imports run one way: a module imports modules of its own layer and of those above it in this list, and no others.
+LAYERS = [
+    {"backend", "host", "random", "strict_json"},
+    {"registry"},
+    {"checks", "config", "files"},
+    {"signature"},
+    {"op"},
+    {"ops", "params", "tokenizer", "tokenizer_files"},
+    {"cache", "sampling"},
+    {"model"},
+    {"gradients", "generation", "checkpoint", "score"},
+    {"training", "language_model", "plot"},
+    {"api"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+OF_ADAPTERS = {"backend", "host"}  # the modules that an adapter may import
 OTHER_ADAPTERS = [path for path in files(ADAPTERS) if path.stem not in ("__init__", "numpy", "formats")]
 by_name = {"ids": lambda path: path.stem}
 
@@ -119,6 +137,41 @@ def attributes_of_arrays(tree):
             yield f"line {node.lineno}: {ast.unparse(node)}"
 
 
+def modules_of_ours(tree, package):
+    """Yield the line and the name of each module of ours that is imported, at any depth, for types only too.
+
+    A name is that of the module or sub-package directly below `portable_gpt2`; `package` is that of the code, as in
+    ``portable_gpt2.training``.
+    """
+    ours = {path.stem if path.parent.name == "portable_gpt2" else path.parent.name for path in PORTABLE}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: -node.level + 1 or None] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        for name in names:
+            root, *rest = name.split(".")
+            if root == "portable_gpt2":
+                yield node.lineno, rest[0] if rest and rest[0] in ours else "__init__"
+
+
+def imports_of_higher_layers(tree, name, package):
+    """Yield imports of modules that stand in a higher layer than the module that has this name."""
+    layer = {module: i for i, modules in enumerate(LAYERS) for module in modules}
+    for line, imported in modules_of_ours(tree, package):
+        if layer[imported] > layer[name]:
+            yield f"line {line}: {name} imports {imported}"
+
+
+def place(path):
+    """Return the name that a file has in LAYERS, and its package: those of a sub-package share one name."""
+    parts = path.relative_to(PORTABLE_ROOT).with_suffix("").parts
+    return parts[0], ".".join(["portable_gpt2", *parts[:-1]])
+
+
 def conversions_to_numpy(tree):
     """Yield what takes an array through NumPy, outside `from_numpy`, `to_numpy` and `read_checkpoint`."""
     if isinstance(tree, ast.FunctionDef) and tree.name in ("from_numpy", "to_numpy", "read_checkpoint"):
@@ -164,6 +217,44 @@ def test_portable_code_imports_no_framework(path):
 def test_an_import_of_a_framework_is_found(code):
     """Catches a rule that has gone blind."""
     assert found(imports_of_frameworks, code)
+
+
+@pytest.mark.parametrize("path", PORTABLE, **by_name)
+def test_imports_run_one_way(path):
+    """Catches the model that imports generation, an op that imports the model: a cycle, or the beginning of one."""
+    name, package = place(path)
+    assert list(imports_of_higher_layers(ast.parse(path.read_text("utf-8")), name, package)) == []
+
+
+@pytest.mark.parametrize("path", files(ADAPTERS), **by_name)
+def test_adapters_import_the_interface_alone(path):
+    """Catches an adapter that imports an op or the model, of which it would have to know too much."""
+    imported = {name for _, name in modules_of_ours(ast.parse(path.read_text("utf-8")), ADAPTERS)}
+    assert imported <= OF_ADAPTERS
+
+
+@pytest.mark.parametrize(
+    ("code", "package"),
+    [
+        ("from .generation import decoder", "portable_gpt2"),
+        ("from . import language_model", "portable_gpt2"),
+        ("def f():\n    from ..training.run import Run", "portable_gpt2.checkpoint"),
+        ("from .. import cli", "portable_gpt2.checkpoint"),
+        ("import portable_gpt2.cli.options", "portable_gpt2"),
+        ("from portable_gpt2 import softmax", "portable_gpt2"),
+        ("if TYPE_CHECKING:\n    from .training import Run", "portable_gpt2"),
+    ],
+)
+def test_an_import_of_a_higher_layer_is_found(code, package):
+    """Catches a rule that has gone blind."""
+    assert list(imports_of_higher_layers(ast.parse(code), "model", package))
+    assert not list(imports_of_higher_layers(ast.parse("from .ops import gelu"), "model", "portable_gpt2"))
+    assert not list(imports_of_higher_layers(ast.parse("from ..ops import gelu"), "model", "portable_gpt2.training"))
+
+
+def test_every_module_has_its_layer():
+    """Catches a new module that the rule about imports does not know: give it a place in LAYERS."""
+    assert {place(path)[0] for path in PORTABLE} <= {name for layer in LAYERS for name in layer}
 
 
 @pytest.mark.parametrize("path", PORTABLE, **by_name)
