@@ -47,7 +47,7 @@ PORTABLE_ROOT = Path(importlib.util.find_spec("portable_gpt2").origin).parent
 OF_ARRAYS = [*map(portable, ("op", "ops", "cache", "model", "gradients", "training.optimizer"))]
 # Imports run one way: a module imports modules of its own layer and of those above it in this list, and no others.
 LAYERS = [
-    {"backend", "host", "random", "strict_json"},
+    {"backend", "host", "options", "random", "strict_json"},
     {"registry"},
     {"checks", "config", "files"},
     {"signature"},
@@ -162,7 +162,7 @@ def imports_of_higher_layers(tree, name, package):
     """Yield imports of modules that stand in a higher layer than the module that has this name."""
     layer = {module: i for i, modules in enumerate(LAYERS) for module in modules}
     for line, imported in modules_of_ours(tree, package):
-        if layer[imported] > layer[name]:
+        if layer.get(imported, -1) > layer.get(name, len(LAYERS)):  # one without a layer is another test's finding
             yield f"line {line}: {name} imports {imported}"
 
 
@@ -254,7 +254,8 @@ def test_an_import_of_a_higher_layer_is_found(code, package):
 
 def test_every_module_has_its_layer():
     """Catches a new module that the rule about imports does not know: give it a place in LAYERS."""
-    assert {place(path)[0] for path in PORTABLE} <= {name for layer in LAYERS for name in layer}
+    unplaced = {place(path)[0] for path in PORTABLE} - {name for layer in LAYERS for name in layer}
+    assert not unplaced, f"give {', '.join(unplaced)} a place in LAYERS"
 
 
 @pytest.mark.parametrize("path", PORTABLE, **by_name)
