@@ -19,7 +19,7 @@ FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "noxfile.py", "portable
 PATTERNS = {
     r"\b(ms|µs|us|nats|tokens|launch|framework|shape|object|blocks|examples)\s+an? "
     r"(token|file|property|thread|product|step|op|call|layer)\b": "write 'per'",
-    r"(?:^What|[.;:] [Ww]hat) (is|was|are|has|else|computes|makes|runs|changes|describes|it|trains)\b": "name the thing",
+    r"(?:^What|[.;:] [Ww]hat) (is|was|are|has|else|computes|makes|runs|changes|describes|it)\b": "name the thing",
     r"(?:^Of|[;:.(] [oO]f) (several|two|an?|those|equal|anything|what|one|each)\b": "begin with the subject",
     r"\bReturn (of|into|where to|what)\b": "name what is returned",
     r"\bnone included\b": "write 'zero or more'",
