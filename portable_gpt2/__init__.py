@@ -1,10 +1,10 @@
 """GPT-2 written once against the array API standard, and run by NumPy, TensorFlow, JAX and PyTorch.
 
 The public names are those of `portable_gpt2.api`, which is imported when one of them is used for the first time. Until
-then next to nothing is imported: the command must be able to answer Ctrl-C before NumPy is there.
+then, not even NumPy is imported, so that the command can handle Ctrl-C from its start.
 """
 
-TYPE_CHECKING = False  # that of typing takes 3 ms to import
+TYPE_CHECKING = False  # to import it from typing would take 3 ms
 
 if TYPE_CHECKING:
     from . import gradients as gradients
@@ -23,7 +23,7 @@ else:
             return import_module(f".{name}", __name__)
         api = import_module(".api", __name__)
         public = {each: getattr(api, each) for each in api.__all__} | {"__all__": api.__all__}
-        globals().update(public)  # from now on they are found without this function
+        globals().update(public)  # so that they are found without a call of this function
         if name not in public:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return public[name]

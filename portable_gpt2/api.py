@@ -1,4 +1,4 @@
-"""The public names of portable_gpt2, which has them as its own attributes."""
+"""The public names, which are attributes of `portable_gpt2`."""
 
 from .backend import Backend
 from .cache import KVCache, grow_cache, new_cache

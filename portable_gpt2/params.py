@@ -15,7 +15,7 @@ from .host import float_dtypes
 from .registry import backend_of, get_backend
 
 Params = dict[str, Any]
-"""A tree of arrays. A sub-tree is splatted into the function that uses it: ``conv1d(x, **params["c_attn"])``."""
+"""A tree of arrays. A sub-tree holds the keyword arguments of one function: ``conv1d(x, **params["c_attn"])``."""
 
 
 def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -24,7 +24,7 @@ def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     Raises
     ------
     ValueError
-        If there are more layers than this machine has memory to name.
+        If the machine has too little memory for the paths of so many layers.
 
     Examples
     --------
@@ -42,7 +42,7 @@ def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-_ENTRY = 400  # bytes at least for a path, its place in a dict, and an array without elements
+_ENTRY = 400  # bytes: a lower bound for a path, its entry in a dict, and an array without elements
 
 
 def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -62,7 +62,7 @@ def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes_around(config: GPT2Config) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Return the shapes of the parameters before the layers, and of those after them."""
+    """Return the shapes of the parameters before the layers, and the shapes of those after the layers."""
     d = config.n_embd
     before: dict[str, tuple[int, ...]] = {"wpe": (config.n_ctx, d), "wte": (config.n_vocab, d)}
     if not config.tie_word_embeddings:
@@ -71,7 +71,7 @@ def _shapes_around(config: GPT2Config) -> tuple[dict[str, tuple[int, ...]], dict
 
 
 def count(config: GPT2Config) -> int:
-    """Return the number of parameters; no array is made, and no layer is gone through.
+    """Return the number of parameters, computed from the shapes.
 
     Examples
     --------
@@ -88,7 +88,7 @@ def _total(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def flatten(tree: Mapping[str, Any], scope: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every leaf of a tree with its path.
+    """Yield the path and the value of every leaf of a tree.
 
     Examples
     --------
@@ -104,7 +104,7 @@ def flatten(tree: Mapping[str, Any], scope: str = "") -> Iterator[tuple[str, Any
 
 
 def nest(leaves: Mapping[str, Any]) -> Params:
-    """Return the tree that has these leaves: the inverse of `flatten`.
+    """Return the tree with these leaves, by path: the inverse of `flatten`.
 
     Examples
     --------
@@ -123,7 +123,7 @@ def nest(leaves: Mapping[str, Any]) -> Params:
 
 
 def map_tree(fn: Callable[..., Any], *trees: Mapping[str, Any]) -> Params:
-    """Return the tree of what a function gives for the leaves of one tree, or of several that have the same paths.
+    """Apply a function to each leaf of a tree, or to the leaves of several trees that have the same paths.
 
     Examples
     --------
@@ -148,32 +148,33 @@ def init_params(
     device: Any = None,
     scale_residual: bool = False,
 ) -> Params:
-    """Return freshly initialised parameters, as OpenAI's code does: the same bits on every backend.
+    """Return initial parameters from the distributions of OpenAI's code, with the same bits on every backend.
 
     Parameters
     ----------
     config : GPT2Config
         The model's shape.
     seed : int
-        From 0 to 2^64 - 1. Each parameter is drawn from a stream of its own, keyed by the seed and its path.
+        From 0 to 2^64 - 1. The seed and the path of a parameter choose its random stream.
     backend, device
-        Where the parameters are made; see `get_backend`.
+        The backend and the device of the parameters; see `get_backend`.
     dtype : str
         ``float32``, ``float64``, ``bfloat16`` or ``float16``.
     scale_residual : bool
-        Whether the two w of each layer whose products are added to the residual stream are divided by the square root
-        of how many there are, 2 n_layer, as the paper says and OpenAI's code does not: the stream then keeps its
-        variance.
+        Whether to divide the weights of the projections ``c_proj``, whose 2 n_layer results are added to the residual
+        stream, by sqrt(2 n_layer), so that the variance of the stream does not grow with the number of layers. The
+        paper does this, and OpenAI's code does not.
 
     Returns
     -------
     dict
-        w, wte and lm_head are drawn from N(0, 0.02), wpe from N(0, 0.01); b is 0 and g is 1.
+        The parameter tree. The standard deviation of w, wte and lm_head is 0.02, that of wpe is 0.01; b is 0 and g
+        is 1.
 
     Raises
     ------
     ValueError
-        If the seed, the dtype or the device is none that there is.
+        If the seed is out of range, or there is no such dtype or device.
 
     Examples
     --------
@@ -214,14 +215,14 @@ def init_conv1d(
     dtype: str = "float32",
     device: Any = None,
 ) -> Params:
-    """Return the variables of a `conv1d` under a scope: w ~ N(0, w_init_stdev) of shape [nx, nf], and b = 0.
+    """Return initial parameters of `conv1d`: w is normally distributed and b is 0.
 
     Parameters
     ----------
     scope : str
-        The path of the variables, such as ``h3/attn/c_attn``. It keys the random stream, with the seed.
+        The path of the parameters, such as ``h3/attn/c_attn``. Together with the seed it chooses the random stream.
     nx, nf : int
-        Lengths of the last axis before and after.
+        Lengths of the last axis of the input and of the output.
     w_init_stdev : float
         Standard deviation of w.
     seed, backend, dtype, device
@@ -230,12 +231,12 @@ def init_conv1d(
     Returns
     -------
     dict
-        ``{"w": [nx, nf], "b": [nf]}``, to be splatted into `conv1d`.
+        ``{"w": [nx, nf], "b": [nf]}``, the keyword arguments of `conv1d`.
 
     Raises
     ------
     ValueError
-        If the seed, the dtype or the device is none that there is.
+        If the seed is out of range, or there is no such dtype or device.
 
     Examples
     --------
@@ -257,7 +258,7 @@ def init_conv1d(
 
 
 def _initial(path: str, shape: tuple[int, ...], stdev: float, seed: int) -> np.ndarray:
-    """Return a parameter's first value in float64."""
+    """Return the initial value of a parameter, float64."""
     leaf = path.rpartition("/")[2]
     checks.memory(8 * math.prod(shape), f"the numbers of {path}, {list(shape)},")
     if leaf in ("g", "b"):
@@ -268,20 +269,20 @@ def _initial(path: str, shape: tuple[int, ...], stdev: float, seed: int) -> np.n
 
 
 def check_config(config: Any) -> None:
-    """Refuse a configuration that is not a `GPT2Config`, which has been validated."""
+    """Refuse a configuration that is not a `GPT2Config`."""
     if not isinstance(config, GPT2Config):
         raise TypeError(f"config is {checks.shown(config)}; expected a GPT2Config")
 
 
 def check_params(params: Params, config: GPT2Config) -> None:
-    """Refuse parameters of another model: with one block more or less, it would compute something else without a word.
+    """Refuse parameters that do not belong to a configuration, such as those of a model with more layers.
 
     Raises
     ------
     TypeError
-        If they are not a tree of float arrays, or belong to two frameworks or two dtypes.
+        If the parameters are not a tree of float arrays, or have arrays of two frameworks or two dtypes.
     ValueError
-        If one is missing, one is too many, or one has another shape than the configuration says.
+        If a parameter is missing, is not one of the configuration's, or has another shape than the configuration says.
     """
     check_config(config)
     if not isinstance(params, Mapping):
@@ -313,24 +314,24 @@ def check_params(params: Params, config: GPT2Config) -> None:
 
 
 def place(x: Any) -> str | None:
-    """Return where an array lives; None where that is not known, while tracing."""
+    """Return the device of an array; None if it is not known, as for a tracer."""
     try:
-        return backend_of(x).device(x).strip(":") or None  # TensorFlow's tracers have an empty one
-    except Exception:  # whatever the framework says of a tracer
+        return backend_of(x).device(x).strip(":") or None  # a tracer of TensorFlow has an empty device
+    except Exception:  # a tracer may raise any error
         return None
 
 
 def check_memory(n: int, like: Any, what: str) -> None:
-    """Refuse n numbers of an array's dtype, on its device, if they would take more memory than the machine has.
+    """Refuse to allocate n elements of an array's dtype on its device if the machine has less memory.
 
-    An accelerator has memory of its own, and how much is not known here: there, nothing is refused.
+    Nothing is refused on an accelerator, because the size of its memory is not known here.
     """
     if (place(like) or "").startswith("cpu"):
         checks.memory(n * float_dtypes[backend_of(like).dtype_name(like) or "float32"].itemsize, what)
 
 
 def check_device(params: Params) -> None:
-    """Refuse parameters that live on different devices, where the framework would stop in the midst of the model."""
+    """Refuse parameters on different devices, before the framework fails in the middle of the model."""
     places: dict[str, str] = {}
     for path, x in flatten(params):
         places.setdefault(backend_of(x).device(x), path)

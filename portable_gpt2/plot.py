@@ -1,4 +1,4 @@
-"""Maps of attention and curves of losses, drawn by matplotlib (the extra ``plot``)."""
+"""Plots of attention weights and of losses, with matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import numpy as np
 from . import checks
 from .files import replacing
 
-_PANEL = 2.2  # inches of a map in a grid
-_LABELLED = 60  # tokens that have room for their names on an axis
+_PANEL = 2.2  # inches: the size of a plot in a grid
+_LABELLED = 60  # the largest number of tokens whose labels fit on an axis
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "$": r"\$"})
 
 
 def draw_attention(weights: np.ndarray, tokens: Sequence[str], title: str) -> Any:
-    """Draw one map: each row is a query, and how much it weighs the key of each column.
+    """Plot attention weights: a row shows the weight that a query gives to the key of each column.
 
     Parameters
     ----------
     weights : float array [seq, seq]
         Each row sums to 1.
     tokens : strs
-        The text of each position.
+        The text of each token.
     title : str
-        What stands above.
+        The title of the plot.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def draw_attention(weights: np.ndarray, tokens: Sequence[str], title: str) -> An
 
 
 def draw_grid(maps: Mapping[str, np.ndarray], columns: int, title: str) -> Any:
-    """Draw many maps side by side, each [seq, seq] under its name.
+    """Plot the attention weights [seq, seq] of several heads in a grid, each with its name.
 
     Returns
     -------
@@ -76,14 +76,14 @@ def draw_grid(maps: Mapping[str, np.ndarray], columns: int, title: str) -> Any:
 
 
 def draw_losses(metrics: Iterable[Mapping[str, Any]], title: str = "") -> Any:
-    """Draw the loss of each step, and that of the held-out text.
+    """Plot the training loss and the held-out loss over the steps.
 
     Parameters
     ----------
     metrics : dicts
-        Of steps, as `training.Run.metrics` returns them: ``step`` and, of those that there are, ``loss``, ``held_out``.
+        The metrics of each step, as `training.Run.metrics` returns them: ``step``, and ``loss``, ``held_out`` or both.
     title : str, optional
-        What stands above.
+        The title of the plot.
 
     Returns
     -------
@@ -96,27 +96,28 @@ def draw_losses(metrics: Iterable[Mapping[str, Any]], title: str = "") -> Any:
         found = [(entry["step"], entry[name]) for entry in metrics if name in entry]
         if found:
             axes.plot(*zip(*found, strict=True), label=f"{label}, at the end {found[-1][1]:.3f}", **style)
-    axes.set(xlabel="step", ylabel="loss, nats a token", title=title.replace("$", r"\$"))
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title.replace("$", r"\$"))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
 def check_file(file: str | os.PathLike[str]) -> None:
-    """Refuse a file that `save` could not write, before anything is drawn.
+    """Refuse a file that `save` could not write, before anything is computed.
 
     Raises
     ------
     ModuleNotFoundError
         If matplotlib is not installed. The message says what to install.
     ValueError
-        If matplotlib knows no format of this name.
+        If the name does not end in a format of matplotlib.
     OSError
-        If there is no such directory (FileNotFoundError), it cannot be written to, or the file is a directory itself.
+        If there is no such directory (FileNotFoundError), the directory cannot be written to, or the file is a
+        directory.
     """
     file, formats = checks.path("file", file), _figure(1, 1).canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in formats:
-        raise ValueError(f"{file}: the name ends in no format that can be drawn: {', '.join(sorted(formats))}")
+        raise ValueError(f"{file}: the name must end in a format of matplotlib: {', '.join(sorted(formats))}")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent}: no such directory")
     if file.is_dir():
@@ -131,7 +132,7 @@ def save(figure: Any, file: str | os.PathLike[str]) -> None:
     """Write a figure in the format that the file's name ends in; the file appears complete or not at all."""
     file = checks.path("file", file)
     with replacing(file) as draft, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # matplotlib draws a box for the glyph
         figure.savefig(draft, dpi=150, format=file.suffix[1:].lower())
 
 
@@ -140,6 +141,6 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure  # not pyplot, which would look for a display
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "matplotlib is not installed, which draws: pip install 'portable-gpt2[plot]'"
+            "matplotlib, which is needed for plots, is not installed: pip install 'portable-gpt2[plot]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -132,7 +132,7 @@ def sample(
     Returns
     -------
     int
-        A token id. Of equal sums, the smallest id.
+        A token id. If several sums are equal, it is the smallest id.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def sample(
 
 
 def sample_with(sampling: Sampling, logits: np.ndarray, position: int, seen: Sequence[int], index: int) -> int:
-    """Return what `sample` returns, for arguments that have been validated."""
+    """Sample a token as `sample` does, from arguments that have been validated."""
     x = logits if logits.dtype in (np.float32, np.float64) else logits.astype(np.float32)
     check_finite(x.max())
     if sampling.repetition_penalty != 1 and len(seen):

@@ -412,10 +412,13 @@ def test_attend_draws_maps(command, checkpoints, chosen):
         (["--layer", "2"], "there is no layer 2; the model has 2, from 0"),
         (["--head", "-1"], "argument --head: -1 is not from 0 to 2**63 - 1"),
         (["--layer", "some"], "argument --layer: 'some': expected a whole number or all"),
-        (["-o", "map.xyz"], "map.xyz: the name ends in no format that can be drawn"),
-        (["-o", "map"], "map: the name ends in no format that can be drawn"),
+        (["-o", "map.xyz"], "map.xyz: the name must end in a format of matplotlib"),
+        (["-o", "map"], "map: the name must end in a format of matplotlib"),
         (["-o", "nowhere/map.png"], "nowhere: no such directory"),
-        (["--model", "nowhere-at-all", "-o", "map"], "map: the name ends in no format"),  # before a model is looked for
+        (
+            ["--model", "nowhere-at-all", "-o", "map"],
+            "map: the name must end in a format",
+        ),  # before loading
     ],
 )
 def test_what_attend_cannot_draw_is_refused(command, args, message):

@@ -6,6 +6,7 @@ The files are those of the installed packages. Every rule that reads code has a 
 import ast
 import importlib.util
 import inspect
+import pkgutil
 import re
 import sys
 import textwrap
@@ -17,6 +18,7 @@ import numpy as np
 import processes
 import pytest
 
+import portable_gpt2 as pg
 from portable_gpt2 import ops
 
 ADAPTERS = "portable_gpt2_backends"
@@ -341,6 +343,16 @@ def test_the_rules_read_every_file():
     """Catches a file that the rules pass over."""
     assert {path.stem for path in PORTABLE} >= {"backend", "ops", "model", "language_model", "commands"}
     assert {path.stem for path in OTHER_ADAPTERS} == FRAMEWORKS
+
+
+def test_no_module_has_the_name_of_something_else():
+    """Catches `portable_gpt2.score`, say, that is a module until a function of this name is imported."""
+    for name in ["portable_gpt2", *(m.name for m in pkgutil.walk_packages(pg.__path__, "portable_gpt2.") if m.ispkg)]:
+        package = importlib.import_module(name)
+        modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        public = getattr(package, "__all__", vars(package))
+        taken = [each for each in modules & {*public} if not inspect.ismodule(getattr(package, each))]
+        assert taken == [], name
 
 
 def parameters(fn):

@@ -274,7 +274,7 @@ WRONG = [
     (["--data", "a.txt", "--context", "1000", *SMALL], "--context 1000: the model has n_ctx = 8 positions"),
     (["--data", "a.txt", "--dtype", "float16"], "dtype is 'float16'; choose one of"),
     (["--data", "a.txt", "--backend", "abacus"], "unknown backend 'abacus'"),
-    (["--data", "a.txt", "--plot", "losses"], "losses: the name ends in no format"),
+    (["--data", "a.txt", "--plot", "losses"], "losses: the name must end in a format"),
     (["--data", "b.txt", *SMALL, "--held-out", "0.001"], "the held-out text has 0 tokens and a window 9"),
     (["--resume"], "run: holds no training run to resume"),
     (["--resume", "--steps", "7", "--data", "a.txt"], "--data, --steps: a run that is resumed keeps its options"),

@@ -150,7 +150,7 @@ def test_a_token_file_that_is_damaged_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tokens: token id 300 is not in the vocabulary of 300"):
         open_tokens(file, 300)
     file.write_bytes(b"123")
-    with pytest.raises(ValueError, match="tokens: 3 bytes are no token ids of 2 bytes"):
+    with pytest.raises(ValueError, match="tokens: has 3 bytes; expected token ids of 2 bytes"):
         open_tokens(file, 300)
 
 

@@ -41,3 +41,12 @@ def configure() -> pg.GPT2Config:
     with pg.use_backend("jax") as backend:
         names: list[str] = [backend.name, *pg.available_backends(), *backend.devices()]
     return pg.GPT2Config(n_layer=len(names), n_head=2, n_embd=64)
+
+
+def misuse(model: pg.GPT2) -> None:
+    """Each line is an error: under --strict, mypy reports an ignored error that does not occur."""
+    model.generate("a", temperatur=1)  # type: ignore[call-overload]
+    model.generate(["a"], num_samples=2, top_k="40")  # type: ignore[call-overload]
+    model.stream("a", batch_size=2)  # type: ignore[call-arg]
+    model.stream_ids([1], top_p="0.9")  # type: ignore[arg-type]
+    list(model.complete(["a"], sliding=2.5))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""The ``portable-gpt2`` command: text on stdout, messages on stderr, wrong use in one line with exit status 2.
+"""The ``portable-gpt2`` command. It writes text to stdout and messages to stderr.
 
-Exit status: 0; 2 if it failed; 130, 143 and 129 after SIGINT (Ctrl-C), SIGTERM and SIGHUP; 141 if nobody reads stdout.
-See docs/decisions/0027.
+The exit status is 0; 2 after an error, which takes one line on stderr; 130, 143 or 129 after SIGINT (Ctrl-C), SIGTERM
+or SIGHUP; and 141 if nobody reads stdout. See docs/decisions/0027.
 """
 
 from . import signals
@@ -10,10 +10,11 @@ from . import signals
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status.
 
-    Without arguments of its own it is the program, and takes charge of the process's signals and standard streams.
+    Without `argv` it is the program: it reads the arguments of the process, and sets up the process's signals and
+    standard streams.
     """
     if argv is None:
-        signals.leave_at_once()  # before more is imported
+        signals.leave_at_once()  # before other modules are imported
         from . import streams
 
         streams.prepare()  # before a file is opened
@@ -23,4 +24,4 @@ def main(argv: list[str] | None = None) -> int:
         return commands.run(argv)
     finally:
         if argv is None:
-            signals.leave_at_once()  # until the process has ended
+            signals.leave_at_once()  # while the interpreter shuts down

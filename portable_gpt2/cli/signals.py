@@ -1,6 +1,7 @@
-"""What SIGINT (Ctrl-C), SIGTERM and SIGHUP do. One that is ignored when the process begins, as by nohup, stays so.
+"""Handlers of SIGINT (Ctrl-C), SIGTERM and SIGHUP.
 
-This module is imported first, and imports little.
+A signal that is ignored when the process starts, as under nohup, stays ignored. This module is imported first, and
+imports little.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 
-TYPE_CHECKING = False  # that of typing takes 3 ms to import
+TYPE_CHECKING = False  # to import it from typing would take 3 ms
 
 if TYPE_CHECKING:
     from typing import Any
@@ -22,19 +23,19 @@ def status(signum: int) -> int:
 
 
 def leave_at_once() -> None:
-    """Let Ctrl-C end the process at once, without a traceback: where no file is being written.
+    """Let Ctrl-C end the process at once, without a traceback. This is for times when no file is being written.
 
-    A KeyboardInterrupt that is raised inside of an import, or of what a framework calls back, may become another error,
-    or be printed and forgotten.
+    A KeyboardInterrupt would not do: inside an import or a callback of a framework it may be replaced by another error,
+    or be printed and ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _set(signal.SIGINT, _leave)
 
 
 def clean_up_first() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt, SIGTERM and SIGHUP SystemExit: unfinished files are removed on the way.
+    """Let Ctrl-C raise KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit, so that unfinished files are removed.
 
-    Where `leave_at_once` was not called, the process is somebody else's, and its signals are left alone.
+    If `leave_at_once` was not called, the process belongs to another program, and its handlers are not changed.
     """
     if signal.getsignal(signal.SIGINT) is not _leave:
         return
@@ -45,9 +46,9 @@ def clean_up_first() -> None:
 
 
 class Noted(list[int]):
-    """The signals that came within a ``with`` block, which is left to end in good order.
+    """A list of the signals that arrived during a ``with`` block, which can then end in an orderly way.
 
-    Only the first is noted. The second has the effect that the first would have had outside of the block.
+    Only the first signal is recorded. A second one is handled as it would be outside of the block.
     """
 
     def __enter__(self) -> Noted:
@@ -75,7 +76,7 @@ def _exit(signum: int, _: Any) -> None:
 
 
 def _set(signum: int, handler: Any) -> bool:
-    """Set a handler and return whether that was possible: Python allows it in the main thread only."""
+    """Set a handler. Return whether that was possible: Python allows it only in the main thread."""
     try:
         signal.signal(signum, handler)
     except ValueError:

@@ -1,7 +1,7 @@
-"""The standard streams: what happens to text and to messages where one of them is closed, full or a broken pipe.
+"""The standard streams, any of which may be closed, full or a broken pipe.
 
-A command exists for its text: if stdout loses it, the command fails. Messages are a courtesy: if stderr loses them, the
-command continues. See docs/decisions/0027.
+If text cannot be written to stdout, the command fails. If a message cannot be written to stderr, the command continues.
+See docs/decisions/0027.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ class LostOutput(OSError):
 
 
 class _Courtesy(io.FileIO):
-    """A file that takes all that it is given and drops what it cannot write."""
+    """A file that drops the data that it cannot write."""
 
     def write(self, data: Any, /) -> int:
         try:
             written = super().write(data)
         except OSError:
             written = None
-        # None is also what a pipe that is full gives if it does not block.
+        # FileIO.write also returns None, for a full pipe that does not block.
         return memoryview(data).nbytes if written is None else written
 
 
 def prepare() -> None:
-    """Make the standard streams safe to write to. Nothing may have been opened before."""
+    """Make the standard streams safe to write to. No file may have been opened before."""
     for descriptor in (_STDIN, _STDOUT, _STDERR):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The next file that is opened, a checkpoint perhaps, would get this number, and with it what is printed.
+            # The next file that is opened would get the number of this stream, and receive the text that is printed.
             _to_null(descriptor)
             _closed.add(descriptor)
     if sys.stdin is None:
@@ -48,21 +48,21 @@ def prepare() -> None:
     if sys.stdout is None:
         sys.stdout = open(_STDOUT, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where an encoding lacks a character, the text continues
+        sys.stdout.reconfigure(errors="replace")  # a character that the encoding lacks becomes a question mark
     warnings.formatwarning = _warning
-    if sys.stderr is sys.__stderr__:  # and not what a caller of `main` put there
+    if sys.stderr is sys.__stderr__:  # a caller of `main` may have replaced it
         encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
         courtesy = io.BufferedWriter(_Courtesy(_STDERR, "w", closefd=False))
         sys.stderr = io.TextIOWrapper(courtesy, encoding, "backslashreplace", line_buffering=True)
 
 
 def write(text: str) -> None:
-    """Write text to stdout, at once. With an empty text, find out whether stdout is closed before work begins.
+    """Write text to stdout without delay. An empty text checks that stdout is open, before work begins.
 
     Raises
     ------
     LostOutput
-        If stdout is closed, full, or a pipe that nobody reads.
+        If stdout is closed, its disk is full, or it is a pipe that nobody reads.
     """
     if _STDOUT in _closed:
         raise LostOutput(errno.EBADF, "stdout is closed")
@@ -70,7 +70,7 @@ def write(text: str) -> None:
         print(text, end="", flush=True)
     except OSError as error:
         if sys.stdout is sys.__stdout__:
-            _to_null(_STDOUT)  # the interpreter will try to write the rest of the buffer when it ends
+            _to_null(_STDOUT)  # because the interpreter writes the rest of the buffer when it ends
         raise LostOutput(error.errno, f"cannot write to stdout: {error.strerror}") from error
 
 
@@ -80,7 +80,7 @@ def say(message: str) -> None:
 
 
 def _warning(message: Warning | str, *where: Any, **line: Any) -> str:
-    """Return a warning as a line: where it is from in the source says nothing to who runs the command."""
+    """Return a warning as one line, without the line of source code that Python shows."""
     return f"portable-gpt2: warning: {' '.join(str(message).split())}\n"
 
 
@@ -90,7 +90,7 @@ def stdin() -> BinaryIO:
     Raises
     ------
     ValueError
-        If it is closed.
+        If stdin is closed.
     """
     if _STDIN in _closed:
         raise ValueError("stdin is closed")

@@ -14,9 +14,9 @@ from . import streams
 
 _STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 _CHUNK = 1 << 24  # bytes that are read at a time
-_PATIENCE = 5  # seconds that somebody has to open a named pipe for writing
+_PATIENCE = 5  # seconds to wait until a named pipe is opened for writing
 _OTHERS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16 does, and comes first therefore
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is the beginning of this one
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -24,23 +24,23 @@ _OTHERS = {
 
 
 class Texts:
-    """The texts that one command reads."""
+    """Reads the texts of one command. A pipe can be read only once."""
 
     def __init__(self) -> None:
         self._drained: set[tuple[int, int]] = set()
 
     def read(self, file: str) -> str:
-        """Return the text of a file; ``-`` is stdin.
+        """Return the text of a file, or of stdin for ``-``.
 
-        No line ending is changed or removed. A byte order mark at the beginning is not text.
+        Line endings are not changed. A byte order mark at the beginning is removed.
 
         Raises
         ------
         OSError
-            If the file cannot be read, is a directory or a device (which may have no end), or is a named pipe that
-            nobody opens for writing.
+            If the file cannot be read, is a directory or a device (which may have no end), or is a named pipe that is
+            not opened for writing.
         ValueError
-            If it is not UTF-8, needs more memory than there is, or is stdin or a pipe that was read before.
+            If the text is not UTF-8, needs more memory than the machine has, or comes from a pipe that was read before.
         """
         data = b"".join(_within_memory(self._chunks(file), file))
         for mark, encoding in _OTHERS.items():
@@ -61,7 +61,7 @@ class Texts:
                 self._check(file, stream.fileno(), once=True)
                 yield from iter(lambda: stream.read(_CHUNK), b"")
                 return
-            descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # it does not wait for a named pipe's writer
+            descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # does not wait until a named pipe has a writer
             with os.fdopen(descriptor, "rb", buffering=0) as stream:
                 if self._check(file, descriptor) == stat.S_IFIFO:
                     yield _first_of_pipe(file, descriptor)
@@ -71,14 +71,14 @@ class Texts:
             raise error if error.errno is None else OSError(f"{file}: {error.strerror}") from error
 
     def _check(self, file: str, descriptor: int, once: bool = False) -> int:
-        """Return the kind of an open file. Refuse what holds no text, and what may have no end."""
+        """Return the kind of an open file. Devices, which may have no end, and pipes that were read are refused."""
         status = os.fstat(descriptor)
         kind = stat.S_IFMT(status.st_mode)
         is_null = kind == stat.S_IFCHR and os.path.samestat(status, os.stat(os.devnull))
         if kind in (stat.S_IFCHR, stat.S_IFBLK) and not is_null and not os.isatty(descriptor):
             raise OSError(f"{file}: is a device; expected a text")
         if kind == stat.S_IFREG:
-            checks.memory(2 * status.st_size, f"{file}: its text")  # as bytes, and as text
+            checks.memory(2 * status.st_size, f"{file}: its text")  # the bytes and the decoded text
         if once or kind in (stat.S_IFIFO, stat.S_IFSOCK):
             if (identity := (status.st_dev, status.st_ino)) in self._drained:
                 raise ValueError(f"{file}: was read before, and can be read only once; save it in a file")
@@ -95,15 +95,15 @@ def _within_memory(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
 
 
 def _first_of_pipe(file: str, descriptor: int) -> bytes:
-    """Return the bytes that a pipe holds already. Refuse a named one that nobody opens for writing."""
+    """Return the bytes that are in a pipe already. A named pipe that is not opened for writing is refused."""
     events = select.poll()
-    events.register(descriptor, select.POLLHUP)  # somebody opened it and closed it again
+    events.register(descriptor, select.POLLHUP)  # set after a writer opened the pipe and closed it
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         try:
             if (found := os.read(descriptor, _CHUNK)) or events.poll(0):
                 return found
-        except BlockingIOError:  # somebody has opened it and has written nothing yet
+        except BlockingIOError:  # a writer has opened the pipe and has not written yet
             return b""
         time.sleep(0.01)
     raise OSError(f"{file}: is a named pipe that nobody opened for writing within {_PATIENCE} seconds")

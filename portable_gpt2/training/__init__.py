@@ -1,7 +1,7 @@
-"""Training, written once: AdamW on the loss, by each framework's gradients or by those of `gradients`.
+"""Training, written once: AdamW, with the gradients of the framework or the hand-written ones of `gradients`.
 
-``recipe`` says how, ``data`` is what it reads, ``optimizer`` and ``trainer`` are a step, ``run`` is its directory and
-``loop`` the loop.
+``recipe`` has the options, ``data`` prepares texts, ``optimizer`` and ``trainer`` take a step, ``run`` keeps the
+directory of a training run, and ``loop`` takes all steps of a run.
 """
 
 from .data import batch, documents, train_tokenizer, windows, write_tokens

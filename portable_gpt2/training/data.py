@@ -1,4 +1,4 @@
-"""Text as training reads it: a tokenizer made for it, a file of token ids, random windows and held-out ones."""
+"""Data for training: train a tokenizer, write texts as a file of token ids, and read windows of tokens from it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from .. import checks, random
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import END_OF_TEXT
 
-_LARGEST_READ = 1 << 30  # bytes of token ids; files that are larger are mapped
+_LARGEST_READ = 1 << 30  # bytes; a larger file of token ids is memory-mapped
 _CHUNK = 1 << 20  # characters that are encoded at a time
 
 
 def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
-    """Return a byte-level BPE like GPT-2's, made for some texts.
+    """Train a byte-level BPE tokenizer like GPT-2's.
 
     Parameters
     ----------
     texts : strs
+        The texts to train on.
     n_vocab : int
-        How many entries it is to have: ``<|endoftext|>``, which is id 0, the 256 bytes, and merges.
+        Number of entries of the vocabulary: ``<|endoftext|>``, which is id 0, the 256 bytes, and merges.
 
     Raises
     ------
     ValueError
-        If that is fewer than 257, or more than the texts have merges for. The message says how many they have.
+        If n_vocab is below 257, or the texts have too few merges. The message says how many entries are possible.
 
     Examples
     --------
@@ -45,7 +46,8 @@ def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     least = 1 + len(pre_tokenizers.ByteLevel.alphabet())
     if n_vocab < least:
         raise ValueError(f"a vocabulary of {n_vocab} is asked for; the bytes and {END_OF_TEXT} alone are {least}")
-    # The library reserves memory for all that is asked for, and aborts where there is too little. A merge needs a byte.
+    # The library allocates memory for n_vocab entries, and aborts the process if there is too little. A text cannot
+    # have more merges than bytes, so a larger n_vocab is reduced.
     most = min(n_vocab, least + 4 * sum(map(len, texts)))
     checks.memory(64 * most, f"a vocabulary of {n_vocab}")
     bpe = tokenizers.Tokenizer(models.BPE())
@@ -66,9 +68,9 @@ def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
 
 
 def documents(text: str) -> Iterator[str]:
-    r"""Return an iterator over the documents of a text, which ``<|endoftext|>`` separates, without the separators.
+    r"""Return an iterator over the documents of a text. ``<|endoftext|>`` separates them, and is not part of them.
 
-    A part that is empty or only white space, such as the line ending after the last separator of a file, is not one.
+    A document that is empty or has only white space, such as the line ending after the last separator, is left out.
 
     Examples
     --------
@@ -95,33 +97,34 @@ def write_tokens(
     *,
     allow_special: bool | Collection[str] = False,
 ) -> int:
-    """Append the ids of some texts to a file, ``<|endoftext|>`` after each document if the vocabulary has one.
+    """Append the token ids of texts to a file, with ``<|endoftext|>`` after each document if the vocabulary has it.
 
     Parameters
     ----------
     texts : strs
-        Documents, or several in a text with ``<|endoftext|>`` between them where that is allowed. They are encoded
-        piece by piece, into the ids that they have as a whole.
+        The texts. They are encoded in chunks, with the same ids as if each were encoded as a whole.
     tokenizer : Tokenizer
+        The tokenizer.
     n_vocab : int
-        The model's vocabulary. Up to 65,536, an id takes two bytes, and four above.
+        Size of the model's vocabulary. Up to 65,536, an id takes two bytes in the file; above, it takes four.
     file : path
+        The file.
     progress : callable, optional
-        Wraps the iterable of pieces, as tqdm does.
+        Wraps the iterable of the chunks' ids, as tqdm does.
     allow_special : bool or collection of str
-        Which special tokens that the texts spell are that one token and not text, as for `Tokenizer.encode`. Where
-        ``<|endoftext|>`` is among them, it separates documents, as in `documents`.
+        Which special tokens in the texts are read as that one token and not as text, as for `Tokenizer.encode`. If
+        ``<|endoftext|>`` is one of them, it separates documents, as in `documents`.
 
     Returns
     -------
     int
-        How many ids were written.
+        The number of ids that were written.
 
     Raises
     ------
     ValueError
-        If an id is not in the vocabulary of the model, a text cannot be encoded, or ``<|endoftext|>`` separates
-        documents and the tokenizer lacks it.
+        If an id is not in the vocabulary of the model, a text cannot be encoded, or a special token that is allowed is
+        not in the tokenizer.
     """
     n, file = 0, checks.path("file", file)
     with open(file, "ab") as stream:
@@ -141,7 +144,7 @@ def _token_dtype(n_vocab: int) -> np.dtype:
 
 
 def _encoded(texts: Iterable[str], tokenizer: Tokenizer, allowed: frozenset[str]) -> Iterator[list[int]]:
-    """Yield the ids of some texts, piece by piece."""
+    """Yield the token ids of texts, chunk by chunk."""
     whole = tokenizer.found_whole(allowed)
     for text in texts:
         for document in documents(text) if END_OF_TEXT in allowed else [text]:
@@ -152,11 +155,11 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer, allowed: frozenset[str]
 
 
 def pieces(text: str, size: int | None = None, tokens: Iterable[str] = ()) -> Iterator[str]:
-    """Split a text into pieces of about a size whose ids, one after the other, are those of the whole.
+    """Split a text into chunks of about `size` characters that can be encoded separately: the token ids are the same.
 
-    A space that follows a visible character begins a word in any case: a word of GPT-2's has no space after anything
-    but spaces. Tokens that are found whole, before the text is split into words, may have one: no piece ends within
-    what may be one of ``tokens`` (`Tokenizer.found_whole`).
+    A chunk ends before a space that follows a visible character, because GPT-2's splitting into words always begins a
+    word there. The only tokens that may contain such a space are those that the tokenizer finds before it splits the
+    text into words (``tokens``, from `Tokenizer.found_whole`). No chunk ends inside one of them.
     """
     size = _CHUNK if size is None else size
     across = [token for token in tokens if _BORDER.search(token)]
@@ -169,29 +172,31 @@ def pieces(text: str, size: int | None = None, tokens: Iterable[str] = ()) -> It
 
 
 def _spans(token: str, text: str, i: int) -> bool:
-    """Return whether a token stands in a text with its beginning before place i, and its end after it."""
+    """Return whether a token occurs in a text so that it begins before place i and ends after it."""
     return token in text[max(i - len(token) + 1, 0) : i + len(token) - 1]
 
 
-# White space after a visible character, as the tokenizers package sees it: to Python, U+001C to U+001F are spaces, too.
+# White space after a visible character. Unlike Python, the tokenizers package does not count U+001C to U+001F as space.
 _BORDER = re.compile(r"(?<=\S)[^\S\x1c-\x1f]")
 
 
 def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
-    """Return the ids of a file that `write_tokens` has written, [n], read-only.
+    """Return the token ids in a file of `write_tokens`, [n], as a read-only array.
 
-    A file of more than 1 GiB is mapped: its ids need not fit into memory, but the file must not change while they are
-    used. If it is overwritten, the ids change; if it is truncated, the system ends the process (SIGBUS).
+    A file larger than 1 GiB is memory-mapped, so that it need not fit into memory. Such a file must not change while
+    the array is used: if it is overwritten, the ids change; if it is truncated, the system ends the process (SIGBUS).
 
     Raises
     ------
     ValueError
-        If the file is cut off, or an id is not in the vocabulary.
+        If the file is truncated, or an id is not in the vocabulary.
     """
     file = checks.path("file", file)
     dtype, size = _token_dtype(n_vocab), os.path.getsize(file)
     if not size or size % dtype.itemsize:
-        raise ValueError(f"{os.fspath(file)}: {size} bytes are no token ids of {dtype.itemsize} bytes; start a new run")
+        raise ValueError(
+            f"{os.fspath(file)}: has {size} bytes; expected token ids of {dtype.itemsize} bytes; start a new run"
+        )
     tokens = np.fromfile(file, dtype) if size <= _LARGEST_READ else np.memmap(file, dtype, mode="r")
     tokens.flags.writeable = False
     if (largest := int(tokens.max())) >= n_vocab:
@@ -206,7 +211,7 @@ def check_window(n: int, length: int, what: str) -> None:
 
 
 def _text(tokens: Any) -> np.ndarray:
-    """Return the token ids of a text, [n], on the host; they may be mapped from a file, and are not read here."""
+    """Return the token ids of a text, [n], as a NumPy array. If it is memory-mapped, the ids are not read here."""
     found = checks.integers("tokens", tokens, "int [n], as an array")
     if found.ndim != 1:
         raise ValueError(f"tokens have shape {list(found.shape)}; expected int [n]")
@@ -214,21 +219,21 @@ def _text(tokens: Any) -> np.ndarray:
 
 
 def _as_int32(windows: np.ndarray) -> np.ndarray:
-    """Return windows of ids in the dtype that a model reads; refuse ids that would wrap around in it."""
+    """Return windows of token ids as int32, the dtype that a model reads. Larger ids are refused."""
     if windows.dtype.itemsize >= 4 and (largest := int(windows.max())) >= 2**31:
         raise ValueError(f"tokens hold {largest}; expected ids below 2**31")
     return windows.astype(np.int32)
 
 
 def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed: int) -> np.ndarray:
-    """Return some windows of a text, int32 [batch_size, length], at random: the same for the same index and seed.
+    """Return random windows of a text, int32 [batch_size, length]. They depend only on the index and the seed.
 
     Raises
     ------
     TypeError
         If tokens is not an array of integers.
     ValueError
-        If the text is shorter than a window, or has more than one axis, or a number is out of range.
+        If the text has fewer tokens than a window or more than one axis, or another argument is out of range.
 
     Examples
     --------
@@ -247,9 +252,9 @@ def batch(tokens: np.ndarray, index: int, *, batch_size: int, length: int, seed:
 
 
 def windows(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Return the whole windows of a text, int32 [n, length], each from the last token of the one before it.
+    """Return the complete windows of a text, int32 [n, length]. Each begins with the last token of the one before it.
 
-    So every token after the first is predicted once, up to those at the end that fill no window.
+    Every token after the first is predicted once, except at the end, where the tokens do not fill a window.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The loop: steps, evaluations and checkpoints of a run, until it is done or ended."""
+"""The training loop: the steps, evaluations and checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -19,46 +19,48 @@ __all__ = ["Diverged", "Report", "train"]
 
 
 class Report(NamedTuple):
-    """What a step gave."""
+    """The results of a step."""
 
     step: int
-    """How many steps were taken, with this one; 0 is of the evaluation before the first."""
+    """The number of steps that were taken. The report of step 0 has the evaluation before the first step."""
     loss: float | None
-    """Of the step's batches, before the step, in nats a token."""
+    """The mean loss of the step's batches before the step, in nats per token."""
     norm: float | None
-    """Of the gradient, before it was clipped."""
+    """The norm of the gradient before it was clipped."""
     rate: float | None
+    """The learning rate."""
     held_out: float | None
-    """The loss of the held-out text after the step, where the recipe says that it is evaluated."""
+    """The loss of the held-out text after the step, or None if it was not evaluated."""
     seconds: float
-    """That the step took, without evaluation."""
+    """The duration of the step without the evaluation."""
 
 
 def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, None]:
-    """Take the steps that a run lacks; the report of each is yielded, and written to the run's metrics.
+    """Take the remaining steps of a run. The report of each step is yielded, and written to the run's metrics.
 
-    At the beginning, every ``eval_every`` steps and at the end, the held-out text is evaluated and a checkpoint saved;
-    also when the iterator is closed, or interrupted from the keyboard, between two evaluations. A run that resumes from
-    a checkpoint ends in the same bits as one that was never interrupted, on the same backend and machine: a step's
-    windows depend on nothing but the seed and the step.
+    The held-out text is evaluated and a checkpoint is saved before the first step, every ``eval_every`` steps, and at
+    the end. A checkpoint is also saved when the iterator is closed, or interrupted by Ctrl-C, between two evaluations.
+    A run that is resumed gives the same bits as one that was never interrupted, on the same backend and machine,
+    because the windows of a step depend only on the seed and the step's number.
 
-    The run is locked until the iterator ends, is closed or is dropped.
+    The run is locked until the iterator ends, is closed or is deleted.
 
     Parameters
     ----------
     run : Run
+        The run.
     trainer : Trainer
-        One with the run's configuration and recipe.
+        A trainer with the run's configuration and recipe.
     state : State
-        The first, or what `Run.restore` returns.
+        The state that `Trainer.start` or `Run.restore` returned.
 
     Raises
     ------
     Diverged
-        If a loss, a gradient, a parameter or a moment is NaN or infinite. The last checkpoint stays.
+        If a loss, a gradient, a parameter or a moment is NaN or infinite. The last checkpoint is kept.
     ValueError
-        If there is too little text for one window; if another process, or another thread, trains the run; if the
-        trainer or the state is not the run's.
+        If a text has fewer tokens than a window, another process or thread trains the run, or the trainer or the state
+        belongs to another run.
     CheckpointError
         If a file of the run is damaged. The message names it.
     """
@@ -68,7 +70,7 @@ def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, N
         last = run.last["step"] if run.has_checkpoint else None
         if state.step != (last or 0):
             at = "has no checkpoint" if last is None else f"has its last checkpoint at step {last}"
-            raise ValueError(f"{run.directory}: {at}; the state stands at step {state.step}: restore it from the run")
+            raise ValueError(f"{run.directory}: {at}; the state is at step {state.step}: restore it from the run")
         yield from _steps(run, trainer, state, metrics, last)
 
 
@@ -86,7 +88,7 @@ def _steps(
         return (batch(training, first + i, **options) for i in range(recipe.gradient_accumulation_steps))
 
     def loss_of(state: State, text: np.ndarray, what: str) -> float:
-        """Return a loss after a step, which shows that the model still computes."""
+        """Return the loss of a text after a step, which must be finite."""
         loss = trainer.evaluate(state.params, text)
         if not math.isfinite(loss):
             raise run.diverged(state.step, f"the loss of {what} is {loss} after it")
@@ -104,11 +106,11 @@ def _steps(
     def is_due(step: int) -> bool:
         return step % recipe.eval_every == 0 or step == recipe.steps
 
-    # A step is done once it is evaluated. Its state and report are one variable, for Ctrl-C may come at any moment.
+    # A step is done when it has been evaluated. Its state and report are assigned together, as Ctrl-C may come between.
     done: tuple[State, Report] | None = None
 
     def finish(save: bool) -> None:
-        """Write the line of the step that is done, then its checkpoint, whose record says where the lines end."""
+        """Write the metrics of the step that is done, then its checkpoint, which records where the metrics end."""
         nonlocal saved
         assert done is not None
         state, report = done

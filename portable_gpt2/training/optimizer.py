@@ -1,4 +1,4 @@
-"""AdamW, the clipping of gradients and the schedule of the learning rate, written once in array-API terms."""
+"""AdamW, gradient clipping and the learning-rate schedule, written once in array-API terms."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SMALLEST = float(np.finfo(np.float32).smallest_normal)
 
 
 class Moments(NamedTuple):
-    """Running averages of the gradient and of its square, trees like the parameters'."""
+    """Moving averages of the gradient (m) and of the squared gradient (v): trees with the paths of the parameters."""
 
     m: Params
     v: Params
 
 
 def no_moments(params: Params) -> Moments:
-    """Return the moments from which training starts: zeros."""
+    """Return the moments before the first step, which are zeros."""
 
     def zeros(x: Any) -> Any:
         backend = backend_of(x)
@@ -33,7 +33,7 @@ def no_moments(params: Params) -> Moments:
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Return the rate of a step, from 0: linear warm-up to the recipe's rate, then a cosine to its final share of it.
+    """Return the learning rate of a step (from 0): a linear warm-up to the largest rate, then a cosine to the smallest.
 
     Examples
     --------
@@ -51,17 +51,17 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def rates(step: int, recipe: Recipe) -> np.ndarray:
-    """Return what differs from step to step, [3], as an array: of a number, a compiler would make a constant.
+    """Return the numbers that differ between steps, [3]: the learning rate, and the bias corrections of m and v.
 
-    They are the learning rate, and what makes up for the moments having started from 0: 1 / (1 - beta^t) of each, where
-    t counts from 1.
+    A bias correction is 1 / (1 - beta^t), where t counts the steps from 1. The numbers are an array because a compiler
+    would treat Python's numbers as constants, and compile each step.
     """
     bias = (1 / (1 - beta ** (step + 1)) for beta in (recipe.beta1, recipe.beta2))
     return np.asarray([learning_rate(step, recipe), *bias])
 
 
 def global_norm(tree: Params) -> Any:
-    """Return the Euclidean norm of all leaves together, a scalar array."""
+    """Return the Euclidean norm of the vector of all elements of a tree, a scalar array."""
     leaves = [x for _, x in flatten(tree)]
     xp = backend_of(leaves[0]).xp
     first, *rest = [xp.sum(x * x) for x in leaves]
@@ -69,10 +69,9 @@ def global_norm(tree: Params) -> Any:
 
 
 def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[Any, Any, Any]:
-    """Return a parameter, and its moments, after a step along its gradient.
+    """Return a parameter p and its moments m and v after a step with the gradient g.
 
-    Only matrices decay: the biases and the gains of layer_norm have no scale that they could lose. With an eps of 0, a
-    parameter that never had a gradient does not move (its step would be 0 / 0).
+    Only matrices decay. If eps is 0, an element whose gradient has always been 0 does not change (0 / 0 is taken as 0).
 
     Notes
     -----
@@ -83,7 +82,7 @@ def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[A
     m = recipe.beta1 * m + (1 - recipe.beta1) * g
     v = recipe.beta2 * v + (1 - recipe.beta2) * (g * g)
     size = backend.xp.sqrt(v * bias_v) + recipe.eps
-    if recipe.eps < _SMALLEST:  # 0 in float32; a larger eps costs no pass over the parameters, and changes no bit
+    if recipe.eps < _SMALLEST:  # eps is 0 in float32; otherwise size cannot be 0, and this pass is saved
         size = backend.xp.where(size == 0, 1.0, size)
     step = (m * bias_m) / size
     if len(backend.shape(p)) >= 2:
@@ -92,14 +91,14 @@ def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[A
 
 
 def update(params: Params, grads: Params, moments: Moments, rates: Any, recipe: Recipe) -> tuple[Params, Moments, Any]:
-    """Average and clip the sum of the gradients of a step's batches, and take a step along it.
+    """Take a step, given the sum of the gradients of its batches. The gradient is averaged and clipped here.
 
     Returns
     -------
     params, moments
-        After the step.
+        The parameters and moments after the step.
     norm : float array []
-        The gradient's, before it was clipped.
+        The norm of the averaged gradient before it was clipped.
     """
     xp = backend_of(rates).xp
     norm = global_norm(grads) / recipe.gradient_accumulation_steps

@@ -1,7 +1,7 @@
-"""Records of a run's directory: sealed JSON files, digests of the other files, and one line of metrics for each step.
+"""Records in the directory of a run: JSON files with a digest, digests of the other files, and a file of metrics.
 
-A record that was changed after it was written is refused. A run that resumes therefore computes with what was saved, or
-not at all.
+A record that was changed after it was written is refused, so a run is resumed from the data that were saved or not at
+all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SEAL = "sha256"
 
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Turn an error of the system into a CheckpointError that names a file."""
+    """Convert an OSError into a CheckpointError that names a file."""
     try:
         yield
     except CheckpointError:
@@ -35,7 +35,7 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def is_there(file: Path) -> bool:
-    """Return whether there is a regular file of this name; refuse anything else that has the name."""
+    """Return whether there is a regular file of this name. Anything else of this name is refused."""
     with naming(file):
         return holds_file(file)
 
@@ -47,7 +47,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def digest(file: Path) -> str:
-    """Return the SHA-256 of a regular file as 64 hexadecimal digits: 1.2 GiB per second on one core."""
+    """Return the SHA-256 of a regular file as 64 hexadecimal digits (1.2 GiB per second on one core)."""
     with naming(file), regular(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -58,16 +58,16 @@ def digest_of(content: bytes) -> str:
 
 
 def check_digest(file: Path, expected: str) -> None:
-    """Refuse a file whose content is not the content that was recorded."""
+    """Refuse a file whose SHA-256 is not the expected one."""
     if digest(file) != expected:
-        raise CheckpointError(f"{file}: damaged, or changed since it was written (its SHA-256 is another); {RESTORE}")
+        raise CheckpointError(f"{file}: damaged, or changed since it was written (its SHA-256 differs); {RESTORE}")
 
 
 RESTORE = "restore the directory from a copy, or start a new run with --init-from"
 
 
 def write_record(file: Path, entries: Mapping[str, Any]) -> None:
-    """Write a JSON object, with the digest of its entries as one more entry. The file is replaced as a whole."""
+    """Write a JSON object, with the digest of its entries as one more entry. The file is replaced atomically."""
     with replacing(file) as draft:
         draft.write_text(sealed(entries), "utf-8")
 
@@ -78,7 +78,7 @@ def sealed(entries: Mapping[str, Any]) -> str:
 
 
 def read_record(file: Path, *names: str) -> dict[str, Any]:
-    """Return the entries of a record, which must be those of these names.
+    """Return the entries of a record, which must have these names and no others.
 
     Raises
     ------
@@ -93,12 +93,12 @@ def read_record(file: Path, *names: str) -> dict[str, Any]:
     fields(file, "the record", entries, *names, _SEAL)
     seal = entries.pop(_SEAL)
     if seal != _seal(entries):
-        raise CheckpointError(f"{file}: changed since it was written (its entries have another SHA-256); {RESTORE}")
+        raise CheckpointError(f"{file}: changed since it was written (the SHA-256 of its entries differs); {RESTORE}")
     return dict(entries)
 
 
 def _parse(content: bytes) -> Any:
-    """Return the value of a JSON text, which has neither NaN nor Infinity."""
+    """Return the value of a JSON text. NaN and Infinity, which Python's parser accepts, are refused."""
 
     def refused(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
@@ -111,7 +111,7 @@ def _seal(entries: Mapping[str, Any]) -> str:
 
 
 def fields(file: Path, what: str, entries: Any, *names: str) -> dict[str, Any]:
-    """Return a JSON object of a file if it has the entries of these names and no others."""
+    """Return a JSON object of a file, which must have entries of these names and no others."""
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file}: {what} is {shown(entries)}; expected an object")
     for verb, found in (("lacks", set(names) - entries.keys()), ("has the unknown", entries.keys() - set(names))):
@@ -126,29 +126,31 @@ def is_digest(x: Any) -> bool:
 
 
 class End(NamedTuple):
-    """Where the lines of metrics end that belong to a checkpoint."""
+    """The lines of metrics that belong to a checkpoint."""
 
     lines: int
+    """The number of lines."""
     sha256: str
-    """Of these lines without their ``seconds``: runs of the same text and recipe have the same records."""
+    """The SHA-256 of the lines without their ``seconds``, so that runs of the same text and recipe have the same."""
 
 
 class Metrics:
     """The file of metrics, to which a run adds a line for each step.
 
-    A line is written before the checkpoint of its step is, and the record of the checkpoint says where the lines end.
-    A run that resumes removes what stands after that end: the steps after the checkpoint are taken again.
+    The line of a step is written before its checkpoint, whose record has the number of lines. When a run is resumed,
+    the lines after this number are removed, because the steps after the checkpoint are taken again.
 
     Parameters
     ----------
     file : Path
+        The file.
     end : End, optional
-        Where the lines of the last checkpoint end. Without it, all lines are removed.
+        The lines that belong to the last checkpoint. Without it, all lines are removed.
 
     Raises
     ------
     CheckpointError
-        If the file lacks some of these lines, or they were changed.
+        If some of these lines are missing, or were changed.
     """
 
     def __init__(self, file: Path, end: End | None) -> None:
@@ -165,11 +167,11 @@ class Metrics:
         with naming(file):
             self._stream = open(file, "r+b" if is_there(file) else "w+b", buffering=0)  # noqa: SIM115 - see `close`
             self._stream.truncate(size)
-        # One variable, assigned at once: Ctrl-C finds all of a line in it, or nothing.
+        # One variable, so that Ctrl-C cannot interrupt between the assignments of several.
         self._now = (-1, n, size, hashed)
 
     def add(self, step: int, entries: Mapping[str, Any]) -> None:
-        """Write the line of a step. To write the last line once more changes nothing."""
+        """Write the line of a step. If it is the last line already, nothing changes."""
         last, n, size, hashed = self._now
         if step == last:
             return
@@ -183,7 +185,7 @@ class Metrics:
         self._now = (step, n + 1, size + len(line), hashed)
 
     def end(self) -> End:
-        """Return where the lines end, once they are on the disk."""
+        """Return the number and the digest of the lines. They are on the disk when this returns."""
         os.fsync(self._stream.fileno())
         _, n, _, hashed = self._now
         return End(n, hashed.hexdigest())
@@ -194,24 +196,25 @@ class Metrics:
 
 
 def whole_lines(file: Path) -> bytes:
-    """Return the lines of a file without the last one if it is cut: a run may be writing it."""
+    """Return the complete lines of a file. A run may be writing the last line."""
     content = read_bytes(file) if is_there(file) else b""
     return content[: content.rfind(b"\n") + 1]
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics, each of which must be an object of numbers and of a later step than the line before.
+    """Return the lines of metrics as dicts of numbers.
 
     Raises
     ------
     CheckpointError
-        If one is not. The message names the file and the line.
+        If a line is not a JSON object of finite numbers, or its step is not after the step of the line before. The
+        message names the file and the line.
     """
     return list(_parsed(file, whole_lines(file).split(b"\n")[:-1]))
 
 
 def end_of(metrics: Iterable[Mapping[str, Any]]) -> End:
-    """Return where metrics end, as `read_metrics` returns them."""
+    """Return the number and the digest of lines that `read_metrics` returned."""
     parts = [_hashed_part(entries) for entries in metrics]
     return End(len(parts), digest_of(b"".join(parts)))
 

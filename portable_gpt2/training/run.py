@@ -1,4 +1,4 @@
-"""Run: the directory of a training run, in which nothing is ever half written, and nothing damaged is read."""
+"""Run: the directory of a training run. Files are replaced atomically, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class _Saved(NamedTuple):
-    """A checkpoint, as the record of checkpoints describes it."""
+    """A checkpoint in the record of checkpoints."""
 
     step: int
     held_out: float | None
@@ -53,7 +53,7 @@ class _Saved(NamedTuple):
 
 
 class _Pointers(NamedTuple):
-    """Which checkpoints there are, and the lines of metrics up to the last of them."""
+    """The checkpoints that exist, and the lines of metrics up to the last checkpoint."""
 
     last: _Saved
     best: _Saved
@@ -61,31 +61,34 @@ class _Pointers(NamedTuple):
 
 
 class Run:
-    """A directory that holds a model in Hugging Face's layout, the best so far, and what training resumes from.
+    """The directory of a training run: the best model so far in Hugging Face's layout, and files to resume from.
 
     ::
 
-        config.json, vocab.json, model.safetensors ...   what `GPT2.load` reads: the best checkpoint
-        metrics.jsonl                                    an object for each step
-        training/run.json, tokens.bin                    what was asked for; the text as token ids
+        config.json, vocab.json, model.safetensors ...   the best checkpoint, which `GPT2.load` reads
+        metrics.jsonl                                    one JSON object per step
+        training/run.json, tokens.bin                    the recipe; the texts as token ids
         training/step-400/                               a checkpoint, with the optimizer's moments
-        training/checkpoints.json                        which is the last, which the best
-        training/lock                                    there while a process trains
+        training/checkpoints.json                        names the last checkpoint and the best one
+        training/lock                                    exists while a process trains the run
 
-    A step's line of metrics is written first, then its checkpoint as a new directory, then the one small file that says
-    so is replaced: however a run ends, it resumes from there, and nothing is lost or there twice. The records hold a
-    SHA-256 of every file that a run resumes from; a file that was damaged or changed is refused by its name.
-    `Run.create` makes a new run, `Run.open` opens one that exists.
+    A checkpoint is saved in three steps: its line of metrics is written, then a new directory, and then the small file
+    that names the checkpoints is replaced. A run that ends at any moment can therefore be resumed from its last
+    checkpoint. The records have a SHA-256 of every file that a run resumes from; a file that was damaged or changed is
+    refused by its name. `Run.create` makes a new run, and `Run.open` opens one that exists.
 
     Attributes
     ----------
     recipe : Recipe
+        The options of training.
     config : GPT2Config
+        The model's shape.
     tokenizer : Tokenizer or None
+        The tokenizer that is saved with each checkpoint.
     n_training : int
-        How many of the tokens are for training; the tokens after them are held out.
+        The number of tokens for training. The tokens after them are held out.
     where : dict
-        The backend and the device that it was begun on, by name.
+        The names of the backend and the device that the run was started on.
     """
 
     def __init__(
@@ -120,17 +123,17 @@ class Run:
         Parameters
         ----------
         directory : path
-            It must not exist, or be empty, or hold a run that ended before its first checkpoint.
+            A directory that does not exist, is empty, or holds a run that ended before its first checkpoint.
         recipe, config, tokenizer
-            Of the run.
+            The attributes of the run.
         write_tokens : callable
-            Writes the text as token ids into the file that it is given, as `data.write_tokens` does, and returns how
-            many of them are for training.
+            Given a file, it writes the texts as token ids into it, as `data.write_tokens` does, and returns the number
+            of tokens that are for training.
         companions : dict
-            Other files to write with each checkpoint, by name, as `read_checkpoint` returns them. Those in a directory
-            of their own are left out with a warning.
+            Contents of other files to write with each checkpoint, by name, as `read_checkpoint` returns them. Files in
+            subdirectories are left out with a warning.
         **where
-            ``backend`` and ``device``, by name: what the run resumes with unless it is told otherwise.
+            ``backend`` and ``device``, by name. A run that is resumed uses them unless others are given.
 
         Raises
         ------
@@ -148,7 +151,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             if ended_early := (target / _INSIDE).exists():
                 stack.enter_context(_locked(target))
-                check_new(target)  # once more: nobody else can write to it now
+                check_new(target)  # a second time, now that no other process can write to the directory
             draft = stack.enter_context(appearing(target, force=ended_early))
             inside = draft / _INSIDE
             inside.mkdir()
@@ -164,13 +167,13 @@ class Run:
     def open(cls, directory: str | os.PathLike[str]) -> Run:
         """Open the directory of a run, which another process may be training.
 
-        The records and the small files of the last checkpoint are checked, and the names, shapes and dtypes of its
-        tensors. `tokens` and `restore` check what they read.
+        This checks the records, the small files of the last checkpoint, and the names, shapes and dtypes of its
+        tensors. `tokens` and `restore` check the large files when they read them.
 
         Raises
         ------
         ValueError
-            If it holds no run, or the run ended before its first checkpoint.
+            If the directory holds no run, or the run ended before its first checkpoint.
         CheckpointError
             If a file is missing, damaged, or was changed. The message names it.
         """
@@ -187,7 +190,7 @@ class Run:
         return cls(root, recipe, found.config, found.tokenizer, n_training, where, found.companions)
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the token ids for training, and those that are held out.
+        """Return two arrays: the token ids for training, and those that are held out.
 
         Raises
         ------
@@ -210,22 +213,22 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """Where there is an object for each step, a line each."""
+        """The file of metrics, which has one JSON object per line and step."""
         return self.directory / METRICS_FILE
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether one was saved."""
+        """Whether a checkpoint was saved."""
         return _read_pointers(self.directory) is not None
 
     @property
     def last(self) -> dict[str, Any]:
-        """``name``, ``step`` and ``held_out`` of the last checkpoint."""
+        """The ``name``, ``step`` and ``held_out`` loss of the last checkpoint."""
         return self._pointers().last.to_dict()
 
     @property
     def best(self) -> dict[str, Any]:
-        """``name``, ``step`` and ``held_out`` of the checkpoint whose held-out loss is the lowest."""
+        """The ``name``, ``step`` and ``held_out`` loss of the checkpoint whose held-out loss is the lowest."""
         return self._pointers().best.to_dict()
 
     def _pointers(self) -> _Pointers:
@@ -233,12 +236,12 @@ class Run:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[records.Metrics]:
-        """Hold the run's lock while the block runs, with the file of metrics as it was at the last checkpoint.
+        """Hold the run's lock while the block runs. The metrics are those of the last checkpoint and before.
 
         Raises
         ------
         ValueError
-            If another process, or another thread of this one, trains the run. The message has its process id.
+            If another process or thread trains the run. The message has the process id.
         CheckpointError
             If the metrics, or the files of the best checkpoint, are damaged.
         """
@@ -254,14 +257,14 @@ class Run:
                 metrics.close()
 
     def save(self, state: State, held_out: float | None) -> None:
-        """Write a checkpoint, which is the last from then on, and the best unless another's held-out loss is lower.
+        """Write a checkpoint. It becomes the last one, and the best one unless another has a lower held-out loss.
 
         Raises
         ------
         Diverged
-            If a parameter or a moment is NaN or infinite, or the held-out loss is. Nothing is changed.
+            If a parameter, a moment or the held-out loss is NaN or infinite. Nothing is changed.
         ValueError
-            If another process, or another thread of this one, trains the run.
+            If another process or thread trains the run.
         """
         if held_out is not None:
             held_out = float(held_out)
@@ -288,20 +291,20 @@ class Run:
         except _NotFinite as error:
             raise self.diverged(state.step, str(error)) from None
         best = saved if before is None or _loss(saved) <= _loss(before.best) else before.best
-        if best is saved:  # before it is said: a run that ends between the two publishes it again
+        if best is saved:  # before the record is written: if the run ends here, `_tidy` copies the recorded best again
             self._publish(saved)
         entries = {name: {**each.to_dict(), "files": each.files} for name, each in (("last", saved), ("best", best))}
         records.write_record(inside / _POINTERS, {**entries, "metrics": metrics._asdict()})
         self._remove_checkpoints(saved, best)
 
     def _publish(self, checkpoint: _Saved) -> None:
-        """Put a checkpoint's files where `GPT2.load` looks for them, the weights last."""
+        """Copy the files of a checkpoint to the run's directory, from which `GPT2.load` reads: the weights last."""
         for name in sorted(checkpoint.files.keys() - {_MOMENTS}, key=WEIGHTS_FILE.__eq__):
             with replacing(self.directory / name) as draft:
                 shutil.copyfile(self.directory / _INSIDE / checkpoint.name / name, draft)
 
     def _tidy(self, pointers: _Pointers | None) -> None:
-        """Finish what a killed run left undone: publish the best checkpoint, remove all but the best and the last."""
+        """Copy the best checkpoint to the run's directory and remove old ones, as a run that was killed did not."""
         if pointers is None:
             return
         last, best, _ = pointers
@@ -322,7 +325,7 @@ class Run:
                 other.unlink() if other.is_symlink() or not other.is_dir() else shutil.rmtree(other)
 
     def restore(self, backend: Backend, device: Any = None) -> State:
-        """Return the state of the last checkpoint on a backend: the bits that were saved.
+        """Return the state of the last checkpoint on a backend, with the bits that were saved.
 
         Raises
         ------
@@ -338,17 +341,17 @@ class Run:
         return State(saved.step, params, Moments(trees["m"], trees["v"]))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return an object for each step so far.
+        """Return the metrics of each step so far, as dicts.
 
         Raises
         ------
         CheckpointError
-            If a line is not such an object. The message names the file and the line.
+            If a line is not a JSON object of numbers. The message names the file and the line.
         """
         return records.read_metrics(self.metrics_file)
 
     def diverged(self, step: int, why: str) -> Diverged:
-        """Return the error of a step whose result cannot be used: what happened, what to try, what is left."""
+        """Return the error of a step whose result is not finite. It says what happened and what can be tried."""
         pointers = _read_pointers(self.directory)
         if pointers is None:
             return Diverged(f"step {step}: {why}; training cannot begin with these weights, give others")
@@ -362,9 +365,9 @@ class Run:
 
 
 def check_new(directory: str | os.PathLike[str]) -> Path:
-    """Return the real path of a new run's directory; refuse one that holds anything that could be lost.
+    """Return the real path of a new run's directory. A directory with files that could be lost is refused.
 
-    A run that ended before its first checkpoint holds nothing but its text, and may be started again.
+    A run that ended before its first checkpoint has only its texts, and may be started again.
     """
     given = checks.path("directory", directory)
     target = Path(os.path.realpath(given))
@@ -376,7 +379,7 @@ def check_new(directory: str | os.PathLike[str]) -> Path:
 
 
 def _ended_early(directory: Path) -> bool:
-    """Return whether all that a directory holds was written by a run that ended before its first checkpoint."""
+    """Return whether every file in a directory was written by a run that ended before its first checkpoint."""
     inside, ours = directory / _INSIDE, {_INSIDE, METRICS_FILE}
     if not (inside / _RUN).is_file() or (inside / _POINTERS).exists():
         return False
@@ -406,11 +409,11 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-# What a run's records say, checked
+# Reading and checking the records
 
 
 def _read_run(file: Path) -> dict[str, Any]:
-    """Return the recipe of a run, the size of its text, and how many of its tokens are for training."""
+    """Return the entries of a run's record: its recipe, the size of its texts, and the number of training tokens."""
     entries = records.read_record(file, "recipe", "n_training", "tokens", "where")
     try:
         recipe = Recipe.from_dict(records.fields(file, "recipe", entries["recipe"], *Recipe.names_in_files()))
@@ -449,7 +452,7 @@ def _check_context(recipe: Recipe, config: GPT2Config) -> None:
 
 
 def _read_pointers(directory: Path) -> _Pointers | None:
-    """Return which checkpoints there are; None if the run ended before the first."""
+    """Return the checkpoints that exist, or None if the run ended before its first checkpoint."""
     inside = directory / _INSIDE
     file = inside / _POINTERS
     if not records.is_there(file):
@@ -506,7 +509,7 @@ def _open_last(
 def _open_checkpoint(
     inside: Path, saved: _Saved, recipe: Recipe, contents: bool
 ) -> tuple[Checkpoint, dict[str, StoredTensor]]:
-    """Return the model and the moments of a checkpoint; with contents, the large files have their SHA-256 too."""
+    """Return the model and the moments of a checkpoint. With contents, the SHA-256 of large files is checked, too."""
     directory = inside / saved.name
     with records.naming(directory):
         held = {file.name for file in directory.iterdir() if not file.name.startswith(".")}
@@ -537,7 +540,7 @@ def _check_state(
     params: Mapping[str, StoredTensor],
     moments: Mapping[str, StoredTensor],
 ) -> None:
-    """Refuse the tensors of a checkpoint unless they are those that a run of this configuration and recipe trains."""
+    """Refuse the tensors of a checkpoint unless a run of this configuration and recipe trains these tensors."""
     expected = {path: (shape, recipe.master_dtype) for path, shape in shapes(config).items()}
     _check_tensors(directory / WEIGHTS_FILE, params, expected)
     _check_tensors(directory / _MOMENTS, moments, {f"{s}/{path}": t for s in "mv" for path, t in expected.items()})
@@ -546,7 +549,7 @@ def _check_state(
 def _check_tensors(
     file: Path, tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> None:
-    """Refuse tensors of other names, shapes or dtypes than are expected."""
+    """Refuse tensors whose names, shapes or dtypes are not the expected ones."""
     for verb, names in (("lacks", expected.keys() - tensors.keys()), ("has", tensors.keys() - expected.keys())):
         if names:
             raise CheckpointError(f"{file}: {verb} {', '.join(sorted(names)[:3])}; {records.RESTORE}")
@@ -558,7 +561,7 @@ def _check_tensors(
 
 
 def _checked(file: Path, name: str, tensor: StoredTensor) -> StoredTensor:
-    """Return a moment that is refused when it is read unless it is finite, and a squared gradient's at least 0."""
+    """Return a moment that is checked when it is read: it must be finite, and an average of squares at least 0."""
 
     def read() -> np.ndarray:
         a = tensor.read()
@@ -574,11 +577,11 @@ def _loss(checkpoint: _Saved) -> float:
 
 
 class _NotFinite(ArithmeticError):
-    """A tensor that is to be saved holds a NaN or an infinity."""
+    """A tensor that is being saved holds a NaN or an infinity."""
 
 
 def _finite(tree: Params, what: str, scope: str = "") -> dict[str, StoredTensor]:
-    """Return tensors to be written, each of which is checked on the host when it is its turn."""
+    """Return tensors to be written. Each is copied to the host and checked when it is written."""
 
     def checked(path: str, tensor: StoredTensor) -> StoredTensor:
         def read() -> np.ndarray:
@@ -593,5 +596,5 @@ def _finite(tree: Params, what: str, scope: str = "") -> dict[str, StoredTensor]
 
 
 def _read(tensors: Mapping[str, StoredTensor], backend: Backend, device: Any) -> dict[str, Any]:
-    """Return tensors on a backend, in memory of their own: as it lies in a file, a kernel may sum in another order."""
+    """Return tensors on a backend, copied: a kernel may sum in another order if the memory is aligned differently."""
     return {path: backend.from_numpy(t.read().copy(), t.dtype, device) for path, t in tensors.items()}

@@ -140,8 +140,8 @@ class Trainer:
         Raises
         ------
         ValueError
-            If the number of batches is not the recipe's gradient_accumulation_steps; or if a batch is not of two axes,
-            has no window, has windows longer than n_ctx + 1, or has an id that is not in the vocabulary.
+            If the number of batches is not the recipe's gradient_accumulation_steps; or if a batch does not have two
+            axes, has no window, has windows longer than n_ctx + 1, or has an id that is not in the vocabulary.
         TypeError
             If a batch does not consist of integers, or state is not a State.
         """
