@@ -46,8 +46,9 @@ class Sampling:
     --------
     >>> import numpy as np
     >>> from portable_gpt2.sampling import Sampling
-    >>> Sampling(top_k=np.uint8(1), seed=7)
-    Sampling(temperature=1.0, top_k=1, top_p=None, min_p=None, repetition_penalty=1.0, seed=7)
+    >>> options = Sampling(top_k=np.uint8(1), seed=7)
+    >>> options.temperature, options.top_k, options.seed
+    (1.0, 1, 7)
     """
 
     temperature: float = option(

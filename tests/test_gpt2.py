@@ -67,8 +67,7 @@ def test_without_a_seed_each_text_is_another(model):
 
 def test_the_defaults_are_those_that_are_documented(model):
     """Catches a default that drifts: it would change the text of everybody who names a seed and nothing else."""
-    sampling = {"temperature": 1.0, "top_k": 40, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "seed": None}
-    assert {field.name: field.default for field in dataclasses.fields(Sampling)} == sampling
+    sampling = {field.name: field.default for field in dataclasses.fields(Sampling)}  # pinned by test_sampling
     others = {"max_new_tokens": 100, "stop": None, "sliding": False}
     for method, more in (("stream_ids", {}), ("stream", {"allow_special": False})):
         parameters = inspect.signature(getattr(pg.GPT2, method)).parameters.values()

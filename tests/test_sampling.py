@@ -473,6 +473,13 @@ GOOD_OPTIONS = {
 DEFAULTS = {"temperature": 1.0, "top_k": 40, "top_p": None, "seed": 0}
 
 
+def test_the_defaults_are_pinned():
+    """Catches a default that drifts: it would change the text of everybody who names a seed and nothing else."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Sampling)}
+    expected = {"temperature": 1.0, "top_k": 40, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "seed": None}
+    assert defaults == expected
+
+
 def test_every_option_is_tried():
     """Catches an option that is added, and whose bad values nobody has thought of."""
     names = [field.name for field in dataclasses.fields(Sampling)]

@@ -365,7 +365,7 @@ def test_evaluation_is_the_mean_over_all_windows(backend):
         ({"beta1": 1.0}, "beta1 is 1.0; expected a number of at least 0 and below 1"),
         ({"max_grad_norm": 0}, "max_grad_norm is 0; expected a number above 0 .or None."),
         ({"seed": -1}, "seed is -1"),
-        ({"dtype": "float16"}, "dtype is 'float16'; choose one of float32, float64, bfloat16 .the gradients"),
+        ({"dtype": "float16"}, "dtype is 'float16'; choose one of float32, float64, bfloat16 .in float16"),
     ],
     ids=str,
 )
