@@ -41,6 +41,7 @@ def test_a_backend_of_ones_own_gives_the_same_text_and_counts():
     """Catches an adapter that lacks what the interface requires, and multiplications that the formula does not have."""
     text = run("-W", "error", ROOT / "examples" / "own_backend" / "count.py")
     assert "Equal to NumPy's: True" in text
+    assert float(re.search(r"NumPy's logits: (\S+)", text)[1]) < 1e-4
     counts = re.findall(r"^ +\d+ +([\d,]+) +([\d,]+)$", text, re.MULTILINE)
     assert len(counts) == 3
     assert all(counted == formula for counted, formula in counts)

@@ -12,9 +12,12 @@ import portable_gpt2 as pg
 def main():
     """Compare texts with NumPy's, and multiplications with the formula."""
     model = pg.GPT2.load("shakespeare", backend="counting")
-    text = model.generate("To be", max_new_tokens=20, seed=7)
-    numpy = pg.GPT2.load("shakespeare", backend="numpy").generate("To be", max_new_tokens=20, seed=7)
-    print(f"{model!r}\nThe text:         {text!r}\nEqual to NumPy's: {text == numpy}\n")
+    numpy = pg.GPT2.load("shakespeare", backend="numpy")
+    text, expected = (each.generate("To be", max_new_tokens=20, seed=7) for each in (model, numpy))
+    ids = [model.tokenizer.encode("To be, or not to be")]
+    difference = np.abs(pg.to_numpy(model.logits(ids)) - numpy.logits(ids)).max()
+    print(f"{model!r}\nThe text:         {text!r}\nEqual to NumPy's: {text == expected}")
+    print(f"Largest difference from NumPy's logits: {difference:.1e}\n")
 
     c = model.config
     weights = c.n_layer * 12 * c.n_embd**2 + c.n_vocab * c.n_embd
