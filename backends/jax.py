@@ -18,6 +18,13 @@ from portable_gpt2.backend import Backend
 # By default a GPU multiplies float32 in TF32.
 _PRECISION = jax.lax.Precision.HIGHEST
 _matmul = functools.partial(jnp.matmul, precision=_PRECISION)
+
+
+def _astype(x: Any, dtype: Any, /, *, copy: bool = False, device: Any = None) -> Any:
+    """Convert as `jnp.astype`, which warns where JAX has 32 bits for a dtype of 64."""
+    return jnp.astype(x, jax.dtypes.canonicalize_dtype(dtype), copy=copy, device=device)
+
+
 _barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 
 
@@ -181,7 +188,7 @@ class JaxBackend(Backend):
 
     name = "jax"
     array_types = (jax.Array,)
-    xp = SimpleNamespace(**{**vars(jnp), "matmul": _matmul})
+    xp = SimpleNamespace(**{**vars(jnp), "matmul": _matmul, "astype": _astype})
     kernels = {
         "conv1d": _conv1d,
         "softmax": _softmax,
@@ -193,23 +200,16 @@ class JaxBackend(Backend):
     handwritten_gradient_is_faster = True
     dtypes = {name: jnp.dtype(name) for name in ("float32", "float64", "bfloat16", "float16")}
 
-    def owns(self, kind: type) -> bool:
-        return (
-            True  # a subclass of jax.Array is JAX's own; other classes, such as tracers, say themselves that they are
-        )
-
     def refusal(self, x: Any) -> str | None:
+        # No class is refused: all subclasses of jax.Array belong to JAX, and other classes register themselves.
         if not isinstance(x, jax.core.Tracer) and x.is_deleted():
             return "was deleted, or donated to a compiled function; make the array again"
         return None
 
-    def index(self, ids: Any) -> Any:
-        return ids.astype(int)  # of 64 bits where JAX has them
-
-    def is_readable(self, x: Any) -> bool:
+    def peek(self, x: Any) -> np.ndarray | None:
         if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
-            return False
-        return all(device.platform == "cpu" for device in x.devices())
+            return None
+        return np.asarray(x) if all(device.platform == "cpu" for device in x.devices()) else None
 
     def devices(self) -> dict[str, Any]:
         found = [*jax.devices("cpu"), *jax.devices()]
@@ -221,22 +221,18 @@ class JaxBackend(Backend):
     def device(self, x: Any) -> str:
         return ", ".join(sorted(_device_name(device) for device in x.devices()))
 
-    def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
-        a = self.host_array(a, dtype)
+    def put(self, a: np.ndarray, device: Any) -> Any:
         if jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype:
             raise TypeError(
                 f"backend 'jax' would narrow {a.dtype} to {jax.dtypes.canonicalize_dtype(a.dtype)}; convert the array, "
                 f"or allow 64 bits with jax.config.update('jax_enable_x64', True) or JAX_ENABLE_X64=1 at the start"
             )
-        target = self.default_device if device is None else self.resolve_device(device)
-        if a.size == 1 and isinstance(target, Sharding):
-            return _put_one(target)(a)
-        x = jnp.asarray(a) if target is None else jax.device_put(a, target)
-        # It copies later, and holds what it is to copy: a model that loads tensor by tensor would be in memory twice.
+        if a.size == 1 and isinstance(device, Sharding):
+            return _put_one(device)(a)
+        x = jnp.asarray(a) if device is None else jax.device_put(a, device)
+        # JAX copies asynchronously and keeps the source alive until then. Without waiting, a model that is loaded
+        # tensor by tensor would be in memory twice.
         return x.block_until_ready() if a.nbytes >= 2**20 else x
-
-    def to_numpy(self, x: Any) -> np.ndarray:
-        return np.asarray(x)
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
         return x.at[indices].add(rows)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from portable_gpt2.backend import Backend
+from portable_gpt2.backend import Backend, subclass_refusal
 
 _BLOCK = 2**18  # bytes that are worked through at a time, so that a second pass finds them in the cache
 _SHORT = 16  # entries of an axis
@@ -151,15 +151,10 @@ class NumpyBackend(Backend):
         "float16": np.dtype(np.float16),
     }
 
-    def owns(self, kind: type) -> bool:
-        # numpy.matrix, masked arrays and record arrays are of NumPy too, and compute otherwise.
-        return kind in (np.ndarray, np.memmap) or issubclass(kind, np.generic)
-
-    def index(self, ids: Any) -> Any:
-        return ids.astype(np.int64, copy=False)
-
-    def is_readable(self, x: Any) -> bool:
-        return True
+    def refusal(self, x: Any) -> str | None:
+        # NumPy defines numpy.matrix, masked arrays and record arrays as well, but they compute differently.
+        is_plain = type(x) in (np.ndarray, np.memmap) or isinstance(x, np.generic)
+        return None if is_plain else subclass_refusal("numpy", "numpy.asarray(x)")
 
     def devices(self) -> dict[str, Any]:
         return {"cpu": "cpu"}
@@ -167,12 +162,10 @@ class NumpyBackend(Backend):
     def device(self, x: Any) -> str:
         return "cpu"
 
-    def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
-        if device is not None:
-            self.resolve_device(device)
-        return self.host_array(a, dtype)
+    def put(self, a: np.ndarray, device: Any) -> Any:
+        return a
 
-    def to_numpy(self, x: Any) -> np.ndarray:
+    def peek(self, x: Any) -> np.ndarray:
         return np.asarray(x)
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from portable_gpt2.backend import Backend
+from portable_gpt2.backend import Backend, subclass_refusal
 from portable_gpt2.host import CheckpointError, StoredTensor
 
 _FLOATS = {
@@ -44,7 +44,7 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, tor
 class _Namespace:
     """The array-API functions that portable code uses, over torch.Tensor."""
 
-    float32 = torch.float32
+    float32, int64 = torch.float32, torch.int64
     exp, log, tanh, sqrt, matmul, finfo = torch.exp, torch.log, torch.tanh, torch.sqrt, torch.matmul, torch.finfo
     where, reshape, arange, zeros = torch.where, torch.reshape, torch.arange, torch.zeros
 
@@ -359,7 +359,6 @@ class TorchBackend(Backend):
 
     name = "torch"
     array_types = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    plain = "x.as_subclass(torch.Tensor)"
     xp = _Namespace
     kernels = {
         "conv1d": _conv1d,
@@ -373,26 +372,24 @@ class TorchBackend(Backend):
     }
     dtypes = _FLOATS
 
-    def owns(self, kind: type) -> bool:
-        return super().owns(kind) and not kind.__module__.startswith(("torch.masked", "torch.nested", "torch.sparse"))
-
     def refusal(self, x: Any) -> str | None:
+        module = type(x).__module__
+        if module.partition(".")[0] != "torch" or module.startswith(("torch.masked", "torch.sparse")):
+            return subclass_refusal("torch", "x.as_subclass(torch.Tensor)")
         if x.layout is not torch.strided or x.is_nested:
             return f"is {'nested' if x.is_nested else 'sparse'} ({x.layout}); give a dense tensor, such as x.to_dense()"
         return "has no shape yet; initialize it first" if isinstance(x, _UNINITIALIZED) else None
 
-    def index(self, ids: Any) -> Any:
-        return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
-
-    def is_readable(self, x: Any) -> bool:
+    def peek(self, x: Any) -> np.ndarray | None:
         if not x.is_cpu or type(x) is not torch.Tensor or torch.compiler.is_compiling():
-            return False
+            return None
         if torch._C._functorch.maybe_current_level() is not None:
-            return False  # torch.func wraps tensors; a wrapper may have an address, and to read a plain one makes one
+            return None  # inside torch.func even plain tensors are wrapped when they are read
         try:
-            return x.data_ptr() is not None
-        except RuntimeError:  # it has no storage, as sparse ones
-            return False
+            x.data_ptr()
+        except RuntimeError:  # x has no storage, as a sparse tensor
+            return None
+        return self.to_numpy(x)
 
     def devices(self) -> dict[str, Any]:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -413,16 +410,15 @@ class TorchBackend(Backend):
     def device(self, x: Any) -> str:
         return str(x.device)
 
-    def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
-        a = np.asarray(self.host_array(a, dtype))
+    def put(self, a: np.ndarray, device: Any) -> Any:
+        a = np.asarray(a)
         if not a.flags.writeable or any(stride < 0 for stride in a.strides):  # torch can share neither
             a = a.copy()
         if a.dtype == ml_dtypes.bfloat16:
             x = torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
         else:
             x = torch.from_numpy(a)
-        target = self.default_device if device is None else self.resolve_device(device)
-        return x.to(torch.get_default_device() if target is None else target)
+        return x.to(torch.get_default_device() if device is None else device)
 
     def to_numpy(self, x: Any) -> np.ndarray:
         x = x.detach()

@@ -290,9 +290,9 @@ def _check_position(backend: Backend, position: Any, seq: Any, capacity: Any, co
             raise ValueError(f"the cache's position has shape {list(backend.shape(position))}; expected one int")
         if not backend.xp.isdtype(position.dtype, "integral"):
             raise TypeError(f"the cache's position has dtype {position.dtype}; expected an int")
-        if (span := backend.span(position)) is None:
+        if (value := backend.peek(position)) is None:
             return
-        position = span[0]
+        position = int(value)
     if not isinstance(position, int):
         raise TypeError(f"the cache's position is {checks.shown(position)}; expected an int")
     if position < 0 or isinstance(position, bool):

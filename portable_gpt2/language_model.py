@@ -103,8 +103,7 @@ class GPT2:
                 f"model works with token ids"
             )
         backend = backend_of(params["wte"])
-        with backend.on(backend.placement(params["wte"])):
-            params = nest({path: backend.relayout(path, x) for path, x in flatten(params)})
+        params = nest({path: backend.relayout(path, x) for path, x in flatten(params)})
         self._assemble(config, params, tokenizer)
 
     def _assemble(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None) -> None:
@@ -117,6 +116,13 @@ class GPT2:
         self._device = self.backend.resolve_device(self.backend.placement(params["wte"]))
         self._decoder = Decoder(self.backend, self.params, config, self._device)
         self._logits = self.backend.compile(lambda params, tokens: gpt2(params, tokens, config)[0], self.params)
+
+        def observed(params: Params, tokens: Any) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            gpt2(params, tokens, config, observe=found.__setitem__)
+            return found
+
+        self._observed = self.backend.compile(observed, self.params)
 
     def __repr__(self) -> str:
         c = self.config
@@ -181,10 +187,9 @@ class GPT2:
         # A tensor is in memory twice while it is copied to the backend. The largest tensors are loaded first, when
         # little else is in memory; the smaller ones fit into the memory that is freed afterwards.
         order = sorted(tensors, key=lambda path: -math.prod(tensors[path].shape))
-        with owner.on(owner.default_device):
-            for path in progress(order):
-                tensor = cast(path, tensors.pop(path), dtype)
-                params[path] = owner.relayout(path, owner.from_numpy(tensor.read(), dtype))
+        for path in progress(order):
+            tensor = cast(path, tensors.pop(path), dtype)
+            params[path] = owner.relayout(path, owner.from_numpy(tensor.read(), dtype))
         model = cls.__new__(cls)  # the constructor would convert the layout of all parameters at once
         model._assemble(found.config, nest({path: params[path] for path in shapes(found.config)}), found.tokenizer)
         model.source, model.companions = found.source, found.companions
@@ -238,9 +243,8 @@ class GPT2:
         n_logits = len(tokens) * (seq + padding) * self.config.n_vocab
         check_memory(n_logits, self.params["wte"], f"logits of {len(tokens):,} x {seq} tokens")
         padded = np.pad(tokens, ((0, 0), (0, padding)))  # attention is causal: no token sees the padding after it
-        with self.backend.on(self._device):
-            logits = self._logits(self.backend.from_numpy(padded, device=self._device))
-            return logits[:, :seq, :] if padding else logits
+        logits = self._logits(self.backend.from_numpy(padded, device=self._device))
+        return self.backend.xp.take(logits, self.backend.arange(seq, like=logits), axis=1) if padding else logits
 
     def stream_ids(
         self,
@@ -537,10 +541,7 @@ class GPT2:
         ids = self._encode(text, allow_special) if isinstance(text, str) else text
         tokens = checks.token_ids("token ids", ids, self.config.n_vocab)[None]
         checks.positions(tokens.shape[1], self.config.n_ctx)
-        found: dict[str, Any] = {}
-        with self.backend.on(self._device):
-            tokens = self.backend.from_numpy(tokens, device=self._device)
-            gpt2(self.params, tokens, self.config, observe=found.__setitem__)
+        found: dict[str, Any] = self._observed(self.backend.from_numpy(tokens, device=self._device))
         return found
 
     def _require_tokenizer(self) -> Tokenizer:

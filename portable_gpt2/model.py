@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import checks
 from .cache import KVCache, LayerCache, check_cache, open_layers
 from .config import GPT2Config
-from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, unembed
+from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, is_empty, layer_norm, unembed
 from .params import Params, check_config, check_params, place
 from .registry import backend_of
 
@@ -234,7 +234,7 @@ def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) ->
     check_inputs(params, tokens, config, targets=1)
     backend = backend_of(tokens)
     logits, _ = gpt2(params, tokens[:, :-1], config)
-    if backend.dtype_name(logits) in ("bfloat16", "float16"):
+    if backend.dtype_names[logits.dtype] in ("bfloat16", "float16"):
         logits = backend.xp.astype(logits, backend.xp.float32)
     return cross_entropy(logits, tokens[:, 1:])
 
@@ -250,7 +250,7 @@ def check_inputs(params: Params, tokens: Any, config: GPT2Config, targets: int =
     check_config(config)
     backend = backend_of(tokens)
     shape = backend.shape(tokens)
-    if len(shape) != 2 or backend.is_empty(tokens):
+    if len(shape) != 2 or is_empty(tokens):
         raise ValueError(f"tokens have shape {list(shape)}; expected int [batch, seq]; no dimension may be 0")
     if isinstance(seq := shape[1], int):
         if seq <= targets:

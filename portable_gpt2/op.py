@@ -121,7 +121,7 @@ def op(definition: Callable[..., Any]) -> Op:
             if key in floats:
                 if dtype is None:
                     dtype, floating = x.dtype, key
-                    if not backend.is_floating(x):
+                    if dtype not in backend.dtype_names:
                         raise TypeError(f"{name}: {key} has dtype {dtype}; expected {' or '.join(backend.dtypes)}")
                 elif x.dtype != dtype:
                     raise TypeError(
@@ -169,7 +169,7 @@ def op(definition: Callable[..., Any]) -> Op:
     @functools.wraps(definition)
     def reference(*args: Any, **kwargs: Any) -> Any:
         backend, given = check(*args, **kwargs)
-        narrow = [key for key in given if key in floats and backend.dtype_name(given[key]) in ("bfloat16", "float16")]
+        narrow = [key for key in given if key in floats and _is_narrow(backend, given[key])]
         if not narrow:
             return definition(**given)
         dtype = given[narrow[0]].dtype
@@ -190,7 +190,7 @@ def op(definition: Callable[..., Any]) -> Op:
                     return False
             elif type(x) not in _PLAIN and not (key in arrays and type(x) is kind):
                 return False
-        return dtype in backend._dtype_names
+        return dtype in backend.dtype_names
 
     @functools.wraps(definition)
     def dispatch(*args: Any, **kwargs: Any) -> Any:
@@ -210,6 +210,10 @@ def op(definition: Callable[..., Any]) -> Op:
 
     dispatch.check, dispatch.reference = check, reference  # type: ignore[attr-defined]
     return dispatch  # type: ignore[return-value]
+
+
+def _is_narrow(backend: Backend, x: Any) -> bool:
+    return backend.dtype_names[x.dtype] in ("bfloat16", "float16")
 
 
 def _is_of_kind(backend: Backend, dtype: Any, kind: str) -> bool:

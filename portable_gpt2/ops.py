@@ -24,6 +24,11 @@ def _is_zero(n: Any) -> bool:
     return isinstance(n, int) and n == 0
 
 
+def is_empty(x: Any) -> bool:
+    """Return whether x is known to have no elements."""
+    return any(map(_is_zero, backend_of(x).shape(x)))
+
+
 def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
     """Return ids as indices from 0 to n - 1 and, where it is not known yet whether they are, a bool array of which are.
 
@@ -35,13 +40,13 @@ def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
         If an id is out of range, and the values can be read at once: NumPy's, and eager arrays on a CPU.
     """
     backend = backend_of(ids)
-    if _is_zero(n) and not backend.is_empty(ids):
+    if _is_zero(n) and not is_empty(ids):
         raise ValueError(f"{name} have shape {list(backend.shape(ids))}, but there is nothing to choose from")
-    xp, span, index = backend.xp, backend.span(ids), backend.index(ids)
-    if isinstance(n, int) and span is not None:
-        low, high = span
-        if low < 0 or high >= n:
-            raise ValueError(f"{name} range from {low} to {high}; expected 0 to {n - 1}")
+    xp, values = backend.xp, backend.peek(ids)
+    index = xp.astype(ids, xp.int64, copy=False)  # the array API looks up by signed integers alone
+    if isinstance(n, int) and values is not None:
+        if values.size and not 0 <= values.min() <= values.max() < n:
+            raise ValueError(f"{name} range from {values.min()} to {values.max()}; expected 0 to {n - 1}")
         return index, None
     known = (index >= 0) & (index < (n if isinstance(n, int) else xp.astype(n, index.dtype)))
     return xp.where(known, index, 0), known
@@ -137,7 +142,7 @@ def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> Float[Array, "*shap
     backend = backend_of(x)
     xp = backend.xp
     check_axis("softmax", axis, backend.shape(x))
-    if backend.is_empty(x):  # an empty row has no maximum
+    if is_empty(x):  # an empty row has no maximum
         return x
     x = x - xp.max(x, axis=axis, keepdims=True)
     e = xp.exp(x)
@@ -229,7 +234,7 @@ def layer_norm(
     xp = backend.xp
     if not 0 <= eps < math.inf:
         raise ValueError(f"layer_norm: eps is {eps}; expected a finite number of at least 0")
-    if backend.is_empty(x):  # an empty row has no mean
+    if is_empty(x):  # an empty row has no mean
         return x
     x = x - xp.mean(x, axis=-1, keepdims=True)
     s = xp.mean(x * x, axis=-1, keepdims=True)

@@ -305,7 +305,7 @@ def check_params(params: Params, config: GPT2Config) -> None:
             raise TypeError(
                 f"{first} is an array of {owner.name} and {path} one of {backend.name}; give arrays of one framework"
             )
-        if not backend.is_floating(x):
+        if x.dtype not in backend.dtype_names:
             raise TypeError(f"{path} has dtype {x.dtype}; expected {' or '.join(backend.dtypes)}")
         if x.dtype != found[first].dtype:
             raise TypeError(f"{first} has dtype {found[first].dtype} and {path} has {x.dtype}; convert one of them")
@@ -327,7 +327,7 @@ def check_memory(n: int, like: Any, what: str) -> None:
     Nothing is refused on an accelerator, because the size of its memory is not known here.
     """
     if (place(like) or "").startswith("cpu"):
-        checks.memory(n * float_dtypes[backend_of(like).dtype_name(like) or "float32"].itemsize, what)
+        checks.memory(n * float_dtypes[backend_of(like).dtype_names.get(like.dtype, "float32")].itemsize, what)
 
 
 def check_device(params: Params) -> None:

@@ -186,11 +186,8 @@ def _find_owner(x: Any) -> Backend:
 
     for backend in this_module.loaded.values():
         if isinstance(x, backend.array_types):
-            if type(x) not in backend.array_types and not backend.owns(type(x)):
-                raise TypeError(
-                    f"{type(x).__module__}.{type(x).__qualname__} is a subclass of {backend.name}'s array, which may "
-                    f"compute otherwise; {backend.plain} is a plain array"
-                )
+            if type(x) not in backend.array_types and (why := backend.refusal(x)):
+                raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} {why}")
             _own((type(x), *backend.array_types), backend)
             return backend
     raise TypeError(

@@ -159,6 +159,15 @@ STRAYS = {
 }
 
 
+def by_default(backend, device):
+    """Return a context in which TensorFlow, which does not follow its inputs, computes on a device."""
+    if backend.name != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.device(backend.resolve_device(device))
+
+
 def leaves(tree):
     return [x for path, x in pg.params.flatten(tree)]
 
@@ -206,15 +215,18 @@ def test_the_model_computes_where_its_parameters_are(backend, device):
     ids = backend.from_numpy(TOKENS, device=device)
     truth, error = truth_and_error(WEIGHTS, TOKENS, CONFIG)
 
-    with STRAYS[backend.name](device) as strays, backend.on(device):
-        logits = pg.GPT2(CONFIG, params).logits(TOKENS)
+    with STRAYS[backend.name](device) as strays:
+        model = pg.GPT2(CONFIG, params)
+        logits, traced = model.logits(TOKENS), model.trace(TOKENS[0])
         cache = pg.new_cache(params, CONFIG, batch=2, capacity=8)
-        first, cache = pg.gpt2(params, ids[:, :8], CONFIG, cache)
+        with by_default(backend, device):
+            first, cache = pg.gpt2(params, ids[:, :8], CONFIG, cache)
         cache = pg.grow_cache(cache, 11)
-        second, cache = pg.gpt2(params, ids[:, 8:], CONFIG, cache)
+        with by_default(backend, device):
+            second, cache = pg.gpt2(params, ids[:, 8:], CONFIG, cache)
 
     assert not strays
-    assert {backend.device(x) for x in [logits, first, second, *cache.k, *cache.v]} == {device}
+    assert {backend.device(x) for x in [logits, first, second, *traced.values(), *cache.k, *cache.v]} == {device}
     if device != "meta":
         for found, expected in ((logits, truth), (first, truth[:, :8]), (second, truth[:, 8:])):
             assert abs(pg.to_numpy(found) - expected).max() <= 4 * error

@@ -3,7 +3,6 @@
 How a token is drawn from logits, and how ids become text, is tested in test_sampling.py and test_gpt2.py.
 """
 
-import importlib
 import re
 
 import bounds
@@ -186,50 +185,6 @@ def test_compiled_attention_over_a_written_cache_copies_no_buffer(tf):
     makers = set(re.findall(r"= f32\[(?:1,)?2,64,16\]\S* ([\w-]+)\(", entry))
     assert makers
     assert makers <= {"parameter", "get-tuple-element", "bitcast"}
-
-
-def test_generation_enters_the_models_device(backend, monkeypatch):
-    """Catches a step, a cache or its growth that is left to the framework's default device."""
-    entered = []
-    inside = []
-
-    class Entered:
-        def __init__(self, device):
-            self.context = on(device)
-
-        def __enter__(self):
-            entered.append(self)
-            return self.context.__enter__()
-
-        def __exit__(self, *error):
-            entered.remove(self)
-            return self.context.__exit__(*error)
-
-    def watch(module, name):
-        function = getattr(module, name)
-
-        def watched(*args, **kwargs):
-            inside.append((name, bool(entered)))
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, watched)
-
-    on = backend.on
-    monkeypatch.setattr(backend, "on", Entered)
-    for name in ("transformer", "new_cache", "grow_cache", "unembed"):
-        watch(decoder, name)
-    watch(importlib.import_module("portable_gpt2.language_model"), "gpt2")
-
-    model = pg.GPT2(CONFIG, on_backend(backend, WEIGHTS))
-    list(model.stream_ids([3] * 60, max_new_tokens=6))
-    model.logits([[1, 2]])
-
-    expected = {"transformer", "new_cache", "unembed", "gpt2"} | (
-        {"grow_cache"} if backend.compiles_per_shape else set()
-    )
-    assert {name for name, _ in inside} == expected
-    assert all(within for _, within in inside)
-    assert not entered
 
 
 # Where a text ends

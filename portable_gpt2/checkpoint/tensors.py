@@ -13,7 +13,7 @@ from ..registry import backend_of
 def stored(x: Any) -> StoredTensor:
     """Return an array of any backend as a tensor that can be written to a file."""
     backend = backend_of(x)
-    return StoredTensor(backend.shape(x), str(backend.dtype_name(x)), lambda: backend.to_numpy(x))
+    return StoredTensor(backend.shape(x), str(backend.dtype_names.get(x.dtype)), lambda: backend.to_numpy(x))
 
 
 def cast(path: str, tensor: StoredTensor, dtype: str) -> StoredTensor:

@@ -85,8 +85,7 @@ class Decoder:
             room = self.backend.shape(cache.k[0])[-2] - start
             padding = [0] * (min(padded_length(n, self.config.n_ctx), room) - n)
             rows = [row + padding for row in rows]
-        with self.backend.on(self.device):
-            logits, extended = self._step(self._ints(rows), self._ints([n - 1]), cache)
+        logits, extended = self._step(self._ints(rows), self._ints([n - 1]), cache)
         return self.backend.to_numpy(logits)[:, 0], extended._replace(position=start + n)
 
     def _ints(self, values: Any) -> Any:
@@ -113,14 +112,12 @@ class Decoder:
         padding = [n_read - len(tokens) for tokens in unread]
         unread = [[0] * n + tokens for n, tokens in zip(padding, unread, strict=True)]
         capacity = self.capacity(n_read, final)
-        with self.backend.on(self.device):
-            ragged = padding if any(padding) else None
-            cache = new_cache(self.params, self.config, batch=len(generations), capacity=capacity, padding=ragged)
+        ragged = padding if any(padding) else None
+        cache = new_cache(self.params, self.config, batch=len(generations), capacity=capacity, padding=ragged)
         for length in range(n_read, final):
             if length > capacity:
                 capacity = self.capacity(length, final)
-                with self.backend.on(self.device):
-                    cache = grow_cache(cache, capacity)
+                cache = grow_cache(cache, capacity)
             logits, cache = self.read(unread, cache)
             for generation, row in zip(generations, logits, strict=True):
                 if not generation.finished:

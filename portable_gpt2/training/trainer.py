@@ -110,9 +110,10 @@ class Trainer:
         """
         check_params(params, self.config)
         for path, x in flatten(params):
-            if not isinstance(x, self.backend.array_types):
+            is_own: bool = isinstance(x, self.backend.array_types)
+            if not is_own:
                 raise TypeError(f"{path} is a {type(x).__name__}; expected an array of {self.backend.name}")
-            if (dtype := self.backend.dtype_name(x)) != self.recipe.master_dtype:
+            if (dtype := self.backend.dtype_names.get(x.dtype)) != self.recipe.master_dtype:
                 raise ValueError(
                     f"{path} is {dtype}; a recipe of dtype {self.recipe.dtype} trains {self.recipe.master_dtype}"
                 )
@@ -151,7 +152,7 @@ class Trainer:
             raise TypeError(f"batches is {shown(batches)}; expected arrays of windows, int [batch, seq + 1]")
         device = self.backend.placement(state.params["wte"])
         size = micro_batch_tokens(self.backend, state.params["wte"])
-        with self.backend.on(device), _QUIET():
+        with _QUIET():
             values, grads = [], None
             for tokens in batches:
                 micro_batches = self.backend.from_numpy(_split(self._windows(tokens), size), device=device)
@@ -173,7 +174,7 @@ class Trainer:
         windows = self._windows(windows)
         device = self.backend.placement(params["wte"])
         size, losses = self.recipe.batch_size, []
-        with self.backend.on(device), _QUIET():
+        with _QUIET():
             for i in range(0, len(windows), size):
                 batch = windows[i : i + size]
                 value = self._loss(params, self.backend.from_numpy(batch, device=device))

@@ -23,12 +23,5 @@ class StrictBackend(Backend):
     def devices(self):
         return _DEVICES
 
-    def device(self, x):
-        return next(name for name, device in _DEVICES.items() if device == x.device)
-
-    def from_numpy(self, a, dtype=None, device=None):
-        device = self.default_device if device is None else self.resolve_device(device)
-        return xp.asarray(self.host_array(a, dtype), device=device)
-
     def to_numpy(self, x):
         return np.asarray(xp.asarray(x, device=xp.Device("CPU_DEVICE")))
