@@ -30,3 +30,8 @@ class StoredTensor(NamedTuple):
     """``float32``, ``float64``, ``bfloat16`` or ``float16``; for any other dtype, the file's own name for it."""
     read: Callable[[], np.ndarray]
     """Returns an array of this shape and dtype. It may raise any Exception."""
+
+
+def value_range(integers: np.ndarray) -> tuple[int, int]:
+    """Return the least and the largest of some integers; (0, -1) if there are none."""
+    return (int(integers.min()), int(integers.max())) if integers.size else (0, -1)

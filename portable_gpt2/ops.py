@@ -10,6 +10,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .host import value_range
 from .op import check_axis, op
 from .registry import backend_of
 
@@ -45,8 +46,9 @@ def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
     xp, values = backend.xp, backend.peek(ids)
     index = xp.astype(ids, xp.int64, copy=False)  # the array API looks up by signed integers alone
     if isinstance(n, int) and values is not None:
-        if values.size and not 0 <= values.min() <= values.max() < n:
-            raise ValueError(f"{name} range from {values.min()} to {values.max()}; expected 0 to {n - 1}")
+        low, high = value_range(values)
+        if low < 0 or high >= n:
+            raise ValueError(f"{name} range from {low} to {high}; expected 0 to {n - 1}")
         return index, None
     known = (index >= 0) & (index < (n if isinstance(n, int) else xp.astype(n, index.dtype)))
     return xp.where(known, index, 0), known
