@@ -209,7 +209,7 @@ class JaxBackend(Backend):
     def peek(self, x: Any) -> np.ndarray | None:
         if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
             return None
-        return np.asarray(x) if all(device.platform == "cpu" for device in x.devices()) else None
+        return self.to_numpy(x) if all(device.platform == "cpu" for device in x.devices()) else None
 
     def devices(self) -> dict[str, Any]:
         found = [*jax.devices("cpu"), *jax.devices()]

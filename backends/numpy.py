@@ -166,7 +166,7 @@ class NumpyBackend(Backend):
         return a
 
     def peek(self, x: Any) -> np.ndarray:
-        return np.asarray(x)
+        return self.to_numpy(x)
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
         np.add.at(x, indices, rows)
