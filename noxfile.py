@@ -21,12 +21,12 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = list(PYPROJECT["project"]["entry-points"]["portable_gpt2.backends"])
 PARITY = "tests/test_parity*.py"  # the tests that need transformers
 # Framework-independent tests run with NumPy alone, and once more with all frameworks in one process. The tests in these
-# files are about files, texts and the command: they run with NumPy alone only.
+# files are about files, texts, sampling and the command, which compute on the host: they run with NumPy alone only.
 NUMPY_ALONE = [
     f"tests/test_{name}.py"
     for name in (
-        *("checkout", "cli_streams", "files", "kills", "paths"),
-        *("run_damage", "runs", "targets", "tokenizer_files"),
+        *("checkout", "cli_streams", "files", "kills", "paths", "plot", "run_damage", "runs", "sampling", "score"),
+        *("targets", "tokenizer", "tokenizer_files", "training_command", "training_data", "unusable_tokenizers"),
     )
 ]
 

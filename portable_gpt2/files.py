@@ -21,7 +21,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 DRAFTS = ".portable_gpt2-"
-"""How the names of drafts, and of the locks of their targets, begin."""
+"""The beginning of the names of drafts and of their locks."""
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -33,16 +33,17 @@ _KINDS = {
 
 
 def regular(file: Path) -> Path:
-    """Return a path if it leads to a regular file, whatever symbolic links it goes through.
+    """Return a path if it leads to a regular file, directly or through symbolic links.
 
-    To open a named pipe would wait for a writer, perhaps for ever, and a device such as ``/dev/zero`` has no end.
+    Other kinds are refused because opening a named pipe waits for a writer, perhaps for ever, and because reading a
+    device such as ``/dev/zero`` never ends.
 
     Raises
     ------
     OSError
-        If there is no such file (FileNotFoundError), it is something other than a regular file, or it cannot be
-        reached: its symbolic links form a loop, its name is too long, a directory above it may not be read. The message
-        is a sentence that names it.
+        If there is no such file (FileNotFoundError), if the path leads to something other than a regular file, or if it
+        cannot be followed: its symbolic links form a loop, its name is too long, or a directory may not be read. The
+        message names the path.
 
     Examples
     --------
@@ -68,7 +69,7 @@ def regular(file: Path) -> Path:
 
 
 def holds_file(file: Path) -> bool:
-    """Return whether there is a file of this name; if there is something else, refuse it as `regular` does."""
+    """Return whether there is a file of this name; raise the error of `regular` if there is something else."""
     try:
         regular(file)
     except FileNotFoundError:
@@ -79,7 +80,7 @@ def holds_file(file: Path) -> bool:
 
 
 class Locked(OSError):
-    """Another process, or another thread of this one, holds a lock. `pid` is its process id, if it is known."""
+    """A lock is held by another process, or by another thread of this one. `pid` is the process id, if known."""
 
     def __init__(self, file: Path, pid: int | None) -> None:
         super().__init__(f"{file}: locked by {f'process {pid}' if pid else 'another process'}")
@@ -88,20 +89,21 @@ class Locked(OSError):
 
 @contextlib.contextmanager
 def lock(file: Path) -> Iterator[bool]:
-    """Hold the lock of a file while the block runs. The file is made for the lock, and removed when the block ends.
+    """Hold a lock while the block runs. The lock is a file, which is made for it and removed when the block ends.
 
-    The system frees the lock when its process ends, however it ends: a file that ``kill -9`` left does not block. The
-    block gets True, or False where there are no locks (Windows, some network file systems); it then runs without one.
+    The operating system frees the lock when the process ends, in whatever way. So a file that was left by a killed
+    process locks nothing. The context manager returns True. On systems without locks (Windows, some network file
+    systems) it returns False, and the block runs without a lock.
 
     Parameters
     ----------
     file : Path
-        A name that is used for nothing else; its directory must exist.
+        The name of the lock, which must not be used for anything else. Its directory must exist.
 
     Raises
     ------
     Locked
-        If somebody else holds the lock. Its `pid` is the id of that process.
+        If another process or thread holds the lock. `pid` of the error is the id of that process.
 
     Examples
     --------
@@ -130,21 +132,21 @@ def lock(file: Path) -> Iterator[bool]:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the holder removed the file between our two calls; this lock would exclude nobody
+        os.close(descriptor)  # the holder removed the file between our two calls, so this lock would exclude nobody
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, b"%d\n" % os.getpid())
         yield held
     finally:
-        # While the lock is held, so that another process that has opened the file sees that it is gone. Not another's
-        # file: the directory may have been replaced by now.
+        # The file is removed before the lock is freed, so that a process that waits for the lock sees that it is gone.
+        # If the directory was replaced meanwhile, the name belongs to another process's lock, which must stay.
         if _is_open(descriptor, file):
             file.unlink()
         os.close(descriptor)
 
 
 def _flock(descriptor: int, file: Path) -> bool:
-    """Lock an open file, or return False where the file system has no locks."""
+    """Lock an open file and return True, or return False if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -167,29 +169,31 @@ def _is_open(descriptor: int, file: Path) -> bool:
 
 @contextlib.contextmanager
 def appearing(directory: Path, force: bool) -> Iterator[Path]:
-    """Give an empty draft of a directory, which takes its name when the block ends well, and vanishes otherwise.
+    """Write a directory that appears complete or not at all.
 
-    The target is checked before the block runs, and only one process at a time writes it. Nobody else can read the
-    draft. A directory that exists keeps its mode, owner and access control list, and so do the files of its that are
-    replaced by others of their names.
+    The context manager returns a draft, an empty directory that the block fills. If the block succeeds, the draft gets
+    the name of the target; if it raises an error, the draft is removed. The target is checked before the block runs,
+    only one process at a time can write it, and other users cannot read the draft. A directory that is replaced hands
+    its mode, owner and access control list on to the new one, and so does each file in it that has a successor of the
+    same name.
 
     Parameters
     ----------
     directory : Path
-        The target; directories above it that are missing are made. If it is a symbolic link, the link remains.
+        The target. Missing directories above it are made. If it is a symbolic link, the link remains.
     force : bool
-        Whether a directory that is not empty may be replaced, with all that it holds.
+        Whether to replace a directory that is not empty, with all that it contains.
 
     Raises
     ------
     OSError
-        If the target may not be replaced (FileExistsError), cannot be made where it is said to be, or somebody else is
-        writing it. The message is a sentence that names it.
+        If the target may not be replaced (FileExistsError), if it cannot be made there, or if another process is
+        writing it. The message names the target.
     """
     directory = _real(directory)
     _check_directory(directory, force)
     with _drafting(directory) as draft:
-        _check_directory(directory, force)  # again: somebody else may have written it before this had the lock
+        _check_directory(directory, force)  # again: another process may have written it before this one had the lock
         draft.mkdir()
         _inherit(draft, directory)
         mode = stat.S_IMODE(draft.stat().st_mode)
@@ -198,7 +202,7 @@ def appearing(directory: Path, force: bool) -> Iterator[Path]:
         _chmod(draft, mode)
         for file in draft.iterdir():
             _inherit(file, directory / file.name)
-        for file in (*draft.rglob("*"), draft):  # on the disk before the name: after a power cut too it is whole
+        for file in (*draft.rglob("*"), draft):  # contents reach the disk before the name, for the case of a power cut
             if not file.is_symlink():
                 synchronise(file)
         if force and directory.exists():
@@ -215,14 +219,16 @@ def appearing(directory: Path, force: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give an empty draft of a file, which takes its place when the block ends well, and vanishes otherwise.
+    """Write a file that appears complete or not at all.
 
-    The block may write the draft, but not replace it. A file that exists keeps its mode, owner and access control list.
+    The context manager returns a draft, an empty file that the block writes to but must not replace. If the block
+    succeeds, the draft replaces the target; if it raises an error, the draft is removed. A file that is replaced hands
+    its mode, owner and access control list on to the new one.
 
     Raises
     ------
     OSError
-        As for `appearing`; also if there is something of this name that is not a regular file.
+        As for `appearing`, and if something other than a regular file has this name.
     """
     file = _real(file)
     with _drafting(file) as draft:
@@ -240,7 +246,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def _real(path: Path) -> Path:
-    """Return a path without symbolic links; a loop of them stays, and is refused where it is used."""
+    """Return a path without symbolic links. A loop of them is returned as it is, and fails when it is used."""
     try:
         return Path(os.path.realpath(path))
     except FileNotFoundError:
@@ -249,10 +255,10 @@ def _real(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _drafting(target: Path) -> Iterator[Path]:
-    """Give the name of a target's draft, which does not exist yet and will not exist any more when the block ends.
+    """Yield the path of a target's draft, which does not exist yet. It is removed when the block ends.
 
-    The names of the draft and of the target's lock follow from the target's: what a process that was killed left is
-    found, and removed, by the next one that writes the same target.
+    The names of the draft and of the lock are derived from the target's name. So the next process that writes the same
+    target finds and removes the files that a killed process left.
     """
     key = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
     draft, aside, lock_file = (target.with_name(f"{DRAFTS}{key}.{end}") for end in ("draft", "old", "lock"))
@@ -266,24 +272,24 @@ def _drafting(target: Path) -> Iterator[Path]:
         except OSError as error:
             raise type(error)(f"{target}: cannot be written in {target.parent}: {error.strerror}") from None
         if held:
-            if aside.exists() and not target.exists():  # killed between the two renamings of `_exchange`
+            if aside.exists() and not target.exists():  # a process was killed between the two renamings of `_exchange`
                 aside.rename(target)
             _remove(aside)
             _remove(draft)
         elif os.path.lexists(draft):
             raise FileExistsError(
-                f"{target}: another process is writing it, or was killed and left {draft}; remove that, or wait"
+                f"{target}: another process is writing it, or was killed and left {draft}; wait, or remove that file"
             )
         try:
             yield draft
         finally:
-            with contextlib.suppress(OSError):  # the next writer tries again, and says why it cannot
+            with contextlib.suppress(OSError):  # the next writer tries again and reports the error
                 _remove(draft)
 
 
 @contextlib.contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """Make the directories above a target, and remove those that were made if the block fails."""
+    """Make the missing directories above a target. If the block fails, remove those again."""
     made = []
     try:
         for parent in reversed(target.parents):
@@ -291,7 +297,7 @@ def _parents(target: Path) -> Iterator[None]:
                 try:
                     parent.mkdir()
                 except FileExistsError:
-                    if not parent.is_dir():  # otherwise, somebody else has just made it
+                    if not parent.is_dir():  # if it is one, another process has just made it
                         raise
                 else:
                     made.append(parent)
@@ -303,14 +309,14 @@ def _parents(target: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # somebody else has put something there
+        with contextlib.suppress(OSError):  # another process has put something there
             for parent in reversed(made):
                 parent.rmdir()
         raise
 
 
 def _check_directory(directory: Path, force: bool) -> None:
-    """Refuse a target that a new directory could not replace, or may not."""
+    """Raise an error if a new directory cannot replace the target, or must not."""
     try:
         is_directory = stat.S_ISDIR(directory.lstat().st_mode)
     except FileNotFoundError:
@@ -320,7 +326,7 @@ def _check_directory(directory: Path, force: bool) -> None:
     if directory.is_symlink():
         raise FileExistsError(f"{directory}: a loop of symbolic links; give another directory")
     if not is_directory:
-        raise FileExistsError(f"{directory}: exists already; give a new directory, this is none")
+        raise FileExistsError(f"{directory}: exists already and is not a directory; give a new one")
     if _is_mount_point(directory):
         raise FileExistsError(f"{directory}: is a mount point, which cannot be replaced; give a directory inside it")
     try:
@@ -335,7 +341,7 @@ def _check_directory(directory: Path, force: bool) -> None:
 
 
 def _is_mount_point(directory: Path) -> bool:
-    """Return whether something is mounted at a directory, a part of the same file system included."""
+    """Return whether something is mounted at a directory, even if it is a part of the same file system."""
     if os.path.ismount(directory):
         return True
     with contextlib.suppress(OSError):
@@ -346,7 +352,7 @@ def _is_mount_point(directory: Path) -> bool:
 
 
 def _inherit(new: Path, old: Path) -> None:
-    """Give a file or a directory the owner, mode and access control list of one that it replaces, as permitted."""
+    """Give a new file or directory the owner, mode and access control list of the old one, where that is permitted."""
     if new.is_symlink() or not os.path.lexists(old):
         return
     found = old.stat()
@@ -361,13 +367,13 @@ def _inherit(new: Path, old: Path) -> None:
 
 
 def _chmod(path: Path, mode: int) -> None:
-    """Change a mode where the file system has modes: some refuse those that they cannot store."""
+    """Change a mode. Some file systems have no modes or cannot store this one; there it stays."""
     with contextlib.suppress(OSError):
         path.chmod(mode)
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a directory with all that it holds, whatever their modes are."""
+    """Remove a file, or a directory with all that it contains, even if the modes forbid it."""
     if not path.is_symlink() and path.is_dir():
         for root, _, _ in os.walk(path):
             with contextlib.suppress(OSError):
@@ -379,7 +385,7 @@ def _remove(path: Path) -> None:
 
 def synchronise(file: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
-    if file.is_dir() and os.name != "posix":  # elsewhere a directory cannot be opened
+    if file.is_dir() and os.name != "posix":  # other systems cannot open a directory
         return
     descriptor = os.open(file, os.O_RDONLY)
     try:
@@ -389,7 +395,7 @@ def synchronise(file: Path) -> None:
 
 
 def _exchange(draft: Path, directory: Path) -> None:
-    """Swap the names of two directories; where the system can, there is one of either name at every moment."""
+    """Swap the names of two directories, atomically if the system can."""
     if _swap(draft, directory):
         return
     aside = draft.with_suffix(".old")
@@ -399,11 +405,14 @@ def _exchange(draft: Path, directory: Path) -> None:
     except BaseException:
         aside.rename(directory)
         raise
-    aside.rename(draft)  # to be removed by this name
+    aside.rename(draft)  # the caller removes it under this name
 
 
 def _swap(first: Path, second: Path) -> bool:
-    """Swap two names at once; return False where the system cannot. Linux can, and Python has no name for it."""
+    """Swap two names atomically and return True, or return False if the system cannot.
+
+    Linux can, with a function of its C library that Python does not offer.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if renameat2 is None:
         return False

@@ -1,4 +1,4 @@
-"""Byte-level BPE: text to token ids and back, one id at a time where text streams."""
+"""Byte-level BPE: from text to token ids and back."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from .tokenizer_files import END_OF_TEXT, TOKENIZER_FILE, Definition, definition
 
 
 class Tokenizer:
-    """GPT-2's tokenizer, on the tokenizers package; with GPT-2's files its ids are tiktoken's.
+    """GPT-2's tokenizer, built on the tokenizers package. With GPT-2's files it gives the same ids as tiktoken.
 
-    Any text comes back from its ids, and text that spells a special token such as ``<|endoftext|>`` is text unless that
-    token is allowed. Any ids decode: bytes that are not UTF-8 become U+FFFD. A tokenizer that works otherwise (a
-    normalizer, dropout, a space before each text ...) is refused, and the message names what it asks for.
+    Decoding the ids of a text returns the text. If a text spells a special token such as ``<|endoftext|>``, it is
+    encoded as ordinary text unless that token is allowed. All ids can be decoded: bytes that are not UTF-8 become
+    U+FFFD. A tokenizer with a step that GPT-2 does not have, such as a normalizer, dropout or a space before each text,
+    is refused, and the message names that step.
 
-    Tokens that were added to the vocabulary and are not special are found in every text, as transformers finds them.
+    Added tokens that are not special are found in every text, as in transformers.
 
-    The package decides which characters are letters, numbers or spaces, by the Unicode tables that it was built with.
-    Those of tokenizers 0.23 and of tiktoken 0.14 (Unicode 16) are the same for every code point.
+    The Unicode tables of the tokenizers package decide which characters are letters, numbers or spaces. The tables of
+    tokenizers 0.23 and of tiktoken 0.14 (Unicode 16) are equal for every code point.
 
     Parameters
     ----------
     tokenizer : tokenizers.Tokenizer
-        A byte-level BPE; `Tokenizer.load` reads one from its files.
+        A byte-level BPE. `Tokenizer.load` makes one from files.
 
     Raises
     ------
     TypeError
-        If it is not the package's tokenizer.
+        If it is not a `tokenizers.Tokenizer`.
     ValueError
-        If it is not a byte-level BPE that works as GPT-2's does, or two entries of its vocabulary have one id.
+        If it is not a byte-level BPE that works as GPT-2's does, or if two entries of its vocabulary have the same id.
 
     Examples
     --------
-    A tokenizer of the 256 bytes, without a merge:
+    A tokenizer of the 256 bytes, without merges:
 
     >>> import tokenizers
     >>> from tokenizers.models import BPE
@@ -64,12 +65,12 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         if not isinstance(tokenizer, tokenizers.Tokenizer):
             raise TypeError(
-                f"tokenizer is {shown(tokenizer)}; expected a tokenizers.Tokenizer (of one of transformers, "
-                f"backend_tokenizer), or a directory for Tokenizer.load"
+                f"tokenizer is {shown(tokenizer)}; expected a tokenizers.Tokenizer (a tokenizer of transformers "
+                f"has one as its backend_tokenizer), or a directory for Tokenizer.load"
             )
         try:
             files = {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
-        except Exception as error:  # the package raises no other class, where a part of it was written in Python
+        except Exception as error:  # the class that the package raises for a component that was written in Python
             raise ValueError(f"the tokenizer cannot be written down as {TOKENIZER_FILE}: {error}") from error
         self._define(definition(files), files)
 
@@ -91,7 +92,7 @@ class Tokenizer:
 
     @classmethod
     def from_bpe(cls, bpe: models.BPE) -> Tokenizer:
-        """Return GPT-2's tokenizer with another vocabulary and other merges: what two files hold, and are saved as."""
+        """Return GPT-2's tokenizer with another vocabulary and other merges. It is saved as these two files."""
         tokenizer = tokenizers.Tokenizer(bpe)
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         found = definition({TOKENIZER_FILE: tokenizer.to_str().encode()})
@@ -99,42 +100,43 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer | None:
-        """Read ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt``; None where there is neither.
+        """Read ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt``. Return None if there are none of them.
 
-        The first holds all that the others do, and tokens that were added to them. Next to the others, added tokens are
-        in ``added_tokens.json`` or ``tokenizer_config.json``. Which tokens are special is said there too, or in
-        ``special_tokens_map.json``. OpenAI's ``encoder.json`` and ``vocab.bpe`` are the other two by other names.
+        ``tokenizer.json`` contains the vocabulary, the merges and the added tokens. ``vocab.json`` and ``merges.txt``
+        contain the first two only; their added tokens are in ``added_tokens.json`` or ``tokenizer_config.json``. Either
+        of these, or ``special_tokens_map.json``, says which tokens are special. OpenAI calls the same two files
+        ``encoder.json`` and ``vocab.bpe``.
 
         Raises
         ------
         ValueError
-            If a file is malformed, or asks for a tokenizer that does not work as GPT-2's does. The message names the
+            If a file is malformed, or describes a tokenizer that does not work as GPT-2's does. The message names the
             file and the entry.
         OSError
-            If something other than a file has the name of one.
+            If something other than a regular file has one of these names.
         """
         where = checks.path("directory", directory)
         files = read_files(where)
         return None if files is None else cls._from_files(files, where)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write its files into an existing directory: those that it came from, as they were."""
+        """Write the tokenizer's files, unchanged, into an existing directory."""
         where = checks.path("directory", directory)
         for name, content in self._files.items():
             (where / name).write_bytes(content)
 
     def __len__(self) -> int:
-        """Return the number of entries of the vocabulary, added tokens included."""
+        """Return the number of entries of the vocabulary, including added tokens."""
         return self._bpe.get_vocab_size() + sum(self._bpe.token_to_id(content) is None for content in self._added)
 
     @property
     def n_vocab(self) -> int:
-        """One more than the largest id: the least vocabulary of a model that has all of them. There may be gaps."""
+        """The smallest ``n_vocab`` of a model that has all ids: the largest id plus 1. Ids below may be unused."""
         return self._n_vocab
 
     @property
     def n_base(self) -> int:
-        """As `n_vocab`, without the tokens that were added: any text may have these ids, whatever it spells."""
+        """The same as `n_vocab`, but without added tokens, whose ids occur only in texts that spell such a token."""
         return self._n_base
 
     @property
@@ -154,20 +156,21 @@ class Tokenizer:
         Parameters
         ----------
         text : str
-            What `decode` returns for these ids.
+            The text. `decode` returns it again.
         allow_special : bool or collection of str, default False
-            Which special tokens are that one token where the text spells them: none (False), all (True), or those of
-            these names. The others are text. Allow none in text from elsewhere: its author could end the prompt early,
-            or write in another's name. Where two begin at one place, the longer one is found.
+            The special tokens that become one id if the text spells them: none (False), all (True), or those with these
+            names. The others are encoded as ordinary text. Do not allow any in text from an untrusted source: its
+            author could end the prompt early, or impersonate another speaker of a dialogue. If two begin at the same
+            character, the longer one is used.
 
         Raises
         ------
         TypeError
-            If the text is not a str, or ``allow_special`` is one.
+            If the text is not a str, or ``allow_special`` is a str.
         ValueError
-            If the text holds a lone surrogate, which is half a character, or a character that the vocabulary cannot
-            spell. If it holds ``<|endoftext|>``, all special tokens are allowed, and the vocabulary lacks it. If
-            ``allow_special`` names a token that is not a special one of the vocabulary.
+            If the text contains a lone surrogate, which is half a character, or a character that the vocabulary cannot
+            spell; if it contains ``<|endoftext|>``, all special tokens are allowed and the vocabulary lacks this one;
+            or if ``allow_special`` names a token that is not a special token of the vocabulary.
 
         Examples
         --------
@@ -188,11 +191,11 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"character {error.start} of the text, {text[error.start]!r}, is a lone surrogate, which has no UTF-8 "
-                f"form: decode the text with errors='replace' where it is read"
+                f"form: decode the text with errors='replace' when you read it"
             ) from None
         allowed = self.allowed(allow_special)
         if allow_special is True and self.end_of_text is None and END_OF_TEXT in text:
-            raise ValueError(f"the text holds {END_OF_TEXT}, which the vocabulary lacks: do not allow it there")
+            raise ValueError(f"the text holds {END_OF_TEXT}, which the vocabulary lacks: do not allow it for this text")
         ids: list[int] = []
         start = 0
         for part in self._parts(text, allowed):
@@ -206,7 +209,7 @@ class Tokenizer:
         return ids
 
     def allowed(self, allow_special: bool | Collection[str]) -> frozenset[str]:
-        """Return the special tokens that an ``allow_special``, as `encode` takes it, allows.
+        """Return the special tokens that a value of `encode`'s parameter ``allow_special`` allows.
 
         Raises
         ------
@@ -229,11 +232,11 @@ class Tokenizer:
         return frozenset(allow_special)
 
     def found_whole(self, allowed: frozenset[str]) -> list[str]:
-        """Return the tokens that are found in a text as a whole where these special ones are allowed."""
+        """Return the added tokens that are searched for in a text, given the special ones that are allowed."""
         return [content for content, token in self._added.items() if not token.special or content in allowed]
 
     def _parts(self, text: str, allowed: frozenset[str]) -> list[str | int]:
-        """Split a text at added tokens: return their ids, and the text between them."""
+        """Split a text at added tokens. Return their ids and the pieces of text between them, in order."""
         parts: list[str | int] = [text]
         for pattern in self._splitters(allowed):
             split = ([part] if isinstance(part, int) else self._split(pattern, part) for part in parts)
@@ -244,7 +247,10 @@ class Tokenizer:
         return [self._added[part].id if i % 2 else part for i, part in enumerate(pattern.split(text))]
 
     def _splitters(self, allowed: frozenset[str]) -> list[re.Pattern[str]]:
-        """Return patterns that find added tokens, of two that begin at one place the longer; one after the other."""
+        """Return the patterns that find added tokens, to be applied one after the other.
+
+        If two tokens begin at the same character, a pattern finds the longer one.
+        """
         if allowed not in self._patterns:
             whole = sorted(self.found_whole(allowed), key=len, reverse=True)
             rounds = [
@@ -254,13 +260,13 @@ class Tokenizer:
         return self._patterns[allowed]
 
     def _check_spelling(self, text: str, start: int) -> None:
-        """Refuse a character that the vocabulary cannot spell: the package would drop it."""
+        """Raise an error for a character that the vocabulary cannot spell; the package would drop it silently."""
         if not self._lacking or self._lacking.isdisjoint(text.encode()):
             return
         i, c = next((i, c) for i, c in enumerate(text, start) if not self._lacking.isdisjoint(c.encode()))
         raise ValueError(
             f"the vocabulary cannot spell character {i} of the text, {c!r}: it lacks {len(self._lacking)} of the 256 "
-            f"bytes, all of which a byte-level BPE should have"
+            f"bytes; a byte-level BPE should have all of them"
         )
 
     @cached_property
@@ -269,28 +275,28 @@ class Tokenizer:
         return frozenset(b[0] for c, b in _BYTES.items() if self._bpe.token_to_id(c) is None)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of some ids; bytes that are not UTF-8 become U+FFFD.
+        """Return the text of a sequence of ids. Bytes that are not UTF-8 become U+FFFD.
 
         Parameters
         ----------
         ids : iterable of int
-            A list, or an integer array of one axis.
+            A list, or an integer array with one axis.
 
         Raises
         ------
         TypeError
-            If one of them is no integer.
+            If an id is not an integer.
         ValueError
-            If one of them is not in the vocabulary.
+            If an id is not in the vocabulary.
         """
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def decoder(self) -> Callable[[int | None], str]:
-        """Return a function from the next id to the text that it completes; None at the end gives what is left over.
+        """Return a function that decodes one id at a time; called with None at the end, it returns the remaining text.
 
-        A character whose bytes are split over tokens is held back until it is whole, so that the pieces joined are
-        what `decode` returns for all ids at once. An id without text, which a model padded to a rounder size may draw,
-        becomes U+FFFD.
+        A character whose bytes belong to several tokens is returned when it is complete. So the concatenated results
+        equal what `decode` returns for all ids at once. An id without text becomes U+FFFD; a model whose vocabulary was
+        padded to a round size may sample one.
         """
         incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -303,14 +309,14 @@ class Tokenizer:
         return step
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes that an id stands for.
+        """Return the bytes of a token.
 
         Raises
         ------
         TypeError
-            If it is no integer.
+            If the id is not an integer.
         ValueError
-            If it is not in the vocabulary.
+            If the id is not in the vocabulary.
         """
         spelled = self._spelled(token)
         if spelled is None:
@@ -328,7 +334,10 @@ class Tokenizer:
 
 
 def _printable_bytes() -> dict[str, bytes]:
-    """Return the byte of each printable stand-in: bytes that do not print as themselves move to 256 and on."""
+    """Return the byte that each character of the vocabulary stands for, as in GPT-2.
+
+    A printable byte is represented by its own character, any other by the next character from U+0100 on.
+    """
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [b for b in range(256) if b not in plain]
     return {chr(b): bytes([b]) for b in plain} | {chr(256 + i): bytes([b]) for i, b in enumerate(moved)}

@@ -1,4 +1,4 @@
-"""A tokenizer's files: what they say is read and checked here; each entry is honoured or refused by name."""
+"""Read and check the files of a tokenizer. Each entry is honoured, or refused by name."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _PAIRS = (VOCAB_FILE, MERGES_FILE), ("encoder.json", "vocab.bpe")  # Hugging Fac
 
 
 class AddedToken(NamedTuple):
-    """A token that is found in a text as a whole, before the rest of the text is cut into words and merged."""
+    """A token that is searched for in a text before the rest of the text is split into words and merged."""
 
     id: int
     special: bool
-    """Whether text that spells it is text unless it is allowed to be the token."""
+    """Whether text that spells the token is encoded as ordinary text unless the token is allowed."""
     normalized: bool
-    """Whether it is looked for only where no token without this flag was found: transformers' order."""
+    """Whether the token is searched for after those without this flag, in the text between them, as in transformers."""
 
 
 class Definition(NamedTuple):
-    """A byte-level BPE, as far as it differs from GPT-2's."""
+    """The properties in which a byte-level BPE may differ from GPT-2's."""
 
     vocab: dict[str, int]
     merges: list[tuple[str, str]]
@@ -37,10 +37,11 @@ class Definition(NamedTuple):
 
 
 def read_files(directory: Path) -> dict[str, bytes] | None:
-    """Return the files that define the tokenizer of a directory, by Hugging Face's names; None if there is none.
+    """Return the contents of the files that define the tokenizer of a directory, or None if there is no tokenizer.
 
-    ``tokenizer.json`` holds all that ``vocab.json`` and ``merges.txt`` do, and tokens that were added to them. Without
-    it, added tokens are in ``added_tokens.json``, or in ``tokenizer_config.json`` of newer tokenizers.
+    The keys are Hugging Face's names. ``tokenizer.json`` contains the vocabulary, the merges and the added tokens.
+    Without it, these are in ``vocab.json``, in ``merges.txt``, and in ``added_tokens.json`` or, for newer tokenizers,
+    ``tokenizer_config.json``.
     """
     names = _names(directory)
     if not names:
@@ -51,7 +52,7 @@ def read_files(directory: Path) -> dict[str, bytes] | None:
 
 
 def _names(directory: Path) -> dict[str, str]:
-    """Return the names, in a directory, of the files that hold its vocabulary, by Hugging Face's names."""
+    """Return the names of the files that hold a directory's vocabulary. The keys are Hugging Face's names."""
     if holds_file(directory / TOKENIZER_FILE):
         return {TOKENIZER_FILE: TOKENIZER_FILE}
     pairs = (pair for pair in _PAIRS if all([holds_file(directory / name) for name in pair]))
@@ -59,26 +60,27 @@ def _names(directory: Path) -> dict[str, str]:
 
 
 def definition(files: Mapping[str, bytes], directory: Path | None = None) -> Definition:
-    """Return the tokenizer that some files define.
+    """Return the tokenizer that a set of files defines.
 
     Parameters
     ----------
     files : dict
-        As `read_files` returns them.
+        The files, as `read_files` returns them.
     directory : Path, optional
-        Where they are from, for messages.
+        The directory that they were read from, for messages.
 
     Raises
     ------
     ValueError
-        If a file is malformed, or asks for what would be another tokenizer. The message names the file and the entry.
+        If a file is malformed, or describes a tokenizer that does not work as GPT-2's does. The message names the file
+        and the entry.
     """
 
     @contextlib.contextmanager
     def reading(name: str) -> Iterator[bytes]:
         try:
             yield files.get(name, b"{}")
-        except (ValueError, RecursionError) as error:  # JSON may be nested too deeply
+        except (ValueError, RecursionError) as error:  # RecursionError: JSON that is nested too deeply
             if directory is None:
                 raise ValueError(str(error)) from error
             raise ValueError(f"{directory / _names(directory).get(name, name)}: {error}") from error
@@ -91,7 +93,7 @@ def definition(files: Mapping[str, bytes], directory: Path | None = None) -> Def
             for i, token in _object_of("added_tokens_decoder", settings.get("added_tokens_decoder", {})).items()
         ]
         special = _special_names(settings)
-    if "added_tokens_decoder" not in settings:  # which is newer, and holds all that the next two files do
+    if "added_tokens_decoder" not in settings:  # this newer entry replaces the next two files
         with reading(SPECIAL_FILE) as data:
             special = _special_names({**settings, **_object(data)})
         with reading(ADDED_FILE) as data:
@@ -143,40 +145,44 @@ def _object_of(name: str, found: Any) -> dict[str, Any]:
 # What a tokenizer.json may ask for
 
 _Accepted = tuple[Any, ...] | Callable[[Any], bool] | None
-"""The values that an entry may have, or a function that says so of one; None is any value."""
+"""The values that an entry may have, or a function that returns whether a value is accepted. None accepts all."""
 
 
 def _is_the_text_alone(template: Any) -> bool:
-    """Return whether a template adds no token to a text."""
+    """Return whether a template is the text alone, without added tokens."""
     return isinstance(template, list) and [set(step) if isinstance(step, dict) else None for step in template] == [
         {"Sequence"}
     ]
 
 
-# The steps before and after the model: what a sequence of such steps is called, the kinds of step that are accepted
-# with their options, and why no others are.
+# The steps before and after the model. For each: the name of a list of such steps, the accepted kinds with their
+# options, and the reason why other kinds are refused.
 _COMPONENTS: dict[str, tuple[str, dict[str, dict[str, _Accepted]], str]] = {
     "normalizer": (
         "normalizers",
         {},
-        "it changes characters of a text, which would not come back from its ids",
+        "it changes characters of a text, so decoding would return another text",
     ),
     "pre_tokenizer": (
         "pretokenizers",
         {"ByteLevel": {"add_prefix_space": (False,), "use_regex": (True,), "trim_offsets": None}},
-        "GPT-2 cuts a text into words by one ByteLevel alone, which adds no space before the text and uses its regex",
+        "GPT-2 splits a text into words with ByteLevel only, which adds no space before the text and uses its regex",
     ),
     "post_processor": (
         "processors",
         {
-            "ByteLevel": {"add_prefix_space": None, "trim_offsets": None, "use_regex": None},  # which concern offsets
+            "ByteLevel": {
+                "add_prefix_space": None,
+                "trim_offsets": None,
+                "use_regex": None,
+            },  # offsets only
             "TemplateProcessing": {"single": _is_the_text_alone, "pair": None, "special_tokens": None},
         },
         "it adds tokens to each text, which GPT-2 does not",
     ),
     "decoder": (
         "decoders",
-        {"ByteLevel": {"add_prefix_space": None, "trim_offsets": None, "use_regex": None}},  # none of which it reads
+        {"ByteLevel": {"add_prefix_space": None, "trim_offsets": None, "use_regex": None}},  # it ignores all of them
         "GPT-2's ids stand for bytes",
     ),
 }
@@ -191,7 +197,7 @@ _MODEL: dict[str, tuple[_Accepted, str]] = {
     "end_of_word_suffix": ((None, ""), "GPT-2 marks no token that ends a word"),
     "byte_fallback": ((False, None), "GPT-2's vocabulary has every byte already"),
     "ignore_merges": ((False, None), "GPT-2 merges words that are in its vocabulary, too"),
-    "unk_token": (None, ""),  # for what the vocabulary cannot spell: `Tokenizer.encode` refuses it
+    "unk_token": (None, ""),  # for characters that the vocabulary cannot spell, which `Tokenizer.encode` refuses
     "fuse_unk": (None, ""),
 }
 _ADDED: dict[str, tuple[_Accepted, str]] = {
@@ -200,24 +206,24 @@ _ADDED: dict[str, tuple[_Accepted, str]] = {
     "special": ((True, False), "expected true or false"),
     "normalized": ((True, False), "expected true or false"),
     "single_word": ((False,), "whether a text holds the token must not depend on the characters around it"),
-    "lstrip": ((False,), "white space before the token would be lost: a text would not come back from its ids"),
-    "rstrip": ((False,), "white space after the token would be lost: a text would not come back from its ids"),
+    "lstrip": ((False,), "white space before the token would be lost, so decoding would return another text"),
+    "rstrip": ((False,), "white space after the token would be lost, so decoding would return another text"),
     "__type": (None, ""),
 }
 _FILE: dict[str, tuple[_Accepted, str]] = {
     "version": (("1.0",), "expected 1.0"),
     "model": (None, ""),
     "added_tokens": (lambda tokens: isinstance(tokens, list), "expected a list"),
-    "truncation": (None, ""),  # of batches, and transformers does neither unless asked to
+    "truncation": (None, ""),  # this and padding concern batches, and are off unless a program asks for them
     "padding": (None, ""),
     **{name: (None, "") for name in _COMPONENTS},
 }
 
 
 def check_tokenizer(found: Mapping[str, Any]) -> None:
-    """Refuse what a ``tokenizer.json`` says if it is not a byte-level BPE that works as GPT-2's does."""
+    """Raise an error if a ``tokenizer.json`` is not a byte-level BPE that works as GPT-2's does."""
     model = _object_of("model", found.get("model"))
-    kind = model.get("type", "BPE" if "merges" in model else "one without a type")  # in files of 2020 there is none
+    kind = model.get("type", "BPE" if "merges" in model else "one without a type")  # files from 2020 have no type
     cutters = {name: _sequence(name, found.get(name)) for name in _COMPONENTS}
     if kind != "BPE" or not any(part.get("type") == "ByteLevel" for part in cutters["pre_tokenizer"]):
         said = " and ".join(str(part.get("type")) for part in cutters["pre_tokenizer"]) or "no pre-tokenizer"
@@ -239,7 +245,7 @@ def check_tokenizer(found: Mapping[str, Any]) -> None:
 
 
 def _sequence(name: str, part: Any) -> list[dict[str, Any]]:
-    """Return the parts of a component that may be a sequence of others, or absent."""
+    """Return the steps of a component. It may be absent, one step, or a sequence of components."""
     if part is None:
         return []
     entries = _object_of(name, part)
@@ -254,7 +260,7 @@ def _sequence(name: str, part: Any) -> list[dict[str, Any]]:
 def _check_entries(where: str, found: Mapping[str, Any], known: Mapping[str, tuple[_Accepted, str]]) -> None:
     for name, value in found.items():
         if name not in known:
-            raise ValueError(f"{where}{name} is not known here: it may change the ids; known are {', '.join(known)}")
+            raise ValueError(f"{where}{name} is not a known entry and may change the ids; known are {', '.join(known)}")
         accepted, why = known[name]
         if accepted is not None and not (accepted(value) if callable(accepted) else value in accepted):
             raise ValueError(f"{where}{name} is {shown(value)}; {why}")
@@ -263,7 +269,7 @@ def _check_entries(where: str, found: Mapping[str, Any], known: Mapping[str, tup
 # Special tokens, and others that were added
 
 _SETTINGS = {
-    "add_prefix_space": "transformers would add a space before each text, which would not come back from its ids",
+    "add_prefix_space": "transformers would add a space before each text, so decoding would return another text",
     "add_bos_token": "transformers would add a token before each text",
     "add_eos_token": "transformers would add a token after each text",
 }
@@ -271,14 +277,17 @@ _NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls",
 
 
 def _check_settings(settings: Mapping[str, Any], alone: bool) -> None:
-    """Refuse what a ``tokenizer_config.json`` asks for if it changes the ids; ``tokenizer.json`` decides about ends."""
+    """Raise an error for settings of a ``tokenizer_config.json`` that change the ids.
+
+    If there is a ``tokenizer.json`` as well (not ``alone``), that file decides about tokens before and after a text.
+    """
     for name, why in _SETTINGS.items():
         if settings.get(name) and (alone or name == "add_prefix_space"):
             raise ValueError(f"{name} is {shown(settings[name])}; {why}: save the tokenizer without it")
 
 
 def _special_names(settings: Mapping[str, Any]) -> list[str]:
-    """Return the special tokens that a ``tokenizer_config.json`` or ``special_tokens_map.json`` names."""
+    """Return the special tokens that the entries of ``tokenizer_config.json`` or ``special_tokens_map.json`` name."""
     others = [name for name in settings if name.endswith("_token") and name not in _NAMED]
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     values = [settings.get(name) for name in _NAMED]
@@ -289,10 +298,11 @@ def _special_names(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _added(vocab: Mapping[str, int], listed: Iterable[Any], special: Collection[str]) -> dict[str, AddedToken]:
-    """Return the added tokens that are listed, and those that are special because they are named so.
+    """Return the added tokens: those that are listed, and those that are named as special tokens.
 
-    transformers numbers tokens that are not in the vocabulary one after the other, whatever the file says. A file that
-    says other ids is refused: the model may have been trained with either.
+    transformers ignores the ids in the file and numbers tokens that are not in the vocabulary consecutively. A file
+    whose ids differ from that is refused, because the model may have been trained with the ids of the file or with
+    those of transformers.
     """
     found: dict[str, AddedToken] = {}
     tokens = [_object_of("an added token", token) for token in listed]
@@ -318,7 +328,8 @@ def _added(vocab: Mapping[str, int], listed: Iterable[Any], special: Collection[
             found[content] = AddedToken(vocab.get(content, following), special=True, normalized=False)
             following += content not in vocab
         found[content] = found[content]._replace(special=True)
-    if END_OF_TEXT not in special and (END_OF_TEXT in vocab or END_OF_TEXT in found):  # it may be added as a word
+    # The end of text is special even if the file lists it as an ordinary token.
+    if END_OF_TEXT not in special and (END_OF_TEXT in vocab or END_OF_TEXT in found):
         given = found[END_OF_TEXT].id if END_OF_TEXT in found else vocab[END_OF_TEXT]
         found[END_OF_TEXT] = AddedToken(given, special=True, normalized=False)
     _check_unique([*vocab.items(), *((content, token.id) for content, token in found.items())])
@@ -329,11 +340,12 @@ def _check_unique(entries: Iterable[tuple[str, int]]) -> None:
     by_id: dict[int, str] = {}
     for entry, token in entries:
         if (other := by_id.setdefault(token, entry)) != entry:
-            raise ValueError(f"{other!r} and {entry!r} have one id, {token}: the text of one would be the other's")
+            raise ValueError(f"{other!r} and {entry!r} have one id, {token}: decoding could not tell them apart")
 
 
-# The vocabulary and the merges. The package reads these files as well, three times as fast (GPT-2's in 65 ms against
-# 200), but without a word it takes an id modulo 2**32, the last of two equal lines, and a file without its last lines.
+# The vocabulary and the merges. The tokenizers package could read these files three times as fast (GPT-2's in 65 ms
+# instead of 200). But it silently takes ids modulo 2**32, uses the last of two equal lines, and accepts a file that was
+# truncated.
 
 
 def _vocab(ids: Any) -> dict[str, int]:
@@ -346,12 +358,12 @@ def _vocab(ids: Any) -> dict[str, int]:
 
 
 def _read_merges(text: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return the pairs that a BPE merges, in order, from a file with one on each line."""
+    """Return the pairs that a BPE merges, in order, from the text of a file that has one pair on each line."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
     start = int(lines[0].startswith("#version") or lines == [""])
     merges = _merges(lines[start:], ids, "line {}", start + 1)
     last = max((ids[left + right] for left, right in merges), default=-1)
-    for entry, token in ids.items():  # after the last, special tokens may follow, which no two entries spell
+    for entry, token in ids.items():  # special tokens may follow; they are not made of two entries
         if token > last and any(entry[:i] in ids and entry[i:] in ids for i in range(1, len(entry))):
             raise ValueError(f"no line makes {entry!r}, whose id is {token}: the file has lost its end")
     return list(merges)
@@ -360,7 +372,7 @@ def _read_merges(text: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
 def _merges(
     lines: Any, ids: Mapping[str, int], where: str = "model.merges[{}]", start: int = 0
 ) -> dict[tuple[str, str], int]:
-    """Return the number of each merge, from lines ``left right``, or pairs of the two."""
+    """Return the position of each merge in a list of lines ``left right`` or of pairs."""
     if not isinstance(lines, list):
         raise ValueError(f"model.merges is {shown(lines)}; expected a list")
     merges: dict[tuple[str, str], int] = {}
