@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
-from portable_gpt2.sampling import penalised, survivors  # noqa: E402 - after what may skip this file
+from portable_gpt2.sampling import (  # noqa: E402 - after the imports that may skip this file
+    Sampling,
+    apply_repetition_penalty,
+    filter_logits,
+)
+
+
+def filtered(x, temperature, top_k, top_p, min_p=None):
+    return filter_logits(x, Sampling(temperature, top_k, top_p, min_p, seed=0))
 
 
 def kept_by_transformers(x, temperature, top_k, top_p, min_p=None):
@@ -40,7 +48,7 @@ top_ks = st.none() | st.integers(1, 70)
 @example(np.asarray([1.0, 2.0, 2.0, 2.0, 0.5]), 1.0, 2)  # both keep ties, as OpenAI's code does
 def test_top_k_keeps_what_transformers_keeps(x, temperature, top_k):
     """Catches an off-by-one, a k beyond the vocabulary, and ties that are broken."""
-    kept, _ = survivors(x, temperature, top_k, None)
+    kept, _ = filtered(x, temperature, top_k, None)
     assert kept.tolist() == kept_by_transformers(x, temperature, top_k, None).tolist()
 
 
@@ -52,8 +60,8 @@ def test_top_p_keeps_what_transformers_keeps(x, temperature, top_k, top_p):
     Of equal logits at the edge of the nucleus, transformers keeps those that torch.sort happens to put last and we
     those of the smallest ids: there, how many are kept and which logits they have must agree.
     """
-    kept, _ = survivors(x, temperature, top_k, top_p)
-    sums = np.cumsum(np.sort(np.exp(survivors(x, temperature, top_k, None)[1]))[::-1])
+    kept, _ = filtered(x, temperature, top_k, top_p)
+    sums = np.cumsum(np.sort(np.exp(filtered(x, temperature, top_k, None)[1]))[::-1])
     assume(abs(sums / sums[-1] - top_p).min() > 1e-9)  # else it is a matter of rounding
     theirs = kept_by_transformers(x, temperature, top_k, top_p)
     assert sorted(x[kept]) == sorted(x[theirs])
@@ -65,11 +73,11 @@ def test_top_p_keeps_what_transformers_keeps(x, temperature, top_k, top_p):
 def test_min_p_keeps_what_transformers_keeps(x, temperature, top_k, top_p, min_p):
     """Catches another order of the filters, and a share of all instead of the largest probability."""
     assume(distinct(x))
-    _, scaled = survivors(x, temperature, top_k, None)
+    _, scaled = filtered(x, temperature, top_k, None)
     sums = np.cumsum(np.sort(np.exp(scaled))[::-1])
     assume(top_p is None or abs(sums / sums[-1] - top_p).min() > 1e-9)  # else it is a matter of rounding
     assume(abs(np.exp(scaled) - min_p).min() > 1e-9)
-    kept, _ = survivors(x, temperature, top_k, top_p, min_p)
+    kept, _ = filtered(x, temperature, top_k, top_p, min_p)
     assert kept.tolist() == kept_by_transformers(x, temperature, top_k, top_p, min_p).tolist()
 
 
@@ -79,7 +87,7 @@ def test_the_repetition_penalty_is_transformers_(x, penalty, data):
     seen = data.draw(st.lists(st.integers(0, x.size - 1), min_size=1, max_size=12))
     process = transformers.RepetitionPenaltyLogitsProcessor(penalty)
     theirs = process(torch.tensor([seen]), torch.from_numpy(x.copy())[None])[0].numpy()
-    np.testing.assert_array_equal(penalised(x, seen, penalty), theirs)
+    np.testing.assert_array_equal(apply_repetition_penalty(x, seen, penalty), theirs)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +96,7 @@ def test_the_repetition_penalty_is_transformers_(x, penalty, data):
 def test_the_whole_vocabulary_is_filtered_alike(options):
     """Catches sums that lose what matters over 50,257 entries."""
     x = 2.5 * np.random.default_rng(0).standard_normal(50257)
-    kept, scaled = survivors(x, *options)
+    kept, scaled = filtered(x, *options)
     assert kept.tolist() == kept_by_transformers(x, *options).tolist()
     assert scaled.max() == 0
     theirs = torch.log_softmax(torch.from_numpy(x)[torch.from_numpy(kept)] / options[0], 0).numpy()

@@ -94,7 +94,7 @@ def test_a_variate_depends_on_nothing_but_its_own_entry(data):
 # Filters
 
 
-def survivors(x, temperature, top_k, top_p, min_p=None):
+def filtered(x, temperature, top_k, top_p, min_p=None):
     return filter_logits(x, Sampling(temperature, top_k, top_p, min_p, seed=0))
 
 
@@ -121,7 +121,7 @@ def test_a_draw_that_survives_the_filters_is_not_changed_by_them(x, temperature,
     """Catches a filter that renormalises, reorders or shifts the stream: it may only forbid entries."""
     unfiltered = sample(x, position, temperature=temperature, top_k=None, seed=seed)
     filtered = sample(x, position, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    kept, _ = survivors(x, temperature, top_k, top_p)
+    kept, _ = filtered(x, temperature, top_k, top_p)
     assert filtered in kept
     assert filtered == unfiltered or unfiltered not in kept
 
@@ -130,7 +130,7 @@ def test_a_draw_that_survives_the_filters_is_not_changed_by_them(x, temperature,
 def test_a_draw_has_the_largest_sum_of_those_that_survive(x, temperature, top_k, top_p, seed, position):
     """Catches a temperature that divides the noise too, or an argmax over the wrong entries."""
     token = sample(x, position, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    kept, _ = survivors(x, temperature, top_k, top_p)
+    kept, _ = filtered(x, temperature, top_k, top_p)
     sums = x / temperature + gumbel(np.arange(x.size), x.size, position, seed)
     assert sums[token] >= sums[kept].max() - 1e-9
 
@@ -138,15 +138,15 @@ def test_a_draw_has_the_largest_sum_of_those_that_survive(x, temperature, top_k,
 @given(rows_of_logits(), temperatures, st.integers(1, 45))
 def test_top_k_keeps_the_k_largest_and_their_ties(x, temperature, k):
     """Catches an off-by-one, and ties that are broken (OpenAI's code keeps them)."""
-    kept, _ = survivors(x, temperature, k, None)
+    kept, _ = filtered(x, temperature, k, None)
     assert kept.tolist() == [i for i, value in enumerate(x) if sum(other > value for other in x) < k]
 
 
 @given(rows_of_logits(), temperatures, top_ks, st.floats(0.001, 0.999))
 def test_top_p_keeps_the_fewest_that_reach_p(x, temperature, top_k, p):
     """Catches OpenAI's rule, which leaves out the entry that crosses p, and one entry too many."""
-    candidates, scaled = survivors(x, temperature, top_k, None)
-    kept, kept_scaled = survivors(x, temperature, top_k, p)
+    candidates, scaled = filtered(x, temperature, top_k, None)
+    kept, kept_scaled = filtered(x, temperature, top_k, p)
     weights, kept_weights = sorted(np.exp(scaled), reverse=True), np.exp(kept_scaled)
     total, rounding = math.fsum(weights), 1e-12
     assert math.fsum(kept_weights) >= p * total * (1 - rounding)
@@ -158,7 +158,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(x, temperature, top_k, p):
 def test_top_p_includes_the_token_that_crosses_it():
     """Catches OpenAI's rule in a case that can be worked out in the head."""
     x = np.log([0.5, 0.26, 0.24])
-    assert [survivors(x, 1.0, None, p)[0].tolist() for p in (0.49, 0.51, 0.75, 0.77, 1.0)] == [
+    assert [filtered(x, 1.0, None, p)[0].tolist() for p in (0.49, 0.51, 0.75, 0.77, 1.0)] == [
         [0],
         [0, 1],
         [0, 1],
@@ -170,8 +170,8 @@ def test_top_p_includes_the_token_that_crosses_it():
 @given(rows_of_logits(), temperatures, top_ks, st.floats(0.001, 1))
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(x, temperature, top_k, p):
     """Catches a share of 1 instead of the largest probability, and one that is taken before the temperature."""
-    before, scaled = survivors(x, temperature, top_k, None)
-    kept, _ = survivors(x, temperature, top_k, None, p)
+    before, scaled = filtered(x, temperature, top_k, None)
+    kept, _ = filtered(x, temperature, top_k, None, p)
     probable = np.exp(scaled) / np.exp(scaled).sum()
     far = abs(probable - p * probable.max()) > 1e-12 * probable.max()  # else it is a matter of rounding
     expected = before[probable >= p * probable.max()]
@@ -203,7 +203,7 @@ def test_a_repetition_penalty_changes_the_greedy_choice_too():
 
 def test_filters_apply_in_openai_s_order():
     """Catches top-p before the temperature, and top-p over entries that top-k has left out."""
-    kept = [survivors(LOGITS, temperature, top_k, top_p)[0].tolist() for temperature, top_k, top_p, _ in ORDERS]
+    kept = [filtered(LOGITS, temperature, top_k, top_p)[0].tolist() for temperature, top_k, top_p, _ in ORDERS]
     assert kept == [expected for *_, expected in ORDERS]
 
 
