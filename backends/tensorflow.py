@@ -261,9 +261,6 @@ class TensorflowBackend(Backend):
     def device(self, x: Any) -> str:
         return _device_name(x.device)
 
-    def part_size(self, x: Any) -> int | None:
-        return None
-
     def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
         # Python's loop would be unrolled in the graph, which takes longer to trace with each iteration.
         def step(i: Any, state: Any) -> tuple[Any, Any]:

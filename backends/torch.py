@@ -475,9 +475,6 @@ class TorchBackend(Backend):
         parts: Sequence[Any] = x.chunk(n, -1)  # its gradient is one concatenation, that of slices a sum of n arrays
         return parts
 
-    def part_size(self, x: Any) -> int | None:
-        return 2048 if self.device(x) == "cpu" else None  # 12 windows of 256: 0.576 s, of 1024 0.611
-
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:
             with torch.enable_grad():

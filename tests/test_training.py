@@ -374,6 +374,16 @@ def test_a_recipe_that_makes_no_sense_is_refused(changed, why):
         Recipe(**changed)
 
 
+def test_the_names_in_the_files_of_a_run_are_pinned():
+    """Catches a field that is renamed in the files too: a run that somebody has begun could not be resumed."""
+    recipe = Recipe(gradient_accumulation_steps=2, max_grad_norm=0.5, min_lr_ratio=0.25, context=7)
+    entries = {"steps": 1000, "batch_size": 12, "accumulate": 2, "context": 7, "learning_rate": 1e-3, "warmup": 100}
+    entries |= {"final_rate": 0.25, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip": 0.5}
+    entries |= {"seed": 0, "dtype": "float32", "eval_every": 100}
+    assert recipe.to_dict() == entries
+    assert Recipe.from_dict(entries) == recipe
+
+
 def test_residual_products_begin_smaller(backend):
     """Catches other parameters scaled, or these by another factor."""
     plain = host(backend, pg.init_params(CONFIG, seed=1, backend=backend))

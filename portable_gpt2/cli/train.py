@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -226,8 +227,18 @@ def _begin(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
         tokenizer = train_tokenizer(whole, start.config.n_vocab)
     special = _special_tokens(tokenizer, arguments.allow_special, named, [*texts, *held_out])
 
+    encode = partial(write_tokens, tokenizer=tokenizer, n_vocab=start.config.n_vocab, allow_special=special)
+    length = (recipe.context or start.config.n_ctx) + 1
+
     def write(file: Path) -> int:
-        return _write(file, texts, held_out, share, tokenizer, special, start.config, recipe)
+        """Write the token ids of the texts, then those that are held out; return the number of ids to train on."""
+        n = encode(texts, file=file, progress=_progress)
+        n_held_out = encode(held_out, file=file) if share is None else round(share * n)
+        n_training = n if share is None else n - n_held_out
+        check_window(n_training, length, "text")
+        if share != 0:
+            check_window(n_held_out, length, "held-out text")
+        return n_training
 
     params = _initial(start, recipe, backend, scale_residual=bool(arguments.scale_residual))
     where = {"backend": backend.name, **_given(arguments, "device")}
@@ -280,30 +291,6 @@ def _special_tokens(tokenizer: Tokenizer, allow: bool | None, named: list[str], 
         )
     separators = [END_OF_TEXT] if tokenizer.end_of_text is not None else []
     return [*named, *(tokenizer.special_tokens if allow else separators)]
-
-
-def _write(
-    file: Path,
-    texts: list[str],
-    held_out: list[str],
-    share: float | None,
-    tokenizer: Tokenizer,
-    special: list[str],
-    config: GPT2Config,
-    recipe: Recipe,
-) -> int:
-    """Write the tokens of the texts, then those that are held out; return the number of tokens to train on."""
-    n = write_tokens(texts, tokenizer, config.n_vocab, file, _progress, allow_special=special)
-    if share is None:
-        n_held_out = write_tokens(held_out, tokenizer, config.n_vocab, file, allow_special=special)
-    else:
-        n_held_out = round(share * n)
-        n -= n_held_out
-    length = (recipe.context or config.n_ctx) + 1
-    check_window(n, length, "text")
-    if share != 0:
-        check_window(n_held_out, length, "held-out text")
-    return n
 
 
 def _initial(start: _Start, recipe: Recipe, backend: Backend, *, scale_residual: bool) -> Params:
