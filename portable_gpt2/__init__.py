@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from . import gradients as gradients
     from . import training as training
     from .api import *  # noqa: F403
+    from .ops import *  # noqa: F403
 else:
 
     def __getattr__(name):

@@ -1,5 +1,6 @@
 """The public names, which are attributes of `portable_gpt2`."""
 
+from . import ops
 from .backend import Backend
 from .cache import KVCache, grow_cache, new_cache
 from .checkpoint import CheckpointError
@@ -7,7 +8,7 @@ from .config import GPT2Config
 from .generation.completion import Completion
 from .language_model import GPT2
 from .model import gpt2, loss
-from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, layer_norm, softmax, unembed
+from .ops import *  # noqa: F403
 from .params import init_conv1d, init_params
 from .registry import BackendNotInstalled, available_backends, backend_of, get_backend, to_numpy, use_backend
 from .score import Score
@@ -23,24 +24,16 @@ __all__ = [
     "KVCache",
     "Score",
     "Tokenizer",
-    "attention",
-    "attention_weights",
     "available_backends",
     "backend_of",
-    "conv1d",
-    "cross_entropy",
-    "embed",
-    "gelu",
     "get_backend",
     "gpt2",
     "grow_cache",
     "init_conv1d",
     "init_params",
-    "layer_norm",
     "loss",
     "new_cache",
-    "softmax",
     "to_numpy",
-    "unembed",
     "use_backend",
 ]
+__all__ += ops.__all__

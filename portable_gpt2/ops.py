@@ -1,7 +1,8 @@
 """The operations that GPT-2 is made of, each written once in array-API terms.
 
-A function here is an op's meaning, its documentation and its fallback. `op` lets the arrays' backend run a kernel of
-its own in its place: ``softmax(x)`` runs the kernel, ``softmax.reference(x)`` always the definition.
+A function here is an op's meaning, its documentation and its fallback. The backend of the arrays may have a kernel for
+it: ``softmax(x)`` runs the kernel, ``softmax.reference(x)`` always runs the definition. An op raises the errors that
+`op.op` lists; its own docstring lists only the errors that it adds.
 """
 
 from __future__ import annotations
@@ -11,13 +12,27 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .host import value_range
-from .op import check_axis, op
+from .op import op
 from .registry import backend_of
+from .signature import check_axis
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # importing it costs more than all of this package
     from jaxtyping import Bool, Float, Int
 
     Array = Any
+
+
+__all__ = [
+    "attention",
+    "attention_weights",
+    "conv1d",
+    "cross_entropy",
+    "embed",
+    "gelu",
+    "layer_norm",
+    "softmax",
+    "unembed",
+]
 
 
 def _is_zero(n: Any) -> bool:
@@ -31,14 +46,14 @@ def is_empty(x: Any) -> bool:
 
 
 def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
-    """Return ids as indices from 0 to n - 1 and, where it is not known yet whether they are, a bool array of which are.
+    """Return ids as indices from 0 to n - 1, and a bool array of which ids are in range; None if all are known to be.
 
-    Where an id is out of range, the index is 0, and the caller makes a NaN.
+    The index of an id that is out of range is 0; the caller replaces its result by NaN.
 
     Raises
     ------
     ValueError
-        If an id is out of range, and the values can be read at once: NumPy's, and eager arrays on a CPU.
+        If an id is out of range and the ids can be read at once: NumPy arrays, and eager arrays on a CPU.
     """
     backend = backend_of(ids)
     if _is_zero(n) and not is_empty(ids):
@@ -60,31 +75,22 @@ def conv1d(
     w: Float[Array, "nx nf"] | Float[Array, "1 nx nf"],
     b: Float[Array, "nf"],
 ) -> Float[Array, "*batch nf"]:
-    """Apply a linear layer over the last axis, y = x w + b: a convolution of width 1.
+    """Apply a linear layer to the last axis, y = x w + b: a convolution of width 1.
+
+    ``conv1d`` of OpenAI's GPT-2 (``src/model.py``); `init_conv1d` makes its variables.
 
     Parameters
     ----------
     x : float array [*batch, nx]
-        Any number of leading axes, none included.
+        Zero or more leading axes.
     w : float array [nx, nf] or [1, nx, nf]
-        The weight. The leading 1 of OpenAI's checkpoints is the width of the convolution.
+        The weight. The leading 1 in OpenAI's checkpoints is the width of the convolution.
     b : float array [nf]
         The bias.
 
     Returns
     -------
     float array [*batch, nf]
-
-    Raises
-    ------
-    TypeError
-        If the arrays belong to different frameworks, or are not floats of one dtype.
-    ValueError
-        If the shapes do not fit.
-
-    Notes
-    -----
-    ``conv1d`` of OpenAI's GPT-2 (``src/model.py``), without the variables, which `init_conv1d` makes.
 
     Examples
     --------
@@ -104,35 +110,34 @@ def conv1d(
 
 @op
 def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> Float[Array, "*shape"]:
-    """Exponentiate along an axis and divide by the sum: exp(x_j) / sum_k exp(x_k).
+    """Return exp(x_j) / sum_k exp(x_k) along an axis.
 
-    The maximum is subtracted first. That changes nothing but the rounding: exp(x - m) cannot overflow, and at least
-    one term of the sum is 1. A row with a NaN, with +inf, or of nothing but -inf becomes NaN as a whole; -inf beside
-    a finite number becomes 0; an empty array stays empty.
+    The maximum is subtracted first, so that exp cannot overflow and at least one term of the sum is 1. A row that
+    contains NaN or +inf, or only -inf, becomes NaN; in any other row, -inf becomes 0. An empty array stays empty.
 
     Parameters
     ----------
     x : float array
-        Of any shape with at least one axis.
+        At least one axis.
     axis : int
-        The axis that sums to 1 afterwards.
+        The axis that sums to 1 in the result.
 
     Returns
     -------
     float array
-        Of x's shape and dtype, between 0 and 1.
+        The shape and dtype of x; values from 0 to 1.
 
     Raises
     ------
     TypeError
-        If x is not a float array, or axis not an int.
+        If axis is not an int.
     ValueError
         If x has no such axis.
 
     Notes
     -----
-    ``softmax`` of OpenAI's GPT-2 (``src/model.py``). Its error is bounded by Blanchard, Higham and Higham,
-    "Accurately computing the log-sum-exp and softmax functions", IMA J. Numer. Anal. 41(4), 2021.
+    Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions", IMA J. Numer. Anal.
+    41(4), 2021, bound its error.
 
     Examples
     --------
@@ -155,25 +160,8 @@ def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> Float[Array, "*shap
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Apply the Gaussian error linear unit in its tanh form, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 
-    Parameters
-    ----------
-    x : float array
-        Of any shape.
-
-    Returns
-    -------
-    float array
-        Of x's shape and dtype.
-
-    Raises
-    ------
-    TypeError
-        If x is not a float array.
-
-    Notes
-    -----
-    Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016. The form by erf differs from it by up to 5e-4: it is
-    another function, and GPT-2 was not trained with it.
+    Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016. GPT-2 was trained with this form; the form with erf
+    differs from it by up to 5e-4.
 
     Examples
     --------
@@ -199,11 +187,11 @@ def layer_norm(
     Parameters
     ----------
     x : float array [*batch, n]
-        Any number of leading axes, none included.
+        Zero or more leading axes.
     g, b : float array [n]
         Gain and bias.
     eps : float
-        Added to the (biased) variance; at least 0. With 0, a row of equal numbers has the undefined result 0 / 0.
+        Added to the (biased) variance. With 0, a row of equal elements gives 0 / 0.
 
     Returns
     -------
@@ -211,19 +199,17 @@ def layer_norm(
 
     Raises
     ------
-    TypeError
-        If the arrays belong to different frameworks, or are not floats of one dtype.
     ValueError
-        If the shapes do not fit, or eps is not a finite number of at least 0.
+        If eps is negative or not finite.
 
     Notes
     -----
     Ba, Kiros and Hinton, "Layer Normalization", 2016; ``norm`` of OpenAI's GPT-2 (``src/model.py``).
 
-    The squares are summed as they are: the numbers in x must be below sqrt(largest / n) / 2 in magnitude, which for n =
-    768 is 3e17 in float32 (in which 16-bit arrays are computed) and 2e152 in float64. Beyond that the variance
-    overflows, and the result is the bias or NaN. Deviations whose squares underflow, below 1e-19 in float32, count as a
-    variance of 0.
+    The squares are not scaled before they are summed. The elements of x must therefore be below sqrt(largest / n) / 2
+    in magnitude: for n = 768, 3e17 in float32 (and for 16-bit arrays) and 2e152 in float64. Larger elements make the
+    variance overflow, and the result is the bias or NaN. Deviations below 1e-19 in float32 count as 0, because their
+    squares underflow.
 
     Examples
     --------
@@ -251,36 +237,28 @@ def attention_weights(
     *,
     scale: float | None = None,
 ) -> Float[Array, "*batch queries keys"]:
-    """Return how much each query weighs each key: the softmax of their products.
+    """Return the weight of each key for each query: the softmax of their scaled dot products.
 
     Parameters
     ----------
-    q : float array [*batch, queries, d]
-        The queries. Heads, like examples, are leading axes.
-    k : float array [*batch, keys, d]
-        The keys.
-    mask : bool array [..., queries, keys], optional
-        True where a query sees a key; its leading axes broadcast to q's. Every query must see at least one key.
-    scale : float, optional
-        What the products are multiplied by; 1/sqrt(d) unless given. With d = 0 every score is 0.
+    q, k, mask, scale
+        As for `attention`.
 
     Returns
     -------
     float array [*batch, queries, keys]
-        Each row sums to 1. The weight of a key that the query does not see is 0 exactly. A row is NaN if none of its
-        visible keys has a score above -inf: the products overflowed, or the query sees no key.
+        Each row sums to 1. A key that the query does not see has weight 0 exactly. A row is NaN if none of its visible
+        keys has a score above -inf, because the products overflowed or the query sees no key.
 
     Raises
     ------
-    TypeError
-        If the arrays belong to different frameworks, or q and k are not floats of one dtype, or mask not a bool.
     ValueError
-        If the shapes do not fit, there are queries and no keys, or scale is not finite.
+        If there are queries and no keys, or scale is not finite.
 
     Notes
     -----
-    Where the mask is False the score is replaced by -inf. To add a number, such as OpenAI's -1e10, would overflow
-    float16; and the smallest finite number is not below a visible score that overflowed.
+    Hidden scores are replaced by -inf. Adding a large negative number, as OpenAI's code adds -1e10, would overflow
+    float16, and would not hide a key if a visible score is -inf.
 
     Examples
     --------
@@ -315,38 +293,34 @@ def attention(
     *,
     scale: float | None = None,
 ) -> Float[Array, "*batch queries dv"]:
-    """Average the values, each query weighing them by the softmax of its products with the keys.
+    """Return softmax(scale q k^T) v: for each query, the average of the values with the weights of its keys.
+
+    Vaswani et al., "Attention Is All You Need", 2017, equation 1.
 
     Parameters
     ----------
     q : float array [*batch, queries, d]
-        The queries. Heads, like examples, are leading axes.
+        The queries. Batch and heads are leading axes.
     k : float array [*batch, keys, d]
         The keys.
     v : float array [*batch, keys, dv]
         The values.
     mask : bool array [..., queries, keys], optional
-        True where a query sees a key; its leading axes broadcast to q's. Every query must see at least one key.
+        True where a query sees a key; its leading axes broadcast to those of q. Every query must see at least one key.
     scale : float, optional
-        What the products are multiplied by; 1/sqrt(d) unless given. With d = 0 every score is 0.
+        The factor of the dot products; 1/sqrt(d) unless given. With d = 0 every score is 0.
 
     Returns
     -------
     float array [*batch, queries, dv]
         Keys that a query does not see have weight 0 exactly. A row is NaN if none of its visible keys has a score above
-        -inf (see `attention_weights`); a kernel that PyTorch compiles, or runs on an accelerator, makes it 0. A hidden
-        key or value that is NaN or infinite, or a hidden score that overflows, may make the row NaN.
+        -inf (see `attention_weights`), except that PyTorch's kernel makes it 0 when compiled or on an accelerator. A
+        hidden key or value that is NaN or infinite, or a hidden score that overflows, may make the row NaN.
 
     Raises
     ------
-    TypeError
-        If the arrays belong to different frameworks, or q, k and v are not floats of one dtype, or mask not a bool.
     ValueError
-        If the shapes do not fit, there are queries and no keys, or scale is not finite.
-
-    Notes
-    -----
-    Vaswani et al., "Attention Is All You Need", 2017, equation 1.
+        If there are queries and no keys, or scale is not finite.
 
     Examples
     --------
@@ -362,31 +336,25 @@ def attention(
 
 @op
 def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> Float[Array, "*batch d"]:
-    """Look up the rows of a table.
+    """Look up rows of an embedding matrix.
 
     Parameters
     ----------
     ids : int array [*batch]
         From 0 to vocab - 1.
     w : float array [vocab, d]
-        The table.
+        The embedding matrix.
 
     Returns
     -------
     float array [*batch, d]
-        NaN for an id that is out of range, where that raises no error.
+        An id that is out of range and raises no error gives NaN; it adds nothing to the gradient of w.
 
     Raises
     ------
-    TypeError
-        If the arrays belong to different frameworks, ids are not integers or w is not a float.
     ValueError
-        If the shapes do not fit, or an id is out of range and the ids can be read at once: arrays of NumPy, and eager
-        arrays on a CPU. Ids that are being traced or that live on an accelerator are not waited for.
-
-    Notes
-    -----
-    An id that is out of range adds nothing to the gradient of w.
+        If an id is out of range and the ids can be read at once: NumPy arrays, and eager arrays on a CPU. Traced ids
+        and ids on an accelerator are not read.
 
     Examples
     --------
@@ -406,25 +374,18 @@ def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> Float[Array,
 
 @op
 def unembed(x: Float[Array, "*batch d"], w: Float[Array, "vocab d"]) -> Float[Array, "*batch vocab"]:
-    """Multiply with every row of a table: the logits, x w^T.
+    """Return the logits x w^T: the dot products of hidden states with every row of the embedding matrix.
 
     Parameters
     ----------
     x : float array [*batch, d]
-        Any number of leading axes, none included.
+        Zero or more leading axes.
     w : float array [vocab, d]
-        The table.
+        The embedding matrix.
 
     Returns
     -------
     float array [*batch, vocab]
-
-    Raises
-    ------
-    TypeError
-        If the arrays belong to different frameworks, or are not floats of one dtype.
-    ValueError
-        If the shapes do not fit.
 
     Examples
     --------
@@ -442,7 +403,7 @@ def unembed(x: Float[Array, "*batch d"], w: Float[Array, "vocab d"]) -> Float[Ar
 
 @op
 def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]) -> Float[Array, ""]:
-    """Return the mean of -log softmax(logits)[target]: how unlikely the targets are, in nats.
+    """Return the mean of -log softmax(logits)[target], in nats.
 
     Parameters
     ----------
@@ -454,21 +415,18 @@ def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*ba
     Returns
     -------
     float array []
-        NaN if there are no targets, or one is out of range, where that raises no error. So is the gradient of that
-        target's logits.
+        NaN if there are no targets. A target that is out of range and raises no error makes the mean and the gradient
+        of its logits NaN.
 
     Raises
     ------
-    TypeError
-        If the arrays belong to different frameworks, logits are not floats or targets are not integers.
     ValueError
-        If the shapes do not fit, the vocabulary is empty, or a target is out of range and the targets can be read at
-        once (see `embed`).
+        If the vocabulary is empty, or a target is out of range and the targets can be read at once (see `embed`).
 
     Notes
     -----
-    log softmax(x)[t] = x_t - m - log sum_k exp(x_k - m), with m the maximum: nothing overflows, and no probability is
-    rounded to 0 before its logarithm is taken.
+    log softmax(x)[t] = x_t - m - log sum_k exp(x_k - m), where m is the maximum: nothing overflows, and no probability
+    is rounded to 0 before its logarithm is taken.
 
     Examples
     --------

@@ -32,6 +32,13 @@ def compute(model: pg.GPT2) -> np.ndarray:
     return pg.to_numpy(x)
 
 
+def misspell(x: np.ndarray) -> None:
+    pg.softmax(x, axs=1)  # type: ignore[call-arg]
+    pg.softmax.reference(x, axs=1)  # type: ignore[call-arg]
+    pg.layer_norm(x, x)  # type: ignore[call-arg]
+    pg.attention(x, x, x, scale="0.5")  # type: ignore[arg-type]
+
+
 def tokenize(directory: str) -> str:
     tokenizer: pg.Tokenizer | None = pg.Tokenizer.load(directory)
     return "" if tokenizer is None else tokenizer.decode(tokenizer.encode("To be", allow_special=True))
