@@ -1,4 +1,4 @@
-"""GPT2Config: the numbers that fix a model's mathematics, and the four sizes that OpenAI published."""
+"""GPT2Config: the shape of a model and its constants, and the four sizes that OpenAI published."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ from .options import option
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2 and the constants of its mathematics; the defaults are the smallest published model.
+    """The shape of a GPT-2 and its constants. The defaults are those of the smallest published model.
 
     Parameters
     ----------
     n_layer, n_head, n_embd : int
-        Blocks, attention heads of each, and width. n_embd is a multiple of n_head.
+        The number of blocks, the number of attention heads in each, and the width of the residual stream. n_embd must
+        be a multiple of n_head.
     n_vocab : int
-        Entries of the vocabulary.
+        The number of entries of the vocabulary.
     n_ctx : int
-        Positions: the longest text that the model can read, in tokens.
+        The number of positions: the longest text that the model can read, in tokens.
     n_inner : int, optional
-        Width of the hidden layer of each mlp; 4 n_embd unless given.
+        The width of the hidden layer of each feed-forward network (default: 4 n_embd).
     layer_norm_epsilon : float
-        Added to the variance by each layer_norm.
+        The number that each layer_norm adds to the variance.
     scale_attn_weights : bool
         Whether attention scores are divided by the square root of the head size.
     scale_attn_by_inverse_layer_idx : bool
-        Whether the scores of layer i (from 0) are divided by i + 1 as well.
+        Whether the scores of layer i, counted from 0, are also divided by i + 1.
     eos_token_id : int or tuple of ints, optional
-        The ids that end a text; GPT-2's is that of ``<|endoftext|>``. None: the vocabulary has no such token.
+        The ids that end a text, such as that of ``<|endoftext|>``. None means that the vocabulary has no such token.
     tie_word_embeddings : bool
-        Whether the logits are products with wte, as in all that OpenAI published; else there is a table lm_head.
+        Whether the embedding matrix wte also computes the logits, as in all published models. Otherwise the parameter
+        lm_head does.
     bos_token_id : int, optional
-        The id that a text starts from where nothing comes before it. None: the first of eos_token_id, as in GPT-2.
+        The id of the token that starts a text without a prompt (default: the first of eos_token_id, as in GPT-2).
     pad_token_id : int, optional
-        The id that other programs pad with. It is kept for them, and changes nothing here.
+        The id that other programs use for padding. It is stored for them and changes nothing here.
 
     Raises
     ------
     ValueError
-        If a number is not positive, n_embd is not a multiple of n_head, or an id is not in the vocabulary.
+        If a size is not positive, n_embd is not a multiple of n_head, or an id is not in the vocabulary.
 
     Examples
     --------
@@ -83,7 +85,7 @@ class GPT2Config:
         for name in ("bos_token_id", "pad_token_id"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, self._id(name, getattr(self, name)))
-        if self.bos_token_id in ends[:1]:  # so that `dataclasses.replace` of the one replaces the other
+        if self.bos_token_id in ends[:1]:  # the default: replacing eos_token_id then replaces it as well
             object.__setattr__(self, "bos_token_id", None)
 
     def _id(self, name: str, value: Any) -> int:
@@ -98,7 +100,7 @@ class GPT2Config:
 
     @property
     def start(self) -> int | None:
-        """The id that a text starts from where nothing comes before it: bos_token_id, or the first of the ends."""
+        """The id that starts a text without a prompt: bos_token_id, or else the first of `ends`."""
         return self.bos_token_id if self.bos_token_id is not None else next(iter(self.ends), None)
 
     @property
@@ -108,11 +110,11 @@ class GPT2Config:
 
     @property
     def n_hidden(self) -> int:
-        """The width of the hidden layer of each mlp."""
+        """The width of the hidden layer of each feed-forward network."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     def attention_scale(self, layer: int) -> float:
-        """Return what the attention scores of a layer (from 0) are multiplied by."""
+        """Return the factor of the attention scores of a layer, counted from 0."""
         scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
         layer = integer("layer", layer)
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
@@ -124,7 +126,7 @@ class GPT2Config:
         Raises
         ------
         ValueError
-            If no model of that name was published. The message lists those that were.
+            If no model of that name was published. The message lists the names.
 
         Examples
         --------
@@ -142,14 +144,13 @@ class GPT2Config:
     def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
         """Return the configuration that the entries of a Hugging Face ``config.json`` describe.
 
-        Every entry that changes the mathematics is honoured or refused by name. What describes the model, its
-        training or another task is accepted and dropped.
+        An entry that changes the logits is honoured or refused by name. Entries about other things, such as training or
+        another task, are ignored.
 
         Raises
         ------
         ValueError
-            If an entry asks for mathematics that GPT-2 as it is written here does not have, is malformed, or
-            contradicts another.
+            If an entry describes a model that differs from GPT-2, is malformed, or contradicts another entry.
         """
         if entries.get("model_type", "gpt2") != "gpt2":
             raise ValueError(f"model_type is {shown(entries['model_type'])}; expected 'gpt2'")
@@ -174,10 +175,10 @@ class GPT2Config:
         )
 
     def with_generation(self, entries: Mapping[str, Any]) -> GPT2Config:
-        """Return this configuration with the special ids that a ``generation_config.json`` names.
+        """Return this configuration with the special ids of a ``generation_config.json``.
 
-        As in transformers, that file alone says which ids end a text where there is one: if it names none, none of
-        ``config.json`` does. An id to start from that it leaves out stays as it is.
+        As in transformers, the ids that end a text are those of this file, even if it has none. If it has no
+        bos_token_id or no pad_token_id, that id stays.
 
         Raises
         ------
@@ -216,7 +217,7 @@ class GPT2Config:
         Raises
         ------
         ValueError
-            If an entry is missing or malformed, or one that is not known asks for something.
+            If an entry is missing or malformed, or an unknown entry is not zero, false or empty.
         """
         if names := [name for name in _NANOGPT if name not in entries]:
             raise ValueError(f"{', '.join(names)} is missing; expected {', '.join(_NANOGPT)}")
@@ -241,7 +242,10 @@ class GPT2Config:
 
 
 def _special_ids(entries: Mapping[str, Any], n_vocab: Any) -> dict[str, Any]:
-    """Return the special ids that the entries of a file name. Those beyond a small vocabulary are left of a default."""
+    """Return the special ids that the entries of a file name.
+
+    An id outside the vocabulary is dropped: small models often keep the default ids of GPT-2's large vocabulary.
+    """
 
     def is_beyond(value: Any) -> bool:
         return is_int(value) and is_int(n_vocab) and not 0 <= value < n_vocab
@@ -263,10 +267,10 @@ _SAME_NAME = (
     "tie_word_embeddings",
 )
 
-# All that OpenAI's hparams.json says.
+# The entries of OpenAI's hparams.json.
 _HPARAMS = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"}
 
-# What nanoGPT's model_args call what config.json does.
+# The entries of nanoGPT's model_args, and their names in config.json.
 _NANOGPT = {
     "n_layer": "n_layer",
     "n_head": "n_head",
@@ -275,7 +279,7 @@ _NANOGPT = {
     "vocab_size": "vocab_size",
 }
 
-# Other names that transformers reads as these.
+# Other names of entries, which transformers accepts as well, and the usual ones.
 ALIASES = {
     "n_ctx": "n_positions",
     "max_position_embeddings": "n_positions",
@@ -291,13 +295,13 @@ _PUBLISHED = {
     ("1558M", "gpt2-xl"): (48, 25, 1600),
 }
 
-# The tanh form of GELU goes by several names; the plain "gelu" is the form by erf.
+# The names of the tanh form of GELU. The plain "gelu" is the erf form.
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
 
-# Entries whose other values would be another model: what is accepted, and what to say of the rest.
+# Entries with a fixed meaning here: the accepted values, and the message for any other value.
 _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "activation_function": (_TANH_GELU, f"GPT-2 uses the tanh form of GELU, known as {' or '.join(_TANH_GELU)}"),
-    "add_cross_attention": ((False, None), "cross-attention is not a part of GPT-2: give a decoder-only checkpoint"),
+    "add_cross_attention": ((False, None), "cross-attention is not part of GPT-2: give a decoder-only checkpoint"),
     "reorder_and_upcast_attn": ((False, True, None), "expected true or false (attention is in float32 in any case)"),
     "pruned_heads": (({}, None), "pruned attention heads are not supported"),
     "quantization_config": ((None,), "quantized weights are not supported: save the model without quantization"),

@@ -456,7 +456,7 @@ WRONG = [  # what follows `generate`, and what the message says
     ),
     (
         ["x", "--model", "nowhere"],
-        "nowhere: no such directory, and the hub's model of this name is not",
+        "nowhere: no such directory; and the hub's model of this name is not",
     ),
     (["x", "--model", "."], "config.json: no such file; a checkpoint holds config.json and model.safetensors"),
     (["x", "--model", "nameless"], "the model has no tokenizer: its checkpoint had no vocab.json and merges.txt"),

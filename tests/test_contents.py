@@ -49,7 +49,7 @@ def read_files(directory):
 # Git LFS, error pages, archives
 
 WRONG = {  # content, and what is said
-    "a pointer": (POINTER, r"is a Git LFS pointer, .*run `git lfs pull`"),
+    "a pointer": (POINTER, r"is a Git LFS pointer .*run `git lfs pull`"),
     "a page": (b"\n<!DOCTYPE html>\n<html><title>404</title></html>", "is an HTML page, .*download the file again"),
     "a plain page": (b"<html><body>Access denied</body></html>", "is an HTML page"),
     "gzip": (gzip.compress(b"x" * 100), "is a gzip archive; unpack it"),

@@ -93,7 +93,10 @@ def test_it_needs_no_framework(source, tmp_path):
     [
         (["source", "out"], "out: exists already; give a new directory, or replace this one by force"),
         (["source", "out", "--dtype", "int8"], "no floating dtype 'int8'; choose one of float64"),
-        (["out", "source/config.json", "--force"], "config.json: exists already; give a new directory"),
+        (
+            ["out", "source/config.json", "--force"],
+            "config.json: exists already and is not a directory; give a new one",
+        ),
         (["./none", "new"], "none: no such directory"),
         (["source", ".", "--force"], "is the current directory, and is not replaced"),
         (["source"], "the following arguments are required: DST"),

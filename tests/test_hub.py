@@ -125,7 +125,7 @@ def test_what_is_not_there_is_said(model, load, tmp_path):
     for environment in (online, {**online, "HF_HUB_OFFLINE": "1"}):
         [said] = load(environment, "tiny3")
         assert said.startswith(
-            "CheckpointError; tiny3: no such directory, and the hub's model of this name is not whole"
+            "CheckpointError; tiny3: no such directory; and the hub's model of this name is not complete"
         )
         assert str(tmp_path / "home" / "hub") in said
         assert ("HF_HUB_OFFLINE is set" in said) == (environment["HF_HUB_OFFLINE"] == "1")

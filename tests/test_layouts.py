@@ -140,7 +140,7 @@ def test_a_reader_that_is_not_installed_is_named_with_its_extra(written, tmp_pat
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
         [line] = done.stderr.splitlines()
-        assert f"{tmp_path / name / file}: it takes {extra} to read it, which is not installed: " in line
+        assert f"{tmp_path / name / file}: reading it takes {extra}, which is not installed: " in line
         assert f"pip install 'portable-gpt2[{extra}]'" in line
     assert not (tmp_path / "out").exists()
 

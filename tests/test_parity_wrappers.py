@@ -246,7 +246,7 @@ def test_a_shape_that_no_file_says_is_asked_for(save, torch, name):
     state = {"model": layouts.nanogpt(NANO, tiny.weights(NANO))["model"]}
     with pytest.raises(
         pg.CheckpointError,
-        match=rf"config\.json: no such file, and {name} does not say the model's shape itself, as the",
+        match=rf"config\.json: no such file, and {name} does not describe the model's shape, as the",
     ):
         read_checkpoint(save(state, name, config=None))
 

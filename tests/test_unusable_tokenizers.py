@@ -97,7 +97,7 @@ def test_the_weights_work_by_ids(unusable, backend):
     with pytest.raises(pg.CheckpointError, match=message) as error:
         pg.GPT2.load(directory, backend=backend)
     assert isinstance(error.value, TokenizerError)
-    assert "GPT2.load(..., tokenizer=None), the model works by token ids" in str(error.value)
+    assert "GPT2.load(..., tokenizer=None), the model takes and returns token ids" in str(error.value)
     model = pg.GPT2.load(directory, backend=backend, tokenizer=None)
     assert model.tokenizer is None
     expected = tiny.model(pg.get_backend("numpy"))
@@ -122,14 +122,14 @@ def test_another_tokenizer_may_take_its_place(unusable, tmp_path):
 def test_convert_copies_it_and_says_why(unusable, tmp_path, capfd):
     """Catches a conversion that is refused for the sake of a tokenizer, and one that drops it without a word."""
     directory, message = unusable
-    with pytest.warns(UserWarning, match=f"{message}.*copied as it stands: ") as warned:
+    with pytest.warns(UserWarning, match=f"{message}.*copied unchanged: ") as warned:
         convert(directory, tmp_path / "out")
-    copied = str(warned[0].message).partition("copied as it stands: ")[2]
+    copied = str(warned[0].message).partition("copied unchanged: ")[2]
     names = {file.name for file in directory.iterdir() if file.is_file()} - {"config.json", "model.safetensors"}
     assert {*copied.split(", ")} == (names or {"none of its files"})
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (directory / name).read_bytes()
-    with pytest.warns(UserWarning, match="copied as it stands: "):  # what a conversion wrote, another may replace
+    with pytest.warns(UserWarning, match="copied unchanged: "):  # what a conversion wrote, another may replace
         convert(directory, tmp_path / "out", force=True)
     before, after = (pg.GPT2.load(path, backend="numpy", tokenizer=None) for path in (directory, tmp_path / "out"))
     for (path, x), (_, y) in zip(flatten(before.params), flatten(after.params), strict=True):
@@ -142,7 +142,7 @@ def test_a_command_that_needs_text_says_why(unusable, capfd):
     assert main(["generate", "To be", "--model", str(directory)]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert "the model works by token ids" in error
+    assert "the model takes and returns token ids" in error
 
 
 @pytest.mark.parametrize("given", ["gpt2", 3, True, tokenizers.Tokenizer(models.BPE())])

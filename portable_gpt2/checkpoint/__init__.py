@@ -1,7 +1,7 @@
-"""Checkpoints: OpenAI's release and Hugging Face's layouts, from a directory or the hub, read and written.
+"""Read and write checkpoints: OpenAI's release, Hugging Face's layouts and nanoGPT's, from a directory or the hub.
 
-Tensors cross this package one at a time, as NumPy arrays by path (``h3/attn/c_attn/w``); which framework they end in is
-decided above, and files of a framework's own format are read by that framework's adapter.
+A tensor passes through this package as a NumPy array, one at a time, under its path (``h3/attn/c_attn/w``). The caller
+makes it an array of a framework. Files in a framework's own format are read by that framework's adapter.
 """
 
 from ..host import CheckpointError, TokenizerError

@@ -1,7 +1,8 @@
-"""Companions: files that go with a model for the sake of other programs. They are written as they were read.
+"""Companions: files of a checkpoint that other programs read. They are kept when a checkpoint is converted or saved.
 
-transformers reads more of a checkpoint than we do: how to generate, the tokenizer's settings, chat templates, and
-entries of ``config.json`` about other tasks. All of it comes through, byte for byte where nothing in it must change.
+transformers reads more of a checkpoint than this package does: options of generation, the tokenizer's settings, chat
+templates, and entries of ``config.json`` about other tasks. These files are copied byte for byte unless an entry must
+change.
 """
 
 from __future__ import annotations
@@ -21,21 +22,27 @@ CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates/*.jinja"
 TOKENIZER_SETTINGS = (SETTINGS_FILE, SPECIAL_FILE, ADDED_FILE)
-TOKENIZER_FILES = (TOKENIZER_FILE, VOCAB_FILE, MERGES_FILE, "encoder.json", "vocab.bpe")  # the last two are OpenAI's
-OTHER_TOKENIZERS = ("vocab.txt", "spiece.model", "tokenizer.model")  # BERT's, SentencePiece's
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    VOCAB_FILE,
+    MERGES_FILE,
+    "encoder.json",
+    "vocab.bpe",
+)  # the last two: OpenAI's
+OTHER_TOKENIZERS = ("vocab.txt", "spiece.model", "tokenizer.model")  # of BERT and SentencePiece
 UNREAD = (*TOKENIZER_FILES, *TOKENIZER_SETTINGS, *OTHER_TOKENIZERS)
-"""The files of a tokenizer that are kept where it is not used."""
+"""The files of a tokenizer that are kept although the tokenizer is not used."""
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
 
 
 def read_companions(directory: Path) -> dict[str, bytes]:
-    """Return the companions that a directory holds, by name, but for a tokenizer's; ``config.json`` is one of them."""
+    """Return the companions in a directory by name, ``config.json`` included and a tokenizer's files excluded."""
     templates = (f"{file.parent.name}/{file.name}" for file in directory.glob(TEMPLATES))
     return _read(directory, (CONFIG_FILE, GENERATION_FILE, *CHAT_TEMPLATES, *templates))
 
 
 def read_tokenizer_settings(directory: Path) -> dict[str, bytes]:
-    """Return the settings of a directory's tokenizer, which `Tokenizer.save` does not write, by the file's name."""
+    """Return the files with a tokenizer's settings by name. `Tokenizer.save` does not write them."""
     return _read(directory, TOKENIZER_SETTINGS)
 
 
@@ -44,7 +51,7 @@ def _read(directory: Path, names: Iterable[str]) -> dict[str, bytes]:
 
 
 def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
-    """Return the files of a tokenizer that is not used here, so that it is not lost: as they are, damaged ones too."""
+    """Return the files of a tokenizer that is not used, so that they can be copied. They are not checked."""
     files = (directory / name for name in UNREAD)
     found = (file for file in files if os.path.isfile(file) and file.stat().st_size <= LARGEST_TEXT)
     return {file.name: file.read_bytes() for file in found}
@@ -73,16 +80,16 @@ def _called(file: Path, read: Any, companions: Mapping[str, bytes]) -> GPT2Confi
 
 
 def written_companions(config: GPT2Config, dtypes: Iterable[str], companions: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the companions to write with a model, ``config.json`` among them.
+    """Return the companions to write with a model, including ``config.json``.
 
     Parameters
     ----------
     config : GPT2Config
-        What the files must say.
+        The configuration that the files must describe.
     dtypes : strs
         The dtypes of the weights that are written.
     companions : dict
-        The files that were read. One that says all of this already is returned as it is.
+        The files that were read. A file that describes this configuration is returned unchanged.
     """
     files, here = dict(companions), Path()
     given = parse_json(here / CONFIG_FILE, files[CONFIG_FILE]) if CONFIG_FILE in files else {}

@@ -1,4 +1,4 @@
-"""What stands in a checkpoint's file: JSON without ambiguities, or something else than the file's name promises."""
+"""Read the text files of a checkpoint, and recognise a file that is not what its name says."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .. import files, strict_json
 from ..host import CheckpointError
 
 LARGEST_TEXT = 1 << 26
-"""The largest file of text that is read, in bytes: all but weights are far smaller."""
+"""The size limit of a text file, in bytes. Real ones are far smaller; only weights are larger."""
 
 _PAGE = "an HTML page, perhaps the error page of a server; download the file again"
 _ARCHIVE = "archive; unpack it and give the directory"
 _STARTS: dict[bytes, str] = {
     b"version https://git-lfs.github.com/spec/": (
-        "a Git LFS pointer, which stands for a file that was not downloaded; run `git lfs pull` in its repository"
+        "a Git LFS pointer to a file that was not downloaded; run `git lfs pull` in its repository"
     ),
     b"<!doctype": _PAGE,
     b"<html": _PAGE,
@@ -35,7 +35,8 @@ def exists(file: Path) -> bool:
     Raises
     ------
     CheckpointError
-        If there is something other than a regular file, or it cannot be reached. To open it might wait for ever.
+        If there is something other than a regular file, which could block for ever when it is opened, or if the path
+        cannot be followed.
     """
     try:
         return files.holds_file(file)
@@ -53,7 +54,7 @@ def start(file: Path, n: int = 64) -> bytes:
 
 
 def mistaken(head: bytes) -> str | None:
-    """Describe a file that is another thing than its name promises, with advice; None if its first bytes look right."""
+    """Describe a file, with advice, if its first bytes do not fit its name; return None if they may fit."""
     if not head:
         return "an empty file; download or write it again"
     text = head.lstrip().lower()
@@ -64,17 +65,17 @@ def mistaken(head: bytes) -> str | None:
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Return whether a file begins as safetensors do: with the length of a header, and the header's brace."""
+    """Return whether a file begins like a safetensors file, with the length of a JSON object and the object."""
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
 def is_torch(head: bytes) -> bool:
-    """Return whether a file begins as those that PyTorch writes: as a zip file or as a pickle."""
+    """Return whether a file begins like those that PyTorch writes, which are zip files or pickles."""
     return head.startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
 def check_text(file: Path) -> None:
-    """Refuse a file of text that is larger than any such file, or is something else, such as a Git LFS pointer."""
+    """Raise an error for a text file that is too large, or is something else, such as a Git LFS pointer."""
     head = start(file)
     if head and (what := mistaken(head)):
         raise CheckpointError(f"{file}: is {what}")
@@ -83,7 +84,7 @@ def check_text(file: Path) -> None:
 
 
 def read_text(file: Path) -> bytes:
-    """Return the bytes of a file of text, once `check_text` accepts it."""
+    """Return the bytes of a text file that `check_text` accepts."""
     check_text(file)
     try:
         return file.read_bytes()
@@ -92,17 +93,17 @@ def read_text(file: Path) -> bytes:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds."""
+    """Return the JSON object in a file."""
     return parse_json(file, read_text(file))
 
 
 def parse_json(file: Path, content: bytes) -> dict[str, Any]:
-    """Return the JSON object that a file's content is.
+    """Return the JSON object that the content of a file describes.
 
     Raises
     ------
     CheckpointError
-        If it is not JSON, not an object, or an object in it has two entries of one name.
+        If the content is not JSON, is not an object, or has an object with two entries of the same name.
     """
     if not content:
         raise CheckpointError(f"{file}: is {mistaken(content)}")
@@ -116,5 +117,5 @@ def parse_json(file: Path, content: bytes) -> dict[str, Any]:
 
 
 def _with_name(file: Path, error: OSError) -> str:
-    """Return an error of the system as a sentence that names the file."""
+    """Return the message of an operating system's error, with the file's name."""
     return f"{file}: {error.strerror}" if error.strerror else str(error)

@@ -1,4 +1,4 @@
-"""The files that hold weights: which names they have, who reads them, and how one set is spread over several."""
+"""Find and open the files of weights, in every format that can be read here."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from .tensors import is_finite
 
 ENTRY_POINTS = "portable_gpt2.checkpoints"
 WEIGHTS_FILE = "model.safetensors"
-_LARGE = 1 << 18  # numbers
-INDEX = ".index.json"  # follows the name that the weights would have in one file
+_LARGE = 1 << 18  # elements
+INDEX = ".index.json"
+"""The end of the name of an index of several files. Its beginning is the name that a single file would have."""
 
 
 class Format(NamedTuple):
-    """Files of weights, and what reads them."""
+    """A format of files of weights."""
 
     pattern: str
-    """Of their names, as `fnmatch` understands it."""
+    """The pattern of their names, for `fnmatch`."""
     backend: str | None
-    """Whose `Backend.read_checkpoint` reads them; None: they are safetensors, which are read here."""
+    """The name of the backend whose `read_checkpoint` reads them, or None for safetensors, which are read here."""
 
 
 def formats() -> list[Format]:
-    """Return all formats there is a reader for, the preferred first: safetensors, then what can be read here."""
+    """Return all formats in order of preference: safetensors, those of installed frameworks, those of others."""
     available = available_backends()
     return [Format(WEIGHTS_FILE, None), *sorted(_declared(), key=lambda format: format.backend not in available)]
 
@@ -54,27 +55,27 @@ class Weights(NamedTuple):
     """The files that hold a model's weights."""
 
     file: Path
-    """The one that holds them, or the index of those that do."""
+    """The file of all weights, or the index if there are several files."""
     format: Format
     shards: dict[str, list[str]] | None
-    """The names of the tensors in each of several files, by the file's name."""
+    """The names of the tensors in each file, by the file's name; None if there is one file."""
 
 
-class Held(NamedTuple):
-    """What files of weights hold."""
+class Opened(NamedTuple):
+    """Files of weights that were opened."""
 
     tensors: dict[str, Found]
     rest: dict[str, Any]
-    """What stands next to the model's tensors in a training state, by name."""
+    """The other entries of a training state, by name."""
 
 
 def find_weights(directory: Path, file: Path | None = None) -> Weights | None:
-    """Return the weights that a directory holds, or those in one file of it, if any.
+    """Return the weights in a directory, or those in one file of it; None if there are none.
 
     Raises
     ------
     CheckpointError
-        If it is not clear which are meant, an index is malformed, or something that is not a file has their name.
+        If several files could be meant, an index is malformed, or something other than a regular file has the name.
     """
     try:
         names = [file.name] if file is not None else os.listdir(directory)
@@ -97,22 +98,22 @@ def _the_one(directory: Path, names: list[str]) -> Path:
 
 
 def read_index(file: Path) -> dict[str, list[str]]:
-    """Return the names of the tensors in each of the files that an index speaks of."""
+    """Return the names of the tensors in each file that an index lists, by the file's name."""
     files = read_json(file).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{file}: weight_map is {files!r}; expected an object of tensors' names and files'")
+        raise CheckpointError(f"{file}: weight_map is {files!r}; expected an object that maps tensors to files")
     shards: dict[str, list[str]] = {}
     for tensor, name in files.items():
-        # Who wrote an index has no say in what else is read: a shard stands next to it. (Who set up the directory has:
-        # symbolic links are followed, and the hub's cache is made of them.)
+        # The author of an index must not choose other files to be read, so a shard must be in the same directory. The
+        # owner of the directory may: symbolic links are followed, and the hub's cache consists of them.
         if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0:*?[]"):
             raise CheckpointError(f"{file}: {tensor} is said to be in {name!r}; expected the bare name of a file")
         shards.setdefault(name, []).append(tensor)
     return shards
 
 
-def open_weights(weights: Weights) -> Held:
-    """Open the files of weights; no tensor is read yet."""
+def open_weights(weights: Weights) -> Opened:
+    """Open the files of weights without reading a tensor."""
     if weights.shards is None:
         return _open_file(weights.file, weights.format)
     tensors: dict[str, Found] = {}
@@ -126,15 +127,15 @@ def open_weights(weights: Weights) -> Held:
             holds, says = ("holds", "does not say so") if tensor in held else ("lacks", "says that it is there")
             raise CheckpointError(f"{file}: {holds} {tensor}; {weights.file.name} {says}")
         tensors.update(held)
-    return Held(tensors, {})
+    return Opened(tensors, {})
 
 
-def _open_file(file: Path, format: Format) -> Held:
+def _open_file(file: Path, format: Format) -> Opened:
     if format.backend is not None and format.backend not in available_backends():
         raise BackendNotInstalled(
-            f"{file}: it takes {format.backend} to read it, which is not installed: {how_to_install(format.backend)}"
+            f"{file}: reading it takes {format.backend}, which is not installed: {how_to_install(format.backend)}"
         )
-    for part in file.parent.glob(f"{glob.escape(file.stem)}.*"):  # TensorFlow's files are several
+    for part in file.parent.glob(f"{glob.escape(file.stem)}.*"):  # TensorFlow writes several files
         exists(part)
     head = start(file)
     if what := mistaken(head):
@@ -152,7 +153,7 @@ def _open_file(file: Path, format: Format) -> Held:
         except Exception as error:  # a damaged file may make a framework raise anything
             raise CheckpointError(f"{file}: {_brief(error)}") from None
     tensors, rest = _unnested(file, held)
-    return Held(
+    return Opened(
         {
             name: Found(file, tensor._replace(read=functools.partial(_read, file, name, tensor)))
             for name, tensor in tensors.items()
@@ -162,7 +163,7 @@ def _open_file(file: Path, format: Format) -> Held:
 
 
 def _unnested(file: Path, held: Any) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """Return a model's tensors, and what stands next to them where they are one entry of a training state."""
+    """Return the tensors of a model and the rest of the file. In a training state, the tensors are one entry of it."""
     if not isinstance(held, Mapping):
         raise CheckpointError(f"{file}: holds an object of type {type(held).__name__}; expected tensors by name")
     if models := [name for name, entry in held.items() if _is_model(entry)]:
@@ -188,7 +189,7 @@ def _is_model(entry: Any) -> bool:
 
 
 def _read(file: Path, name: str, tensor: StoredTensor) -> np.ndarray:
-    """Read a tensor, and refuse it if it is not what its file said, or holds a NaN or an infinity."""
+    """Read a tensor. Raise an error if it differs from the file's description or contains NaN or infinity."""
     if math.prod(tensor.shape) >= _LARGE:
         _trim()
     try:
@@ -206,17 +207,17 @@ def _read(file: Path, name: str, tensor: StoredTensor) -> np.ndarray:
 
 
 def _trim() -> None:
-    """Have the C library give back the memory of the tensors before, which its heaps, one a thread, would hold on to.
+    """Tell the C library to return freed memory to the system, which it would otherwise keep for each thread.
 
-    Without it, loading 124M peaked at up to 1.22 of the weights (TensorFlow) and 1.15 (JAX), with it at 1.00 and 1.03.
-    All calls together took 0.07 s.
+    The peak of memory while loading 124M was 1.22 times the weights for TensorFlow and 1.15 times for JAX without these
+    calls. With them it is 1.00 and 1.03 times the weights. All calls together take 0.07 s.
     """
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
         malloc_trim(0)
 
 
 def _brief(error: Exception) -> str:
-    """Return an exception in a line: those of some frameworks have many."""
+    """Return the message of an exception in one line. Some frameworks' messages have many lines."""
     if isinstance(error, CheckpointError):
         return str(error)
     text = " ".join(str(error).split())

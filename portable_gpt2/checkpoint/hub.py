@@ -1,4 +1,4 @@
-"""Hugging Face's hub: a model's files, those that are needed and no others, in the hub's own cache."""
+"""Download the files of a model that are needed from Hugging Face's hub, into the hub's own cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w.-][\w./-]*)?")
 
 
 def is_id(source: str) -> bool:
-    """Return whether this may be a model's id: ``gpt2``, ``user/model``, ``user/model@revision``.
+    """Return whether a text has the form of a model's id: ``gpt2``, ``user/model``, ``user/model@revision``.
 
     Examples
     --------
@@ -35,15 +35,15 @@ def is_id(source: str) -> bool:
 
 
 def download(source: str) -> Path:
-    """Return the directory, in the hub's cache, of a model's files, once those that it takes to load it are there.
+    """Download the files that loading a model takes, and return their directory in the hub's cache.
 
-    The configuration, its companions, the tokenizer and safetensors are asked for first; what else holds weights, only
-    where there are none. Every request after the first is for the commit that the first one found.
+    The configuration, its companions, the tokenizer and safetensors are requested first. Other formats of weights are
+    requested only if there are no safetensors. All requests are for the same commit, the one that the first finds.
 
     Raises
     ------
     CheckpointError
-        If there is no such model, or neither the hub nor the files in its cache can be reached.
+        If there is no such model, or if the hub cannot be reached and the cache lacks a file.
     """
     from huggingface_hub import constants
 
@@ -55,7 +55,7 @@ def download(source: str) -> Path:
         _fetch(pinned, [VOCAB_FILE, MERGES_FILE, *OTHER_TOKENIZERS])
     unreadable = []
     for pattern, backend in formats():
-        if backend is not None and backend not in available_backends():  # not worth gigabytes
+        if backend is not None and backend not in available_backends():  # gigabytes that nothing here could read
             unreadable.append(f"{pattern} ({how_to_install(backend)})")
             continue
         if backend is not None:
@@ -65,13 +65,13 @@ def download(source: str) -> Path:
         if indices := list(directory.glob(pattern + INDEX)):
             _fetch(pinned, read_index(indices[0]))
             return directory
-    also = f"; nothing that is installed here could read {', '.join(unreadable)}" if unreadable else ""
+    also = f"; no installed framework could read {', '.join(unreadable)}" if unreadable else ""
     where = f" in the cache, {constants.HF_HUB_CACHE} (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     raise CheckpointError(f"{source}: the hub's model has no {WEIGHTS_FILE}{where}, nor weights in another form{also}")
 
 
 def _fetch(source: str, names: Iterable[str]) -> Path:
-    from huggingface_hub import constants, snapshot_download  # half a second, for those who need it
+    from huggingface_hub import constants, snapshot_download  # this import takes half a second
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     model, _, revision = source.partition("@")
@@ -81,16 +81,16 @@ def _fetch(source: str, names: Iterable[str]) -> Path:
         raise CheckpointError(f"{source}: the hub has no revision {revision!r} of {model}") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{source}: no such directory, and no such model on the hub, {constants.ENDPOINT} (or one that it takes a "
-            f"token to see: set HF_TOKEN)"
+            f"{source}: no such directory, and no such model on the hub, {constants.ENDPOINT} (if it is private, "
+            f"set HF_TOKEN)"
         ) from error
-    except Exception as error:  # of the package, of its HTTP client, of the system
+    except Exception as error:  # the package, its HTTP client and the system have many classes
         why = (
             "HF_HUB_OFFLINE is set"
             if constants.HF_HUB_OFFLINE
             else " ".join(f"{type(error).__name__}: {error}".split())
         )
         raise CheckpointError(
-            f"{source}: no such directory, and the hub's model of this name is not whole in the cache, "
-            f"{constants.HF_HUB_CACHE}, and cannot be asked for ({why[:300]})"
+            f"{source}: no such directory; and the hub's model of this name is not complete in the cache, "
+            f"{constants.HF_HUB_CACHE}, and cannot be downloaded ({why[:300]})"
         ) from error

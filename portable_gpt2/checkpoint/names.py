@@ -1,7 +1,7 @@
-"""The names that a GPT-2's tensors go by in files, and the paths that they have here.
+"""Map the names of tensors in files to the paths of parameters.
 
-Hugging Face's names may stand under any prefix that all tensors share: ``transformer.``, those of wrappers such as
-``module.`` (data parallel) and ``_orig_mod.`` (compiled), and any stack of them. OpenAI's begin with ``model/``.
+Hugging Face's names may have any prefix, if all tensors share it: ``transformer.``, the prefixes that wrappers add, as
+``module.`` (data parallel) and ``_orig_mod.`` (compiled), and combinations. OpenAI's names begin with ``model/``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..params import shapes
 
 PREFIX = "transformer."
 OPENAI = "model/"
-LM_HEAD = "lm_head.weight"  # never below transformer.
+LM_HEAD = "lm_head.weight"  # this name never has the prefix
 
 _ANY_NAME = re.compile(
     r"(?P<prefix>(?:[^.]+\.)*?)(?:wpe\.weight|wte\.weight|ln_f\.weight|h\.\d+\.\w+\.\w+.*)", re.DOTALL
 )
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 _LEAVES = {"w": "weight", "g": "weight", "b": "bias"}
-# What PyTorch puts between the names of a module that it wraps and those of the module's own.
+# The names that PyTorch's wrappers insert before those of the module that they wrap.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
 
 def hugging_face_name(path: str) -> str:
-    """Return Hugging Face's name of a parameter, without prefix: ``h3/ln_1/g`` is ``h.3.ln_1.weight``."""
+    """Return Hugging Face's name of a parameter, without a prefix: ``h.3.ln_1.weight`` for ``h3/ln_1/g``."""
     scope, _, leaf = path.rpartition("/")
     if not scope:
         return f"{leaf}.weight"
@@ -48,18 +48,18 @@ def hugging_face_name(path: str) -> str:
 
 
 def prefixed_name(path: str) -> str:
-    """Return Hugging Face's name of a parameter as its models for text write it, under ``transformer.``."""
+    """Return Hugging Face's name of a parameter in a language model, with the prefix ``transformer.``."""
     name = hugging_face_name(path)
     return name if name == LM_HEAD else PREFIX + name
 
 
 def is_openai(names: Mapping[str, Any]) -> bool:
-    """Return whether tensors go by OpenAI's names."""
+    """Return whether any name is one of OpenAI's."""
     return any(name.startswith(OPENAI) for name in names)
 
 
 def prefix_of(names: Iterable[str]) -> str | None:
-    """Return the prefix of most of Hugging Face's names; None where there is no such name.
+    """Return the prefix that most of Hugging Face's names have; None if there is no such name.
 
     Examples
     --------
@@ -72,23 +72,23 @@ def prefix_of(names: Iterable[str]) -> str | None:
 
 
 class Layout(NamedTuple):
-    """How a file names the parameters, and in which shapes it holds them."""
+    """The names and shapes that the parameters have in a file."""
 
     names: dict[str, str]
     """The name of each parameter, by path."""
     dropped: set[str]
-    """Names of tensors that are not parameters: masks, and an lm_head that is wte."""
+    """The names of tensors that are not parameters: masks, and an lm_head that is a copy of wte."""
     head: str
-    """The name that lm_head would have."""
+    """The name that lm_head has if the file contains it."""
     stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]]
-    """From a path and the parameter's shape to that in the file."""
+    """A function from a path and the parameter's shape to the shape in the file."""
 
 
 def layout_of(found: Mapping[str, Found], config: GPT2Config, *, is_linear: bool = False) -> Layout:
-    """Return the layout of a file that holds these tensors."""
+    """Return the layout of a file with these tensors."""
     paths = shapes(config)
     if is_openai(found):
-        # The leading 1 is the receptive field of GPT-1's convolution.
+        # The leading 1 is the width of conv1d's kernel.
         return Layout(
             {path: OPENAI + path for path in paths},
             set(),
@@ -109,25 +109,26 @@ def layout_of(found: Mapping[str, Found], config: GPT2Config, *, is_linear: bool
 def by_path(
     file: Path, found: Mapping[str, Found], config: GPT2Config, config_name: str, *, is_linear: bool = False
 ) -> dict[str, StoredTensor]:
-    """Return the parameters by path, in the order of `params.shapes`, once all have the shapes that config says.
+    """Return the parameters by path, in the order of `params.shapes`, after checking names, shapes and dtypes.
 
-    The buffers of masks that old versions wrote are dropped, and so is an ``lm_head.weight`` that equals wte where the
-    two are tied.
+    The mask buffers that old versions of transformers wrote are dropped. So is an ``lm_head.weight`` if the
+    configuration ties it to wte; it must then be equal to wte.
 
     Parameters
     ----------
     file : path
         The file of weights, or the index if there are several.
     found : dict
-        Tensors by the names in the file.
+        The tensors by their names in the file.
     config : GPT2Config
         The model's shape.
     config_name : str
-        The name of the file that says so.
+        The name of the file that the configuration comes from, for messages.
     is_linear : bool
-        Whether weights stand as nn.Linear keeps them, [out, in], and may come without biases, which are then 0.
+        Whether the weights are those of nn.Linear: [out, in] instead of [in, out]. Such a file may lack all biases,
+        which are then 0.
     """
-    if config.n_layer > len(found):  # before a list of what so many layers should hold is made
+    if config.n_layer > len(found):  # checked before a list of all names is made
         raise CheckpointError(f"{file}: holds {len(found)} tensors; {config_name} says n_layer = {config.n_layer}")
     found = _without_wrappers(file, found)
     layout, ours = layout_of(found, config, is_linear=is_linear), shapes(config)
@@ -167,7 +168,7 @@ def by_path(
 
 
 def _without_wrappers(file: Path, found: Mapping[str, Found]) -> dict[str, Found]:
-    """Return tensors by their names without those of PyTorch's wrappers, which may stand in the middle of a name."""
+    """Remove the names of PyTorch's wrappers, which may be in the middle of a name, from the names of tensors."""
     names = {name: _WRAPPERS.sub("", name) for name in found}
     if doubles := [name for name, n in Counter(names.values()).items() if n > 1]:
         both = " and ".join(name for name, plain in names.items() if plain == doubles[0])

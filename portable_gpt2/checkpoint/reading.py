@@ -1,4 +1,4 @@
-"""What a checkpoint is: a configuration, weights that fit it, perhaps a tokenizer, in a directory or on the hub."""
+"""Find a checkpoint, in a directory or on the hub, and check that its configuration, weights and tokenizer fit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights
 from .names import by_path, is_openai
 
 HPARAMS_FILE = "hparams.json"
-MODEL_ARGS = "model_args"  # of nanoGPT's ckpt.pt
+MODEL_ARGS = "model_args"  # in nanoGPT's ckpt.pt
 SHIPPED = Path(__file__).parent.parent / "models"
 
 _GELU = (
@@ -39,55 +39,55 @@ _GELU = (
     "GPT-2's tanh form: logits may differ from nanoGPT's by about 0.01"
 )
 
-# Weights that there is no reader for, or that no reader of claims by their name.
+# The ends of names of files that are likely to be weights, for the message if no known name is found.
 _OTHER_FILES = (".bin", ".safetensors", ".index.json", ".h5", ".msgpack", ".index", ".gguf", ".onnx")
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint whose weights are not read yet."""
+    """A checkpoint. Its weights have not been read yet."""
 
     source: str
     """A description of the files in a few words."""
     config: GPT2Config
     tensors: dict[str, StoredTensor]
-    """By path, in the order of `params.shapes`, in the files' dtypes."""
+    """The parameters by path, in the order of `params.shapes` and in the dtypes of the files."""
     tokenizer: Tokenizer | None
     companions: Mapping[str, bytes] = MappingProxyType({})
-    """What goes with the model for the sake of other programs, by the file's name: ``config.json`` as it stands there,
-    ``generation_config.json``, the tokenizer's settings, chat templates."""
+    """The contents of files that other programs read, by name: ``config.json`` unchanged, ``generation_config.json``,
+    the tokenizer's settings, chat templates."""
 
 
 def read_checkpoint(
     source: str | os.PathLike[str], *, tokenizer: Tokenizer | Literal["auto"] | None = "auto"
 ) -> Checkpoint:
-    """Find a checkpoint and check that its files are those of a whole GPT-2, before the weights are read.
+    """Find a checkpoint and check that it is a complete GPT-2, without reading the weights.
 
     Parameters
     ----------
     source : path or str
-        A directory: Hugging Face's layout (``config.json`` and ``model.safetensors``, or several files and their
-        index, or ``pytorch_model.bin``), OpenAI's release (``hparams.json`` and ``model.ckpt``), or nanoGPT's
-        ``ckpt.pt``; or the file of weights in one. Where there is none of this name, the model ``shakespeare``, which
-        is a part of this package, or one of the hub: ``gpt2``, ``user/model`` or ``user/model@revision``.
+        A directory with Hugging Face's layout (``config.json`` and ``model.safetensors``, or several files and their
+        index, or ``pytorch_model.bin``), OpenAI's release (``hparams.json`` and ``model.ckpt``) or nanoGPT's
+        ``ckpt.pt``; or the file of weights in such a directory. If no file has this name: the model ``shakespeare``,
+        which ships with this package, or a model of the hub, ``gpt2``, ``user/model`` or ``user/model@revision``.
     tokenizer : Tokenizer, "auto" or None
-        A tokenizer to use in place of the checkpoint's own ("auto"), or None for none. The checkpoint's own is then not
-        looked at; without one, its files are among the companions.
+        The tokenizer to use: the checkpoint's own ("auto"), another one, or none (None). In the last two cases the
+        checkpoint's own is not checked. With None, its files are among the companions.
 
     Returns
     -------
     Checkpoint
-        To write to a tensor that was read does not change the file.
+        The checkpoint. A tensor that was read is a copy: writing to it does not change the file.
 
     Raises
     ------
     CheckpointError
-        If there is no such checkpoint, a file is missing, truncated or malformed, the configuration is not a GPT-2's,
-        or a tensor is missing, one too many, or of another shape or dtype than it should be. Reading a tensor raises it
-        too, if it holds a NaN or an infinity. The message names the file, and the tensor.
+        If there is no such checkpoint; if a file is missing, truncated or malformed; if the configuration is not that
+        of a GPT-2; or if a tensor is missing, unknown, or has a wrong shape or dtype. Reading a tensor raises it if the
+        tensor contains NaN or infinity. The message names the file and the tensor.
     TokenizerError
-        If all else can be used, and the tokenizer cannot. It is a CheckpointError.
+        If only the tokenizer cannot be used. It is a CheckpointError.
     BackendNotInstalled
-        If it takes a framework to read the weights, which is not there. The message says what to install.
+        If a framework is needed to read the weights and is not installed. The message says what to install.
     """
     directory, file, said = _find(source)
     companions = read_companions(directory)
@@ -96,25 +96,25 @@ def read_checkpoint(
     weights = find_weights(directory, file)
     if weights is None:
         raise CheckpointError(_no_weights(directory) if config is not None else _no_config(directory))
-    held = open_weights(weights)
-    is_nanogpt = MODEL_ARGS in held.rest
+    opened = open_weights(weights)
+    is_nanogpt = MODEL_ARGS in opened.rest
     if is_nanogpt:
-        config, config_name = _read_model_args(weights.file, held.rest[MODEL_ARGS], config, config_name)
+        config, config_name = _read_model_args(weights.file, opened.rest[MODEL_ARGS], config, config_name)
         config = generating(directory, config, companions)
     if config is None or config_name is None:
         raise CheckpointError(
-            f"{directory / CONFIG_FILE}: no such file, and {weights.file.name} does not say the model's shape itself, "
+            f"{directory / CONFIG_FILE}: no such file, and {weights.file.name} does not describe the model's shape, "
             f"as the {MODEL_ARGS} in nanoGPT's ckpt.pt do"
         )
-    tensors = by_path(weights.file, held.tensors, config, config_name, is_linear=is_nanogpt)
+    tensors = by_path(weights.file, opened.tensors, config, config_name, is_linear=is_nanogpt)
     if is_nanogpt:
         warnings.warn(f"{weights.file}: {_GELU}", UserWarning, stacklevel=3)
 
-    layout = "OpenAI's release" if is_openai(held.tensors) else "nanoGPT" if is_nanogpt else "Hugging Face's layout"
+    layout = "OpenAI's release" if is_openai(opened.tensors) else "nanoGPT" if is_nanogpt else "Hugging Face's layout"
     files = weights.file.name if weights.shards is None else f"{weights.file.name} of {len(weights.shards)} files"
     dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
     used = _read_tokenizer(directory, config, tokenizer)
-    if config_name != CONFIG_FILE and used is not None:  # which does not say it
+    if config_name != CONFIG_FILE and used is not None:  # only config.json names the end of text
         config = generating(directory, dataclasses.replace(config, eos_token_id=_end_of_text(used, config)), companions)
     if used is None:
         companions |= read_tokenizer_files(directory)
@@ -124,7 +124,7 @@ def read_checkpoint(
 
 
 def _find(source: str | os.PathLike[str]) -> tuple[Path, Path | None, str]:
-    """Return the directory that is meant, one file of weights in it if that was given, and where it is from."""
+    """Return the directory of a source, the file of weights if the source is one, and a description of its origin."""
     directory = checks.path("source", source)
     if os.path.isdir(directory):
         return directory, None, ""
@@ -144,7 +144,7 @@ def _find(source: str | os.PathLike[str]) -> tuple[Path, Path | None, str]:
 
 
 def shipped_models() -> list[str]:
-    """Return the names of the models that are a part of this package."""
+    """Return the names of the models that ship with this package."""
     return sorted(file.parent.name for file in SHIPPED.glob(f"*/{CONFIG_FILE}"))
 
 
@@ -162,7 +162,7 @@ def _read_config(file: Path, companions: Mapping[str, bytes]) -> GPT2Config:
 def _read_model_args(
     file: Path, entries: Any, config: GPT2Config | None, config_name: str | None
 ) -> tuple[GPT2Config, str]:
-    """Return the configuration of nanoGPT's ckpt.pt, and the name of what says so: config.json, if there is one too."""
+    """Return the configuration of nanoGPT's ckpt.pt and the name of its source, which is config.json if that exists."""
     try:
         if not isinstance(entries, Mapping):
             raise ValueError(f"expected a dict; got {type(entries).__name__}")
@@ -192,7 +192,10 @@ def _no_weights(directory: Path) -> str:
 
 
 def _read_tokenizer(directory: Path, config: GPT2Config, given: Tokenizer | Literal["auto"] | None) -> Tokenizer | None:
-    """Return the tokenizer to use. It may have added tokens that the model lacks: a text that has one is refused."""
+    """Return the tokenizer to use.
+
+    It may have added tokens whose ids the model lacks; encoding a text for the model refuses them.
+    """
     if given is None:
         return None
     found: Tokenizer | str | None = given
@@ -216,7 +219,7 @@ def _read_tokenizer(directory: Path, config: GPT2Config, given: Tokenizer | Lite
     return found
 
 
-_BY_IDS = "without a tokenizer, GPT2.load(..., tokenizer=None), the model works by token ids"
+_BY_IDS = "without a tokenizer, GPT2.load(..., tokenizer=None), the model takes and returns token ids"
 
 
 def _end_of_text(tokenizer: Tokenizer, config: GPT2Config) -> int | None:

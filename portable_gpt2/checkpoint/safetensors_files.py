@@ -1,4 +1,4 @@
-"""Files of safetensors: read tensor by tensor, and written tensor by tensor."""
+"""Read and write safetensors files, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 class _File:
-    """An open file, from which a tensor is read by its place. It is closed when nothing refers to it any more."""
+    """An open file. A tensor is read from a position in it. It is closed with the last reference to this object."""
 
     def __init__(self, file: Path) -> None:
         self.stream = file.open("rb", buffering=0)
-        self._lock = threading.Lock()  # two threads share the position
+        self._lock = threading.Lock()  # threads share the position in the stream
         weakref.finalize(self, self.stream.close)
 
     def read(self, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Return a tensor in memory of its own: what happens to the file later does not reach it."""
+        """Return a copy of a tensor, which a later change of the file does not affect."""
         a = np.empty(shape, float_dtypes[dtype])
         rest = a.reshape(-1).view(np.uint8).data
         with self._lock:
             self.stream.seek(start)
-            while rest and (n := self.stream.readinto(rest)):  # Linux reads 2 GiB at most
+            while rest and (n := self.stream.readinto(rest)):  # one call reads at most 2 GiB on Linux
                 rest = rest[n:]
         if rest:
             raise EOFError(f"the file ends {len(rest)} bytes too early; it has become shorter since it was opened")
@@ -41,7 +41,7 @@ class _File:
 
 
 def open_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a file by name, none of them read. The safetensors package checks the file's header."""
+    """Return the tensors of a file by name without reading them. The safetensors package checks the file's header."""
     try:
         with safe_open(file, framework="np"):
             pass
@@ -62,11 +62,11 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
 def write_safetensors(
     file: Path, tensors: Mapping[str, StoredTensor], progress: Callable[[Iterable[str]], Iterable[str]] = iter
 ) -> None:
-    """Write tensors by name, each read when it is its turn: the package's own writer wants all of them in memory."""
-    # Wide numbers first, as the package does, so that every tensor is aligned.
+    """Write tensors by name. Each is read just before it is written; the package's own writer needs all in memory."""
+    # The widest dtypes come first, as in the package's own files, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: -float_dtypes[tensors[name].dtype].itemsize)
     codes, end = {name: code for code, name in _NAMES.items()}, 0
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it, transformers refuses the file
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this entry
     for name in names:
         shape, dtype, _ = tensors[name]
         start, end = end, end + math.prod(shape) * float_dtypes[dtype].itemsize

@@ -1,7 +1,7 @@
-"""The directory that a checkpoint is written to: which files force replaces, which stay, and which forbid it.
+"""Replace a checkpoint by another one: the files that are replaced, those that stay, and those that forbid it.
 
-A checkpoint replaces another one: its configuration, weights and tokenizer. Documents and the state of training, which
-may be next to them, stay. A directory that holds anything else is not a checkpoint's alone, and is not replaced.
+The configuration, the weights and the tokenizer are replaced. Documents and the state of training stay. A directory
+with any other file is not replaced, because that file might be lost.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .companions import CONFIG_FILE, GENERATION_FILE, UNREAD
 from .formats import INDEX, WEIGHTS_FILE, formats
 
 RUN = "training"
-"""The directory, in that of a training run, which holds its state."""
+"""The name of the directory with the state of a training run, inside the directory of the run."""
 RUN_LOCK = "lock"
-"""The name, in that directory, of the lock of the process that trains."""
+"""The name, in that directory, of the lock that the training process holds."""
 
 _WEIGHTS = (
     WEIGHTS_FILE,
@@ -41,18 +41,18 @@ _DESCRIPTION = (
     "tokenizer*.json",
     *UNREAD,
     "chat_template.*",
-    "checkpoint",  # TensorFlow's: the name of the last model.ckpt
-    ".DS_Store",  # macOS makes it in every directory that somebody looks at
+    "checkpoint",  # TensorFlow's file with the name of the last model.ckpt
+    ".DS_Store",  # macOS adds it to every directory that is viewed
     f"{DRAFTS}*",
 )
 _STAYS = (
-    # written by people
+    # documents
     "README*",
     "MODEL_CARD*",
     "LICENSE*",
     "NOTICE*",
     ".gitattributes",
-    # the state of training: our runs, transformers' Trainer
+    # the state of training, of this package and of transformers' Trainer
     "metrics.jsonl",
     "trainer_state.json",
     "training_args.bin",
@@ -66,16 +66,16 @@ _DIRECTORIES = {"additional_chat_templates": "*.jinja", ".cache": "huggingface"}
 
 @contextlib.contextmanager
 def replacing_checkpoint(directory: Path, force: bool) -> Iterator[Path]:
-    """Give the draft of a checkpoint's directory, as `files.appearing` does.
+    """Write the directory of a checkpoint that appears complete or not at all, as `files.appearing` does.
 
-    With force, a checkpoint or a training run that is there is replaced. Documents such as ``README.md``, and the state
-    of training, stay.
+    With force, a checkpoint or a training run that exists is replaced. Documents such as ``README.md`` and the state of
+    training stay.
 
     Raises
     ------
     OSError
-        As for `files.appearing`; also if the directory holds anything that is not a part of a checkpoint or a run, or a
-        process trains the run.
+        As for `files.appearing`, and if the directory contains a file that does not belong to a checkpoint or a run, or
+        if a process is training the run.
     """
     with appearing(directory, force) as draft, _locked(directory):
         stay = _check_contents(directory)
@@ -86,7 +86,7 @@ def replacing_checkpoint(directory: Path, force: bool) -> Iterator[Path]:
 
 
 def _check_contents(directory: Path) -> list[str]:
-    """Return the names of what stays in a directory; refuse one that is not a checkpoint's or a run's."""
+    """Return the names of the files that stay; raise an error if the directory is not a checkpoint's or a run's."""
     entries = sorted(directory.iterdir()) if directory.exists() else []
     weights = [*_WEIGHTS, *(pattern for format in formats() for pattern in (format.pattern, format.pattern + INDEX))]
     found, stay, foreign = False, [], []
@@ -120,7 +120,7 @@ def _matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keep a run that is there from being trained while the block runs."""
+    """Hold the lock of the run in a directory, if there is one, so that no process trains it while the block runs."""
     with contextlib.ExitStack() as stack:
         if (directory / RUN).is_dir():
             try:
@@ -131,7 +131,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _link(old: Path, new: Path) -> None:
-    """Give a file or a directory a second name, without copying what it holds where the file system can."""
+    """Give a file or a directory a second name. The contents are copied only if the file system needs that."""
     if old.is_dir() and not old.is_symlink():
         ignored = shutil.ignore_patterns(RUN_LOCK, f"{DRAFTS}*")
         shutil.copytree(old, new, symlinks=True, ignore=ignored, copy_function=_link_file)

@@ -1,4 +1,4 @@
-"""Checkpoints are written in Hugging Face's layout, and appear complete or not at all."""
+"""Write checkpoints in Hugging Face's layout. A checkpoint appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -37,26 +37,27 @@ def write_checkpoint(
     Parameters
     ----------
     directory : path
-        The target; unless force is given, it must not exist, or be empty.
+        The target. Without force, it must be empty or not exist.
     config : GPT2Config
+        The configuration of the model.
     tensors : dict
-        By path, as `read_checkpoint` returns them; each is read when it is written.
+        The parameters by path, as `read_checkpoint` returns them. Each is read just before it is written.
     tokenizer : Tokenizer, optional
-        Whose files to add.
+        The tokenizer whose files are added.
     companions : dict
         Other files to add, by name, as `read_checkpoint` returns them.
     force : bool
-        Whether to replace a checkpoint, or the model of a training run, that the directory holds. Documents such as
-        ``README.md`` and the state of training stay. A directory that holds anything else is never replaced, nor one
-        that holds or is the current directory, nor a mount point.
+        Whether to replace the checkpoint, or the model of a training run, in the directory. Documents such as
+        ``README.md`` and the state of training stay. Never replaced are a directory with any other file, a mount point,
+        the current directory, and the directories above it.
     progress : callable, optional
-        Wraps the iterable of tensors, as tqdm does.
+        A function that wraps the iterable of tensors, as tqdm does.
 
     Raises
     ------
     OSError
-        If the directory may not be replaced (FileExistsError), or cannot be written. It is checked before a tensor is
-        read. The message says what the directory holds.
+        If the directory may not be replaced (FileExistsError), or cannot be written. This is checked before a tensor is
+        read. The message names the files that are in the way.
     """
     with replacing_checkpoint(checks.path("directory", directory), force) as draft:
         write_files(draft, config, tensors, tokenizer, companions, progress)
@@ -70,10 +71,10 @@ def write_files(
     companions: Mapping[str, bytes] = MappingProxyType({}),
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
-    """Write the files of a checkpoint into a directory that is there."""
+    """Write the files of a checkpoint into an existing directory."""
     files = written_companions(config, (tensor.dtype for tensor in tensors.values()), companions)
     for name, content in files.items():
-        if tokenizer is None or name not in TOKENIZER_FILES:  # a tokenizer that was put in their place has its own
+        if tokenizer is None or name not in TOKENIZER_FILES:  # a given tokenizer has its own
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
     named = {prefixed_name(path): tensor for path, tensor in tensors.items()}
@@ -90,35 +91,35 @@ def convert(
     force: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> str:
-    """Write any checkpoint anew in Hugging Face's layout; nothing is computed.
+    """Copy a checkpoint of any layout to Hugging Face's layout, in its own dtype or another.
 
-    A tokenizer that cannot be used here is copied as it is, with a warning that says why.
+    A tokenizer that cannot be used here is copied unchanged, with a warning that says why.
 
     Parameters
     ----------
     source : path or str
-        What `read_checkpoint` takes; it may be the directory itself, with force.
+        The checkpoint, as `read_checkpoint` takes it. With force, it may be the target itself.
     directory : path
-        The target; unless force is given, it must not exist, or be empty.
+        The target. Without force, it must be empty or not exist.
     dtype : str, optional
-        ``float32``, ``float64``, ``bfloat16`` or ``float16``; the source's own unless given.
+        ``float32``, ``float64``, ``bfloat16`` or ``float16`` (default: the dtype of each tensor in the source).
     force : bool
-        Whether to replace a checkpoint that the directory holds, as for `write_checkpoint`.
+        Whether to replace a checkpoint in the directory, as for `write_checkpoint`.
     progress : callable, optional
-        Wraps the iterable of tensors, as tqdm does.
+        A function that wraps the iterable of tensors, as tqdm does.
 
     Returns
     -------
     str
-        What the source was found to be.
+        A description of the source.
 
     Raises
     ------
     CheckpointError
-        If the source is not a whole GPT-2.
+        If the source is not a complete GPT-2.
     OSError
-        If the directory may not be replaced (FileExistsError), or cannot be written. It is checked before anything is
-        fetched or read.
+        If the directory may not be replaced (FileExistsError), or cannot be written. This is checked before anything is
+        downloaded or read.
     ValueError
         If there is no such dtype, or a weight is beyond its range.
     """
@@ -131,7 +132,7 @@ def convert(
         except TokenizerError as error:
             found = read_checkpoint(source, tokenizer=None)
             copied = ", ".join(name for name in found.companions if name in UNREAD) or "none of its files"
-            warnings.warn(f"{error}; copied as it stands: {copied}", UserWarning, stacklevel=2)
+            warnings.warn(f"{error}; copied unchanged: {copied}", UserWarning, stacklevel=2)
         tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
         write_files(draft, found.config, tensors, found.tokenizer, found.companions, progress)
     return found.source
