@@ -1,1 +1,1 @@
-"""The adapters of portable_gpt2: one framework a file, and no model."""
+"""The adapters of portable_gpt2: one framework per file, and no model."""

@@ -1,4 +1,4 @@
-"""Which files an adapter's `read_checkpoint` reads, by their names; whoever asks imports no framework to know it."""
+"""The names of the files that each adapter's `read_checkpoint` reads. Importing this module imports no framework."""
 
-torch = ("pytorch_model.bin", "ckpt.pt")  # the second is nanoGPT's
+torch = ("pytorch_model.bin", "ckpt.pt")  # nanoGPT writes ckpt.pt
 tensorflow = ("model.ckpt*.index",)

@@ -1,4 +1,4 @@
-"""JAX: jax.numpy is an array-API namespace already; compiled by jax.jit, with float32 products at full precision."""
+"""JAX: the namespace is jax.numpy, with products of float32 at full precision; functions are compiled by jax.jit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from portable_gpt2.backend import Backend
 
-# By default a GPU multiplies float32 in TF32.
+# By default, JAX multiplies float32 in TF32 on a GPU.
 _PRECISION = jax.lax.Precision.HIGHEST
 _matmul = functools.partial(jnp.matmul, precision=_PRECISION)
 
@@ -29,9 +29,9 @@ _barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 
 
 def _jit(kernel: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile a kernel, which then computes in float32 at least; what else is wrong with its input, it says by failing.
+    """Compile a kernel that computes in float32 at least. It raises an exception for input that it does not take.
 
-    So all checks run while tracing, where they cost nothing: on the arrays themselves those of `conv1d` took 4 us.
+    All checks run only while the kernel is traced. On every call, the checks of `conv1d` would take 4 us.
     """
 
     @functools.wraps(kernel)
@@ -57,15 +57,18 @@ def _gelu(x: Any) -> Any:
 
 
 _FEW = 32
-"""Up to how many rows a product reads the weight rather than computes: at 64, x w took 0.85 of `_rows_times`."""
+"""Up to this many rows, the time of a product is that of reading the weight.
+
+At 64 rows, x w takes 0.85 times as long as `_rows_times`.
+"""
 
 
 def _row_times(x: Any, w: Any) -> Any:
-    """Multiply a row [1, nx] with w [nx, nf] block by block of w's rows, each of which lies in memory as one piece.
+    """Multiply a row [1, nx] with w [nx, nf] as a sum over contiguous blocks of the rows of w.
 
-    The four products of a 124M layer, each alone, ran at 0.5 to 0.7 of the read bandwidth as x w, and at about 0.9 so
-    or from a transposed copy; a whole step took 9% less (one run, of which 4% is noise). From 128 to 384 rows a block
-    the steps differed by little more than that noise: 192 was not chosen by more than that.
+    Each of the four products of a layer of the 124M model reads w at about 0.9 times the read bandwidth in this form,
+    or from a transposed copy, and at 0.5 to 0.7 times as x w. A whole decode step took 9% less time (in one run; the
+    noise was 4%). Blocks of 128 to 384 rows differed by little more than the noise, so 192 is an arbitrary choice.
     """
     nx, nf = w.shape
     rows = max(n for n in range(1, 193) if nx % n == 0)
@@ -77,10 +80,11 @@ def _row_times(x: Any, w: Any) -> Any:
 
 
 def _rows_times(x: Any, w: Any) -> Any:
-    """Multiply few rows [n, nx] with w [nx, nf] by another of XLA's libraries, which takes x transposed.
+    """Multiply few rows [n, nx] with w [nx, nf], with x transposed in memory, so that XLA uses Eigen.
 
-    XLA gives x w to YNNPACK, which reads w at 9 GB/s, and this to Eigen: for 8 rows the products of all 124M layers
-    took 0.7 of the time so, for 32 0.8, for 2 as long. Without the barrier the transpositions cancel out.
+    For x w, XLA uses YNNPACK, which reads w at 9 GB/s. The products of all layers of the 124M model took 0.7 times as
+    long with Eigen for 8 rows, 0.8 times for 32, and equally long for 2. Without the barrier, XLA would cancel the two
+    transpositions.
     """
     return _matmul(jnp.matrix_transpose(_barrier(jnp.matrix_transpose(x))), w)
 
@@ -102,9 +106,9 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
 
 @functools.partial(jax.jit, inline=True)
 def _jit_attend(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
-    """Attend by one query: k q^T reads the keys as they lie, where q k^T transposes them first.
+    """Compute attention for one query, with the scores as k q^T, because q k^T would transpose the keys in memory.
 
-    The softmax is over the last axis: over the keys of [..., keys, 1] it took four times as long.
+    The scores are squeezed to [..., keys]: a softmax over the keys of [..., keys, 1] took four times as long.
     """
     scores = jnp.squeeze(_matmul(k, jnp.matrix_transpose(q)), axis=-1) * scale
     if mask is not None:
@@ -112,11 +116,12 @@ def _jit_attend(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
     return _matmul(jax.nn.softmax(scores)[..., None, :], v)
 
 
-def _table_times(x: Any, w: Any) -> Any:
-    """Return x w^T for few rows [n, d] of x: the table times x^T, with the small side transposed and not the table.
+def _times_transposed(x: Any, w: Any) -> Any:
+    """Return x w^T for few rows [n, d] of x as (w x^T)^T, which transposes x and the result and not the large w.
 
-    For 8 rows and a 124M model it took half the time of x w^T, for 32 0.7. Without the barriers XLA folds the
-    transpositions into the product: without the first it took twice as long as x w^T, without the second as long.
+    With w of the 124M model it takes 0.5 times as long as x w^T for 8 rows, and 0.7 times for 32. The barriers keep XLA
+    from merging the transpositions into the product: without the first it takes twice as long as x w^T, without the
+    second equally long.
     """
     transposed = _barrier(jnp.matrix_transpose(x))
     return jnp.matrix_transpose(_barrier(_matmul(w, transposed)))
@@ -124,14 +129,17 @@ def _table_times(x: Any, w: Any) -> Any:
 
 @functools.partial(jax.jit, inline=True)
 def _jit_unembed(x: Any, w: Any) -> Any:
-    """Multiply one row with the table as w x: XLA fuses x w^T with the layer_norm before it (22 ms a step, not 18)."""
+    """Return the logits of few rows. For one row they are w x, because XLA would fuse x w^T with the layer_norm before.
+
+    A decode step takes 18 ms with w x, and 22 ms with x w^T.
+    """
     vocab, d = w.shape
     if x.size == d:
         y = _matmul(w, jnp.reshape(x, (d,)))
     else:
         rows = jnp.reshape(x, (x.size // d, d))
         y = jax.lax.platform_dependent(
-            rows, w, cpu=_table_times, default=lambda x, w: _matmul(x, jnp.matrix_transpose(w))
+            rows, w, cpu=_times_transposed, default=lambda x, w: _matmul(x, jnp.matrix_transpose(w))
         )
     return jnp.reshape(y, (*x.shape[:-1], vocab))
 
@@ -141,26 +149,27 @@ def _write(buffer: Any, value: Any, start: Any) -> Any:
     def update(buffer: Any, value: Any, start: Any) -> Any:
         return jax.lax.dynamic_update_slice_in_dim(buffer, value, start, axis=-2)
 
-    def apart(buffer: Any, value: Any, start: Any) -> Any:
-        """Update inside a condition that always holds: else XLA's CPU code fuses it with what reads the buffer.
+    def conditional(buffer: Any, value: Any, start: Any) -> Any:
+        """Update inside a condition that is always true, so that XLA on a CPU does not fuse update and attention.
 
-        It then copies the whole buffer. Twelve layers of writing and attending alone, 1024 rows: 60 ms, and 4 like
-        this, which is what they take without writing. An optimization_barrier changed nothing, a scatter took 76.
+        After such a fusion XLA copies the whole buffer. The writes and attention of twelve layers with 1024 rows take
+        60 ms with the fusion, and 4 ms in this form, which is the time of attention alone. An optimization_barrier did
+        not prevent the fusion; a scatter took 76 ms.
         """
         return jax.lax.cond(start >= 0, update, lambda buffer, *_: buffer, buffer, value, start)
 
-    return jax.lax.platform_dependent(buffer, value, start, cpu=apart, default=update)
+    return jax.lax.platform_dependent(buffer, value, start, cpu=conditional, default=update)
 
 
 def _is_wide(x: Any) -> bool:
-    """Return whether x is not of 16 bits, in which jax.nn rounds every step."""
+    """Return whether x has 32 or 64 bits. In 16 bits, jax.nn would round every step."""
     return bool(x.dtype in (jnp.float32, jnp.float64))
 
 
 def _softmax(x: Any, *, axis: int = -1) -> Any:
-    if type(axis) is not int:  # True and 1.0 would find what was compiled for 1
+    if type(axis) is not int:  # True and 1.0 equal 1, so they would use the function compiled for 1
         return NotImplemented
-    return _jit_softmax(x) if axis == -1 else _jit_softmax(x, axis=axis)  # a keyword costs 1 us of 10
+    return _jit_softmax(x) if axis == -1 else _jit_softmax(x, axis=axis)  # passing a keyword takes 1 us of 10
 
 
 def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
@@ -184,7 +193,7 @@ def _unembed(x: Any, w: Any) -> Any:
 
 
 class JaxBackend(Backend):
-    """JAX, on whatever platform it finds; `device` also takes a jax.Device or a jax.sharding.Sharding."""
+    """JAX. `device` may also be a jax.Device or a jax.sharding.Sharding."""
 
     name = "jax"
     array_types = (jax.Array,)
@@ -250,7 +259,7 @@ class JaxBackend(Backend):
     def zeros(self, shape: tuple[int, ...], *, like: Any) -> Any:
         if isinstance(like, jax.core.Tracer):
             return jnp.zeros(shape, like.dtype)
-        # Not jnp.zeros(device=): that fills them on the default device and copies.
+        # jnp.zeros(device=) would fill the array on the default device and copy it.
         return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=_replicated(like))(shape, like.dtype)
 
     def placement(self, x: Any) -> Any:
@@ -267,7 +276,7 @@ class JaxBackend(Backend):
 
 @functools.cache
 def _put_one(target: Sharding) -> Callable[[Any], Any]:
-    """Return what puts one number on target: device_put takes 0.25 ms between two steps of a model, and this 0.06."""
+    """Return a compiled function that puts one element on a sharding: it takes 0.06 ms, and jax.device_put 0.25."""
     put: Callable[[Any], Any] = jax.jit(lambda a: a, out_shardings=target)
     return put
 
@@ -278,7 +287,7 @@ def _device_name(device: Any) -> str:
 
 
 def _replicated(like: Any) -> Any:
-    """Return the placement of something small beside like: on its device, or whole on each device of its mesh."""
+    """Return the sharding of a small array that is used with `like`: its device, or replicated over its mesh."""
     if isinstance(like, jax.core.Tracer):
         return None  # the compiler places it
     if isinstance(like.sharding, NamedSharding):

@@ -1,4 +1,4 @@
-"""NumPy: an array-API namespace already; the kernels allocate one array each and work in place."""
+"""NumPy, whose namespace is the array API. Each kernel allocates one array and computes in place."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from portable_gpt2.backend import Backend, subclass_refusal
 
-_BLOCK = 2**18  # bytes that are worked through at a time, so that a second pass finds them in the cache
-_SHORT = 16  # entries of an axis
-_QUERIES = 64  # of which attention makes scores at a time
+_BLOCK = 2**18  # bytes that softmax processes at a time, so that they stay in the cache between its passes
+_SHORT = 16  # elements; a softmax over an axis this short is computed with that axis first
+_QUERIES = 64  # queries that attention processes at a time
 
 
 def _is_wide(x: Any) -> bool:
-    """Return whether NumPy computes in x's dtype; 16-bit floats are storage, and left to the definition."""
+    """Return whether x has 32 or 64 bits. The definition handles 16-bit floats, which it converts to float32."""
     return x.dtype.char in "fd"
 
 
@@ -34,7 +34,7 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
     if not _is_wide(x) or not x.size or type(axis) is not int or not -x.ndim <= axis < x.ndim:
         return NotImplemented
     n = x.shape[axis]
-    if n <= _SHORT and x.size >= 64 * n:  # a reduction over short rows costs as much a row as a number
+    if n <= _SHORT and x.size >= 64 * n:  # reducing a short row takes as long as reducing one element
         return np.moveaxis(_softmax_into(None, np.ascontiguousarray(np.moveaxis(x, axis, 0)), 0), 0, axis)
     if x.nbytes <= _BLOCK or not x.flags.c_contiguous:
         return _softmax_into(None, x, axis)
@@ -47,7 +47,7 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
 
 
 def _softmax_into(y: Any, x: Any, axis: int) -> Any:
-    """Write the softmax of x into y, which may be x, or into a new array if it is None."""
+    """Write the softmax of x to y and return y. y may be x; if y is None, it is a new array."""
     y = np.subtract(x, np.maximum.reduce(x, axis=axis, keepdims=True), out=y)
     np.exp(y, out=y)
     y /= np.add.reduce(y, axis=axis, keepdims=True)
@@ -64,7 +64,7 @@ def _gelu(x: Any) -> Any:
     y *= x
     np.tanh(y, out=y)
     y += 1
-    y *= 0.5  # before x, which may be so large that twice of it is infinite
+    y *= 0.5  # before the product with x, because 2 x may overflow
     y *= x
     return y
 
@@ -103,7 +103,7 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
         rows = slice(i, i + _QUERIES)
         seen, hidden = keys, None
         if mask is not None and not (shown := mask[..., rows, :]).all():
-            if queries > 1:  # what none of these queries sees is not computed: half of it where the mask is causal
+            if queries > 1:  # skip the keys that no query sees: about half if the mask is causal
                 seen = keys - int(np.argmax(shown.any(axis=tuple(range(shown.ndim - 1)))[::-1]))
             hidden = ~shown[..., :seen]
         scores = q[..., rows, :] @ k[..., :seen, :].mT
@@ -124,13 +124,13 @@ def _unembed(x: Any, w: Any) -> Any:
 def _embed(ids: Any, w: Any) -> Any:
     if ids.dtype.kind not in "iu" or w.ndim != 2:
         return NotImplemented
-    if ids.size and not 0 <= ids.min() <= ids.max() < w.shape[0]:  # a negative one would count from the end
+    if ids.size and not 0 <= ids.min() <= ids.max() < w.shape[0]:  # a negative id would count from the end
         return NotImplemented
     return w[ids]  # numpy.take is twenty times slower on a table in Fortran order
 
 
 class NumpyBackend(Backend):
-    """NumPy on the CPU. 16-bit floats are storage; computation is in float32 at least."""
+    """NumPy on the CPU. Arrays may have 16-bit floats; ops compute in float32 at least."""
 
     name = "numpy"
     array_types = (np.ndarray, np.generic)
@@ -173,11 +173,13 @@ class NumpyBackend(Backend):
         return x
 
     def relayout(self, path: str, x: Any) -> Any:
-        # One row times a matrix reads memory, and a tall matrix is read faster down its columns: a decode step's c_proj
-        # of the mlp at 32 GB/s instead of 25, the logits' wte at 32 instead of 27 (a sum reads 28).
+        # The time of one row times a matrix is the time of reading the matrix. A tall matrix is read faster in Fortran
+        # order: c_proj of the mlp at 32 GB/s and not 25, wte for the logits at 32 and not 27 (np.sum reads at 28).
         if x.ndim != 2 or x.shape[0] < 4 * x.shape[1] or x.flags.f_contiguous:
             return x
         y = np.empty(x.shape, x.dtype, order="F")
-        for i in range(0, len(x), 64):  # rows that fit into the cache: wte of 124M in 83 ms, at once in 195
+        for i in range(
+            0, len(x), 64
+        ):  # 64 rows fit into the cache: wte of the 124M model takes 83 ms, and all rows at once 195
             y[i : i + 64] = x[i : i + 64]
         return y

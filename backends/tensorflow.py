@@ -1,4 +1,4 @@
-"""TensorFlow: an array-API namespace over raw tensors, for eager code, `tf.function` and XLA alike."""
+"""TensorFlow: an array-API namespace over raw tensors, for eager code, `tf.function` and XLA."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from portable_gpt2.host import StoredTensor
 
 _FLOATS = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16, "float16": tf.float16}
 _Axis = int | tuple[int, ...] | None
-_PARTS = 4  # of a product's depth
-_FEW = 32  # rows, up to which a product with the table reads it rather than computes
-_LARGE = 1 << 22  # numbers, from which on a softmax is worth a compilation
-_SMALL = 1 << 15  # numbers, up to which a call of oneDNN takes longer than the five ops of the definition
+_PARTS = 4  # blocks of the summed axis of a product
+_FEW = 32  # rows; up to here, the time of a product with the embedding matrix is that of reading it
+_LARGE = 1 << 22  # elements; from here on, compiling a softmax saves time
+_SMALL = 1 << 15  # elements; up to here, oneDNN's softmax takes longer than the five ops of the definition
 
-# The functions beneath the public ones: an eager call of an op takes 12 to 25 us so, and 3 to 100 more through
-# tf.raw_ops (which checks names), tf.nn, or where a shape is given as a tuple, which becomes a tensor on each call.
+# The unwrapped functions of tf.raw_ops. An eager call of one takes 12 to 25 us. Calling tf.raw_ops itself (which checks
+# names) or tf.nn takes 3 to 100 us more, and so does a shape as a tuple, which becomes a tensor on each call.
 _RAW = tf.raw_ops
 _add, _subtract, _divide, _matmul = map(inspect.unwrap, (_RAW.AddV2, _RAW.Sub, _RAW.RealDiv, _RAW.MatMul))
 _exp, _max, _sum, _reshape, _row_softmax = map(
@@ -63,7 +63,7 @@ class _Namespace:
         return tf.transpose(x, axes)
 
     @staticmethod
-    def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
+    def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # axis may be None only for a vector
         with _beside(x):
             return tf.gather(x, indices, axis=axis or 0)
 
@@ -71,7 +71,7 @@ class _Namespace:
     def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
         rank = x.shape.rank
         plain = x.shape[:-1].is_fully_defined() and x.shape[:-1] == indices.shape[:-1]
-        if plain and axis in (-1, rank - 1):  # XLA cannot compile the gradient of the other
+        if plain and axis in (-1, rank - 1):  # XLA cannot compile the gradient of take_along_axis
             return tf.gather(x, indices, axis=-1, batch_dims=rank - 1)
         return tf.experimental.numpy.take_along_axis(x, indices, axis)
 
@@ -95,12 +95,12 @@ class _Namespace:
 
 
 def _in_xla() -> bool:
-    """Return whether what is traced now will be compiled by XLA."""
+    """Return whether the function that is being traced will be compiled by XLA."""
     return not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 def _is_wide(x: Any) -> bool:
-    """Return whether x is not of 16 bits, which the definition widens to accumulate in float32."""
+    """Return whether x has 32 or 64 bits. The definition handles 16-bit floats, which it converts to float32."""
     return x.dtype in (tf.float32, tf.float64)
 
 
@@ -112,10 +112,10 @@ def _shape_tensor(*shape: int) -> Any:
 
 @functools.cache
 def _leaves_zeros(device: str) -> bool:
-    """Return whether tf.nn.softmax leaves zeros beside a NaN on a device: oneDNN does, TensorFlow's own code does not.
+    """Return whether tf.nn.softmax on a device leaves zeros in a row with a NaN, as oneDNN does.
 
-    On a CPU TF_ENABLE_ONEDNN_OPTS says which it is; where it is unset, TensorFlow's judgement of the CPU. So a row is
-    asked, once.
+    TensorFlow's own code makes the whole row NaN. On a CPU, the variable TF_ENABLE_ONEDNN_OPTS chooses between the two;
+    if it is not set, the type of CPU does. Therefore one softmax is computed to find out.
     """
     with tf.device(device):
         y = tf.nn.softmax(tf.constant([[math.nan, *[-math.inf] * 63]] * 4))
@@ -134,9 +134,9 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
         return _reshape(_add(_matmul(rows, w), b), _shape_tensor(*start, nf))
     if n != 1 or nx % _PARTS or not _in_xla():
         return NotImplemented
-    # As one product of a vector it uses the second core little. In four parts of the depth, summed with the bias after,
-    # a chain of 48 products read 28 GB/s, as one 20 to 24; on one core alone 18 and 17. The gain of a whole decode step
-    # was 7 to 15% on a quiet machine, and none on a loaded one.
+    # One product of a vector hardly uses the second core. As four products, over four blocks of nx, that are summed, a
+    # chain of 48 layers reads 28 GB/s, and as one product each 20 to 24 (on one core: 18 and 17). A whole decode step
+    # took 7 to 15% less time on an idle machine, and no less on a loaded one.
     parts = tf.matmul(tf.reshape(x, (_PARTS, 1, nx // _PARTS)), tf.reshape(w, (_PARTS, nx // _PARTS, nf)))
     return tf.reshape(tf.reduce_sum(parts, 0) + b, (*start, nf))
 
@@ -146,13 +146,15 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
     if not _is_wide(x) or type(axis) is not int or rank is None or not -rank <= axis < rank:
         return NotImplemented
     eager = tf.executing_eagerly()
-    if rank > 5 or (not eager and _in_xla()):  # refused on a CPU, by oneDNN; XLA makes as much of the definition
+    if rank > 5 or (not eager and _in_xla()):  # oneDNN refuses rank 6 on a CPU; under XLA the definition is as fast
         return NotImplemented
     if not eager:
         return _spread_nans(tf.nn.softmax(x, axis), axis)
     is_last = axis in (-1, rank - 1)
     if not _leaves_zeros(x.device):
-        if "CPU" in x.device and math.prod(x.shape) >= _LARGE:  # 27 ms for 32 at [12, 1024, 1024], after 75 once
+        if (
+            "CPU" in x.device and math.prod(x.shape) >= _LARGE
+        ):  # at [12, 1024, 1024] 27 ms and not 32, after 75 ms of compiling
             return _jit_softmax(tf.convert_to_tensor(x), axis)
         return _row_softmax(x) if is_last else tf.nn.softmax(x, axis)
     if math.prod(x.shape) <= _SMALL:
@@ -160,12 +162,12 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
         e = _exp(_subtract(x, _max(x, along, True)))
         return _divide(e, _sum(e, along, True))
     y = _row_softmax(x) if is_last else tf.nn.softmax(x, axis)
-    # To look for a NaN takes 0.2 to 0.4 of the time of a large softmax, to repair what may have one 1.3 to 1.6.
+    # Looking for a NaN takes 0.2 to 0.4 times as long as a large softmax; `_spread_nans` takes 1.3 to 1.6 times.
     return _spread_nans(y, axis) if math.isnan(_sum(y, _shape_tensor(*range(rank)))) else y
 
 
 def _spread_nans(y: Any, axis: int) -> Any:
-    """Make a row with a NaN, beside which oneDNN leaves zeros, NaN as a whole."""
+    """Make every row that has a NaN all NaN; oneDNN leaves zeros in it."""
     return y + 0 * tf.reduce_sum(y, axis, keepdims=True)
 
 
@@ -180,7 +182,7 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
         return NotImplemented
     if mask is not None and not _is_mask(mask, batch, keys):
         return NotImplemented
-    # One query: k q^T reads the keys as they lie, where q k^T transposes them first.
+    # For one query, the scores are k q^T, because q k^T would transpose the keys in memory.
     scores = tf.reshape(tf.matmul(k, q, transpose_b=True), (*batch, 1, keys)) * (d**-0.5 if scale is None else scale)
     if mask is not None:
         scores = tf.where(mask, scores, -math.inf)
@@ -188,7 +190,7 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
 
 
 def _is_mask(mask: Any, batch: list[int], keys: int) -> bool:
-    """Return whether this is a mask of one query, whose leading axes broadcast."""
+    """Return whether this is a mask for one query whose leading axes broadcast to the batch."""
     if not mask.dtype.is_bool or not mask.shape.is_fully_defined():
         return False
     shape = mask.shape.as_list()
@@ -196,13 +198,13 @@ def _is_mask(mask: Any, batch: list[int], keys: int) -> bool:
     return shape[-2:] == [1, keys] and len(shape) <= len(batch) + 2 and all(m in (1, n) for m, n in leading)
 
 
-def _apart(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _barrier_and_gradient(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     (y,) = optimization_barrier(x)
     return y, lambda dy: dy
 
 
-_barrier: Callable[[Any], Any] = tf.custom_gradient(_apart)
-"""Return x, across which XLA moves nothing; TensorFlow knows no gradient of it."""
+_barrier: Callable[[Any], Any] = tf.custom_gradient(_barrier_and_gradient)
+"""Return x; XLA does not merge operations before and after this. TensorFlow has no gradient of its own for it."""
 
 
 def _unembed(x: Any, w: Any) -> Any:
@@ -213,9 +215,9 @@ def _unembed(x: Any, w: Any) -> Any:
     n = math.prod(start)
     if w.shape[1] != d or not 1 < n <= _FEW:
         return NotImplemented
-    # x w^T of few rows as the table times x^T, with the small side transposed: a step of 124M took 0.89 of its time for
-    # 2 and for 8 rows, 0.94 for 32, on a CPU; on a GPU it was not measured. Without the barriers XLA folds the
-    # transpositions into the product: 1.02.
+    # For few rows, (w x^T)^T transposes x and the result and not the large w. On a CPU, a decode step of the 124M model
+    # takes 0.89 times as long as with x w^T for 2 and for 8 rows, and 0.94 times for 32. It was not measured on a GPU.
+    # The barriers keep XLA from merging the transpositions into the product; without them it takes 1.02 times as long.
     y = _barrier(tf.matmul(w, _barrier(tf.transpose(tf.reshape(x, (n, d))))))
     return tf.reshape(tf.transpose(y), (*start, vocab))
 
@@ -226,7 +228,8 @@ class TensorflowBackend(Backend):
     name = "tensorflow"
     array_types = (tf.Tensor, tf.Variable)
     xp = _Namespace
-    # No gelu: tf.nn.gelu raises to the power of 3: 27 ms at [512, 3072], the definition 7; under XLA both 1.55.
+    # There is no kernel for gelu, because tf.nn.gelu calls tf.pow: at [512, 3072] it takes 27 ms, the definition 7 ms,
+    # and both 1.55 ms under XLA.
     kernels = {"conv1d": _conv1d, "softmax": _softmax, "attention": _attention, "unembed": _unembed}
     compiles_per_shape = True
     handwritten_gradient_is_faster = True
@@ -311,7 +314,7 @@ class TensorflowBackend(Backend):
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tree)
                 value = fn(tree, *args)
-            # The gradient of a look-up comes as the rows alone.
+            # The gradient of tf.gather is a tf.IndexedSlices.
             grads = tape.gradient(value, tree, unconnected_gradients=tf.UnconnectedGradients.ZERO)
             return value, tf.nest.map_structure(tf.convert_to_tensor, grads)
 
@@ -328,7 +331,7 @@ class TensorflowBackend(Backend):
             leaves: list[Any] = []
             with _on(home or _device_of(args)):
                 structure = tuple(
-                    _take_apart(a, leaves, _as_variable if name in donate else _as_traced)
+                    _flatten(a, leaves, _as_variable if name in donate else _as_traced)
                     for name, a in zip(names, args, strict=False)
                 )
                 key = (structure, *map(_signature, leaves))
@@ -340,17 +343,17 @@ class TensorflowBackend(Backend):
 
 
 class _Trace:
-    """A function compiled for arguments of one structure, their shapes and their devices.
+    """A function compiled for arguments of one structure, with certain shapes and devices.
 
-    What it returns of the variables among its arguments are these variables themselves: as results of tf.function they
-    would be copied.
+    If a result is one of the variables among its arguments, the caller gets that variable itself. As a result of
+    tf.function it would be copied.
     """
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], leaves: list[Any], writes: bool) -> None:
         def flat(*leaves: Any) -> list[Any]:
             rest, results = iter(leaves), list[Any]()
-            result = fn(*(_put_together(a, rest) for a in args))
-            self._structure = _take_apart(result, results, lambda leaf: leaf)
+            result = fn(*(_unflatten(a, rest) for a in args))
+            self._structure = _flatten(result, results, lambda leaf: leaf)
             places = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Variable)}
             self._places = [places.get(id(x)) for x in results]
             return [x for x, place in zip(results, self._places, strict=True) if place is None]
@@ -362,51 +365,53 @@ class _Trace:
 
     def __call__(self, leaves: list[Any]) -> Any:
         if self._writes and tf.executing_eagerly():
-            # What writes has no gradient; a call that is ready to record one takes twice as long.
+            # A function that writes to its arguments has no gradient. An ordinary call, which prepares one, takes
+            # twice as long.
             inputs = [x.handle if isinstance(x, tf.Variable) else tf.convert_to_tensor(x) for x in leaves]
             computed = iter(self._compiled.inference_fn.call_flat(*inputs, *self._captured) or ())
         else:
             computed = iter(self._compiled(*leaves))
         results = (next(computed) if place is None else leaves[place] for place in self._places)
-        return _put_together(self._structure, results)
+        return _unflatten(self._structure, results)
 
 
 _LEAF = "leaf"
 
 
-def _take_apart(tree: Any, leaves: list[Any], convert: Callable[[Any], Any]) -> Any:
-    """Append the leaves of dicts, lists and tuples, converted, to a list; return the structure, which is hashable.
+def _flatten(tree: Any, leaves: list[Any], convert: Callable[[Any], Any]) -> Any:
+    """Append the converted leaves of dicts, lists and tuples to a list; return the structure, which is hashable.
 
-    As tf.nest, faster: with it, and with the gradient that a plain call prepares, the call of a step with a cache of
-    twelve layers took 1.05 ms, and 0.60 as it is; with a cache of tensors, by way of tf.function, 1.66.
+    This is a faster tf.nest. A call of a decode step with a cache of twelve layers takes 0.60 ms. It took 1.05 ms with
+    tf.nest and a call that prepares a gradient, and 1.66 ms with tf.function and a cache of tensors.
     """
     if isinstance(tree, dict):
-        return dict, tuple(tree), tuple([_take_apart(x, leaves, convert) for x in tree.values()])
+        return dict, tuple(tree), tuple([_flatten(x, leaves, convert) for x in tree.values()])
     if isinstance(tree, list | tuple):
-        return type(tree), None, tuple([_take_apart(x, leaves, convert) for x in tree])
+        return type(tree), None, tuple([_flatten(x, leaves, convert) for x in tree])
     if tree is None:
         return None
     leaves.append(convert(tree))
     return _LEAF
 
 
-def _put_together(structure: Any, leaves: Iterator[Any]) -> Any:
+def _unflatten(structure: Any, leaves: Iterator[Any]) -> Any:
     if structure is _LEAF:
         return next(leaves)
     if structure is None:
         return None
     kind, keys, parts = structure
-    values = [_put_together(part, leaves) for part in parts]
+    values = [_unflatten(part, leaves) for part in parts]
     if kind is dict:
         return dict(zip(keys, values, strict=True))
     return kind(*values) if hasattr(kind, "_fields") else kind(values)
 
 
 def _write(buffer: Any, value: Any, start: Any) -> None:
-    """Write into a variable, inside a condition that always holds: else XLA's CPU code fuses it with what reads.
+    """Write to a variable inside a condition that is always true; XLA on a CPU then does not fuse write and attention.
 
-    It then copies or transposes the whole buffer. Twelve layers of writing and attending alone, of 1024 rows: 44 ms, 43
-    with tensors that are passed over, 5.4 like this, and 4.9 without writing.
+    After such a fusion XLA copies or transposes the whole buffer. The writes and attention of twelve layers with 1024
+    rows take 44 ms with the fusion, 5.4 ms in this form, and 4.9 ms without writing. With tensors as buffers, which are
+    returned and passed in again, they take 43 ms.
     """
 
     def update() -> Any:
@@ -416,24 +421,24 @@ def _write(buffer: Any, value: Any, start: Any) -> None:
 
 
 def _signature(leaf: Any) -> Any:
-    """Return what must be equal for two leaves to share a trace, as something hashable."""
+    """Return the hashable properties of a leaf that must be equal for two calls to share a trace."""
     if isinstance(leaf, tf.Tensor | tf.Variable):
         return type(leaf), leaf.dtype, leaf.shape, leaf.device
     return type(leaf), getattr(leaf, "dtype", leaf), getattr(leaf, "shape", None)
 
 
 def _as_variable(leaf: Any) -> Any:
-    """Return a donated tensor as a variable, the one thing that compiled code can write to in place."""
+    """Return a donated tensor as a variable: compiled code can write only to variables in place."""
     writable = tf.executing_eagerly() and isinstance(leaf, tf.Tensor) and leaf.shape.rank and leaf.dtype.is_floating
     return tf.Variable(leaf, trainable=False) if writable else _as_traced(leaf)
 
 
 def _as_traced(leaf: Any) -> Any:
-    return np.int32(leaf) if type(leaf) is int else leaf  # tf.function traces anew for each new Python int
+    return np.int32(leaf) if type(leaf) is int else leaf  # tf.function traces again for each new Python int
 
 
 def _device_name(name: str) -> str:
-    """Shorten TensorFlow's name of a device, ``/job:localhost/replica:0/task:0/device:GPU:1``, to ``cuda:1``."""
+    """Shorten a device name such as ``/job:localhost/replica:0/task:0/device:GPU:1`` to ``cuda:1``."""
     kind, _, index = name.rpartition("device:")[2].lower().partition(":")
     return "cpu" if kind == "cpu" and index == "0" else f"{'cuda' if kind == 'gpu' else kind}:{index}"
 

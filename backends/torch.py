@@ -1,6 +1,7 @@
-"""PyTorch: the few array-API functions that portable code uses, written directly over torch, and torch's own kernels.
+"""PyTorch: the array-API functions that portable code uses, written directly over torch, and kernels from torch.
 
-array_api_compat.torch would serve, but it resolves types on every call, which shows in an eager decode step.
+array_api_compat.torch has these functions too, but it resolves types on every call, which slows down an eager decode
+step.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ class _Namespace:
         return torch.permute(x, axes)
 
     @staticmethod
-    def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # of vectors alone the axis may be left out
+    def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:  # axis may be None only for a vector
         return torch.index_select(x, axis or 0, indices)
 
     @staticmethod
     def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
         if x.shape[:-1] == indices.shape[:-1] and axis in (-1, x.ndim - 1):
-            return torch.gather(x, -1, indices.long())  # the other takes what is out of range modulo the length
+            return torch.gather(x, -1, indices.long())  # take_along_dim takes an index modulo the length
         return torch.take_along_dim(x, indices.long(), axis)
 
     @staticmethod
@@ -92,18 +93,19 @@ class _Namespace:
 
 
 _SMALL = 1 << 14
-"""Up to how many numbers the time of a call matters more than that of the work."""
+"""Up to this many elements, the overhead of a call takes longer than the computation."""
 
 _LARGE = 1 << 18
-"""From how many entries on a weight is read in blocks: what is smaller stays in the caches."""
+"""From this many elements on, a weight is processed in blocks. Smaller weights fit into the CPU's caches."""
 
 
 def _blocks(x: Any, w: Any) -> int:
-    """Return into how many blocks to cut the product of rows x [..., nx] with w [nx, nf]; 0 leaves it whole.
+    """Return the number of blocks for the product of rows x [..., nx] and w [nx, nf]; 0 means one whole product.
 
-    On a CPU, MKL does not use the threads well where there are few rows: it reads w at 0.6 of the memory's speed. Of
-    a batch of products each thread takes whole ones, and streams. Two blocks a thread were as good as any number.
-    Gradients would gain nothing; rows cut in 16 bits would be rounded block by block; a compiler has its own mind.
+    On a CPU, MKL does not use its threads well for few rows: it reads w at 0.6 times the memory bandwidth. In a batch
+    of products, each thread computes whole products and reads at full bandwidth. More than two blocks per thread were
+    not faster. Blocks are not used where a gradient is needed, which would not be faster; in 16 bits, where each block
+    would be rounded; and under torch.compile, which chooses its own products.
     """
     if w.numel() < _LARGE or not w.is_cpu or w.dtype not in _WIDE or torch.compiler.is_compiling():
         return 0
@@ -115,7 +117,7 @@ def _blocks(x: Any, w: Any) -> int:
 
 
 def _sum_of_blocks(rows: Any, w: Any, blocks: int) -> Any:
-    """Return rows w, with both cut along nx: a block of w is one piece of memory."""
+    """Return rows w as a sum over blocks of nx. Each block of w is contiguous."""
     nx, nf = w.shape
     return torch.bmm(rows.reshape(-1, blocks, nx // blocks).transpose(0, 1), w.view(blocks, nx // blocks, nf)).sum(0)
 
@@ -125,14 +127,15 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
         w = w[0]
     if w.ndim != 2 or w.shape != x.shape[-1:] + b.shape:
         return NotImplemented
-    if x.numel() + w.numel() <= _SMALL and x.dtype in _WIDE:  # 16 bits are to be rounded once
-        return torch.matmul(x, w) + b  # addmm takes half as long again, as it wants rows
+    if x.numel() + w.numel() <= _SMALL and x.dtype in _WIDE:  # addmm rounds 16-bit results once
+        return torch.matmul(x, w) + b  # addmm takes 1.5 times as long, because it needs a matrix x
     *start, nx = x.shape
     n, (nf,) = math.prod(start), b.shape
     blocks = _blocks(x, w) if 0 < n <= 256 else 0
-    # Time of the four products of a 124M block against addmm, 2 threads: 0.66 for 1 row, 0.60 for 2 (cut along nx);
-    # 0.56 for 4, 0.8 for 8 to 32, 0.92 for 128 (cut along nf). At 512 the two are equal, and from there on it loses.
-    # A weight in Fortran order (see relayout) is one piece of memory when cut along nf.
+    # The four products of a block of the 124M model, with 2 threads, take this many times as long as with addmm.
+    # Blocks of nx: 0.66 for 1 row, 0.60 for 2. Blocks of nf: 0.56 for 4 rows, 0.8 for 8 to 32, 0.92 for 128; the time
+    # is equal at 512 rows, and longer for more.
+    # A weight in Fortran order (see `relayout`) has contiguous blocks of nf.
     if blocks and n < 4 and nx % blocks == 0 and w.is_contiguous():
         return (_sum_of_blocks(x, w, blocks) + b).view(*start, nf)
     rows = x.reshape(n, nx)
@@ -149,24 +152,25 @@ def _unembed(x: Any, w: Any) -> Any:
     *start, d = x.shape
     n, w = math.prod(start), w.mT
     rows = x.reshape(n, d)
-    blocks = _blocks(rows, w) if w.is_contiguous() else 0  # `relayout` makes it so
-    # The blocks' sums pay while they are small beside w: 0.55 of the time of x w^T for 1 row, 0.9 for 32.
+    blocks = _blocks(rows, w) if w.is_contiguous() else 0  # `relayout` transposes its memory
+    # Blocks take 0.55 times as long as x w^T for 1 row, and 0.9 times for 32. With more rows, the sum over the blocks
+    # takes too long.
     fits = blocks and d % blocks == 0 and 6 * blocks * n <= d
     return (_sum_of_blocks(rows, w, blocks) if fits else torch.matmul(rows, w)).reshape(*start, w.shape[1])
 
 
 def _softmax(x: Any, *, axis: int = -1) -> Any:
-    if axis == -1 and type(axis) is int and x.ndim:  # nearly always: what is checked shows where x is small
+    if axis == -1 and type(axis) is int and x.ndim:  # the fast path: for a small x, every check takes measurable time
         return torch.softmax(x, -1)
     if type(axis) is not int or not -x.ndim <= axis < x.ndim:
         return NotImplemented
     if x.dtype not in _WIDE and axis != x.ndim - 1:
-        return NotImplemented  # on a CPU it rounds to 16 bits more than once, except over the last axis
+        return NotImplemented  # except over the last axis, a CPU rounds to 16 bits more than once
     return torch.softmax(x, axis)
 
 
 def _gelu(x: Any) -> Any:
-    return F.gelu(x, approximate="tanh") if x.dtype in _FLOATING else NotImplemented  # it takes quantised numbers too
+    return F.gelu(x, approximate="tanh") if x.dtype in _FLOATING else NotImplemented  # F.gelu accepts quantised tensors
 
 
 def _layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5) -> Any:
@@ -176,7 +180,7 @@ def _layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5) -> Any:
 
 
 def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
-    # In 16 bits it rounds the weights before they meet the values, which the definition does not.
+    # In 16 bits, F.scaled_dot_product_attention rounds the weights, which the definition keeps in float32.
     if q.dtype not in _WIDE or _is_distributed(q) or not q.numel() or not k.numel():
         return NotImplemented
     if q.ndim < 2 or k.ndim < 2 or k.shape != (*q.shape[:-2], k.shape[-2], q.shape[-1]) or k.shape[:-1] != v.shape[:-1]:
@@ -193,15 +197,16 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
 
 
 def _has_weights(y: Any) -> bool:
-    """Return whether no row of attention's result can have come from scores that are all -inf, as far as can be seen.
+    """Return whether no row of attention's result is known to come from scores that are all -inf.
 
-    Such a row is 0, where the definition makes it NaN. On a CPU a look at one column takes 3 us for one query.
+    PyTorch makes such a row 0; the definition makes it NaN. Only results on a CPU are checked, and only one column of
+    them, which takes 3 us for one query.
     """
     if not y.is_cpu or not y.shape[-1] or torch.compiler.is_compiling():
         return True
     try:
         return bool(y.select(-1, 0).all())
-    except RuntimeError:  # it is mapped by torch.func, or has no values
+    except RuntimeError:  # torch.func maps y, or y has no values
         return True
 
 
@@ -220,7 +225,7 @@ def _embed(ids: Any, w: Any) -> Any:
 
 
 def _is_checked(ids: Any) -> bool:
-    """Return whether torch itself refuses ids that are out of range; on CUDA that stops the whole process."""
+    """Return whether PyTorch raises an error for ids that are out of range. On CUDA, such ids end the process."""
     return bool(ids.is_cpu) and not torch.compiler.is_compiling()
 
 
@@ -231,12 +236,12 @@ def _cross_entropy(logits: Any, targets: Any) -> Any:
         return NotImplemented
     if _is_distributed(logits) or _is_distributed(targets):
         return NotImplemented
-    # F.cross_entropy leaves out, unless it is told otherwise, where the target is -100.
+    # F.cross_entropy is not used, because it ignores targets of -100.
     log_p, targets = torch.log_softmax(logits, -1), targets.long()
     if _is_checked(targets):
         try:
             return -log_p.gather(-1, targets[..., None]).mean()
-        except RuntimeError:  # the definition says which target is out of range
+        except RuntimeError:  # the definition's error says which targets are out of range
             return NotImplemented
     known = (targets >= 0) & (targets < logits.shape[-1])
     found = log_p.gather(-1, torch.where(known, targets, 0)[..., None])
@@ -244,23 +249,24 @@ def _cross_entropy(logits: Any, targets: Any) -> Any:
 
 
 def _is_distributed(x: Any) -> bool:
-    return hasattr(x, "device_mesh")  # DTensor, whose import takes half a second
+    return hasattr(x, "device_mesh")  # only a DTensor has one; importing that class takes half a second
 
 
 def _is_on_cuda(tree: Any) -> bool:
-    """Return whether all tensors of a tree are on one CUDA device, and whole."""
+    """Return whether all tensors of a tree are on one CUDA device, and none is distributed."""
     tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
     devices = {x.device for x in tensors}
     return len(devices) == 1 and devices.pop().type == "cuda" and not any(map(_is_distributed, tensors))
 
 
 def _record(fn: Callable[[], Any], device: Any) -> tuple[Callable[[], None], Any]:
-    """Record what fn launches on a CUDA device, without running it; return what launches all of it, and fn's results.
+    """Record the kernels that fn launches on a CUDA device as a graph; return a function that runs it, and the results.
 
-    It reads and writes the memory that it was recorded with, that of the results included.
+    Recording does not run the kernels. The graph always reads the inputs, and writes the results, at the addresses
+    that they had during the recording.
     """
     graph = torch.cuda.CUDAGraph()
-    # What other threads of the program do meanwhile is no error.
+    # With "thread_local", CUDA calls of other threads do not make the recording fail.
     with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
         results = fn()
 
@@ -271,15 +277,16 @@ def _record(fn: Callable[[], Any], device: Any) -> tuple[Callable[[], None], Any
     return launch, results
 
 
-class _Step:
-    """A call over the same buffers again and again: the second is recorded, and from then on it is one launch.
+class _GraphedCall:
+    """A function that is called repeatedly with the same buffers, as one CUDA graph from the second call on.
 
-    The first, eager, loads what must not be loaded while recording. Buffers are written where they are, and not held.
-    What else changes is copied in: Python's ints too, of which a graph would make constants.
+    The first call runs eagerly, because kernels must be loaded before the recording. The graph writes to the buffers in
+    place; no reference to them is kept. All other tensors, and Python ints, which a graph would treat as constants, are
+    copied into tensors of the graph before each launch.
     """
 
     def __init__(self, fn: Callable[..., Any], spec: Any, leaves: list[Any], is_buffer: list[bool]) -> None:
-        self._fn, self._spec, self._turn = fn, spec, 0
+        self._fn, self._spec, self._n_calls = fn, spec, 0
         self._device = leaves[is_buffer.index(True)].device
         self._inputs = [
             None if buffer or not isinstance(x, torch.Tensor | int) else torch.as_tensor(x, device=self._device).clone()
@@ -289,20 +296,21 @@ class _Step:
 
     def __call__(self, leaves: list[Any]) -> Any:
         given = [x if own is None else _set(own, x) for x, own in zip(leaves, self._inputs, strict=True)]
-        self._turn += 1
-        if self._turn == 2:
+        self._n_calls += 1
+        if self._n_calls == 2:
             self._try_to_record(given)
         if self._launch is None:
             return self._fn(*tree_unflatten(given, self._spec))
         self._launch()
-        # A buffer comes back as it was given; other results are written again by the next launch.
+        # A result that is a buffer is the given tensor itself. Other results are copied, because the next launch
+        # overwrites them.
         results = [_copy(x) if place is None else leaves[place] for x, place in self._results]
         return tree_unflatten(results, self._structure)
 
     def _try_to_record(self, given: list[Any]) -> None:
         try:
             launch, results = _record(lambda: self._fn(*tree_unflatten(given, self._spec)), self._device)
-        except Exception as error:  # whatever a driver raises: nothing was written, and eagerly it is the same
+        except Exception as error:  # from the driver; recording has written nothing, so the call can run eagerly
             warnings.warn(f"runs without a CUDA graph: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=4)
             return
         leaves, self._structure = tree_flatten(results)
@@ -311,31 +319,33 @@ class _Step:
         self._launch = launch
 
 
-class _Steps:
-    """A function with donated arguments, on a CUDA device: what it launches for few numbers is recorded as a graph.
+class _CUDAGraphCache:
+    """A function with donated arguments on a CUDA device, recorded as one CUDA graph per set of buffers.
 
-    A decode step of a small model takes the time of its launches there. There is one graph for each set of addresses,
-    which the next text's buffers often have again; of those that have not been used for longest, none is kept.
+    The donated tensors are the buffers. A call is recorded if its other tensors have at most MAX_ELEMENTS elements
+    together, as in a decode step, whose time for a small model is the time of its kernel launches. The buffers of the
+    next text often have the addresses of the last one, and then share its graph. Only the MAX_GRAPHS graphs that were
+    used last are kept.
     """
 
-    FEW, KEPT = 64, 8
+    MAX_ELEMENTS, MAX_GRAPHS = 64, 8
 
     def __init__(self, fn: Callable[..., Any], donates: list[bool]) -> None:
         self._fn, self._donates = fn, donates
-        self._steps: dict[Any, _Step] = {}  # the one that was used last is the last
+        self._calls: dict[Any, _GraphedCall] = {}  # in the order of their last use
 
     def __call__(self, *args: Any) -> Any:
         leaves, spec = tree_flatten(args)
         donated = {id(x) for a, is_given in zip(args, self._donates, strict=True) if is_given for x in tree_leaves(a)}
         is_buffer = [isinstance(x, torch.Tensor) and id(x) in donated for x in leaves]
         rest = [x for x, owned in zip(leaves, is_buffer, strict=True) if isinstance(x, torch.Tensor) and not owned]
-        if not any(is_buffer) or sum(x.numel() for x in rest) > self.FEW:
+        if not any(is_buffer) or sum(x.numel() for x in rest) > self.MAX_ELEMENTS:
             return self._fn(*args)
-        key = (spec, *map(_baked, leaves, is_buffer))
-        step = self._steps.pop(key, None) or _Step(self._fn, spec, leaves, is_buffer)
-        self._steps[key] = step
-        if len(self._steps) > self.KEPT:
-            del self._steps[next(iter(self._steps))]
+        key = (spec, *map(_fixed_properties, leaves, is_buffer))
+        step = self._calls.pop(key, None) or _GraphedCall(self._fn, spec, leaves, is_buffer)
+        self._calls[key] = step
+        if len(self._calls) > self.MAX_GRAPHS:
+            del self._calls[next(iter(self._calls))]
         return step(leaves)
 
 
@@ -347,15 +357,15 @@ def _copy(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def _baked(x: Any, is_buffer: bool) -> Any:
-    """Return what a graph holds of an argument for good."""
+def _fixed_properties(x: Any, is_buffer: bool) -> Any:
+    """Return the properties of an argument that a graph fixes: calls that differ in them need different graphs."""
     if isinstance(x, torch.Tensor):
         return x.shape, x.dtype, x.device, (x.data_ptr(), x.stride()) if is_buffer else None
     return int if isinstance(x, int) else x
 
 
 class TorchBackend(Backend):
-    """PyTorch, eager, on whatever accelerator it reports; on CUDA, a decode step is one graph."""
+    """PyTorch, eager, on a CPU or an accelerator. On CUDA, a decode step is one CUDA graph."""
 
     name = "torch"
     array_types = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -412,7 +422,7 @@ class TorchBackend(Backend):
 
     def put(self, a: np.ndarray, device: Any) -> Any:
         a = np.asarray(a)
-        if not a.flags.writeable or any(stride < 0 for stride in a.strides):  # torch can share neither
+        if not a.flags.writeable or any(stride < 0 for stride in a.strides):  # torch.from_numpy accepts neither
             a = a.copy()
         if a.dtype == ml_dtypes.bfloat16:
             x = torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
@@ -432,14 +442,14 @@ class TorchBackend(Backend):
         held = _load(path, is_mapped=storages is not None)
         if storages is not None and not _lie_at(storages, held):
             storages, held = None, _load(path, is_mapped=False)
-        owners: dict[int, object] = {}  # of each storage, the tensor that was read first
+        owners: dict[int, object] = {}  # the tensor that was read first, by the address of its storage
 
         def read(x: Any, tensor: object) -> np.ndarray:
             a = self.to_numpy(x)
             is_owner = not _is_plain(x) or owners.setdefault(x.untyped_storage().data_ptr(), tensor) is tensor
             if storages is None and is_owner:
                 return a
-            a = a.copy()  # neither another parameter nor the file, which may be overwritten, shares its memory
+            a = a.copy()  # it must not share memory with another parameter, or with a file that may be overwritten
             if storages is not None and x.is_contiguous():
                 _let_go(x)
             return a
@@ -464,7 +474,7 @@ class TorchBackend(Backend):
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
         if not isinstance(start, torch.Tensor):
             return super().write(buffer, value, start)
-        rows = start + torch.arange(value.shape[-2], device=start.device)  # a slice would wait for start's value
+        rows = start + torch.arange(value.shape[-2], device=start.device)  # slicing would wait for the value of start
         buffer.index_copy_(-2, rows, value)
         return buffer
 
@@ -472,7 +482,7 @@ class TorchBackend(Backend):
         return x.index_add(0, indices, rows)
 
     def split(self, x: Any, n: int) -> Sequence[Any]:
-        parts: Sequence[Any] = x.chunk(n, -1)  # its gradient is one concatenation, that of slices a sum of n arrays
+        parts: Sequence[Any] = x.chunk(n, -1)  # the gradient is one concatenation; that of slices is a sum of n arrays
         return parts
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -493,28 +503,31 @@ class TorchBackend(Backend):
         if not donate:
             return step
         if _is_on_cuda(bound):
-            step = _Steps(step, [name in donate for name in inspect.signature(step).parameters]).__call__
+            step = _CUDAGraphCache(step, [name in donate for name in inspect.signature(step).parameters]).__call__
         inferred: Callable[..., Any] = torch.inference_mode()(step)
         return inferred
 
     def relayout(self, path: str, x: Any) -> Any:
-        # In Fortran order a tall matrix is read at the memory's speed where rows are few: of a decode step wte for the
-        # logits, at half of it otherwise, and c_proj of the mlp, at three quarters.
+        # For small batches, a tall matrix in Fortran order is read at full memory bandwidth. In C order, a decode step
+        # reads wte for the logits at 0.5 times that bandwidth, and c_proj of the mlp at 0.75 times.
         return x.mT.contiguous().mT if x.ndim == 2 and x.shape[0] >= 4 * x.shape[1] and not x.mT.is_contiguous() else x
 
 
 def _load(path: str, is_mapped: bool) -> Any:
-    """Return the contents of a file of PyTorch: tensors, numbers, strings and lists. No pickle is executed."""
+    """Return the contents of a file written by torch.save, if they are tensors, numbers, strings, lists and dicts.
+
+    No pickle is executed.
+    """
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", UserWarning)  # of old pickles, of TorchScript
+            warnings.simplefilter("ignore", UserWarning)  # about old pickles and TorchScript
             if is_mapped:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             stream = stack.enter_context(open(path, "rb"))
             return torch.load(stream, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
-        # Its own messages advise to execute the pickle.
+        # PyTorch's own messages advise the reader to execute the pickle.
         text = str(error)
         if named := re.search(r"GLOBAL (\S+)|class (\S+)|TorchScript", text):
             kind = next((name for name in named.groups() if name), "a TorchScript program")
@@ -529,14 +542,14 @@ def _load(path: str, is_mapped: bool) -> Any:
 
 
 def _mappable(path: str) -> list[tuple[int, int]] | None:
-    """Return where the storages of a file lie, as offsets and lengths; None if they cannot be mapped.
+    """Return the offset and length of each storage in a file; None if the file cannot be memory-mapped.
 
-    torch.load maps whatever stands in the zip file, though it be compressed or in the other byte order. A file of
-    before PyTorch 1.6 is not a zip file at all.
+    torch.load does not check this: it maps compressed storages, and storages in the other byte order, as they are.
+    Files that are not zip archives were written by PyTorch before 1.6 and cannot be mapped.
     """
     found = []
     try:
-        path.encode()  # torch maps only what has a name in UTF-8
+        path.encode()  # torch.load can map only a file whose name is valid UTF-8
         with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
             members = archive.infolist()
             if len({member.filename for member in members}) < len(members) or members[0].header_offset:
@@ -557,7 +570,7 @@ def _mappable(path: str) -> list[tuple[int, int]] | None:
 
 
 def _lie_at(storages: list[tuple[int, int]], held: Any) -> bool:
-    """Return whether mapped tensors use exactly these places of a file."""
+    """Return whether the mapped tensors use exactly these parts of a file."""
     found = (x.untyped_storage() for x in tree_leaves(held) if _is_plain(x))
     used = sorted({(storage.data_ptr(), storage.nbytes()) for storage in found if storage.nbytes()})
     start = used[0][0] - storages[0][0] if used and storages else 0
@@ -569,7 +582,7 @@ def _is_plain(x: Any) -> bool:
 
 
 def _let_go(x: Any) -> None:
-    """Give back the memory pages of a tensor of a mapped file that is read no more: it would be in memory twice."""
+    """Free the memory pages of a mapped tensor after it was copied; otherwise it would be in memory twice."""
     page = mmap.PAGESIZE
     start, end = -(-x.data_ptr() // page) * page, (x.data_ptr() + x.nbytes) // page * page
     if end > start and hasattr(mmap, "MADV_DONTNEED"):

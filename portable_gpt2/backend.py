@@ -74,7 +74,7 @@ class Backend:
     """
 
     compiles_per_shape: ClassVar[bool] = False
-    """Whether `compile` compiles again for each new shape of an argument, so that callers should pad to few sizes."""
+    """Whether `compile` compiles again for each new shape of an argument, so that padding saves time."""
 
     handwritten_gradient_is_faster: ClassVar[bool] = False
     """Whether the functions of `gradients` take less time than `value_and_grad` inside a compiled function."""
@@ -181,7 +181,7 @@ class Backend:
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
         """Return buffer [..., capacity, d] with rows start to start + n - 1 replaced by value [..., n, d].
 
-        The result may use the buffer's memory, so do not read the buffer afterwards. The function is not
+        The result may use the buffer's memory, so do not read `buffer` afterwards. The function is not
         differentiable. The caller has checked that start + n is at most capacity, unless start is traced.
         """
         buffer[..., start : start + self.shape(value)[-2], :] = value
@@ -190,7 +190,7 @@ class Backend:
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
         """Return x [n, d] with each row of rows [m, d] added to the row of x that indices [m] names.
 
-        An index may occur several times. The result may use the memory of x, so do not read x afterwards. The caller
+        An index may occur several times. The result may use the memory of x, so do not read `x` afterwards. The caller
         has checked that the indices are from 0 to n - 1.
         """
         xp = self.xp
@@ -269,7 +269,7 @@ class Backend:
         """Return a NumPy array as this framework's, on a device, or on the backend's default device.
 
         The conversion to dtype, a name, is done on the host, so that the bits are the same on every backend. Nothing is
-        copied if the framework can share memory; the result may therefore share memory with a writeable a.
+        copied if the framework can share memory; the result may therefore share memory with a writeable `a`.
 
         Raises
         ------
@@ -287,5 +287,5 @@ class Backend:
 
 
 def subclass_refusal(name: str, conversion: str) -> str:
-    """Return what `Backend.refusal` says of a subclass of a framework's array that the framework does not define."""
+    """Return the answer of `Backend.refusal` for a class that is not defined by the framework itself."""
     return f"is a subclass of {name}'s array, which may compute otherwise; {conversion} is a plain array"

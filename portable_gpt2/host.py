@@ -1,4 +1,4 @@
-"""What the package and its adapters share about data on the host: dtypes by name, tensors in files."""
+"""Data on the host, for the package and its adapters: dtypes by name, tensors in files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 float_dtypes = {
     name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float64", "float32", "float16", "bfloat16")
 }
-"""NumPy's floating dtypes by name; bfloat16 is that of ml_dtypes."""
+"""NumPy's floating dtypes by name; bfloat16 comes from ml_dtypes."""
 
 
 class CheckpointError(ValueError):
@@ -23,7 +23,7 @@ class TokenizerError(CheckpointError):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file. Its shape and dtype are known; its values are read when `read` is called."""
+    """A tensor in a file. Its shape and dtype are known; calling `read` reads its values."""
 
     shape: tuple[int, ...]
     dtype: str

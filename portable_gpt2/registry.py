@@ -1,7 +1,7 @@
-"""How a backend is found: by name, by the array that it owns, or by default.
+"""Find a backend by its name, by one of its arrays, or by default.
 
-Adapters are found through the entry-point group ``portable_gpt2.backends``, so that a third party adds one from a
-package of its own: the name of an entry point is its framework's top-level module, its value a subclass of `Backend`.
+Adapters register in the entry-point group ``portable_gpt2.backends``, so that any package can add one. The name of an
+entry point is the framework's top-level module, and its value is a subclass of `Backend`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ DEFAULT_VARIABLE = "PORTABLE_GPT2_BACKEND"
 
 
 class BackendNotInstalled(ImportError):
-    """A backend that was asked for is unknown, or its framework cannot be imported."""
+    """The requested backend is unknown, or its framework cannot be imported."""
 
 
-# The one dispatch table: from an array's type to the backend that owns it. It holds the framework's own classes once
-# the backend was asked for or met, and every tracer or subclass once it was met.
+# The dispatch table: the backend of an array, by the array's class. The classes of a framework are added when its
+# backend is loaded, and other classes, such as tracers, when the first array of them is looked up.
 _BACKEND_OF_TYPE: dict[type, Backend] = {}
 _LOADED: dict[str, Backend] = {}
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def known_backends() -> list[str]:
-    """Return the names of all backends that have an adapter here, their frameworks installed or not."""
+    """Return the names of all backends that have an adapter here, whether or not their frameworks are installed."""
     return sorted(_entry_points())
 
 
 def available_backends() -> list[str]:
-    """Return the names of the backends whose framework can be imported here; none is imported to find out.
+    """Return the names of the backends whose framework is installed. No framework is imported.
 
     Examples
     --------
@@ -61,7 +61,7 @@ def available_backends() -> list[str]:
 
 
 def how_to_install(name: str) -> str:
-    """Return the command that installs a known backend's framework: an extra of ours, or a third party's framework."""
+    """Return the command that installs a known backend's framework, by an extra of this package if there is one."""
     ours = _entry_points()[name].value.startswith("portable_gpt2_backends.")
     return f"pip install 'portable-gpt2[{name}]'" if ours else f"pip install {name}"
 
@@ -74,22 +74,23 @@ def _is_importable(module: str) -> bool:
 
 
 def get_backend(name: str | Backend | None = None, device: Any = None) -> Backend:
-    """Return a backend by name, importing its framework if need be.
+    """Return a backend by name; its framework is imported if it was not.
 
     Parameters
     ----------
     name : str or Backend, optional
-        One of `available_backends`, or a backend itself. None is the default: what the innermost `use_backend` chose,
-        else the environment variable PORTABLE_GPT2_BACKEND, else ``numpy``.
+        One of `available_backends`, or a backend itself. The default is the backend of the innermost `use_backend`;
+        outside of one, the environment variable PORTABLE_GPT2_BACKEND names it; otherwise it is ``numpy``.
     device : str or the framework's own device object, optional
-        Where arrays made by this backend live, such as ``cpu`` or ``cuda:1``. None leaves it to the framework.
+        The device of the arrays that the backend creates, such as ``cpu`` or ``cuda:1``; the framework's default device
+        unless given.
 
     Raises
     ------
     BackendNotInstalled
         If the name is unknown or its framework is not installed. The message says what to install.
     ValueError
-        If there is no such device. The message lists those that there are.
+        If there is no such device. The message lists the devices.
 
     Examples
     --------
@@ -110,7 +111,7 @@ def get_backend(name: str | Backend | None = None, device: Any = None) -> Backen
 
 
 def _backend_of_environment() -> Backend | None:
-    """Return the backend that the environment variable names; None if it is not set, or empty."""
+    """Return the backend that the environment variable names; None if the variable is not set or empty."""
     if not (name := os.environ.get(DEFAULT_VARIABLE)):
         return None
     try:
@@ -132,20 +133,20 @@ def _load(name: str) -> Backend:
         )
     try:
         backend: Backend = point.load()()
-        isinstance(None, backend.array_types)  # an adapter that cannot answer is broken too
-    except Exception as error:  # whatever a third party's adapter raises: it must not take the others down with it
+        isinstance(None, backend.array_types)  # an adapter whose array_types cannot be used is broken too
+    except Exception as error:  # from a third party's adapter, whose failure must not affect other backends
         raise BackendNotInstalled(
             f"backend {name!r} could not be loaded from {point.value}: {type(error).__name__}: {error}"
         ) from error
-    return _LOADED.setdefault(name, backend)  # of two threads, the first
+    return _LOADED.setdefault(name, backend)  # if two threads load it at once, the first wins
 
 
 @contextlib.contextmanager
 def use_backend(name: str | Backend, device: Any = None) -> Iterator[Backend]:
-    """Make a backend the default within a ``with`` block, for this thread or asynchronous task alone.
+    """Make a backend the default within a ``with`` block, only for this thread or asynchronous task.
 
-    The default decides what creates arrays from nothing (`get_backend`, `init_params`, `GPT2.load`); an op always
-    follows the arrays that it is given.
+    The default is used by functions that create arrays (`init_params`, `GPT2.load`). An op always uses the backend of
+    its arguments.
 
     Examples
     --------
@@ -163,12 +164,12 @@ def use_backend(name: str | Backend, device: Any = None) -> Iterator[Backend]:
 
 
 def backend_of(x: Any) -> Backend:
-    """Return the backend that owns an array. No framework is imported that the program has not imported already.
+    """Return the backend of an array. No framework is imported by this.
 
     Raises
     ------
     TypeError
-        If x is an array of no backend.
+        If x is not an array of a backend.
 
     Examples
     --------
@@ -204,8 +205,8 @@ def _own(types: tuple[type, ...], backend: Backend) -> None:
 def __getattr__(name: str) -> Any:
     """Compute the attribute `loaded`: the backends of the frameworks that the program has imported so far.
 
-    It is an attribute and no function because torch.compile evaluates the one and traces the other, and the loading of
-    an adapter cannot be traced; so the first op of a program may be a compiled one.
+    torch.compile evaluates attributes of modules and traces functions. Loading an adapter cannot be traced, so `loaded`
+    is an attribute: the first op that a program calls may then be inside a compiled function.
     """
     if name != "loaded":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -213,7 +214,7 @@ def __getattr__(name: str) -> Any:
         if known in sys.modules and known not in _LOADED:
             try:
                 _load(known)
-            except BackendNotInstalled as error:  # one that is broken does not take the others down with it
+            except BackendNotInstalled as error:  # a broken adapter must not affect other backends
                 warnings.warn(f"skipped a backend that cannot be loaded: {error}", RuntimeWarning, stacklevel=4)
     return _LOADED
 
@@ -224,7 +225,7 @@ def to_numpy(x: Any) -> np.ndarray:
     Raises
     ------
     TypeError
-        If x is an array of no backend, or one whose values cannot be had: while tracing, or of a sparse format.
+        If x is not an array of a backend, or its values cannot be read: x is traced, or has a sparse format.
 
     Examples
     --------
@@ -236,11 +237,12 @@ def to_numpy(x: Any) -> np.ndarray:
     backend = backend_of(x)
     try:
         return backend.to_numpy(x)
-    except Exception as error:  # whatever the framework raises
+    except Exception as error:  # any exception of the framework
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise TypeError(f"the values of this array of {backend.name} cannot be brought to the host ({why})") from error
 
 
-# What the program has imported already is entered now: a table that changes later makes torch.compile compile anew.
+# Add the classes of the frameworks that the program has imported: each later change of the table makes torch.compile
+# compile again.
 for _backend in __getattr__("loaded").values():
     _own(_backend.array_types, _backend)

@@ -166,7 +166,7 @@ _KINDS = {"Int": "integral", "Bool": "bool"}
 
 
 def _is_of_kind(backend: Backend, dtype: Any, kind: str) -> bool:
-    """Return whether a dtype is of the kind of an annotation; `check_types` has looked at the floats."""
+    """Return whether a dtype has the kind of an annotation; `check_types` has checked the floats already."""
     if kind == "Float":
         return True
     try:

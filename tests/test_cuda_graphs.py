@@ -129,12 +129,12 @@ def test_a_text_is_the_eager_one_and_takes_one_graph(graphs, options):
 @OPTIONS
 def test_interleaved_texts_do_not_meet(graphs, options):
     """Catches a graph that writes into another text's buffers: more texts at a time than graphs are kept."""
-    model, prompts = new_model(), [[i, i + 1] for i in range(adapter._Steps.KEPT + 2)]
+    model, prompts = new_model(), [[i, i + 1] for i in range(adapter._CUDAGraphCache.MAX_GRAPHS + 2)]
     streams = [model.stream_ids(prompt, max_new_tokens=20, **options) for prompt in prompts]
     found = list(zip(*streams, strict=True))
     expected = [list(EAGER.stream_ids(prompt, max_new_tokens=20, **options)) for prompt in prompts]
     assert [list(tokens) for tokens in zip(*found, strict=True)] == expected
-    assert len(model._decoder._step.__wrapped__.__self__._steps) == adapter._Steps.KEPT
+    assert len(model._decoder._step.__wrapped__.__self__._calls) == adapter._CUDAGraphCache.MAX_GRAPHS
     assert list(model.stream_ids([0, 1], max_new_tokens=20, **options)) == expected[0]
 
 

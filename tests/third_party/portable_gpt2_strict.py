@@ -1,7 +1,7 @@
-"""A backend from a package of its own: array_api_strict, which refuses what the array API standard does not promise.
+"""A backend from another package: array_api_strict, which refuses whatever the array API standard does not promise.
 
-It stands on the import path beside its own metadata, as an installed third party's would, so that the tests find it
-through the entry-point group like any other. Its devices do not mix: a leak from one to another raises.
+It is on the import path together with its metadata, like an installed package, so that it is found through the
+entry-point group. Arithmetic between two of its devices raises an error.
 """
 
 import array_api_strict as xp
