@@ -261,6 +261,16 @@ def test_every_option_reaches_the_model(command, it, args, options):
     assert expected != it.generate(prompt, **plain)
 
 
+def test_a_stop_token_ends_the_text(command, it):
+    """Catches a token id that is read and dropped: both of these end the text, the second one first."""
+    ids = list(it.stream_ids(it.tokenizer.encode("To be"), max_new_tokens=20, seed=13))
+    last, first = ids[15], ids[6]
+    args = ["--stop-token", str(last), "--stop-token", str(first)]
+    status, out, _ = command("generate", "To be", "--model", "it", "-n", "20", "--seed", "13", *args)
+    n = min(ids.index(last), ids.index(first))
+    assert (status, out) == (0, f"To be{it.tokenizer.decode(ids[:n])}\n")
+
+
 def test_special_tokens_may_be_allowed_by_name(command, checkpoints, it):
     """Catches a name that allows them all, one that is dropped, and one that the tokenizer lacks and nobody misses."""
     whole = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe("added"))

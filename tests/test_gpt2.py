@@ -502,3 +502,14 @@ def test_a_weight_beyond_the_range_of_the_dtype_is_refused(backend, tmp_path):
     pg.GPT2.load(tmp_path / "large", backend=backend, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"h1/mlp/c_fc/b holds values beyond the range of float16"):
         pg.GPT2.load(tmp_path / "large", backend=backend, dtype="float16")
+
+
+def test_sliding_needs_a_context_of_two_tokens():
+    """Catches a window that slides to half of one token, which is none."""
+    for n_ctx in (1, 2):
+        model = tiny.model(pg.get_backend("numpy"), dataclasses.replace(tiny.CONFIG, n_ctx=n_ctx))
+        if n_ctx == 2:
+            assert len(list(model.stream_ids([1], max_new_tokens=5, sliding=True, seed=7))) == 5
+        else:
+            with pytest.raises(ValueError, match="sliding needs a context of at least two tokens"):
+                model.stream_ids([1], max_new_tokens=5, sliding=True, seed=7)
