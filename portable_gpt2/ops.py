@@ -137,7 +137,7 @@ def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> Float[Array, "*shap
     Notes
     -----
     Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions", IMA J. Numer. Anal.
-    41(4), 2021, bound its error.
+    41(4), 2021, bound its error; docs/numerics.md derives the bound.
 
     Examples
     --------
