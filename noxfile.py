@@ -203,10 +203,11 @@ def conformance(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and format."""
+    """Check style, format and the wording of prose."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "lint"), "-c", "constraints.txt")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("python", "tools/prose.py")
 
 
 @nox.session

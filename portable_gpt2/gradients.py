@@ -95,7 +95,7 @@ def attention(
     *,
     scale: float | None = None,
 ) -> tuple[Float[Array, "*batch queries dv"], Backward]:
-    """Compute y = w v with w the softmax of scale q k^T: what is masked has weight 0, and so no gradient."""
+    """Compute y = w v with w the softmax of scale q k^T. Masked keys have weight 0, so they get no gradient."""
     backend, _ = ops.attention.check(q, k, v, mask=mask, scale=scale)  # of v, the weights know nothing
     xp, t = backend.xp, backend.xp.matrix_transpose
     scale = max(backend.shape(q)[-1], 1) ** -0.5 if scale is None else scale

@@ -13,27 +13,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "noxfile.py", "portable_gpt2", "backends", "docs", "tools")
+FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "noxfile.py", "portable_gpt2", "docs", "examples", "tools")
 
 # Each pattern has the advice that is printed with it.
 PATTERNS = {
     r"\b(ms|µs|us|nats|tokens|launch|framework|shape|object|blocks|examples)\s+an? "
     r"(token|file|property|thread|product|step|op|call|layer)\b": "write 'per'",
     r"(?:^What|[.;:] [Ww]hat) (is|was|are|has|else|computes|makes|runs|changes|describes|it)\b": "name the thing",
-    r"(?:^Of|[;:.(] [oO]f) (several|two|an?|those|equal|anything|what|one|each)\b": "begin with the subject",
+    r"(?:^Of|[;.] [oO]f) (several|two|an?|those|equal|anything|what|one|each)\b": "begin with the subject",
     r"\bReturn (of|into|where to|what)\b": "name what is returned",
     r"\bnone included\b": "write 'zero or more'",
     r"(?<![Tt]here )\b(is|are) no (?!longer|more|such)[a-z]+\b": "write 'is not a'",
-    r"\b(is|are|be|was|were) of (?!which|the same|the hub|type|dtype|shape|any)[a-z]+\b": "use a verb",
+    r"\b(is|are|be|was|were) of (?!which|the same|the kind|the hub|type|dtype|shape|any)[a-z]+\b": "use a verb",
     r"\b([Bb]ehind|[Bb]eside)\b": "write 'after', 'next to', 'in addition to'",
     r"\b(go|goes|going|went) on\b": "write 'continue'",
     r"\b([Aa]new|[Ll]est|[Ww]hoever|in silence)\b": "write 'again', 'so that ... not', 'anyone who', 'silently'",
-    r"\bas (it|they) (lies?|would be)\b|says otherwise": "say what the state is",
-    r", that of\b|\bof that of\b|\bthe (latter|former)\b": "repeat the noun",
-    r"\b(like|start|buffer|fn|bound)'s\b": "put a parameter's name in backticks",
+    r"\bas (it|they) lies?\b|says otherwise": "say what the state is",
+    r"\bof that of\b|\bthe (latter|former)\b": "repeat the noun",
+    r"(?<!the )\b(like|start|buffer|fn|bound)'s\b": "put a parameter's name in backticks",
     r"\b(the way back|no number any more|to the same bits|come to that)\b": "use the word of the field",
     r"\bfew (rows|sizes|numbers|characters)\b|\b(rows|arrays) are few\b": "write 'small' or give the number",
-    r"\b\d+\.\d+ of (?!the (weights|memory))[a-z]": "write 'times', and name both quantities",
+    r"\b\d+\.\d+ of (its|the) (time|memory|read)\b": "write 'times', and name both quantities",
 }
 
 # Phrases that a pattern finds and that are right as they are: texts that are quoted, and terms.
@@ -41,6 +41,7 @@ ALLOWED = [
     "*the latter*",
     "*beside*, *behind*, *go on*",
     "*anew*",
+    "is no obstacle",
 ]
 
 
