@@ -168,8 +168,7 @@ def init_params(
     Returns
     -------
     dict
-        The parameter tree. The standard deviation of w, wte and lm_head is 0.02, that of wpe is 0.01; b is 0 and g
-        is 1.
+        The parameter tree. The standard deviation is 0.02 for w, wte and lm_head, and 0.01 for wpe; b is 0 and g is 1.
 
     Raises
     ------

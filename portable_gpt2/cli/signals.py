@@ -48,7 +48,7 @@ def clean_up_first() -> None:
 class Noted(list[int]):
     """A list of the signals that arrived during a ``with`` block, which can then end in an orderly way.
 
-    Only the first signal is recorded. A second one is handled as it would be outside of the block.
+    Only the first signal is recorded. A second signal has the effect that it has outside of the block.
     """
 
     def __enter__(self) -> Noted:
