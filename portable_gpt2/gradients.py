@@ -1,23 +1,26 @@
-"""The loss, and the backward pass of every op and of the whole model, written once in array-API terms.
+"""Hand-written gradients: one rule per op, in array-API terms, and a tape that applies the rules to the whole model.
 
-Each function here computes what its namesake in `ops` or `model` does, and returns a second function: from the gradient
-of its result to the gradients of its arguments. It is how a framework without differentiation of its own (NumPy)
-trains, and one that compiles a step as a whole; and what the gradients by frameworks are held against.
+A rule computes the same as the op of its name. It also returns a backward function, from the gradient of the op's
+result to a dict of the gradients of the arguments. NumPy trains with these gradients, because it cannot differentiate;
+so do JAX and TensorFlow, because it is faster. The tests compare each framework's own gradients with them.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import math
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import ops
+from . import model, ops
+from .backend import Backend
 from .config import GPT2Config
-from .model import check_inputs, merge_heads, output_embedding, split_heads
-from .params import Params, check_params
-from .registry import backend_of
+from .params import Params, check_params, map_tree
+from .registry import _own, backend_of
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
     from jaxtyping import Bool, Float, Int
@@ -28,7 +31,7 @@ Backward = Callable[..., Any]
 
 
 def _rows(x: Any) -> Any:
-    """Return x as a matrix, all of its leading axes in one."""
+    """Return x as a matrix: all leading axes become one."""
     backend = backend_of(x)
     *start, n = backend.shape(x)
     return backend.xp.reshape(x, (math.prod(start), n))
@@ -41,31 +44,29 @@ def conv1d(
     backend = backend_of(x)
     xp, shape = backend.xp, backend.shape(w)
 
-    def backward(dy: Any) -> tuple[Any, Params]:
+    def backward(dy: Any) -> Params:
         rows, wt = _rows(dy), xp.matrix_transpose(xp.reshape(w, shape[-2:]))
         dw = xp.matmul(xp.matrix_transpose(_rows(x)), rows)
-        return xp.reshape(xp.matmul(rows, wt), backend.shape(x)), {
-            "w": xp.reshape(dw, shape),
-            "b": xp.sum(rows, axis=0),
-        }
+        dx = xp.reshape(xp.matmul(rows, wt), backend.shape(x))
+        return {"x": dx, "w": xp.reshape(dw, shape), "b": xp.sum(rows, axis=0)}
 
     return ops.conv1d(x, w, b), backward
 
 
 def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> tuple[Float[Array, "*shape"], Backward]:
-    """Compute y_j = exp(x_j) / sum_k exp(x_k): dx = y (dy - sum_k y_k dy_k). The maximum that is subtracted cancels."""
+    """Compute y_j = exp(x_j) / sum_k exp(x_k): dx = y (dy - sum_k y_k dy_k)."""
     y = ops.softmax(x, axis=axis)
     xp = backend_of(x).xp
-    return y, lambda dy: y * (dy - xp.sum(y * dy, axis=axis, keepdims=True))
+    return y, lambda dy: {"x": y * (dy - xp.sum(y * dy, axis=axis, keepdims=True))}
 
 
 def gelu(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Backward]:
     """Compute y = x (1 + t) / 2, t = tanh(u), u = c (x + 0.044715 x^3): dx = dy ((1 + t) + x (1 - t^2) du/dx) / 2."""
     xp, c = backend_of(x).xp, math.sqrt(2 / math.pi)
 
-    def backward(dy: Any) -> Any:
+    def backward(dy: Any) -> Params:
         t = xp.tanh(c * (x + 0.044715 * x * x * x))
-        return 0.5 * dy * (1 + t + x * (1 - t * t) * (c * (1 + 3 * 0.044715 * x * x)))
+        return {"x": 0.5 * dy * (1 + t + x * (1 - t * t) * (c * (1 + 3 * 0.044715 * x * x)))}
 
     return ops.gelu(x), backward
 
@@ -76,13 +77,13 @@ def layer_norm(
     """Compute y = g z + b, z = (x - mean) / s: dg = sum dy z, db = sum dy, dx = (dz - mean(dz) - z mean(dz z)) / s."""
     xp = backend_of(x).xp
 
-    def backward(dy: Any) -> tuple[Any, Params]:
+    def backward(dy: Any) -> Params:
         z = x - xp.mean(x, axis=-1, keepdims=True)
         s = xp.sqrt(xp.mean(z * z, axis=-1, keepdims=True) + eps)
         z = z / s
         dz = dy * g
         dx = dz - xp.mean(dz, axis=-1, keepdims=True) - z * xp.mean(dz * z, axis=-1, keepdims=True)
-        return dx / s, {"g": xp.sum(_rows(dy * z), axis=0), "b": xp.sum(_rows(dy), axis=0)}
+        return {"x": dx / s, "g": xp.sum(_rows(dy * z), axis=0), "b": xp.sum(_rows(dy), axis=0)}
 
     return ops.layer_norm(x, g, b, eps=eps), backward
 
@@ -96,15 +97,15 @@ def attention(
     scale: float | None = None,
 ) -> tuple[Float[Array, "*batch queries dv"], Backward]:
     """Compute y = w v with w the softmax of scale q k^T. Masked keys have weight 0, so they get no gradient."""
-    backend, _ = ops.attention.check(q, k, v, mask=mask, scale=scale)  # of v, the weights know nothing
+    backend, _ = ops.attention.check(q, k, v, mask=mask, scale=scale)  # attention_weights does not check v
     xp, t = backend.xp, backend.xp.matrix_transpose
     scale = max(backend.shape(q)[-1], 1) ** -0.5 if scale is None else scale
     w = ops.attention_weights(q, k, mask=mask, scale=scale)
 
-    def backward(dy: Any) -> tuple[Any, Any, Any]:
+    def backward(dy: Any) -> Params:
         dw = xp.matmul(dy, t(v))
         ds = scale * w * (dw - xp.sum(w * dw, axis=-1, keepdims=True))
-        return xp.matmul(ds, k), xp.matmul(t(ds), q), xp.matmul(t(w), dy)
+        return {"q": xp.matmul(ds, k), "k": xp.matmul(t(ds), q), "v": xp.matmul(t(w), dy)}
 
     return xp.matmul(w, v), backward
 
@@ -112,11 +113,11 @@ def attention(
 def causal_attention(
     q: Float[Array, "*batch seq d"], k: Float[Array, "*batch seq d"], v: Float[Array, "*batch seq dv"], *, scale: float
 ) -> tuple[Float[Array, "*batch seq dv"], Backward]:
-    """Compute `attention` where each position sees itself and those before it: a third of the queries at a time.
+    """Compute `attention` with the causal mask, for a third of the queries at a time.
 
-    Each third takes the keys that its last query sees, so that a third of the products is left out. A gradient of 4
-    layers, 4 heads and 256 positions took 0.92 (JAX), 0.94 (TensorFlow) and 0.77 (NumPy) of its time with all queries
-    at once; halves, quarters and sixths were no faster.
+    Each third uses only the keys up to its last query, which saves a third of the products. The gradient of a model
+    with 4 layers, 4 heads and 256 positions took 0.92 (JAX), 0.94 (TensorFlow) and 0.77 (NumPy) times as long as with
+    all queries at once; halves, quarters and sixths were no faster.
     """
     backend = backend_of(q)
     xp, seq = backend.xp, backend.shape(q)[-2]
@@ -129,32 +130,30 @@ def causal_attention(
         ys.append(y)
         backs.append(back)
 
-    def backward(dy: Any) -> tuple[Any, Any, Any]:
+    def backward(dy: Any) -> Params:
         *before, last = [back(dy[..., start:stop, :]) for (start, stop), back in zip(thirds, backs, strict=True)]
-        dqs, (_, dk, dv) = [dq for dq, _, _ in (*before, last)], last
 
         def add(dx: Any, part: Any) -> Any:
-            """Add what concerns the first positions alone."""
+            """Add the gradient of the first positions alone."""
             n = backend.shape(part)[-2]
             return xp.concat([dx[..., :n, :] + part, dx[..., n:, :]], axis=-2)
 
-        for _, dk_part, dv_part in before:
-            dk, dv = add(dk, dk_part), add(dv, dv_part)
-        return xp.concat(dqs, axis=-2), dk, dv
+        dk, dv = (functools.reduce(add, [part[name] for part in before], last[name]) for name in "kv")
+        return {"q": xp.concat([part["q"] for part in (*before, last)], axis=-2), "k": dk, "v": dv}
 
     return xp.concat(ys, axis=-2), backward
 
 
 def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> tuple[Float[Array, "*batch d"], Backward]:
-    """Compute y_i = w[ids_i]: each row of dw is the sum of the dy_i whose id it is."""
+    """Compute y_i = w[ids_i]: row j of dw is the sum of dy_i over all i with ids_i = j."""
     backend = backend_of(w)
 
-    def backward(dy: Any) -> Any:
+    def backward(dy: Any) -> Params:
         index, known = ops.in_range("embed: ids", ids, backend.shape(w)[0])
-        if known is not None:  # an id that is out of range is looked up as 0, to which it adds nothing
+        if known is not None:  # index is 0 for an id out of range, and must add nothing to row 0
             dy = backend.xp.where(known[..., None], dy, 0)
         flat = backend.xp.reshape(index, (math.prod(backend.shape(ids)),))
-        return backend.index_add(backend.zeros(backend.shape(w), like=w), flat, _rows(dy))
+        return {"w": backend.index_add(backend.zeros(backend.shape(w), like=w), flat, _rows(dy))}
 
     return ops.embed(ids, w), backward
 
@@ -164,9 +163,10 @@ def unembed(x: Float[Array, "*batch d"], w: Float[Array, "vocab d"]) -> tuple[Fl
     backend = backend_of(x)
     xp = backend.xp
 
-    def backward(dy: Any) -> tuple[Any, Any]:
+    def backward(dy: Any) -> Params:
         rows = _rows(dy)
-        return xp.reshape(xp.matmul(rows, w), backend.shape(x)), xp.matmul(xp.matrix_transpose(rows), _rows(x))
+        dx = xp.reshape(xp.matmul(rows, w), backend.shape(x))
+        return {"x": dx, "w": xp.matmul(xp.matrix_transpose(rows), _rows(x))}
 
     return ops.unembed(x, w), backward
 
@@ -174,119 +174,117 @@ def unembed(x: Float[Array, "*batch d"], w: Float[Array, "vocab d"]) -> tuple[Fl
 def cross_entropy(
     logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
 ) -> tuple[Float[Array, ""], Backward]:
-    """Average -log softmax(logits)[target]: dlogits = (softmax(logits) - 1 at the target) / how many there are."""
+    """Compute the mean of -log p[target], p = softmax(logits): dlogits = (p - 1 at the target, p elsewhere) / n."""
     value = ops.cross_entropy(logits, targets)
     backend = backend_of(logits)
     xp = backend.xp
     *start, vocab = backend.shape(logits)
 
-    def backward(dy: Any = 1.0) -> Any:
-        if ops.is_empty(logits):  # of no targets
-            return logits
+    def backward(dy: Any = 1.0) -> Params:
+        if ops.is_empty(logits):  # there are no targets, and n is 0
+            return {"logits": logits}
         index, known = ops.in_range("cross_entropy: targets", targets, vocab)
         is_target = index[..., None] == xp.astype(backend.arange(vocab, like=targets), index.dtype)
         p = ops.softmax(logits)
         if known is not None:
             p = xp.where(known[..., None], p, math.nan)
-        return xp.where(is_target, p - 1, p) * (dy / math.prod(start))
+        return {"logits": xp.where(is_target, p - 1, p) * (dy / math.prod(start))}
 
     return value, backward
 
 
-def mlp(x: Float[Array, "batch seq n"], c_fc: Params, c_proj: Params) -> tuple[Float[Array, "batch seq n"], Backward]:
-    """Widen, bend, narrow."""
-    h, back_fc = conv1d(x, **c_fc)
-    a, back_gelu = gelu(h)
-    y, back_proj = conv1d(a, **c_proj)
+@functools.cache
+def _tape_of(backend: Backend) -> Backend:
+    """Return a backend of variables, which are arrays of another backend whose calls are recorded on a tape.
 
-    def backward(dy: Any) -> tuple[Any, Params]:
-        da, d_proj = back_proj(dy)
-        dx, d_fc = back_fc(back_gelu(da))
-        return dx, {"c_fc": d_fc, "c_proj": d_proj}
+    A tape is a list of each call's results, its arguments by name, and its backward function. The kernels of the ops
+    are the rules above. A `Variable` can do no more than `model.loss` needs; the only mask it can make is causal.
+    """
+    xp, shape = backend.xp, backend.shape
 
-    return y, backward
+    def recorded(rule: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(rule).parameters)
 
+        def call(*args: Any, **options: Any) -> Any:
+            given = {**dict(zip(names, args, strict=False)), **options}
+            variables = {name: x for name, x in given.items() if isinstance(x, Variable)}
+            y, backward = rule(**{name: x.array if name in variables else x for name, x in given.items()})
+            tape = next(iter(variables.values())).tape
+            results = [Variable(each, tape) for each in (y if isinstance(y, list) else [y])]
+            tape.append((results, variables, backward))
+            return results if isinstance(y, list) else results[0]
 
-def attn(
-    x: Float[Array, "batch seq n"],
-    c_attn: Params,
-    c_proj: Params,
-    *,
-    n_head: int,
-    scale: float,
-) -> tuple[Float[Array, "batch seq n"], Backward]:
-    """Let every position look at itself and at those before it."""
-    backend = backend_of(x)
-    c, back_attn = conv1d(x, **c_attn)
-    q, k, v = (split_heads(part, n_head) for part in backend.split(c, 3))
-    a, back_attention = causal_attention(q, k, v, scale=scale)
-    y, back_proj = conv1d(merge_heads(a), **c_proj)
+        return call
 
-    def backward(dy: Any) -> tuple[Any, Params]:
-        da, d_proj = back_proj(dy)
-        dqkv = back_attention(split_heads(da, n_head))
-        dx, d_attn = back_attn(backend.xp.concat([merge_heads(d) for d in dqkv], axis=-1))
-        return dx, {"c_attn": d_attn, "c_proj": d_proj}
+    def add(x: Any, y: Any) -> tuple[Any, Backward]:
+        axes = tuple(range(len(shape(x)) - len(shape(y))))  # along which y is repeated
+        return x + y, lambda dy: {"x": dy, "y": xp.sum(dy, axis=axes) if axes else dy}
 
-    return y, backward
+    def permute_dims(x: Any, axes: tuple[int, ...]) -> tuple[Any, Backward]:
+        inverse = tuple(sorted(range(len(axes)), key=axes.index))
+        return xp.permute_dims(x, axes), lambda dy: {"x": xp.permute_dims(dy, inverse)}
 
+    class Variable:
+        def __init__(self, array: Any, tape: list[Any]) -> None:
+            self.array, self.tape, self.dtype = array, tape, array.dtype
 
-def block(
-    x: Float[Array, "batch seq n"], params: Params, *, eps: float, **attn_options: Any
-) -> tuple[Float[Array, "batch seq n"], Backward]:
-    """Add to the residual stream what attention says of it, then what the mlp does."""
-    h, back_ln_1 = layer_norm(x, **params["ln_1"], eps=eps)
-    a, back_attn = attn(h, **params["attn"], **attn_options)
-    x = x + a
-    h, back_ln_2 = layer_norm(x, **params["ln_2"], eps=eps)
-    m, back_mlp = mlp(h, **params["mlp"])
+        __add__ = recorded(add)
 
-    def backward(dy: Any) -> tuple[Any, Params]:
-        dh, d_mlp = back_mlp(dy)
-        dx, d_ln_2 = back_ln_2(dh)
-        dx = dy + dx
-        dh, d_attn = back_attn(dx)
-        dy, d_ln_1 = back_ln_1(dh)
-        return dx + dy, {"ln_1": d_ln_1, "attn": d_attn, "ln_2": d_ln_2, "mlp": d_mlp}
+        # Tokens, positions and masks have no gradient.
+        def __radd__(self, n: int) -> Variable:
+            return Variable(n + self.array, self.tape)
 
-    return x + m, backward
+        def __getitem__(self, index: Any) -> Variable:
+            return Variable(self.array[index], self.tape)
+
+        def __ge__(self, other: Variable) -> Variable:
+            return Variable(self.array >= other.array, self.tape)
+
+    class Tape(Backend):
+        name, dtypes, array_types = backend.name, backend.dtypes, (Variable,)
+        kernels: ClassVar = {
+            **{rule.__name__: recorded(rule) for rule in (conv1d, gelu, layer_norm, embed, unembed, cross_entropy)},
+            "attention": recorded(lambda q, k, v, mask=None, *, scale: causal_attention(q, k, v, scale=scale)),
+        }
+        xp = SimpleNamespace(
+            float32=backend.xp.float32,
+            int64=backend.xp.int64,
+            isdtype=backend.xp.isdtype,
+            permute_dims=recorded(permute_dims),
+            reshape=recorded(lambda x, s: (xp.reshape(x, s), lambda dy: {"x": xp.reshape(dy, shape(x))})),
+            astype=recorded(lambda x, to, copy=True: (xp.astype(x, to), lambda dy: {"x": xp.astype(dy, x.dtype)})),
+        )
+        shape = staticmethod(lambda x: shape(x.array))
+        peek = staticmethod(lambda x: backend.peek(x.array))
+        arange = staticmethod(lambda n, *, like: Variable(backend.arange(n, like=like.array), like.tape))
+        split = staticmethod(
+            recorded(lambda x, n: ([*backend.split(x, n)], lambda *dys: {"x": xp.concat(dys, axis=-1)}))
+        )
+
+    tape = Tape()
+    _own(tape.array_types, tape)
+    return tape
 
 
 def loss(
     params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config
 ) -> tuple[Float[Array, ""], Callable[..., Params]]:
-    """Return `model.loss`, and a function that returns its gradient by every parameter, as a tree like theirs.
+    """Return `model.loss`, and a function that returns its gradient with respect to every parameter, as a tree.
 
-    It takes the gradient of the loss itself, a number: 1 unless given.
+    That function takes the gradient of the loss itself, a number that is 1 unless given.
     """
-    check_inputs(params, tokens, config, targets=1)
+    model.check_inputs(params, tokens, config, targets=1)
     check_params(params, config)
-    backend = backend_of(tokens)
-    seq = backend.shape(tokens)[1] - 1
-    positions = backend.arange(seq, like=tokens)
-    e, back_wte = embed(tokens[:, :-1], params["wte"])
-    p, back_wpe = embed(positions, params["wpe"])
-    x, back_blocks = e + p, []
-    for i in range(config.n_layer):
-        options = {"n_head": config.n_head, "scale": config.attention_scale(i), "eps": config.layer_norm_epsilon}
-        x, back_block = block(x, params[f"h{i}"], **options)
-        back_blocks.append(back_block)
-    h, back_ln_f = layer_norm(x, **params["ln_f"], eps=config.layer_norm_epsilon)
-    logits, back_table = unembed(h, output_embedding(params))
-    value, back_loss = cross_entropy(logits, tokens[:, 1:])
+    (variable,), tape = _tape_of(backend_of(tokens)).array_types, list[Any]()
+    variables = map_tree(lambda x: variable(x, tape), params)
+    value = model.loss(variables, variable(tokens, tape), config)
 
     def backward(dy: Any = 1.0) -> Params:
-        grads: Params = {}
-        dh, table = back_table(back_loss(dy))
-        dx, grads["ln_f"] = back_ln_f(dh)
-        for i in reversed(range(config.n_layer)):
-            dx, grads[f"h{i}"] = back_blocks[i](dx)
-        grads["wpe"] = back_wpe(backend.xp.sum(dx, axis=0))
-        grads["wte"] = back_wte(dx)
-        if "lm_head" in params:
-            grads["lm_head"] = table
-        else:
-            grads["wte"] = grads["wte"] + table
-        return grads
+        grads = {value: dy}
+        for results, arguments, back in reversed(tape):
+            for name, dx in back(*map(grads.pop, results)).items():
+                x = arguments[name]
+                grads[x] = grads[x] + dx if x in grads else dx
+        return map_tree(lambda x: grads[x], variables)
 
-    return value, backward
+    return value.array, backward

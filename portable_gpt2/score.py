@@ -1,4 +1,4 @@
-"""How likely a model finds a text: log-probabilities of its tokens, accumulated in float64 on the host."""
+"""How likely a text is under a model: log-probabilities of its tokens, computed in float64 on the host."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from . import checks
 from .sampling import check_finite
 
-_ROWS = 64  # of logits that are widened at a time
+_ROWS = 64  # how many rows of logits are converted to float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """The log-probability of each token of a text, given those before it.
+    """The log-probability of each token of a text, given the tokens before it.
 
     Parameters
     ----------
     tokens : list of int
         The text's token ids.
     log_probs : float64 array [len(tokens)]
-        Natural logarithms. The first is NaN unless the text was scored as the beginning of a document: nothing comes
-        before it.
+        Natural logarithms. The first is NaN, because no token comes before it, unless the text was scored as the
+        beginning of a document.
     n_bytes : int
-        How many bytes of UTF-8 the tokens that have a log-probability stand for.
+        The length in UTF-8 of the tokens that have a log-probability.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class Score:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens have a log-probability."""
+        """The number of tokens that have a log-probability."""
         return int(np.count_nonzero(~np.isnan(self.log_probs)))
 
     @property
@@ -53,12 +53,12 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of minus the mean log-probability of a token; NaN if none has one."""
+        """exp(-total / n_tokens); NaN if no token has a log-probability."""
         return _perplexity(self.total, self.n_tokens)
 
     @property
     def byte_perplexity(self) -> float:
-        """The exponential of minus the mean log-probability of a byte, which compares models across tokenizers."""
+        """exp(-total / n_bytes), with which models can be compared that have different tokenizers."""
         return _perplexity(self.total, self.n_bytes)
 
 
@@ -70,12 +70,11 @@ def _perplexity(total: float, n: int) -> float:
 
 
 def windows(n: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Return an iterator over (start, first, end): a window of tokens, and the first of them that it scores.
+    """Return an iterator over windows (start, first, end) in which a model of n_ctx positions scores n tokens.
 
-    A model of n_ctx positions reads the tokens from start to end - 1, of n in all.
-
-    Each window starts stride tokens after the one before it, and scores what that one has not read. So every token is
-    conditioned on all tokens before it or, from the second window on, on at least n_ctx - stride of them.
+    In each window the model reads the tokens from start to end - 1, and scores those from first to end - 1. A window
+    starts `stride` tokens after the previous one, and scores the tokens that the previous one did not read. So each
+    token is conditioned on all tokens before it or, from the second window on, on at least n_ctx - stride of them.
 
     Examples
     --------
@@ -96,21 +95,21 @@ def _windows(n: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
 
 
 def log_probs(logits_of: Callable[[list[int]], np.ndarray], tokens: list[int], n_ctx: int, stride: int) -> np.ndarray:
-    """Return the log-probability of each token given those before it, float64 [len(tokens)]; the first is NaN.
+    """Return the log-probability of each token given the tokens before it, float64 [len(tokens)]; the first is NaN.
 
     Parameters
     ----------
     logits_of : callable
-        From at most n_ctx tokens to their logits [seq, n_vocab] on the host.
+        Takes at most n_ctx tokens, and returns their logits [seq, n_vocab] on the host.
     tokens : list of int
-        The text.
+        The token ids of the text.
     n_ctx, stride : int
         See `windows`; stride is from 1 to n_ctx - 1.
 
     Raises
     ------
     ValueError
-        If the logits of a token hold a NaN, or the largest of them is not finite.
+        If a token's logits contain a NaN, or the largest of them is not finite.
     """
     found = np.full(len(tokens), math.nan)
     for start, first, end in windows(len(tokens), n_ctx, stride):

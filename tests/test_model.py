@@ -229,6 +229,11 @@ CACHES = {  # what is made of a cache, the error, what it says
         ValueError,
         r"the cache of layer 1 has shape \[8\]",
     ),
+    "with a matrix in it": (
+        lambda p, c: c._replace(v=(c.v[0], c.v[1][:, :, 0, 0])),
+        ValueError,
+        r"the cache of layer 1 has shape \[1, 4\]",
+    ),
     "at several positions": (
         lambda p, c: c._replace(position=p["ln_f"]["g"]),
         ValueError,

@@ -80,6 +80,20 @@ def test_observing_changes_nothing(model):
     np.testing.assert_array_equal(backend.to_numpy(plain), backend.to_numpy(observed))
 
 
+def test_attention_weights_are_computed_only_for_an_observer(model, monkeypatch):
+    """Catches scores that are computed twice in every forward pass."""
+    computed = []
+    weights = pg.model.attention_weights
+    monkeypatch.setattr(
+        pg.model, "attention_weights", lambda *x, **options: computed.append(0) or weights(*x, **options)
+    )
+    tokens = model.backend.from_numpy(np.asarray([IDS], np.int32))
+    pg.gpt2(model.params, tokens, CONFIG)
+    assert not computed
+    pg.gpt2(model.params, tokens, CONFIG, observe=lambda name, x: None)
+    assert len(computed) == CONFIG.n_layer
+
+
 def test_a_compiled_model_can_be_observed(model, truth):
     """Catches a hook that works on arrays alone: what it is called with is returned from the compiled function."""
 
