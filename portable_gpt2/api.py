@@ -1,6 +1,6 @@
 """The public names, which are attributes of `portable_gpt2`."""
 
-from . import ops
+from . import ops, registry
 from .backend import Backend
 from .cache import KVCache, grow_cache, new_cache
 from .checkpoint import CheckpointError
@@ -37,3 +37,5 @@ __all__ = [
     "use_backend",
 ]
 __all__ += ops.__all__
+
+registry.enter_loaded()

@@ -132,9 +132,9 @@ def _transformer(
     return x, None if cache is None else cache.extended(layers, backend_of(tokens).shape(tokens)[1])
 
 
-def output_embedding(params: Params) -> Float[Array, "vocab n"]:
-    """Return the matrix that makes logits of hidden states: lm_head, or wte where the two are tied."""
-    return params.get("lm_head", params["wte"])
+def head(params: Params, h: Float[Array, "batch seq n"]) -> Float[Array, "batch seq vocab"]:
+    """Return the logits of hidden states: products with lm_head, or with wte where the two are tied."""
+    return unembed(h, params.get("lm_head", params["wte"]))
 
 
 def gpt2(
@@ -195,7 +195,7 @@ def gpt2(
     (1, 3, 16)
     """
     h, cache = transformer(params, tokens, config, cache, observe)
-    logits = unembed(h, output_embedding(params))
+    logits = head(params, h)
     observe("logits", logits)
     return logits, cache
 

@@ -242,7 +242,10 @@ def to_numpy(x: Any) -> np.ndarray:
         raise TypeError(f"the values of this array of {backend.name} cannot be brought to the host ({why})") from error
 
 
-# Add the classes of the frameworks that the program has imported: each later change of the table makes torch.compile
-# compile again.
-for _backend in __getattr__("loaded").values():
-    _own(_backend.array_types, _backend)
+def enter_loaded() -> None:
+    """Enter the backends of all imported frameworks: each later change of the table makes torch.compile compile again.
+
+    Called once, at the end of `api`: an adapter that is loaded here may import public names.
+    """
+    for backend in __getattr__("loaded").values():
+        _own(backend.array_types, backend)

@@ -7,7 +7,7 @@ package of your own declares the same entry point in its pyproject.toml.
 import counting
 import numpy as np
 
-from portable_gpt2.backend import Backend
+from portable_gpt2 import Backend
 
 
 class CountingBackend(Backend):

@@ -16,8 +16,7 @@ import numpy as np
 from ..backend import Backend
 from ..cache import KVCache, grow_cache, new_cache
 from ..config import GPT2Config
-from ..model import output_embedding, transformer
-from ..ops import unembed
+from ..model import head, transformer
 from ..params import Params
 from ..sampling import Sampling, sample_with
 
@@ -67,7 +66,7 @@ class Decoder:
         def step(params: Params, tokens: Any, last: Any, cache: KVCache) -> tuple[Any, KVCache | None]:
             """Return the logits [batch, 1, n_vocab] after the token at index `last`, an array [1], and the cache."""
             h, extended = transformer(params, tokens, config, cache)
-            return unembed(backend.xp.take(h, last, axis=1), output_embedding(params)), extended
+            return head(params, backend.xp.take(h, last, axis=1)), extended
 
         self._step = backend.compile(step, params, donate=("cache",))
 
