@@ -1,1 +1,1 @@
-"""The adapters of portable_gpt2: one framework per file, and no model."""
+"""The adapters of portable_gpt2, one file per framework. They contain no part of the model."""

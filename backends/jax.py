@@ -21,7 +21,7 @@ _matmul = functools.partial(jnp.matmul, precision=_PRECISION)
 
 
 def _astype(x: Any, dtype: Any, /, *, copy: bool = False, device: Any = None) -> Any:
-    """Convert as `jnp.astype`, which warns where JAX has 32 bits for a dtype of 64."""
+    """Convert as `jnp.astype` does, but without its warning if 64 bits are disabled and become 32."""
     return jnp.astype(x, jax.dtypes.canonicalize_dtype(dtype), copy=copy, device=device)
 
 
@@ -57,7 +57,7 @@ def _gelu(x: Any) -> Any:
 
 
 _FEW = 32
-"""Up to this many rows, the time of a product is that of reading the weight.
+"""Up to this many rows, a product takes as long as reading the weight.
 
 At 64 rows, x w takes 0.85 times as long as `_rows_times`.
 """
@@ -66,9 +66,9 @@ At 64 rows, x w takes 0.85 times as long as `_rows_times`.
 def _row_times(x: Any, w: Any) -> Any:
     """Multiply a row [1, nx] with w [nx, nf] as a sum over contiguous blocks of the rows of w.
 
-    Each of the four products of a layer of the 124M model reads w at about 0.9 times the read bandwidth in this form,
-    or from a transposed copy, and at 0.5 to 0.7 times as x w. A whole decode step took 9% less time (in one run; the
-    noise was 4%). Blocks of 128 to 384 rows differed by little more than the noise, so 192 is an arbitrary choice.
+    In this form, or from a transposed copy, each of the four products of a layer of the 124M model reads w at about 0.9
+    times the read bandwidth; computed as x w, at 0.5 to 0.7 times. A whole decode step took 9% less time (in one run;
+    the noise was 4%). Blocks of 128 to 384 rows differed by little more than the noise, so 192 is an arbitrary choice.
     """
     nx, nf = w.shape
     rows = max(n for n in range(1, 193) if nx % n == 0)
@@ -129,7 +129,7 @@ def _times_transposed(x: Any, w: Any) -> Any:
 
 @functools.partial(jax.jit, inline=True)
 def _jit_unembed(x: Any, w: Any) -> Any:
-    """Return the logits of few rows. For one row they are w x, because XLA would fuse x w^T with the layer_norm before.
+    """Return the logits of few rows. One row is computed as w x, because XLA would fuse x w^T with the layer_norm.
 
     A decode step takes 18 ms with w x, and 22 ms with x w^T.
     """
@@ -210,7 +210,7 @@ class JaxBackend(Backend):
     dtypes = {name: jnp.dtype(name) for name in ("float32", "float64", "bfloat16", "float16")}
 
     def refusal(self, x: Any) -> str | None:
-        # No class is refused: all subclasses of jax.Array belong to JAX, and other classes register themselves.
+        # No class is refused: subclasses of jax.Array either belong to JAX or were registered by their authors.
         if not isinstance(x, jax.core.Tracer) and x.is_deleted():
             return "was deleted, or donated to a compiled function; make the array again"
         return None
@@ -239,8 +239,8 @@ class JaxBackend(Backend):
         if a.size == 1 and isinstance(device, Sharding):
             return _put_one(device)(a)
         x = jnp.asarray(a) if device is None else jax.device_put(a, device)
-        # JAX copies asynchronously and keeps the source alive until then. Without waiting, a model that is loaded
-        # tensor by tensor would be in memory twice.
+        # JAX copies asynchronously and keeps the source alive until the copy is complete. Without waiting, a model that
+        # is loaded tensor by tensor would be in memory twice.
         return x.block_until_ready() if a.nbytes >= 2**20 else x
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
@@ -287,7 +287,7 @@ def _device_name(device: Any) -> str:
 
 
 def _replicated(like: Any) -> Any:
-    """Return the sharding of a small array that is used with `like`: its device, or replicated over its mesh."""
+    """Return a sharding for a small array that is used with `like`: on its device, or replicated over its mesh."""
     if isinstance(like, jax.core.Tracer):
         return None  # the compiler places it
     if isinstance(like.sharding, NamedSharding):

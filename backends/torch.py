@@ -311,7 +311,7 @@ class _GraphedCall:
         try:
             launch, results = _record(lambda: self._fn(*tree_unflatten(given, self._spec)), self._device)
         except Exception as error:  # from the driver; recording has written nothing, so the call can run eagerly
-            warnings.warn(f"runs without a CUDA graph: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"no CUDA graph was recorded: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=4)
             return
         leaves, self._structure = tree_flatten(results)
         places = {id(x): i for i, (x, own) in enumerate(zip(given, self._inputs, strict=True)) if own is None}
@@ -323,9 +323,9 @@ class _CUDAGraphCache:
     """A function with donated arguments on a CUDA device, recorded as one CUDA graph per set of buffers.
 
     The donated tensors are the buffers. A call is recorded if its other tensors have at most MAX_ELEMENTS elements
-    together, as in a decode step, whose time for a small model is the time of its kernel launches. The buffers of the
-    next text often have the addresses of the last one, and then share its graph. Only the MAX_GRAPHS graphs that were
-    used last are kept.
+    together, as in a decode step. For a small model, a decode step takes as long as its kernel launches. The buffers of
+    the next text often have the same addresses as those of the previous text, and then the same graph is used again.
+    Only the MAX_GRAPHS most recently used graphs are kept.
     """
 
     MAX_ELEMENTS, MAX_GRAPHS = 64, 8
@@ -482,7 +482,7 @@ class TorchBackend(Backend):
         return x.index_add(0, indices, rows)
 
     def split(self, x: Any, n: int) -> Sequence[Any]:
-        parts: Sequence[Any] = x.chunk(n, -1)  # the gradient is one concatenation; that of slices is a sum of n arrays
+        parts: Sequence[Any] = x.chunk(n, -1)  # its gradient is a concatenation; the gradient of n slices is a sum
         return parts
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:

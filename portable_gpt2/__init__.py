@@ -1,10 +1,10 @@
 """GPT-2 written once against the array API standard, and run by NumPy, TensorFlow, JAX and PyTorch.
 
 The public names are those of `portable_gpt2.api`, which is imported when one of them is used for the first time. Until
-then, not even NumPy is imported, so that the command can handle Ctrl-C from its start.
+then, not even NumPy is imported, so that the command-line program can handle Ctrl-C from its start.
 """
 
-TYPE_CHECKING = False  # to import it from typing would take 3 ms
+TYPE_CHECKING = False  # importing the constant from typing would take 3 ms
 
 if TYPE_CHECKING:
     from . import gradients as gradients

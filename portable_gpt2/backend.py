@@ -1,7 +1,7 @@
 """The abstract interface between the portable code and an array framework.
 
-A backend is an array-API namespace plus the few services that the standard lacks. All portable code computes through
-one; every difference between frameworks is in their adapters. `registry` finds backends.
+A backend is an array-API namespace plus the few services that the standard lacks. Portable code calls a framework only
+through its backend; everything that differs between frameworks is in their adapters. `registry` finds backends.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Backend:
     """The classes of this backend's arrays; `refusal` may refuse arrays of a subclass."""
 
     xp: ClassVar[Any]
-    """The array-API namespace over the framework's own arrays: no wrapper class goes in or comes out."""
+    """The array-API namespace. Its functions take and return the framework's own arrays, without a wrapper class."""
 
     dtypes: ClassVar[Mapping[str, Any]]
-    """The framework's floating dtypes by name: float32, and those of float64, bfloat16, float16 that it has."""
+    """The framework's floating dtypes by name: float32, and float64, bfloat16 and float16 if it has them."""
 
     def devices(self) -> Mapping[str, Any]:
         """Return the framework's own device objects by names such as ``cpu``, ``cuda:0``."""
@@ -68,9 +68,9 @@ class Backend:
     """The framework's own implementations of portable ops, by the op's name and with its signature.
 
     The arrays that reach a kernel belong to this backend, and their float dtypes are equal. Nothing else has been
-    checked; the only array of an op may even have integers. A kernel returns NotImplemented for every shape, dtype or
-    axis that it does not take, including malformed ones. The definition, with its checks, runs instead. If a kernel
-    raises an exception, the checks run before the exception is raised again.
+    checked: if the op has only one array, even an integer array reaches the kernel. A kernel returns NotImplemented for
+    every shape, dtype or axis that it does not support, valid or not. The op's checks and its portable definition then
+    run instead. If a kernel raises an exception, the checks run before the exception is raised again.
     """
 
     compiles_per_shape: ClassVar[bool] = False
@@ -80,12 +80,13 @@ class Backend:
     """Whether the functions of `gradients` take less time than `value_and_grad` inside a compiled function."""
 
     def refusal(self, x: Any) -> str | None:
-        """Return why no op computes with x, and what to do instead; None if ops compute with x.
+        """Return the reason why ops refuse x, with a remedy; None if ops accept x.
 
-        x is an instance of `array_types`. The answer may depend on the class of x: in a subclass, ``*`` may be another
-        product, and values may be hidden or have a unit. By default a subclass is accepted if the package of one of
-        `array_types` defines it, as frameworks do for tracers and parameters. The answer may also depend on x itself,
-        such as a sparse array. It completes the sentence "x ...", such as "is sparse; give a dense array".
+        x is an instance of `array_types`. A subclass may be refused, because its operations may mean something else:
+        ``*`` may be a matrix product, elements may be masked, or values may have units. By default a subclass is
+        accepted if it is defined in the package of one of `array_types`, such as a framework's tracers and parameters.
+        An array may also be refused for a property of its own, such as a sparse format. The returned text continues a
+        sentence that begins with the name of x, such as "is sparse; give a dense array".
         """
         packages = {kind.__module__.partition(".")[0] for kind in self.array_types}
         if type(x).__module__.partition(".")[0] in packages:
@@ -95,15 +96,16 @@ class Backend:
     # Devices
 
     def resolve_device(self, device: Any) -> Any:
-        """Return the framework's own object for a device; such an object itself is returned as it is.
+        """Return the framework's own object for a device name; a device object is returned unchanged.
 
-        A name may have ``:0`` at its end or lack it. An adapter that takes other objects or names overrides this
+        The suffix ``:0`` of a name is optional. An adapter that takes other objects or names overrides this
         method, and calls the method of `Backend` for all others.
 
         Raises
         ------
         ValueError
-            If there is no such device, or if its arrays would have shapes and no values. The message lists the devices.
+            If there is no such device, or its arrays would have no values (``meta`` of PyTorch). The message lists the
+            devices.
         """
         devices = self.devices()
         if isinstance(device, str):
@@ -121,16 +123,16 @@ class Backend:
         return next(name for name, device in self.devices().items() if device == x.device)
 
     def placement(self, x: Any) -> Any:
-        """Return the device of x as `resolve_device` returns it, or a sharding that replicates over its devices."""
+        """Return the device of x as `resolve_device` does, or, if x is sharded, a sharding that replicates an array."""
         return x.device
 
     # To and from the host
 
     def put(self, a: np.ndarray, device: Any) -> Any:
-        """Return a NumPy array as this framework's, on a device.
+        """Convert a NumPy array to an array of this framework on a device.
 
-        The array has native byte order; the result may share its memory. The device is the framework's own object, or
-        None for the framework's default device.
+        The NumPy array has native byte order; the result may share its memory. The device is the framework's own
+        object, or None for the framework's default device.
 
         Raises
         ------
@@ -144,30 +146,30 @@ class Backend:
         return np.asarray(x)
 
     def peek(self, x: Any) -> np.ndarray | None:
-        """Return x on the host if its values can be read at once; None for tracers and arrays on an accelerator.
+        """Return x on the host if its values can be read immediately; None for a tracer or an array on an accelerator.
 
-        Where ids can be read, an id out of range raises an error; elsewhere it becomes NaN. Therefore the answer must
-        depend on the kind of x and its device, and not on whether x has been computed yet.
+        An id that is out of range raises an error if the ids can be read, and otherwise its result is NaN. Therefore
+        the answer must depend on the class and the device of x, and not on whether x has been computed yet.
         """
         return None
 
     def read_checkpoint(self, path: str) -> Mapping[str, Any]:
         """Return the contents of a file of the framework's own format by name, each tensor as a `StoredTensor`.
 
-        Nested objects of the file are nested in the result: dicts, lists, numbers and strings.
+        The result has the nesting of the file: its dicts and lists, with tensors, numbers and strings in them.
 
-        Optional. An adapter that has it lists the names of such files in the entry-point group
-        ``portable_gpt2.checkpoints``: the name of an entry point is the backend's, its value a tuple of patterns of
-        file names (as `fnmatch` understands them), in a module that imports no framework. No file may be executed.
-        This method, and the `read` of a tensor, may raise any Exception; the caller adds the name of the file to the
-        message. The text of a `CheckpointError` is shown as it is.
+        This method is optional. An adapter that defines it also registers an entry point in the group
+        ``portable_gpt2.checkpoints``. The entry point's name is the name of the backend. Its value is a tuple of
+        patterns of file names, as `fnmatch` understands them, in a module that imports no framework. The method must
+        not execute code from a file. It may raise any Exception, and so may the `read` of a tensor; the caller adds the
+        name of the file to the message, and shows the text of a `CheckpointError` unchanged.
         """
         raise NotImplementedError
 
-    # Functions that the array API lacks, or has without shardings
+    # Functions that the array API lacks, or that must also handle sharded arrays
 
     def shape(self, x: Any) -> tuple[Any, ...]:
-        """Return the shape of x as a tuple; a dimension unknown while tracing is a scalar array (`shape_list`)."""
+        """Return the shape of x as a tuple; a dimension unknown while tracing is a scalar array."""
         return tuple(x.shape)
 
     def arange(self, n: Any, *, like: Any) -> Any:
@@ -188,7 +190,7 @@ class Backend:
         return buffer
 
     def index_add(self, x: Any, indices: Any, rows: Any) -> Any:
-        """Return x [n, d] with each row of rows [m, d] added to the row of x that indices [m] names.
+        """Return x [n, d] with row i of rows [m, d] added to row indices[i] of x, for each i.
 
         An index may occur several times. The result may use the memory of x, so do not read `x` afterwards. The caller
         has checked that the indices are from 0 to n - 1.
@@ -205,19 +207,20 @@ class Backend:
     # Transformations of functions
 
     def compile(self, fn: Callable[..., Any], *bound: Any, donate: tuple[str, ...] = ()) -> Callable[..., Any]:
-        """Return ``functools.partial(fn, *bound)``, compiled where eager code is not already fast.
+        """Return ``functools.partial(fn, *bound)``, compiled if the framework's eager code is slow.
 
         The bound arguments are trees of arrays that do not change. The other arguments are trees of arrays and Python
-        ints; another int does not cause another compilation. Arrays that the function creates are on the device of the
-        given arrays. Do not use an argument again that is named in `donate`: its memory may have been reused.
+        ints; a new value of an int does not cause another compilation. Arrays that the function creates are on the
+        device of the given arrays. Do not use an argument that is named in `donate` after the call: its memory may have
+        been reused.
         """
         return functools.partial(fn, *bound)
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function with the arguments of fn that returns its value and the gradient by its first argument.
+        """Return a function that takes the arguments of fn, and returns fn's value and its gradient.
 
-        fn returns a scalar array. Its first argument, and the gradient, are trees of float arrays. Optional:
-        NotImplemented where the framework cannot differentiate.
+        fn returns a scalar array. The gradient is with respect to the first argument; both are trees of float arrays.
+        If the framework cannot differentiate, this method returns NotImplemented.
         """
         absent: Any = NotImplemented
         return absent  # type: ignore[no-any-return]
@@ -225,7 +228,7 @@ class Backend:
     def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
         """Return the state, a tree of arrays, after ``state = body(i, state)`` for i from 0 to n - 1.
 
-        In a compiled function it may remain a loop, whose iterations use the same memory; then i is traced.
+        In a compiled function the loop need not be unrolled: iterations then use the same memory, and i is traced.
         """
         for i in range(n):
             state = body(i, state)
@@ -243,7 +246,7 @@ class Backend:
     def __init__(self, device: Any = None) -> None:
         self.default_device = None if device is None else self.resolve_device(device)
         self.dtype_names = {dtype: name for name, dtype in self.dtypes.items()}
-        """The names of the framework's floating dtypes; others are missing."""
+        """The name of each floating dtype of the framework. Other dtypes are not in this dict."""
 
     def __repr__(self) -> str:
         where = "" if self.default_device is None else f", device={str(self.default_device)!r}"
@@ -266,10 +269,11 @@ class Backend:
             ) from None
 
     def from_numpy(self, a: np.ndarray, dtype: str | None = None, device: Any = None) -> Any:
-        """Return a NumPy array as this framework's, on a device, or on the backend's default device.
+        """Convert a NumPy array to an array of this framework on a device.
 
-        The conversion to dtype, a name, is done on the host, so that the bits are the same on every backend. Nothing is
-        copied if the framework can share memory; the result may therefore share memory with a writeable `a`.
+        The device is the backend's default device unless given. The conversion to `dtype`, a name, is done on the host,
+        so that the bits are the same on every backend. Nothing is copied if the framework can share memory; the result
+        may therefore share memory with a writeable `a`.
 
         Raises
         ------
@@ -287,5 +291,5 @@ class Backend:
 
 
 def subclass_refusal(name: str, conversion: str) -> str:
-    """Return the answer of `Backend.refusal` for a class that is not defined by the framework itself."""
-    return f"is a subclass of {name}'s array, which may compute otherwise; {conversion} is a plain array"
+    """Return the answer of `Backend.refusal` for a class that the framework itself does not define."""
+    return f"is a subclass of {name}'s array, and may compute differently; convert it with {conversion}"

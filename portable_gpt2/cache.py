@@ -25,14 +25,15 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
 
 
 class KVCache(NamedTuple):
-    """The keys and values of the tokens that were read, in one buffer each per layer.
+    """The keys and values of the tokens that were read. Each layer has one buffer of keys and one of values.
 
     Parameters
     ----------
     k, v : tuple of float arrays [batch, n_head, capacity, head_size]
         The buffers, one per layer.
     position : int or int array []
-        How many tokens were read: the next token is written to this row. It is an array inside and after `jax.jit`.
+        The number of tokens that were read, which is the row of the next token. Inside and after `jax.jit`, it is an
+        array.
     padding : int array [batch], optional
         How many of the first tokens of each text are padding.
 
@@ -57,9 +58,9 @@ class KVCache(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """One layer's buffers while new tokens are read, and which keys those tokens see.
+    """One layer's buffers while new tokens are read, and a mask of the keys that the tokens see.
 
-    Without a cache there are no buffers (None), and `update` returns the new keys and values themselves.
+    Without a cache the buffers are None, and `update` returns the new keys and values themselves.
     """
 
     k: Any  # [batch, n_head, capacity, head_size]
@@ -71,7 +72,7 @@ class LayerCache(NamedTuple):
     def update(
         self, k: Float[Array, "batch heads seq d"], v: Float[Array, "batch heads seq d"]
     ) -> tuple[Float[Array, "batch heads keys d"], Float[Array, "batch heads keys d"], LayerCache]:
-        """Write the new keys and values; return those that attention reads, and the layer with what was written."""
+        """Write the new keys and values; return the keys and values that attention reads, and the updated layer."""
         if self.k is None:
             return k, v, self
         _, _, start, n_keys, mask = self
@@ -83,10 +84,10 @@ class LayerCache(NamedTuple):
 def open_layers(
     tokens: Int[Array, "batch seq"], n_layer: int, cache: KVCache | None
 ) -> tuple[Int[Array, "*batch seq"], list[LayerCache]]:
-    """Return the position of each new token in its text, and what attention needs in each layer.
+    """Return the position of each new token in its text, and the `LayerCache` of each layer.
 
-    Where the cache's position is an int, only the rows that are filled are read. Where it is an array, the shape of
-    what is read cannot depend on it: all rows are read, and the mask hides the rest.
+    If the cache's position is an int, attention reads only the rows that are filled. If the position is an array, no
+    shape can depend on it: attention reads all rows, and the mask hides those that are not filled.
     """
     backend = backend_of(tokens)
     seq = backend.shape(tokens)[1]
@@ -95,7 +96,7 @@ def open_layers(
     n_keys = start + seq if is_known else backend.shape(k[0])[-2]
     rows = start + backend.arange(seq, like=tokens)
     positions = positions_in_text(rows, padding)
-    if not is_known:  # `write` does not see that there is no room; `embed` looks up position -1 as NaN
+    if not is_known:  # `write` cannot check that the tokens fit: positions of -1 make `embed` return NaN
         positions = backend.xp.where(start + seq <= n_keys, positions, -1)
     sees_all = is_known and isinstance(seq, int) and seq == 1 and padding is None
     mask = None if sees_all else visible_keys(rows, n_keys, padding)
@@ -229,10 +230,10 @@ def grow_cache(cache: KVCache, capacity: int) -> KVCache:
     for other in buffers:
         if len(shape) != 4 or not _may_be_equal(backend.shape(other), shape):
             found = f"{list(shape)} and {list(backend.shape(other))}"
-            raise ValueError(f"the cache has buffers of shapes {found}; expected one of new_cache")
+            raise ValueError(f"the cache has buffers of shapes {found}; expected a cache of new_cache")
     batch, n_head, held, d = shape
     capacity = checks.integer("capacity", capacity, held, note=f"the cache has room for {held} tokens already")
-    if isinstance(batch, int):  # else it is not known while tracing
+    if isinstance(batch, int):  # an unknown length, while tracing, is an array
         check_memory(len(buffers) * batch * n_head * capacity * d, buffer, f"a cache of {capacity:,} tokens")
 
     def grown(buffers: Iterable[Any]) -> tuple[Any, ...]:
@@ -246,7 +247,7 @@ def grow_cache(cache: KVCache, capacity: int) -> KVCache:
 
 
 def check_cache(cache: KVCache, tokens: Any, params: Params, config: GPT2Config) -> KVCache:
-    """Return a cache, its position as Python's int where NumPy's was given.
+    """Return a cache whose position is an int of Python if it was an int of NumPy.
 
     Refuse a cache that does not fit the tokens or the model, or that has no room for the tokens.
     """
@@ -255,14 +256,14 @@ def check_cache(cache: KVCache, tokens: Any, params: Params, config: GPT2Config)
     owner, buffers = _buffers(cache, config.n_layer)
     backend, dtype = backend_of(tokens), params["wte"].dtype
     if owner is not backend:
-        raise TypeError(f"the cache is of {owner.name} and tokens are of {backend.name}; make one of this model")
+        raise TypeError(f"the cache is of {owner.name} and tokens are of {backend.name}; make a new cache")
     batch, seq = backend.shape(tokens)
     capacity = backend.shape(buffers[0])[-2]
     expected = (batch, config.n_head, capacity, config.head_size)
     for i, buffer in enumerate(buffers):
         if not _may_be_equal(shape := backend.shape(buffer), expected):
             raise ValueError(
-                f"the cache of layer {i % config.n_layer} has shape {list(shape)}; tokens and config make it "
+                f"the cache of layer {i % config.n_layer} has shape {list(shape)}; tokens and config require "
                 f"[batch, n_head, capacity, head_size] = {list(expected)}"
             )
         if buffer.dtype != dtype:
@@ -283,7 +284,7 @@ def check_cache(cache: KVCache, tokens: Any, params: Params, config: GPT2Config)
 
 
 def _check_position(backend: Backend, position: Any, seq: Any, capacity: Any, config: GPT2Config) -> None:
-    """Refuse a position before the cache's first row, or without room for the tokens, as far as it is known."""
+    """Refuse a position that is negative, or that leaves no room for the tokens, unless it is traced."""
     is_array = isinstance(position, backend.array_types)
     if is_array:
         if backend.shape(position):
@@ -311,13 +312,13 @@ def check_cache_size(params: Params, config: GPT2Config, batch: int, capacity: i
 
 
 def _buffers(cache: Any, n_layer: int | None = None) -> tuple[Backend, list[Any]]:
-    """Return a cache's backend and its buffers; refuse what is not a cache of that many layers (None: of any)."""
+    """Return a cache's backend and its buffers; refuse an object that is not a cache of n_layer layers, if given."""
     if not isinstance(cache, KVCache):
-        raise TypeError(f"cache is {checks.shown(cache)}; expected one of new_cache")
+        raise TypeError(f"cache is {checks.shown(cache)}; expected a cache of new_cache")
     k, v = cache.k, cache.v
     if not (isinstance(k, tuple) and isinstance(v, tuple) and len(k) == len(v) == (n_layer or len(k)) > 0):
         n_k, n_v = (f"{len(x)} arrays" if isinstance(x, tuple) else checks.shown(x) for x in (k, v))
-        expected = "one of new_cache" if n_layer is None else f"one of new_cache for {n_layer} layers"
+        expected = "a cache of new_cache" if n_layer is None else f"a cache of new_cache for {n_layer} layers"
         raise ValueError(f"the cache has {n_k} for k and {n_v} for v; expected {expected}")
     buffers = [*k, *v]
     try:
@@ -326,7 +327,7 @@ def _buffers(cache: Any, n_layer: int | None = None) -> tuple[Backend, list[Any]
         raise TypeError(f"the cache: {error}") from None
     for owner in owners:
         if owner is not owners[0]:
-            raise TypeError(f"the cache has arrays of {owners[0].name} and of {owner.name}; make one of this model")
+            raise TypeError(f"the cache has arrays of {owners[0].name} and of {owner.name}; make a new cache")
     return owners[0], buffers
 
 

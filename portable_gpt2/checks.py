@@ -183,7 +183,7 @@ def total_memory() -> float:
 
 
 def flag(name: str, x: Any) -> bool:
-    """Return a bool of Python or NumPy as Python's bool. Numbers and texts are refused: the text ``no`` is true."""
+    """Return a bool of Python or NumPy as Python's bool. Other types are refused: ``bool("no")`` is True."""
     if isinstance(x, bool | np.bool_):
         return bool(x)
     raise ValueError(f"{name} is {shown(x)}; expected true or false")
@@ -254,7 +254,7 @@ def token_ids(name: str, given: Any, n_vocab: int, axes: int = 1, *, may_be_empt
 
 
 def _row(name: str, given: Any, n_vocab: int) -> Any:
-    """Return a row of token ids, a list or an array. Items of a list that NumPy would convert to an int are refused."""
+    """Return a row of token ids, a list or an array. List items such as True, which NumPy converts, are refused."""
     if isinstance(given, range):
         return given[: n_vocab + 1]  # a longer range has an item among these that is not an id
     if not isinstance(given, list | tuple):

@@ -85,7 +85,7 @@ class GPT2Config:
         for name in ("bos_token_id", "pad_token_id"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, self._id(name, getattr(self, name)))
-        if self.bos_token_id in ends[:1]:  # the default: replacing eos_token_id then replaces it as well
+        if self.bos_token_id in ends[:1]:  # None, so that the id follows when eos_token_id is replaced
             object.__setattr__(self, "bos_token_id", None)
 
     def _id(self, name: str, value: Any) -> int:
@@ -144,8 +144,8 @@ class GPT2Config:
     def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
         """Return the configuration that the entries of a Hugging Face ``config.json`` describe.
 
-        An entry that changes the logits is honoured or refused by name. Entries about other things, such as training or
-        another task, are ignored.
+        Every entry that affects the logits is used, or refused by an error that names it. Other entries, such as those
+        about training or another task, are ignored.
 
         Raises
         ------
@@ -177,8 +177,8 @@ class GPT2Config:
     def with_generation(self, entries: Mapping[str, Any]) -> GPT2Config:
         """Return this configuration with the special ids of a ``generation_config.json``.
 
-        As in transformers, the ids that end a text are those of this file, even if it has none. If it has no
-        bos_token_id or no pad_token_id, that id stays.
+        As in transformers, eos_token_id is taken from the file, and is None if the file has none. bos_token_id and
+        pad_token_id change only if the file has them.
 
         Raises
         ------
@@ -242,7 +242,7 @@ class GPT2Config:
 
 
 def _special_ids(entries: Mapping[str, Any], n_vocab: Any) -> dict[str, Any]:
-    """Return the special ids that the entries of a file name.
+    """Return eos_token_id, bos_token_id and pad_token_id from the entries of a file; None for a missing one.
 
     An id outside the vocabulary is dropped: small models often keep the default ids of GPT-2's large vocabulary.
     """
@@ -279,7 +279,7 @@ _NANOGPT = {
     "vocab_size": "vocab_size",
 }
 
-# Other names of entries, which transformers accepts as well, and the usual ones.
+# Alternative names of entries, which transformers also accepts, with the usual names.
 ALIASES = {
     "n_ctx": "n_positions",
     "max_position_embeddings": "n_positions",

@@ -19,7 +19,7 @@ class CheckpointError(ValueError):
 
 
 class TokenizerError(CheckpointError):
-    """A tokenizer cannot be used with a model whose weights can be used by token ids. The message says why."""
+    """The tokenizer of a checkpoint cannot be used, but its weights can, with token ids. The message says why."""
 
 
 class StoredTensor(NamedTuple):
@@ -33,5 +33,5 @@ class StoredTensor(NamedTuple):
 
 
 def value_range(integers: np.ndarray) -> tuple[int, int]:
-    """Return the least and the largest of some integers; (0, -1) if there are none."""
+    """Return the smallest and the largest element of an integer array; (0, -1) if the array is empty."""
     return (int(integers.min()), int(integers.max())) if integers.size else (0, -1)

@@ -42,8 +42,8 @@ class GenerationOptions(SamplingOptions, total=False):
     stop               None       A string or a token id, or several of them, that end the text and are not part of it.
                                   A string may be spread over several tokens.
     sliding            False      Whether to continue a text that fills n_ctx from its last n_ctx // 2 tokens.
-    allow_special      False      Which special tokens in a prompt, such as ``<|endoftext|>``, are read as that one
-                                  token and not as text: none (False), all (True), or those of these names.
+    allow_special      False      Which special tokens, such as ``<|endoftext|>``, are recognized in a prompt: none
+                                  (False), all (True), or those in a collection. The others are read as plain text.
     =================  =========  ======================================================================================
     """
 
@@ -151,7 +151,7 @@ class GPT2:
             of the Hugging Face hub (``gpt2``, ``user/model``, ``user/model@revision``). A directory of the same name is
             preferred. A directory has Hugging Face's layout (``config.json`` with ``model.safetensors``, with several
             such files and their index, or with ``pytorch_model.bin``), OpenAI's (``hparams.json`` with ``model.ckpt``)
-            or nanoGPT's (``ckpt.pt``). Text needs the tokenizer's files as well.
+            or nanoGPT's (``ckpt.pt``). The methods that take text also need the tokenizer's files.
         backend : str or Backend, optional
             The backend that runs the model; the default backend (see `get_backend`) unless given.
         device : str or the framework's own device object, optional
@@ -335,7 +335,7 @@ class GPT2:
         """Return an iterator over the continuations of several prompts, which are computed in batches.
 
         The continuation of a prompt does not depend on the other prompts: it is the one that the same seed gives for
-        that prompt alone. Without a seed, each prompt gets a random seed, which its `Completion` has.
+        that prompt alone. Without a seed, each prompt gets a random seed, which is an attribute of its `Completion`.
 
         Parameters
         ----------
@@ -368,7 +368,7 @@ class GPT2:
         ends, strings = checks.stops(stop, self.config.n_vocab)
         ends.update(self._end_of_text())
         max_new_tokens = checks.new_tokens(max_new_tokens, sliding, ids, self.config.n_ctx)
-        samplings = [Sampling(**options) for _ in prompts] or [Sampling(**options)]  # checked even without a prompt
+        samplings = [Sampling(**options) for _ in prompts] or [Sampling(**options)]  # to check the options
         n_rows = min(batch_size, num_samples * len(prompts))
         check_cache_size(self.params, self.config, n_rows, max(map(len, ids), default=1))
         given = zip(prompts, ids, samplings, strict=False)
@@ -459,9 +459,9 @@ class GPT2:
             Distance between the beginnings of two windows, from 1 to n_ctx - 1; n_ctx // 2 unless given. A smaller
             stride is slower and gives each token more context.
         bos : bool
-            Whether to put the configuration's bos_token_id before the text. In GPT-2 it is ``<|endoftext|>``, with
-            which a document begins in its training data. Then the first token of the text is scored as well; without it
-            the log-probability of the first token is NaN, because nothing comes before that token.
+            Whether to put the configuration's bos_token_id before the text. In GPT-2 this is ``<|endoftext|>``, which
+            precedes each document in the training data. If false, the log-probability of the first token is NaN,
+            because no token comes before the first one.
         allow_special : bool or collection of str
             See `GenerationOptions`.
 

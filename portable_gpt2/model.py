@@ -98,7 +98,7 @@ def transformer(
     cache: KVCache | None = None,
     observe: Observe = ignore,
 ) -> tuple[Float[Array, "batch seq n"], KVCache | None]:
-    """Return the last hidden states, of which `gpt2` makes the logits."""
+    """Return the last hidden states, from which `gpt2` computes the logits, and the extended cache."""
     check_inputs(params, tokens, config)
     cache = None if cache is None else check_cache(cache, tokens, params, config)
     try:
@@ -133,7 +133,7 @@ def _transformer(
 
 
 def head(params: Params, h: Float[Array, "batch seq n"]) -> Float[Array, "batch seq vocab"]:
-    """Return the logits of hidden states: products with lm_head, or with wte where the two are tied."""
+    """Return the logits of hidden states: their products with lm_head, or with wte if the config ties the two."""
     return unembed(h, params.get("lm_head", params["wte"]))
 
 
@@ -145,7 +145,7 @@ def gpt2(
     observe: Observe = ignore,
 ) -> tuple[
     Float[Array, "batch seq vocab"], KVCache | Any
-]:  # None without a cache; Any, so that callers with a cache need not check
+]:  # None only without a cache; Any spares callers with a cache a type check
     """Compute the logits of the token that follows each token.
 
     Parameters
@@ -201,7 +201,7 @@ def gpt2(
 
 
 def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) -> Float[Array, ""]:
-    """Return the mean cross-entropy, in nats, of each token after the first given those before it.
+    """Return the mean cross-entropy in nats: of each token but the first, given the tokens before it.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) ->
     Returns
     -------
     float array []
-        In float32, or float64 if the parameters are: 16-bit logits are converted first.
+        The dtype is float64 if the parameters have it, and otherwise float32: 16-bit logits are converted first.
 
     Raises
     ------

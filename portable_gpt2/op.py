@@ -34,12 +34,14 @@ class Op(Protocol[P, R]):
 
 
 def op(definition: Callable[P, R]) -> Op[P, R]:
-    """Make an op of its definition: check its arguments, and run a kernel of the arrays' backend in its place.
+    """Return an op with this definition. The op checks its arguments and runs a kernel, or else the definition.
 
     The checks are read from the annotations of the definition. A kernel runs as soon as it is known that the arrays
-    belong to one backend and have one floating dtype; the other checks run if the kernel declines or fails.
+    belong to one backend and have one floating dtype. If the kernel returns NotImplemented or raises an exception, the
+    other checks run.
 
-    The definition computes in float32 at least: 16-bit arrays are widened before it, and its result is rounded once.
+    The definition computes in float32 or float64: 16-bit arguments are converted to float32, and the result is
+    converted back, which rounds it once.
 
     Raises
     ------
@@ -76,7 +78,7 @@ def op(definition: Callable[P, R]) -> Op[P, R]:
         try:
             result = kernel(*args, **kwargs)
         except Exception:
-            reference(*args, **kwargs)  # says what is wrong with the input, if anything is
+            reference(*args, **kwargs)  # raises a clearer error if the input is not valid
             raise
         return reference(*args, **kwargs) if result is NotImplemented else result
 

@@ -1,8 +1,8 @@
 """The operations that GPT-2 is made of, each written once in array-API terms.
 
-A function here is an op's meaning, its documentation and its fallback. The backend of the arrays may have a kernel for
-it: ``softmax(x)`` runs the kernel, ``softmax.reference(x)`` always runs the definition. An op raises the errors that
-`op.op` lists; its own docstring lists only the errors that it adds.
+Each function here defines what an op computes, and runs where no kernel does. If the backend of the arrays has a
+kernel, ``softmax(x)`` runs it, and ``softmax.reference(x)`` still runs the definition. Every op raises the errors that
+`op.op` lists; the docstring of an op lists only the errors that are specific to it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .op import op
 from .registry import backend_of
 from .signature import check_axis
 
-if TYPE_CHECKING or "jaxtyping" in sys.modules:  # importing it costs more than all of this package
+if TYPE_CHECKING or "jaxtyping" in sys.modules:  # importing jaxtyping takes longer than importing this package
     from jaxtyping import Bool, Float, Int
 
     Array = Any
@@ -46,20 +46,21 @@ def is_empty(x: Any) -> bool:
 
 
 def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
-    """Return ids as indices from 0 to n - 1, and a bool array of which ids are in range; None if all are known to be.
+    """Return ids as indices from 0 to n - 1, and a bool array that is True where an id is in range.
 
-    The index of an id that is out of range is 0; the caller replaces its result by NaN.
+    The index of an id that is out of range is 0; the caller replaces its result by NaN. If the ids can be read
+    immediately, None replaces the bool array, because all ids are then known to be in range.
 
     Raises
     ------
     ValueError
-        If an id is out of range and the ids can be read at once: NumPy arrays, and eager arrays on a CPU.
+        If an id is out of range and the ids can be read immediately: NumPy arrays, and eager arrays on a CPU.
     """
     backend = backend_of(ids)
     if _is_zero(n) and not is_empty(ids):
-        raise ValueError(f"{name} have shape {list(backend.shape(ids))}, but there is nothing to choose from")
+        raise ValueError(f"{name} have shape {list(backend.shape(ids))}, but there are no valid ids")
     xp, values = backend.xp, backend.peek(ids)
-    index = xp.astype(ids, xp.int64, copy=False)  # the array API looks up by signed integers alone
+    index = xp.astype(ids, xp.int64, copy=False)  # the array API permits only signed integers as indices
     if isinstance(n, int) and values is not None:
         low, high = value_range(values)
         if low < 0 or high >= n:
@@ -136,8 +137,8 @@ def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> Float[Array, "*shap
 
     Notes
     -----
-    Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions", IMA J. Numer. Anal.
-    41(4), 2021, bound its error; docs/numerics.md derives the bound.
+    docs/numerics.md derives a bound of the error from that of Blanchard, Higham and Higham, "Accurately computing the
+    log-sum-exp and softmax functions", IMA J. Numer. Anal. 41(4), 2021.
 
     Examples
     --------
@@ -353,8 +354,8 @@ def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> Float[Array,
     Raises
     ------
     ValueError
-        If an id is out of range and the ids can be read at once: NumPy arrays, and eager arrays on a CPU. Traced ids
-        and ids on an accelerator are not read.
+        If an id is out of range and the ids can be read immediately: NumPy arrays, and eager arrays on a CPU. Traced
+        ids and ids on an accelerator are not read.
 
     Examples
     --------
@@ -421,7 +422,7 @@ def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*ba
     Raises
     ------
     ValueError
-        If the vocabulary is empty, or a target is out of range and the targets can be read at once (see `embed`).
+        If the vocabulary is empty, or a target is out of range and the targets can be read immediately (see `embed`).
 
     Notes
     -----
@@ -444,6 +445,6 @@ def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*ba
     x = logits - xp.max(logits, axis=-1, keepdims=True)
     total = xp.log(xp.sum(xp.exp(x), axis=-1))
     losses = total - xp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
-    if known is not None:  # a product, so that the gradient is NaN too
+    if known is not None:  # multiplied and not selected, so that the gradient is NaN too
         losses = losses * xp.where(known, xp.astype(known, losses.dtype), math.nan)
     return xp.mean(losses)

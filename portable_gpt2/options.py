@@ -1,7 +1,7 @@
 """Options: fields of a dataclass that carry their help text and their validation.
 
-`Sampling` and `training.Recipe` consist of options, and so does the shape in `GPT2Config`. The dataclass validates
-its fields, its docstring lists them, and the command makes one flag of each.
+`Sampling` and `training.Recipe` consist of options, and four sizes in `GPT2Config` are options. The dataclass validates
+its options, its docstring lists them, and the command line has one flag for each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def option(default: _T, help: str, check: Callable[..., Any], *, default_text: s
         Called with the field's name, a value that is not None, and the limits. It returns the value in Python's own
         type, or raises an error; `checks` has several.
     default_text : str
-        What the default means, where the value does not say it.
+        A text for the help that replaces the default value, if the value does not explain itself.
     **limits
         Passed on to the check.
     """

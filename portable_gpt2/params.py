@@ -104,7 +104,7 @@ def flatten(tree: Mapping[str, Any], scope: str = "") -> Iterator[tuple[str, Any
 
 
 def nest(leaves: Mapping[str, Any]) -> Params:
-    """Return the tree with these leaves, by path: the inverse of `flatten`.
+    """Return the tree of leaves that are given by path: the inverse of `flatten`.
 
     Examples
     --------
@@ -161,8 +161,8 @@ def init_params(
     dtype : str
         ``float32``, ``float64``, ``bfloat16`` or ``float16``.
     scale_residual : bool
-        Whether to divide the weights of the projections ``c_proj``, whose 2 n_layer results are added to the residual
-        stream, by sqrt(2 n_layer), so that the variance of the stream does not grow with the number of layers. The
+        Whether to divide the weights of the projections ``c_proj`` by sqrt(2 n_layer). The results of the 2 n_layer
+        projections are added to the residual stream, whose variance then does not grow with the number of layers. The
         paper does this, and OpenAI's code does not.
 
     Returns
@@ -309,7 +309,7 @@ def check_params(params: Params, config: GPT2Config) -> None:
         if x.dtype != found[first].dtype:
             raise TypeError(f"{first} has dtype {found[first].dtype} and {path} has {x.dtype}; convert one of them")
         if (shape := backend.shape(x)) != expected[path]:
-            raise ValueError(f"{path} has shape {list(shape)}; config makes it {list(expected[path])}")
+            raise ValueError(f"{path} has shape {list(shape)}; config requires {list(expected[path])}")
 
 
 def place(x: Any) -> str | None:

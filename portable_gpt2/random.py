@@ -1,4 +1,4 @@
-"""The one random stream: words of NumPy's Philox, and what is made of them.
+"""Random streams of words from NumPy's Philox, and the random variates that are computed from them.
 
 A word depends only on the seed, the number of its stream, and its place in the stream. Nothing keeps a state, so that
 no sample depends on the samples before it. NumPy promises that the words of Philox never change; its random floats may
@@ -17,13 +17,13 @@ import math
 import secrets
 
 import numpy as np
-from numpy.random import Philox  # here, because Ctrl-C is lost if it comes while a function imports this
+from numpy.random import Philox  # not in a function: a Ctrl-C during that import would be lost
 
 _WINDOWS = int.from_bytes(b"windows", "little")
 
 
 def new_seed() -> int:
-    """Return a seed for a caller who gave none: 32 random bits, few enough to be typed again."""
+    """Return a random seed for a caller who gave none. It has only 32 bits, so that it is easy to type again."""
     return secrets.randbits(32)
 
 
@@ -38,7 +38,7 @@ def words(n: int, seed: int, stream: int, place: int = 0) -> np.ndarray:
 
 
 def uniform(words: np.ndarray) -> np.ndarray:
-    """Return a number strictly between 0 and 1 for each word, float64: its upper 52 bits, and a half, over 2^52."""
+    """Return (n + 1/2) / 2^52 for each word, float64, where n is its upper 52 bits: strictly between 0 and 1."""
     return ((words >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
@@ -74,7 +74,7 @@ def gumbel(kept: np.ndarray, n_vocab: int, position: int, seed: int, index: int 
 def window_starts(n: int, n_places: int, index: int, seed: int) -> np.ndarray:
     """Return where the n windows of a batch start, int64 [n], each from 0 to n_places - 1.
 
-    The first n_places starts are not equally likely if n_places does not divide 2^64. The difference is below 2^-32 of
-    a probability for every text of fewer than 2^32 tokens.
+    If n_places does not divide 2^64, the starts are not exactly equally likely. The relative difference of their
+    probabilities is below 2^-32 for every text of fewer than 2^32 tokens.
     """
     return (words(n, seed, _WINDOWS, index) % np.uint64(n_places)).astype(np.int64)

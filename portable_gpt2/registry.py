@@ -29,8 +29,8 @@ class BackendNotInstalled(ImportError):
     """The requested backend is unknown, or its framework cannot be imported."""
 
 
-# The dispatch table: the backend of an array, by the array's class. The classes of a framework are added when its
-# backend is loaded, and other classes, such as tracers, when the first array of them is looked up.
+# The dispatch table, from the class of an array to its backend. The classes of a framework are added when its backend
+# is loaded. Other classes, such as those of tracers, are added when `backend_of` first receives an array of the class.
 _BACKEND_OF_TYPE: dict[type, Backend] = {}
 _LOADED: dict[str, Backend] = {}
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def available_backends() -> list[str]:
 
 
 def how_to_install(name: str) -> str:
-    """Return the command that installs a known backend's framework, by an extra of this package if there is one."""
+    """Return the command that installs a known backend's framework: with an extra of this package if it has one."""
     ours = _entry_points()[name].value.startswith("portable_gpt2_backends.")
     return f"pip install 'portable-gpt2[{name}]'" if ours else f"pip install {name}"
 
@@ -74,13 +74,14 @@ def _is_importable(module: str) -> bool:
 
 
 def get_backend(name: str | Backend | None = None, device: Any = None) -> Backend:
-    """Return a backend by name; its framework is imported if it was not.
+    """Return a backend by name. Its framework is imported if necessary.
 
     Parameters
     ----------
     name : str or Backend, optional
-        One of `available_backends`, or a backend itself. The default is the backend of the innermost `use_backend`;
-        outside of one, the environment variable PORTABLE_GPT2_BACKEND names it; otherwise it is ``numpy``.
+        One of `available_backends`, or a backend itself. The default is the backend of the innermost `use_backend`
+        block; outside such a block, the one that the environment variable PORTABLE_GPT2_BACKEND names; and ``numpy`` if
+        the variable is not set.
     device : str or the framework's own device object, optional
         The device of the arrays that the backend creates, such as ``cpu`` or ``cuda:1``; the framework's default device
         unless given.
@@ -164,7 +165,7 @@ def use_backend(name: str | Backend, device: Any = None) -> Iterator[Backend]:
 
 
 def backend_of(x: Any) -> Backend:
-    """Return the backend of an array. No framework is imported by this.
+    """Return the backend of an array. This function imports no framework.
 
     Raises
     ------
@@ -205,8 +206,8 @@ def _own(types: tuple[type, ...], backend: Backend) -> None:
 def __getattr__(name: str) -> Any:
     """Compute the attribute `loaded`: the backends of the frameworks that the program has imported so far.
 
-    torch.compile evaluates attributes of modules and traces functions. Loading an adapter cannot be traced, so `loaded`
-    is an attribute: the first op that a program calls may then be inside a compiled function.
+    `loaded` is an attribute because torch.compile evaluates attributes of modules, but traces functions, and loading an
+    adapter cannot be traced. So a program may call its first op inside a compiled function.
     """
     if name != "loaded":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -243,9 +244,10 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 def enter_loaded() -> None:
-    """Enter the backends of all imported frameworks: each later change of the table makes torch.compile compile again.
+    """Add the classes of all imported frameworks to the dispatch table.
 
-    Called once, at the end of `api`: an adapter that is loaded here may import public names.
+    Each later change of the table makes torch.compile compile again. This function is called once, at the end of `api`,
+    so that an adapter that it loads may import public names.
     """
     for backend in __getattr__("loaded").values():
         _own(backend.array_types, backend)

@@ -1,9 +1,8 @@
 """From logits to a token: repetition penalty, temperature, top-k, top-p and min-p, in this order, then a random stream.
 
-Sampling runs on the host; arithmetic is in float64. The token is the argmax of logits / T + G, where G has one Gumbel
-variate for each entry of the vocabulary, so that the same seed gives the same token whichever framework computed the
-logits: another token may be chosen only where the two largest sums are closer together than the logits of two
-frameworks. Filters remove entries and do not shift the random stream.
+Sampling runs on the host, in float64. The token is the argmax of logits / T + G, where G has one Gumbel variate for
+each entry of the vocabulary. The same seed therefore gives the same token on every framework, unless the two largest
+sums differ by less than the logits of two frameworks do. Filters remove entries and do not shift the random stream.
 
 To add an option, add a field to `Sampling`, its type to `SamplingOptions`, and the code that applies it.
 """
@@ -66,7 +65,7 @@ class Sampling:
     )
     top_p: float | None = option(
         None,
-        "keep only the smallest set of tokens, of those that top-k keeps, whose total probability reaches this value",
+        "among the tokens that top-k keeps, keep the smallest set whose total probability reaches this value",
         checks.number,
         high=1,
         above=True,
@@ -82,8 +81,8 @@ class Sampling:
     )
     repetition_penalty: float = option(
         1.0,
-        "number above 1 that makes tokens less likely which the text already contains: their positive logits are "
-        "divided by it and their negative logits multiplied by it; 1 changes nothing",
+        "penalty above 1 for tokens that the text already contains, which become less likely: their positive logits "
+        "are divided by it and their negative logits multiplied by it; 1 changes nothing",
         checks.number,
         above=True,
         note="1 is off",
@@ -133,7 +132,7 @@ def sample(
     Returns
     -------
     int
-        A token id. If several sums are equal, it is the smallest id.
+        A token id. If several entries of the vocabulary have the largest sum, it is the smallest of their ids.
 
     Raises
     ------
@@ -173,19 +172,19 @@ def sample_with(sampling: Sampling, logits: np.ndarray, position: int, seen: Seq
 
 
 def check_finite(largest: Any) -> None:
-    """Refuse logits by the largest of them, which is a NaN if there is one."""
+    """Raise an error if the largest logit is not finite. It is NaN if any logit is NaN."""
     if not np.isfinite(largest):
         raise ValueError(
-            f"the logits hold a NaN or an infinity (the largest is {largest}): the model's weights do, or its dtype "
-            f"overflowed (float32 may not)"
+            f"the logits hold a NaN or an infinity (the largest is {largest}): the model's weights hold one, too, or "
+            f"the computation overflowed (in float32 it may not)"
         )
 
 
 def apply_repetition_penalty(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:
-    """Return the logits, float64, with those of the tokens in seen made less likely, however often they occur there.
+    """Return the logits, float64, after a penalty for each token in `seen`, which applies once per token.
 
     Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation", 2019. A negative logit
-    is multiplied, as in later implementations: to divide it would make the token likelier.
+    is multiplied, as in later implementations: a division would make the token more likely.
     """
     x = logits.copy()
     ids = np.unique(np.asarray(seen, np.int64))

@@ -12,7 +12,7 @@ from .backend import Backend
 from .checks import is_int, is_number, shown
 from .registry import backend_of
 
-_Sizes = dict[str, tuple[Any, ...]]  # the lengths that a name in a shape stands for: several for a name such as *batch
+_Sizes = dict[str, tuple[Any, ...]]  # by a name in a shape, its lengths: a name such as *batch has several
 
 
 class ArrayType(NamedTuple):
@@ -26,7 +26,7 @@ class ArrayType(NamedTuple):
 
 
 def array_type(annotation: str) -> ArrayType | None:
-    """Read an annotation such as ``Float[Array, "nx nf"] | Float[Array, "1 nx nf"]``; None if it is not an array's.
+    """Read an annotation such as ``Float[Array, "nx nf"] | Float[Array, "1 nx nf"]``; None for other types.
 
     Examples
     --------
@@ -38,7 +38,7 @@ def array_type(annotation: str) -> ArrayType | None:
 
 
 class Signature:
-    """What an op's arguments must be. The order of the checks is that of `check`.
+    """The rules that an op's arguments must follow. `check` applies them in a fixed order.
 
     Attributes
     ----------
@@ -117,7 +117,7 @@ class Signature:
             try:
                 kwargs[key] = float(x)
             except OverflowError:
-                raise ValueError(f"{self.name}: {key} is {shown(x)}, which no float is as large as") from None
+                raise ValueError(f"{self.name}: {key} is {shown(x)}, which is too large for a float") from None
         elif key in self._integers and is_int(x):
             kwargs[key] = int(x)
 
@@ -127,7 +127,7 @@ class Signature:
         is_complete = self._required <= given.keys() <= self._names.keys()
         if is_complete and len(args) <= self._n_positional and len(given) == len(args) + len(kwargs):
             return given
-        try:  # only now: this takes 3 us, and torch.compile makes a hundred guards of it
+        try:  # only for the error: it takes 3 us, and torch.compile would add a hundred guards
             return self._signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             plain = [p.replace(annotation=p.empty) for p in self._signature.parameters.values()]
@@ -136,7 +136,7 @@ class Signature:
     def check_shapes(self, backend: Backend, given: dict[str, Any]) -> None:
         """Refuse shapes that the signature does not permit; a dimension unknown while tracing matches any length."""
         sizes: _Sizes = {}
-        sources: dict[str, tuple[str, tuple[Any, ...]]] = {}  # the first array that has a size, and its shape
+        sources: dict[str, tuple[str, tuple[Any, ...]]] = {}  # by a size's name, the first array with that size
         for key, x in given.items():
             expected = self.arrays.get(key)
             if expected is None or x is None:
@@ -156,7 +156,7 @@ class Signature:
                 raise ValueError(
                     f"{self.name}: {key} has shape {show_shape(shape)}, expected {expected}"
                     f"{because and ', with ' + because}"
-                    f"{'; # may be 1, or missing in front' if '#' in str(expected) else ''}"
+                    f"{'; an axis marked # may be 1 or missing' if '#' in str(expected) else ''}"
                 )
             for d in sizes:
                 sources.setdefault(d, (key, shape))

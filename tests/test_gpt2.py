@@ -488,7 +488,7 @@ def test_parameters_of_another_model_are_refused(backend):
     with pytest.raises(ValueError, match=r"the parameters hold h1/attn/c_attn/b, h1/attn/c_attn/w, .*; config says"):
         pg.GPT2(shallow, nest(arrays))
     short = pg.GPT2Config(**{**vars(tiny.CONFIG), "n_ctx": 32})
-    with pytest.raises(ValueError, match=r"wpe has shape \[64, 16\]; config makes it \[32, 16\]"):
+    with pytest.raises(ValueError, match=r"wpe has shape \[64, 16\]; config requires \[32, 16\]"):
         pg.GPT2(short, nest(arrays))
 
 

@@ -1,4 +1,4 @@
-"""Completions: texts for a batch of prompts, each until its own end."""
+"""Completions of a batch of prompts. Each text ends independently of the others."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Tokens from a model: prefill, then decode over cached keys and values, for a batch of texts.
 
-Where every new shape costs a compilation (`Backend.compiles_per_shape`), prompts are padded, and caches have room for
-64, 128, 256 ... tokens, so that a whole generation compiles a handful of times. Elsewhere the cache has its final size
-at once.
+If the backend compiles again for every new shape (`Backend.compiles_per_shape`), prompts are padded, and caches have
+room for 64, 128, 256 ... tokens, so that a whole generation compiles only a few times. On other backends the cache has
+its final size from the start.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Decoder:
         self._step = backend.compile(step, params, donate=("cache",))
 
     def capacity(self, length: int, final: int) -> int:
-        """Return how many tokens a cache should have room for, for a text of this length and its final length."""
+        """Return the capacity, in tokens, of the cache of a text that now has `length` tokens and will have `final`."""
         return padded_length(length, self.config.n_ctx) if self.backend.compiles_per_shape else final
 
     def read(self, rows: Sequence[list[int]], cache: KVCache) -> tuple[np.ndarray, KVCache]:

@@ -1,4 +1,4 @@
-"""From tokens to text while the tokens arrive: only whole characters, and nothing of a stop string."""
+"""Incremental conversion of tokens to text, which returns only whole characters and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StreamingDetokenizer:
         self.ended = False
 
     def read(self, token: int | None) -> str:
-        """Return the text that one more token makes certain; after the last token, None returns the rest."""
+        """Return the text that is certain after one more token. For None, after the last token, return the rest."""
         piece = self._decode(token)
         n_before = self._n_held
         if piece:
@@ -67,7 +67,7 @@ class StreamingDetokenizer:
         return "".join(released)
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield the text that each token makes certain, and after the last token the rest, until the text ends."""
+        """Yield what `read` returns for each token, until a stop string ends the text; at the end, yield the rest."""
         for token in tokens:
             yield self.read(token)
             if self.ended:

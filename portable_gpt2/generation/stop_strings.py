@@ -1,4 +1,4 @@
-"""Stop strings: where a text ends that arrives character by character."""
+"""Find the first of several stop strings in a text that arrives character by character."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class StopStrings:
     """Stop strings as an automaton, which finds them in a single pass over a text.
 
     Aho and Corasick, "Efficient string matching: an aid to bibliographic search", 1975. States are created when a text
-    first reaches them, so a stop string that no text begins to spell costs no more than being sorted.
+    first reaches them. The only cost of a stop string that never begins to appear in a text is that it is sorted.
 
     Examples
     --------
@@ -47,7 +47,7 @@ class StopStrings:
         return known
 
     def _child(self, state: State, c: str) -> State | None:
-        """Return a new state for the prefix that is longer by c; None if no stop string begins with that."""
+        """Return a new state for the prefix followed by c; None if no stop string begins with this longer prefix."""
         depth = state.depth
 
         def at_depth(string: str) -> str:
@@ -59,7 +59,7 @@ class StopStrings:
 
 
 class State:
-    """The longest prefix of a stop string that the text ends with.
+    """A state of the automaton: the longest suffix of the text that is a prefix of a stop string.
 
     Attributes
     ----------
@@ -70,9 +70,10 @@ class State:
     first, last : int
         The stop strings with this prefix are those from `first` to `last` - 1, in sorted order.
     suffix : State or None
-        The state of the prefix's longest proper suffix that is a prefix too; None for the empty prefix.
+        The state of the longest proper suffix of the prefix that is itself a prefix of a stop string; None for the
+        empty prefix.
     next : dict
-        The states that are known, by the character that leads to them.
+        The states that were created for the prefix followed by one more character, by that character.
     """
 
     __slots__ = ("depth", "first", "found", "last", "next", "suffix")
