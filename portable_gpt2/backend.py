@@ -211,15 +211,15 @@ class Backend:
 
         The bound arguments are trees of arrays that do not change. The other arguments are trees of arrays and Python
         ints; a new value of an int does not cause another compilation. Arrays that the function creates are on the
-        device of the given arrays. Do not use an argument that is named in `donate` after the call: its memory may have
-        been reused.
+        device of the given arrays. After the call, do not use the arguments that are named in `donate`: their memory
+        may have been reused.
         """
         return functools.partial(fn, *bound)
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that takes the arguments of fn, and returns fn's value and its gradient.
+        """Return a function that takes the arguments of `fn`, and returns the value and the gradient of `fn`.
 
-        fn returns a scalar array. The gradient is with respect to the first argument; both are trees of float arrays.
+        `fn` returns a scalar array. The gradient is with respect to the first argument; both are trees of float arrays.
         If the framework cannot differentiate, this method returns NotImplemented.
         """
         absent: Any = NotImplemented
@@ -235,9 +235,10 @@ class Backend:
         return state
 
     def relayout(self, path: str, x: Any) -> Any:
-        """Return a parameter in the memory layout in which this backend reads it fastest, with equal shape and values.
+        """Return a parameter in the memory layout in which this backend reads it fastest, with the same values.
 
-        A parameter that has this layout already is returned as it is. `path` is its name, such as ``h3/attn/c_attn/w``.
+        The shape stays the same. A parameter that already has this layout is returned unchanged. `path` is the
+        parameter's name, such as ``h3/attn/c_attn/w``.
         """
         return x
 

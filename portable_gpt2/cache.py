@@ -230,7 +230,7 @@ def grow_cache(cache: KVCache, capacity: int) -> KVCache:
     for other in buffers:
         if len(shape) != 4 or not _may_be_equal(backend.shape(other), shape):
             found = f"{list(shape)} and {list(backend.shape(other))}"
-            raise ValueError(f"the cache has buffers of shapes {found}; expected a cache of new_cache")
+            raise ValueError(f"the cache has buffers of shapes {found}; expected a cache from new_cache")
     batch, n_head, held, d = shape
     capacity = checks.integer("capacity", capacity, held, note=f"the cache has room for {held} tokens already")
     if isinstance(batch, int):  # an unknown length, while tracing, is an array
@@ -314,11 +314,11 @@ def check_cache_size(params: Params, config: GPT2Config, batch: int, capacity: i
 def _buffers(cache: Any, n_layer: int | None = None) -> tuple[Backend, list[Any]]:
     """Return a cache's backend and its buffers; refuse an object that is not a cache of n_layer layers, if given."""
     if not isinstance(cache, KVCache):
-        raise TypeError(f"cache is {checks.shown(cache)}; expected a cache of new_cache")
+        raise TypeError(f"cache is {checks.shown(cache)}; expected a cache from new_cache")
     k, v = cache.k, cache.v
     if not (isinstance(k, tuple) and isinstance(v, tuple) and len(k) == len(v) == (n_layer or len(k)) > 0):
         n_k, n_v = (f"{len(x)} arrays" if isinstance(x, tuple) else checks.shown(x) for x in (k, v))
-        expected = "a cache of new_cache" if n_layer is None else f"a cache of new_cache for {n_layer} layers"
+        expected = "a cache from new_cache" if n_layer is None else f"a cache from new_cache for {n_layer} layers"
         raise ValueError(f"the cache has {n_k} for k and {n_v} for v; expected {expected}")
     buffers = [*k, *v]
     try:

@@ -1,8 +1,9 @@
 """Hand-written gradients: one rule per op, in array-API terms, and a tape that applies the rules to the whole model.
 
-A rule computes the same as the op of its name. It also returns a backward function, from the gradient of the op's
-result to a dict of the gradients of the arguments. NumPy trains with these gradients, because it cannot differentiate;
-so do JAX and TensorFlow, because it is faster. The tests compare each framework's own gradients with them.
+Each rule computes the result of the op with the same name, and also returns a backward function. The backward function
+takes the gradient of the op's result and returns a dict of the gradients of the op's arguments. NumPy trains with these
+gradients because it cannot differentiate; JAX and TensorFlow train with them because they are faster than the gradients
+by the framework. The tests compare each framework's own gradients with these.
 """
 
 from __future__ import annotations
@@ -195,10 +196,11 @@ def cross_entropy(
 
 @functools.cache
 def _tape_of(backend: Backend) -> Backend:
-    """Return a backend of variables, which are arrays of another backend whose calls are recorded on a tape.
+    """Return a backend whose arrays are variables: each wraps an array of the given backend and has a tape.
 
-    A tape is a list of each call's results, its arguments by name, and its backward function. The kernels of the ops
-    are the rules above. A `Variable` can do no more than `model.loss` needs; the only mask it can make is causal.
+    Each call with a variable appends three items to the tape: its results, its variables by parameter name, and its
+    backward function. The kernels of this backend are the rules above. A `Variable` supports only the operations that
+    `model.loss` needs; the only mask is the causal one.
     """
     xp, shape = backend.xp, backend.shape
 
@@ -217,7 +219,7 @@ def _tape_of(backend: Backend) -> Backend:
         return call
 
     def add(x: Any, y: Any) -> tuple[Any, Backward]:
-        axes = tuple(range(len(shape(x)) - len(shape(y))))  # along which y is repeated
+        axes = tuple(range(len(shape(x)) - len(shape(y))))  # along which y is broadcast
         return x + y, lambda dy: {"x": dy, "y": xp.sum(dy, axis=axes) if axes else dy}
 
     def permute_dims(x: Any, axes: tuple[int, ...]) -> tuple[Any, Backward]:

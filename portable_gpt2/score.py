@@ -58,7 +58,7 @@ class Score:
 
     @property
     def byte_perplexity(self) -> float:
-        """exp(-total / n_bytes), with which models can be compared that have different tokenizers."""
+        """exp(-total / n_bytes), which is comparable between models with different tokenizers."""
         return _perplexity(self.total, self.n_bytes)
 
 

@@ -207,17 +207,17 @@ CACHES = {  # what is made of a cache, the error, what it says
     "without a layer": (
         lambda p, c: c._replace(k=c.k[:1], v=c.v[:1]),
         ValueError,
-        "the cache has 1 arrays for k and 1 arrays for v; expected a cache of new_cache for 2 layers",
+        "the cache has 1 arrays for k and 1 arrays for v; expected a cache from new_cache for 2 layers",
     ),
     "with one layer more": (
         lambda p, c: c._replace(k=(*c.k, c.k[0]), v=(*c.v, c.v[0])),
         ValueError,
-        "3 arrays for k and 3 arrays for v; expected a cache of new_cache for 2 layers",
+        "3 arrays for k and 3 arrays for v; expected a cache from new_cache for 2 layers",
     ),
     "without a layer's values": (lambda p, c: c._replace(v=c.v[:1]), ValueError, "2 arrays for k and 1 arrays for v"),
     "without keys": (lambda p, c: c._replace(k=None), ValueError, "has None for k and 2 arrays for v"),
     "without a position": (lambda p, c: c._replace(position=None), TypeError, "position is None; expected an int"),
-    "empty": (lambda p, c: c._replace(k=(), v=()), ValueError, "a cache of new_cache for 2 layers"),
+    "empty": (lambda p, c: c._replace(k=(), v=()), ValueError, "a cache from new_cache for 2 layers"),
     "a list": (lambda p, c: [c], TypeError, "cache is "),
     "a plain tuple": (lambda p, c: tuple(c), TypeError, "cache is "),
     "with None in it": (lambda p, c: c._replace(v=(c.v[0], None)), TypeError, "the cache: .*NoneType"),
@@ -315,7 +315,7 @@ def test_a_cache_does_not_shrink_nor_grow_beyond_the_memory(backend):
         pg.grow_cache(cache, 7)
     with pytest.raises(ValueError, match=r"a cache of 1,000,000,000,000,000 tokens would take .* GiB of memory"):
         pg.grow_cache(cache, 10**15)
-    with pytest.raises(ValueError, match="has 0 arrays for k and 0 arrays for v; expected a cache of new_cache"):
+    with pytest.raises(ValueError, match="has 0 arrays for k and 0 arrays for v; expected a cache from new_cache"):
         pg.grow_cache(pg.KVCache((), ()), 7)
 
 
@@ -335,7 +335,7 @@ def test_a_cache_is_looked_at_before_it_grows(backend, case):
     k, v = make(cache.k[0], cache.v[0])
     with pytest.raises(error, match=message):
         pg.grow_cache(cache._replace(k=(k, cache.k[1]), v=(v, cache.v[1])), 96)
-    with pytest.raises(TypeError, match="cache is None; expected a cache of new_cache"):
+    with pytest.raises(TypeError, match="cache is None; expected a cache from new_cache"):
         pg.grow_cache(None, 96)
     other = pg.get_backend("array_api_strict" if backend.name == "numpy" else "numpy")
     stranger = a_cache(on_backend(other, random_weights(PLAIN)))
