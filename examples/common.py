@@ -1,4 +1,4 @@
-"""What the two notebook scripts share: the installed backends, the frameworks' built-in functions, and a clock."""
+"""Functions that both notebook scripts use: the installed backends, the frameworks' built-in functions, and a clock."""
 
 import importlib
 import timeit
@@ -17,7 +17,7 @@ def backends(names):
 
 
 def builtin_softmax(name):
-    """Return the framework's own softmax over the last axis. NumPy has none: it gets SciPy's, or None without SciPy."""
+    """Return the framework's own softmax over the last axis. For NumPy it is SciPy's, or None without SciPy."""
     if name == "tensorflow":
         return importlib.import_module("tensorflow").nn.softmax
     if name == "jax":
@@ -44,7 +44,7 @@ def true_convolution(name):
     if name == "torch":
         torch = importlib.import_module("torch")
         return lambda x, w, b: torch.nn.functional.conv1d(x.mT, w.permute(2, 1, 0), b).mT  # channels before positions
-    # NumPy has no convolution with channels, so this is the textbook's: multiply each window with the kernel.
+    # NumPy has no convolution with channels, so this is its definition: multiply each window by the kernel.
     windows = np.lib.stride_tricks.sliding_window_view
     return lambda x, w, b: np.einsum("bscw,wcf->bsf", windows(x, 1, axis=-2), w, optimize=True) + b
 

@@ -6,7 +6,7 @@ The notebook copied conv1d from OpenAI's GPT-2 and asked three questions about i
 2. Is the function equal to the framework's built-in convolution?
 3. Which of the two is faster?
 
-Timings mean something only on a machine that is doing nothing else.
+Timings are meaningful only on a machine that runs nothing else.
 """
 
 import sys

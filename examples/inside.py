@@ -34,15 +34,14 @@ def main(text=TEXT):
     print("\nThe logit lens: what would the model predict after the last token, if it ended after each layer?")
     params = model.params
     for layer in range(model.config.n_layer):
-        stream = np.asarray(trace[f"h{layer}/residual"])[
-            0, -1
-        ]  # the residual stream after the layer, at the last token
+        # The residual stream after the layer, at the last token.
+        stream = np.asarray(trace[f"h{layer}/residual"])[0, -1]
         logits = pg.unembed(pg.layer_norm(stream, **params["ln_f"]), params["wte"])
         probabilities = pg.softmax(logits)
         best = np.argsort(-probabilities)[:4]
         likely = ", ".join(f"{model.tokenizer.decode([i])!r} {probabilities[i]:.2f}" for i in best.tolist())
         print(f"   layer {layer}: |x| = {np.linalg.norm(stream):6.1f}   {likely}")
-    assert np.allclose(logits, np.asarray(trace["logits"])[0, -1], atol=1e-4)  # after the last layer: the model's own
+    assert np.allclose(logits, np.asarray(trace["logits"])[0, -1], atol=1e-4)  # the last layer's are the model's
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run GPT-2 on a backend of our own, which counts multiplications: ``python examples/own_backend/count.py``.
 
-The model was written without knowledge of the library `counting`. The adapter in `counting_backend` is all it needs.
+The model does not know the library `counting`. The adapter in `counting_backend` is the only code that connects them.
 """
 
 import counting

@@ -1,7 +1,7 @@
 """A small array library: NumPy arrays that count the multiplications of their matrix products.
 
-It stands for a framework that portable_gpt2 does not know. The names of the array API standard are attributes of this
-module: ``counting.exp(x)`` is NumPy's exp of the wrapped array.
+It is an example of a framework that portable_gpt2 does not know. The names of the array API standard are attributes of
+this module: ``counting.exp(x)`` is NumPy's exp of the wrapped array.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ def _unwrap(x):
 
 
 def _wrapping(function):
-    """Return a function of NumPy's for Arrays."""
+    """Return a function that applies a function of NumPy to Arrays."""
 
     def call(*args, **kwargs):
         return Array(function(*map(_unwrap, args), **kwargs))

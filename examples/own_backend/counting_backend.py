@@ -1,4 +1,4 @@
-"""An adapter: all that portable_gpt2 needs to know about the library `counting`.
+"""An adapter, with which portable_gpt2 computes on the arrays of the library `counting`.
 
 portable_gpt2 finds it through the entry point in ``counting_backend-1.0.dist-info``, as for an installed package. A
 package of your own declares the same entry point in its pyproject.toml.
