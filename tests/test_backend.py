@@ -138,7 +138,7 @@ def test_subclasses_of_torch_are_torchs_where_torch_defines_them(torch):
         masked = masked_tensor(x, x > 0)
     for foreign in (x.as_subclass(Tagged), TaggedParameter(x), masked):
         with pytest.raises(
-            TypeError, match=r"is a subclass of torch's array, .*; x.as_subclass\(torch.Tensor\)"
+            TypeError, match=r"is a subclass of torch's array, .*; convert it with x.as_subclass\(torch.Tensor\)"
         ) as caught:
             pg.gelu(foreign)
         assert f"{type(foreign).__module__}.{type(foreign).__qualname__}" in str(caught.value)

@@ -187,7 +187,7 @@ def test_buffers_at_the_same_address_share_a_graph_and_none_is_held(graphs):
 def test_what_cannot_be_recorded_runs_eagerly_and_says_so_once(graphs):
     graphs.fails = True
     model = new_model()
-    with pytest.warns(RuntimeWarning, match="without a CUDA graph: RuntimeError: no graph today") as warned:
+    with pytest.warns(RuntimeWarning, match="no CUDA graph was recorded: RuntimeError: no graph today") as warned:
         found = list(model.stream_ids([3], max_new_tokens=149, temperature=0))
     assert len(warned) == 1
     assert found == list(EAGER.stream_ids([3], max_new_tokens=149, temperature=0))
