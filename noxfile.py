@@ -191,7 +191,7 @@ def conformance(session: nox.Session, backend: str) -> None:
         "JAX_ENABLE_X64": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    if backend in ("tensorflow", "torch"):  # they store arrays of these dtypes, but few functions take them
+    if backend in ("tensorflow", "torch"):  # most of their functions do not take arrays of these dtypes
         env["ARRAY_API_TESTS_SKIP_DTYPES"] = "int8,int16,uint8,uint16,uint32,uint64"
     session.chdir(suite)
     options = ["--disable-deadline", "--derandomize", "-o", "xfail_strict=True", "-W", "ignore", "-rs"]

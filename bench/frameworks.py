@@ -89,7 +89,8 @@ class Numpy(Framework):
         return x @ w + b
 
     def convolution(self, x: Any, w: Any, b: Any) -> Any:
-        # NumPy has no convolution with channels. This is the textbook's: contract windows of width 1 with the kernel.
+        # NumPy has no convolution with channels. This is the textbook method: contract windows of width 1 with the
+        # kernel.
         windows = np.lib.stride_tricks.sliding_window_view(x, 1, axis=-2)
         return np.einsum("...cw,wcf->...f", windows, w[None], optimize=True) + b
 

@@ -21,7 +21,7 @@ class Row:
     reference: float | None = None
     reference_name: str = ""
     samples: Mapping[str, list[float]] = field(default_factory=dict)
-    """The samples from which value and reference were computed, in the order measured; in seconds unless named."""
+    """The samples from which value and reference were computed, in order: seconds, rates or bytes."""
     best_of: Callable[[list[float]], float] = min
     """Returns the best of a side's samples: the smallest time, or the largest rate."""
     note: str = ""

@@ -89,9 +89,9 @@ class Locked(OSError):
 
 @contextlib.contextmanager
 def lock(file: Path) -> Iterator[bool]:
-    """Hold a lock while the block runs. The lock is a file, which is made for it and removed when the block ends.
+    """Hold a lock while the block runs. The lock is a file, which is created for the block and removed at its end.
 
-    The operating system frees the lock when the process ends, in whatever way. So a file that was left by a killed
+    The operating system frees the lock when the process ends, even if it is killed. So a file that was left by a killed
     process locks nothing. The context manager returns True. On systems without locks (Windows, some network file
     systems) it returns False, and the block runs without a lock.
 
@@ -173,14 +173,15 @@ def appearing(directory: Path, force: bool) -> Iterator[Path]:
 
     The context manager returns a draft, an empty directory that the block fills. If the block succeeds, the draft gets
     the name of the target; if it raises an error, the draft is removed. The target is checked before the block runs,
-    only one process at a time can write it, and other users cannot read the draft. A directory that is replaced hands
-    its mode, owner and access control list on to the new one, and so does each file in it that has a successor of the
+    only one process at a time can write it, and other users cannot read the draft. The new directory gets the mode,
+    owner and access control list of the directory that it replaces, and each new file gets those of the old file of the
     same name.
 
     Parameters
     ----------
     directory : Path
-        The target. Missing directories above it are made. If it is a symbolic link, the link remains.
+        The target. Missing directories above it are made. If it is a symbolic link, the directory that the link leads
+        to is replaced.
     force : bool
         Whether to replace a directory that is not empty, with all that it contains.
 
@@ -202,7 +203,7 @@ def appearing(directory: Path, force: bool) -> Iterator[Path]:
         _chmod(draft, mode)
         for file in draft.iterdir():
             _inherit(file, directory / file.name)
-        for file in (*draft.rglob("*"), draft):  # contents reach the disk before the name, for the case of a power cut
+        for file in (*draft.rglob("*"), draft):  # before the rename, for a power cut
             if not file.is_symlink():
                 synchronise(file)
         if force and directory.exists():
@@ -222,8 +223,8 @@ def replacing(file: Path) -> Iterator[Path]:
     """Write a file that appears complete or not at all.
 
     The context manager returns a draft, an empty file that the block writes to but must not replace. If the block
-    succeeds, the draft replaces the target; if it raises an error, the draft is removed. A file that is replaced hands
-    its mode, owner and access control list on to the new one.
+    succeeds, the draft replaces the target; if it raises an error, the draft is removed. The new file gets the mode,
+    owner and access control list of the file that it replaces.
 
     Raises
     ------
@@ -246,7 +247,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def _real(path: Path) -> Path:
-    """Return a path without symbolic links. A loop of them is returned as it is, and fails when it is used."""
+    """Return a path without symbolic links. A loop of links is returned unchanged; using it fails."""
     try:
         return Path(os.path.realpath(path))
     except FileNotFoundError:
@@ -268,7 +269,7 @@ def _drafting(target: Path) -> Iterator[Path]:
             held = stack.enter_context(lock(lock_file))
         except Locked as error:
             who = f"process {error.pid}" if error.pid else "another process"
-            raise FileExistsError(f"{target}: {who} is writing it; wait until it ends, or give another name") from None
+            raise FileExistsError(f"{target}: {who} is writing it; wait for it to end, or give another name") from None
         except OSError as error:
             raise type(error)(f"{target}: cannot be written in {target.parent}: {error.strerror}") from None
         if held:
@@ -289,7 +290,7 @@ def _drafting(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """Make the missing directories above a target. If the block fails, remove those again."""
+    """Make the missing directories above a target. If the block fails, remove these directories again."""
     made = []
     try:
         for parent in reversed(target.parents):
@@ -297,7 +298,7 @@ def _parents(target: Path) -> Iterator[None]:
                 try:
                     parent.mkdir()
                 except FileExistsError:
-                    if not parent.is_dir():  # if it is one, another process has just made it
+                    if not parent.is_dir():  # not an error if another process has just made this directory
                         raise
                 else:
                     made.append(parent)
@@ -331,7 +332,7 @@ def _check_directory(directory: Path, force: bool) -> None:
         raise FileExistsError(f"{directory}: is a mount point, which cannot be replaced; give a directory inside it")
     try:
         here = Path(os.path.realpath(os.curdir))
-    except FileNotFoundError:  # it was removed
+    except FileNotFoundError:  # the current directory was removed
         here = Path(os.devnull)
     if directory in (here, *here.parents):
         which = "is" if directory == here else "holds"
@@ -367,7 +368,7 @@ def _inherit(new: Path, old: Path) -> None:
 
 
 def _chmod(path: Path, mode: int) -> None:
-    """Change a mode. Some file systems have no modes or cannot store this one; there it stays."""
+    """Change a mode. Nothing happens on a file system that has no modes or cannot store this mode."""
     with contextlib.suppress(OSError):
         path.chmod(mode)
 
@@ -405,7 +406,7 @@ def _exchange(draft: Path, directory: Path) -> None:
     except BaseException:
         aside.rename(directory)
         raise
-    aside.rename(draft)  # the caller removes it under this name
+    aside.rename(draft)  # the caller removes the old directory under the name of the draft
 
 
 def _swap(first: Path, second: Path) -> bool:

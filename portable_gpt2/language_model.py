@@ -205,7 +205,8 @@ class GPT2:
         directory : path
             The directory. It appears complete or not at all.
         force : bool
-            Whether to replace a directory that exists, with everything in it.
+            Whether to replace a checkpoint, or the model of a training run, in the directory. Documents such as
+            ``README.md`` and the state of training stay; a directory with any other file is not replaced.
 
         Raises
         ------

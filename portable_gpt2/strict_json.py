@@ -1,4 +1,4 @@
-"""Strict JSON: each object holds a name once, and every number that is written is finite.
+"""Strict JSON: the names in an object are unique, and every number that is written is finite.
 
 Python's `json` is more lenient. It reads an object that holds a name twice and keeps the last value, and it writes NaN
 and Infinity, which are not JSON.
@@ -21,9 +21,10 @@ def parse(content: bytes) -> Any:
     Raises
     ------
     ValueError
-        If the document is not JSON, an object in it has two entries of one name, or an integer is absurdly long.
+        If the document is not JSON, an object in it has two entries of the same name, or an integer has too many
+        digits.
     RecursionError
-        If it is nested too deeply.
+        If the document is nested too deeply.
 
     Examples
     --------
@@ -47,7 +48,7 @@ def line(value: Any) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the entries of one object; refuse two of one name."""
+    """Return the entries of one object. Two entries of the same name raise an error."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
@@ -56,7 +57,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _int(digits: str) -> int:
-    """Return an integer; Python's own error for a very long one is about its settings, not about the file."""
+    """Return an integer. If it is too long, the message is about the file; Python's own is about Python's settings."""
     if len(digits) > _LONGEST_INT:
         raise ValueError(f"holds an integer of {len(digits):,} digits")
     return int(digits)

@@ -92,7 +92,7 @@ class Tokenizer:
 
     @classmethod
     def from_bpe(cls, bpe: models.BPE) -> Tokenizer:
-        """Return GPT-2's tokenizer with another vocabulary and other merges. It is saved as these two files."""
+        """Return GPT-2's tokenizer with another vocabulary and other merges, to be saved as a pair of files."""
         tokenizer = tokenizers.Tokenizer(bpe)
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         found = definition({TOKENIZER_FILE: tokenizer.to_str().encode()})
@@ -100,12 +100,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer | None:
-        """Read ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt``. Return None if there are none of them.
+        """Read ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt``. Return None if there is neither.
 
         ``tokenizer.json`` contains the vocabulary, the merges and the added tokens. ``vocab.json`` and ``merges.txt``
-        contain the first two only; their added tokens are in ``added_tokens.json`` or ``tokenizer_config.json``. Either
-        of these, or ``special_tokens_map.json``, says which tokens are special. OpenAI calls the same two files
-        ``encoder.json`` and ``vocab.bpe``.
+        contain only the vocabulary and the merges; the added tokens are then in ``added_tokens.json`` or
+        ``tokenizer_config.json``. ``tokenizer_config.json`` or ``special_tokens_map.json`` lists the special tokens. In
+        OpenAI's release, ``vocab.json`` is named ``encoder.json``, and ``merges.txt`` is named ``vocab.bpe``.
 
         Raises
         ------
@@ -131,7 +131,7 @@ class Tokenizer:
 
     @property
     def n_vocab(self) -> int:
-        """The smallest ``n_vocab`` of a model that has all ids: the largest id plus 1. Ids below may be unused."""
+        """The smallest ``n_vocab`` of a model that has all ids: the largest id plus 1. Smaller ids may be unused."""
         return self._n_vocab
 
     @property
@@ -156,12 +156,12 @@ class Tokenizer:
         Parameters
         ----------
         text : str
-            The text. `decode` returns it again.
+            The text. `decode` converts the ids back into this text.
         allow_special : bool or collection of str, default False
             The special tokens that become one id if the text spells them: none (False), all (True), or those with these
-            names. The others are encoded as ordinary text. Do not allow any in text from an untrusted source: its
-            author could end the prompt early, or impersonate another speaker of a dialogue. If two begin at the same
-            character, the longer one is used.
+            names. Other special tokens are encoded as ordinary text. Do not allow special tokens in text from an
+            untrusted source: the author of the text could end the prompt early, or impersonate another speaker of a
+            dialogue. If two special tokens begin at the same character, the longer one is used.
 
         Raises
         ------
@@ -169,8 +169,8 @@ class Tokenizer:
             If the text is not a str, or ``allow_special`` is a str.
         ValueError
             If the text contains a lone surrogate, which is half a character, or a character that the vocabulary cannot
-            spell; if it contains ``<|endoftext|>``, all special tokens are allowed and the vocabulary lacks this one;
-            or if ``allow_special`` names a token that is not a special token of the vocabulary.
+            spell; if all special tokens are allowed, and the text contains ``<|endoftext|>``, but the vocabulary does
+            not; or if ``allow_special`` names a token that is not a special token of the vocabulary.
 
         Examples
         --------
@@ -214,7 +214,7 @@ class Tokenizer:
         Raises
         ------
         TypeError, ValueError
-            As `encode` does.
+            As for `encode`.
         """
         if isinstance(allow_special, bool):
             return frozenset(self.special_tokens if allow_special else ())
@@ -232,7 +232,7 @@ class Tokenizer:
         return frozenset(allow_special)
 
     def found_whole(self, allowed: frozenset[str]) -> list[str]:
-        """Return the added tokens that are searched for in a text, given the special ones that are allowed."""
+        """Return the added tokens to search for in a text: the allowed special tokens, and all that are not special."""
         return [content for content, token in self._added.items() if not token.special or content in allowed]
 
     def _parts(self, text: str, allowed: frozenset[str]) -> list[str | int]:
@@ -260,7 +260,7 @@ class Tokenizer:
         return self._patterns[allowed]
 
     def _check_spelling(self, text: str, start: int) -> None:
-        """Raise an error for a character that the vocabulary cannot spell; the package would drop it silently."""
+        """Raise an error for a character that the vocabulary cannot spell. tokenizers would drop it silently."""
         if not self._lacking or self._lacking.isdisjoint(text.encode()):
             return
         i, c = next((i, c) for i, c in enumerate(text, start) if not self._lacking.isdisjoint(c.encode()))
@@ -336,7 +336,8 @@ class Tokenizer:
 def _printable_bytes() -> dict[str, bytes]:
     """Return the byte that each character of the vocabulary stands for, as in GPT-2.
 
-    A printable byte is represented by its own character, any other by the next character from U+0100 on.
+    A printable byte is represented by the character with its code. The other bytes are represented, in order, by the
+    characters from U+0100 on.
     """
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [b for b in range(256) if b not in plain]

@@ -1,4 +1,4 @@
-"""Read and check the files of a tokenizer. Each entry is honoured, or refused by name."""
+"""Read and check the files of a tokenizer. An entry that is not supported raises an error that names it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AddedToken(NamedTuple):
     special: bool
     """Whether text that spells the token is encoded as ordinary text unless the token is allowed."""
     normalized: bool
-    """Whether the token is searched for after those without this flag, in the text between them, as in transformers."""
+    """Whether the token is searched for only after, and between, the tokens without this flag, as in transformers."""
 
 
 class Definition(NamedTuple):
@@ -39,9 +39,9 @@ class Definition(NamedTuple):
 def read_files(directory: Path) -> dict[str, bytes] | None:
     """Return the contents of the files that define the tokenizer of a directory, or None if there is no tokenizer.
 
-    The keys are Hugging Face's names. ``tokenizer.json`` contains the vocabulary, the merges and the added tokens.
-    Without it, these are in ``vocab.json``, in ``merges.txt``, and in ``added_tokens.json`` or, for newer tokenizers,
-    ``tokenizer_config.json``.
+    The keys are Hugging Face's names. ``tokenizer.json`` contains the vocabulary, the merges and the added tokens. If
+    this file does not exist, the vocabulary is in ``vocab.json``, the merges are in ``merges.txt``, and the added
+    tokens are in ``added_tokens.json`` or, for newer tokenizers, in ``tokenizer_config.json``.
     """
     names = _names(directory)
     if not names:
@@ -93,7 +93,7 @@ def definition(files: Mapping[str, bytes], directory: Path | None = None) -> Def
             for i, token in _object_of("added_tokens_decoder", settings.get("added_tokens_decoder", {})).items()
         ]
         special = _special_names(settings)
-    if "added_tokens_decoder" not in settings:  # this newer entry replaces the next two files
+    if "added_tokens_decoder" not in settings:  # if this newer entry exists, the next two files are not needed
         with reading(SPECIAL_FILE) as data:
             special = _special_names({**settings, **_object(data)})
         with reading(ADDED_FILE) as data:
@@ -142,7 +142,7 @@ def _object_of(name: str, found: Any) -> dict[str, Any]:
     return found
 
 
-# What a tokenizer.json may ask for
+# The entries of a tokenizer.json, with the values that are accepted
 
 _Accepted = tuple[Any, ...] | Callable[[Any], bool] | None
 """The values that an entry may have, or a function that returns whether a value is accepted. None accepts all."""
@@ -175,14 +175,14 @@ _COMPONENTS: dict[str, tuple[str, dict[str, dict[str, _Accepted]], str]] = {
                 "add_prefix_space": None,
                 "trim_offsets": None,
                 "use_regex": None,
-            },  # offsets only
+            },  # these change only the offsets
             "TemplateProcessing": {"single": _is_the_text_alone, "pair": None, "special_tokens": None},
         },
         "it adds tokens to each text, which GPT-2 does not",
     ),
     "decoder": (
         "decoders",
-        {"ByteLevel": {"add_prefix_space": None, "trim_offsets": None, "use_regex": None}},  # it ignores all of them
+        {"ByteLevel": {"add_prefix_space": None, "trim_offsets": None, "use_regex": None}},  # they do nothing
         "GPT-2's ids stand for bytes",
     ),
 }
@@ -192,11 +192,11 @@ _MODEL: dict[str, tuple[_Accepted, str]] = {
     "type": (("BPE",), "expected a BPE"),
     "vocab": (None, ""),
     "merges": (None, ""),
-    "dropout": ((None, 0), "a text would have other ids each time; train with it, and save the tokenizer without it"),
+    "dropout": ((None, 0), "the ids of a text would be random; save the tokenizer without dropout"),
     "continuing_subword_prefix": ((None, ""), "GPT-2 marks no token that continues a word"),
     "end_of_word_suffix": ((None, ""), "GPT-2 marks no token that ends a word"),
     "byte_fallback": ((False, None), "GPT-2's vocabulary has every byte already"),
-    "ignore_merges": ((False, None), "GPT-2 merges words that are in its vocabulary, too"),
+    "ignore_merges": ((False, None), "GPT-2 applies merges even to a word that is in its vocabulary"),
     "unk_token": (None, ""),  # for characters that the vocabulary cannot spell, which `Tokenizer.encode` refuses
     "fuse_unk": (None, ""),
 }
@@ -214,7 +214,7 @@ _FILE: dict[str, tuple[_Accepted, str]] = {
     "version": (("1.0",), "expected 1.0"),
     "model": (None, ""),
     "added_tokens": (lambda tokens: isinstance(tokens, list), "expected a list"),
-    "truncation": (None, ""),  # this and padding concern batches, and are off unless a program asks for them
+    "truncation": (None, ""),  # truncation and padding are for batches, and are off by default
     "padding": (None, ""),
     **{name: (None, "") for name in _COMPONENTS},
 }
@@ -227,7 +227,7 @@ def check_tokenizer(found: Mapping[str, Any]) -> None:
     cutters = {name: _sequence(name, found.get(name)) for name in _COMPONENTS}
     if kind != "BPE" or not any(part.get("type") == "ByteLevel" for part in cutters["pre_tokenizer"]):
         said = " and ".join(str(part.get("type")) for part in cutters["pre_tokenizer"]) or "no pre-tokenizer"
-        raise ValueError(f"expected a byte-level BPE, as GPT-2's is; got the model {kind} after {said}")
+        raise ValueError(f"expected a byte-level BPE, such as GPT-2's; got the model {kind} after {said}")
     _check_entries("", found, _FILE)
     _check_entries("model.", model, _MODEL)
     for name in ("vocab", "merges"):
@@ -260,26 +260,27 @@ def _sequence(name: str, part: Any) -> list[dict[str, Any]]:
 def _check_entries(where: str, found: Mapping[str, Any], known: Mapping[str, tuple[_Accepted, str]]) -> None:
     for name, value in found.items():
         if name not in known:
-            raise ValueError(f"{where}{name} is not a known entry and may change the ids; known are {', '.join(known)}")
+            raise ValueError(f"{where}{name} is not a known entry and may change the ids; expected {', '.join(known)}")
         accepted, why = known[name]
         if accepted is not None and not (accepted(value) if callable(accepted) else value in accepted):
             raise ValueError(f"{where}{name} is {shown(value)}; {why}")
 
 
-# Special tokens, and others that were added
+# Special tokens and other added tokens
 
 _SETTINGS = {
     "add_prefix_space": "transformers would add a space before each text, so decoding would return another text",
     "add_bos_token": "transformers would add a token before each text",
     "add_eos_token": "transformers would add a token after each text",
 }
-_NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # transformers' order
+_NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # as ordered in transformers
 
 
 def _check_settings(settings: Mapping[str, Any], alone: bool) -> None:
     """Raise an error for settings of a ``tokenizer_config.json`` that change the ids.
 
-    If there is a ``tokenizer.json`` as well (not ``alone``), that file decides about tokens before and after a text.
+    If there is also a ``tokenizer.json`` (``alone`` is False), that file defines the tokens before and after a text, so
+    the settings for these tokens are not checked.
     """
     for name, why in _SETTINGS.items():
         if settings.get(name) and (alone or name == "add_prefix_space"):
@@ -300,8 +301,8 @@ def _special_names(settings: Mapping[str, Any]) -> list[str]:
 def _added(vocab: Mapping[str, int], listed: Iterable[Any], special: Collection[str]) -> dict[str, AddedToken]:
     """Return the added tokens: those that are listed, and those that are named as special tokens.
 
-    transformers ignores the ids in the file and numbers tokens that are not in the vocabulary consecutively. A file
-    whose ids differ from that is refused, because the model may have been trained with the ids of the file or with
+    transformers ignores the ids in the file, and numbers the tokens that are not in the vocabulary consecutively. A
+    file with other ids is refused, because it is unknown whether the model was trained with the file's ids or with
     those of transformers.
     """
     found: dict[str, AddedToken] = {}
@@ -310,14 +311,14 @@ def _added(vocab: Mapping[str, int], listed: Iterable[Any], special: Collection[
         _check_entries(f"the added token {shown(token.get('content'))}: ", token, _ADDED)
         if "content" not in token or type(token.get("id")) is not int:
             raise ValueError(f"the added token {shown(token)} lacks its text or its id")
-        token["content"].encode()  # a lone surrogate has no bytes
+        token["content"].encode()  # raises an error for a lone surrogate, which has no UTF-8 form
     following = len(vocab)
     for token in sorted(tokens, key=lambda token: token["id"]):
         content, said = token["content"], token["id"]
         known = found[content].id if content in found else vocab.get(content)
         if said != (given := following if known is None else known):
             raise ValueError(
-                f"the added token {content!r} has the id {said}, where transformers reads {given}: save the tokenizer "
+                f"the added token {content!r} has the id {said}, but transformers gives it {given}: save the tokenizer "
                 f"with ids that follow the vocabulary's without a gap"
             )
         following += known is None
@@ -340,12 +341,12 @@ def _check_unique(entries: Iterable[tuple[str, int]]) -> None:
     by_id: dict[int, str] = {}
     for entry, token in entries:
         if (other := by_id.setdefault(token, entry)) != entry:
-            raise ValueError(f"{other!r} and {entry!r} have one id, {token}: decoding could not tell them apart")
+            raise ValueError(f"{other!r} and {entry!r} have the same id, {token}: decoding could not tell them apart")
 
 
 # The vocabulary and the merges. The tokenizers package could read these files three times as fast (GPT-2's in 65 ms
-# instead of 200). But it silently takes ids modulo 2**32, uses the last of two equal lines, and accepts a file that was
-# truncated.
+# instead of 200). But the package silently takes ids modulo 2**32, uses the last of two equal lines, and accepts a file
+# that was truncated.
 
 
 def _vocab(ids: Any) -> dict[str, int]:
@@ -363,9 +364,9 @@ def _read_merges(text: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     start = int(lines[0].startswith("#version") or lines == [""])
     merges = _merges(lines[start:], ids, "line {}", start + 1)
     last = max((ids[left + right] for left, right in merges), default=-1)
-    for entry, token in ids.items():  # special tokens may follow; they are not made of two entries
+    for entry, token in ids.items():  # special tokens may follow, but no pair of entries spells them
         if token > last and any(entry[:i] in ids and entry[i:] in ids for i in range(1, len(entry))):
-            raise ValueError(f"no line makes {entry!r}, whose id is {token}: the file has lost its end")
+            raise ValueError(f"no line merges two entries into {entry!r}, whose id is {token}: the file is truncated")
     return list(merges)
 
 
@@ -388,5 +389,5 @@ def _merges(
             said = repr(line[:80]) if isinstance(line, str) else shown(line)
             raise ValueError(f"{where.format(number)}, {said}: {lacking[:80]!r} is not in the vocabulary")
         if (first := merges.setdefault((left, right), number)) != number:
-            raise ValueError(f"{where.format(number)}, {shown(line)}, is {where.format(first)} again")
+            raise ValueError(f"{where.format(number)}, {shown(line)}, repeats {where.format(first)}")
     return merges

@@ -1,17 +1,17 @@
-"""What all tests share: a test that takes the fixture `backend` runs once on every backend.
+"""Options and fixtures of all tests. A test that takes the fixture `backend` runs once on every backend.
 
 If a backend's framework is not installed, its tests are skipped. They fail instead if the environment variable
 PORTABLE_GPT2_REQUIRE, a comma-separated list of backends or ``all``, names that backend.
 
-JAX computes in float64 only in a process that was started with JAX_ENABLE_X64=1, and its other tests would mean
-something else there. So that process runs the tests of JAX in float64 and those marked ``x64``, and every other process
-runs the rest.
+JAX computes in float64 only in a process that was started with JAX_ENABLE_X64=1. This setting changes the default
+dtypes of JAX, so it would change what the other tests of JAX check. Therefore a process with this setting runs only the
+tests of JAX in float64 and those marked ``x64``, and a process without it runs all others.
 """
 
 import os
 
-# These must be set before a framework is imported: two threads per framework, no log messages, one version of the
-# standard.
+# These variables must be set before a framework is imported. They request two threads per framework, no log messages,
+# and one version of the array API standard.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("ARRAY_API_STRICT_API_VERSION", "2024.12")
@@ -50,7 +50,7 @@ def pytest_addoption(parser):
 
 def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None:  # this is a worker of pytest-xdist, which hands its record to the main process
+    if reporter is None:  # a worker of pytest-xdist sends its records to the main process
         session.config.workeroutput["bounds"] = bounds.recorded()
     elif session.config.getoption("--no-skips") and reporter.stats.get("skipped"):
         reporter.write_line("\nSkipped tests are failures here (--no-skips).", red=True)
@@ -70,7 +70,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 def pytest_configure(config):
     if "tensorflow" in pg.available_backends():
-        import tensorflow as tf  # its CPU can be split in two devices only before it makes a tensor
+        import tensorflow as tf  # the CPU can be split only before the first tensor
 
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -78,7 +78,7 @@ def pytest_configure(config):
 
 
 def backend_of(item):
-    """Return the name of the one backend that a test needs, by its parameter or a fixture; ``none`` for any other."""
+    """Return the name of the backend that a test needs, or ``none`` if the test needs none or several."""
     params = getattr(getattr(item, "callspec", None), "params", {})
     named = {params.get("backend"), *(frameworks.FIXTURES.get(name) for name in item.fixturenames)} - {None}
     return named.pop() if len(named) == 1 else "none"
@@ -87,7 +87,7 @@ def backend_of(item):
 def computes_in(backend, dtype):
     """Return whether a backend has a dtype; True if the backend is not installed, or if a test has no such parameters.
 
-    This imports the backend's framework, so it is asked only about tests that are to run.
+    This imports the backend's framework, so it must be called only for tests that will run.
     """
     if backend not in pg.available_backends() or dtype not in DTYPES:
         return True
@@ -95,8 +95,10 @@ def computes_in(backend, dtype):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect the tests of backends that --backends does not name, those of dtypes that a backend does not have, and
-    those that belong in a process with the other setting of JAX_ENABLE_X64.
+    """Deselect the tests that this process does not run.
+
+    They are the tests of backends that --backends does not name, of dtypes that a backend does not have, and those for
+    the other setting of JAX_ENABLE_X64.
     """
     backends = config.getoption("--backends").split(",")
 
@@ -141,7 +143,7 @@ globals().update({name: framework(name, backend) for name, backend in frameworks
 
 @pytest.fixture(params=layouts.WRITERS, scope="module")
 def layout(request):
-    """A layout of checkpoints by name; the test runs once with each that an installed framework can write."""
+    """The name of a checkpoint layout. The test runs once with each layout that an installed framework can write."""
     if backend := layouts.WRITERS[request.param][0]:
         frameworks.load(backend)
     return request.param
@@ -149,5 +151,5 @@ def layout(request):
 
 def pytest_terminal_summary(terminalreporter):
     if lines := bounds.table():
-        terminalreporter.section("worst error, in units of its bound")
+        terminalreporter.section("largest error / bound")
         terminalreporter.write("\n".join([*lines, ""]))

@@ -51,7 +51,7 @@ def test_a_stale_copy_is_refused(copy, how):
     )
     assert done.returncode not in (0, 5)
     assert f"portable_gpt2_backends is a copy of {checkout.ROOT / 'backends'}" in done.stderr
-    assert f"it differs in {name}. " in done.stderr
+    assert f"differs from it in {name}. " in done.stderr
     for command in ("nox -s dev", "pip install --no-deps --editable ."):
         assert command in done.stderr
     assert "Traceback" not in done.stderr

@@ -554,7 +554,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path, path):
     other = np.zeros([*a.shape, 1] if a.ndim == 1 or a.shape[0] == a.shape[1] else a.shape[::-1], np.float32)
     with pytest.raises(pg.CheckpointError) as caught:
         read_checkpoint(write(tmp_path / "it", named() | {NAMES[path]: other}))
-    expected = f"{NAMES[path]} has shape {list(other.shape)}; config.json makes it {list(a.shape)}"
+    expected = f"{NAMES[path]} has shape {list(other.shape)}; config.json requires {list(a.shape)}"
     assert str(caught.value).endswith(f"model.safetensors: {expected}")
 
 
@@ -578,7 +578,7 @@ def test_what_cannot_be_loaded_is_refused_on_every_backend(tmp_path, backend):
     tensors = named()
     tensors["ln_f.bias"] = np.zeros(9, np.float32)
     given = []
-    with pytest.raises(pg.CheckpointError, match=r"ln_f\.bias has shape \[9\]; config\.json makes it \[8\]"):
+    with pytest.raises(pg.CheckpointError, match=r"ln_f\.bias has shape \[9\]; config\.json requires \[8\]"):
         pg.GPT2.load(
             write(tmp_path / "it", tensors), backend=backend, progress=lambda names: given.append(names) or names
         )

@@ -188,7 +188,7 @@ def test_what_we_save_transformers_reads(both, tmp_path):
         (saved(add_prefix_space=True), "add_prefix_space"),
         (saved(lambda tokenizer: setattr(tokenizer, "add_bos_token", True)), "post_processor.single"),
         (saved(lambda tokenizer: tokenizer.add_tokens([AddedToken("x", lstrip=True)])), "lstrip is True"),
-        (legacy({"added_tokens.json": {"<a>": 400}}), "has the id 400, where transformers reads 384"),
+        (legacy({"added_tokens.json": {"<a>": 400}}), "has the id 400, but transformers gives it 384"),
     ],
 )
 def test_what_would_lose_text_is_refused(tmp_path, write, message):

@@ -320,7 +320,7 @@ def test_only_the_state_of_nanogpt_is_read_transposed(save, torch):
     """Catches square matrices that are transposed because one that is not square looks so."""
     state = layouts.nanogpt(NANO, tiny.weights(NANO))
     with pytest.raises(
-        pg.CheckpointError, match=r"c_attn\.weight has shape \[48, 16\]; config\.json makes it \[16, 48\]"
+        pg.CheckpointError, match=r"c_attn\.weight has shape \[48, 16\]; config\.json requires \[16, 48\]"
     ):
         read_checkpoint(save(state["model"], config=NANO))
 

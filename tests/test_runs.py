@@ -118,9 +118,9 @@ WRONG_RECORDS = [
     (POINTERS, put("last", "step", "3"), "last: its step is '3'; expected an int"),
     (POINTERS, put("last", "step", -3), "last: its step is -3"),
     (POINTERS, put("last", "held_out", "low"), "its held-out loss is 'low'"),
-    (POINTERS, put("best", "files", "../../secret", "0" * 64), "'../../secret' has .*expected a bare name"),
+    (POINTERS, put("best", "files", "../../secret", "0" * 64), "'../../secret' has .*expected a file's bare name"),
     (POINTERS, put("best", "files", {}), "expected SHA-256 by name"),
-    (POINTERS, put("metrics", "lines", -1), "metrics is .*expected how many lines"),
+    (POINTERS, put("metrics", "lines", -1), "metrics is .*expected the number of lines"),
     (POINTERS, drop("metrics"), "the record lacks 'metrics'"),
     (POINTERS, put("step", 9), "the record has the unknown 'step'"),
 ]
@@ -223,8 +223,8 @@ def spoil_tokens(run, change):
     ("change", "why"),
     [
         (lambda file, ids: ids[:-1].tofile(file), "has 598 bytes; 600 were written"),
-        (lambda file, ids: ids[::-1].tofile(file), "its SHA-256 is another"),
-        (lambda file, ids: np.roll(ids, 1).tofile(file), "its SHA-256 is another"),
+        (lambda file, ids: ids[::-1].tofile(file), "its SHA-256 differs"),
+        (lambda file, ids: np.roll(ids, 1).tofile(file), "its SHA-256 differs"),
         (lambda file, ids: np.concatenate([ids, ids]).tofile(file), "has 1200 bytes"),
         (lambda file, ids: file.write_bytes(b""), "has 0 bytes"),
     ],
@@ -360,13 +360,13 @@ def test_ctrl_c_at_any_moment_loses_no_line(whole, tmp_path, monkeypatch, where)
         (lambda text: text.replace('"loss": ', '"lo', 1), "line 2 is not JSON"),
         (lambda text: "{}\n" + text, "line 1 is {}; expected an object of step 0"),
         (lambda text: text.split("\n", 1)[0] + "\n" + text, "line 2 is .*expected an object of step 1"),
-        (lambda text: text.split("\n", 1)[1], "has 3 lines of 4|were changed"),
-        (lambda text: text[: text.rindex("\n", 0, -1) + 1], "has 3 lines of 4"),
-        (lambda text: text[:-1], "has 3 lines of 4"),
+        (lambda text: text.split("\n", 1)[1], "has 3 of the 4 lines|were changed"),
+        (lambda text: text[: text.rindex("\n", 0, -1) + 1], "has 3 of the 4 lines"),
+        (lambda text: text[:-1], "has 3 of the 4 lines"),
         (lambda text: text.replace('"loss": 3', '"loss": 4', 1), "the first 4 lines were changed"),
         (lambda text: text.replace('"loss": 3', '"loss": null, "x": 3', 1), "'loss' is None; expected a finite number"),
         (lambda text: text.replace('"loss": ', '"loss": 1e999, "x": ', 1), "'loss' is inf; expected a finite number"),
-        (lambda text: "", "has 0 lines of 4"),
+        (lambda text: "", "has 0 of the 4 lines"),
         (lambda text: text.replace('"seconds": ', '"seconds": "long", "x": ', 1), "'seconds' is 'long'"),
     ],
 )
@@ -481,7 +481,7 @@ def test_a_state_of_another_step_is_refused(run):
     old = Run.open(run)
     state, trainer = old.restore(backend), Trainer(CONFIG, RECIPE, backend)
     resume(run)
-    with pytest.raises(ValueError, match="its last checkpoint at step 6; the state stands at step 3: restore it"):
+    with pytest.raises(ValueError, match="its last checkpoint at step 6; the state is at step 3: restore it"):
         next(train(old, trainer, state))
 
 

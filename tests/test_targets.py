@@ -454,7 +454,7 @@ def test_of_two_processes_that_write_one_target_each_succeeds_or_is_refused_by_a
         assert "done" in said[-1]
         for text in set(said[-1]) - {"done"}:
             assert text.startswith(f"FileExistsError: {out}: ")
-            assert "is writing it; wait until it ends" in text or "exists already" in text or "meantime" in text
+            assert "is writing it; wait for it to end" in text or "exists already" in text or "meantime" in text
         shutil.rmtree(out)
 
 

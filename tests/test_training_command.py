@@ -259,12 +259,12 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(room):
 
 
 WRONG = [
-    ([], "--data: name the texts to train on, or a run to --resume"),
+    ([], "--data: give the files to train on, or --resume to continue a run"),
     (["--data", "nowhere.txt"], "nowhere.txt"),
     (["--data", "a.txt", "--steps", "0"], "steps is 0; expected an int of at least 1"),
     (["--data", "a.txt", "--steps", "many"], "argument --steps: 'many': expected a whole number"),
     (["--data", "a.txt", *SMALL, "--n-head", "3"], "n_embd is 8, which n_head = 3 does not divide"),
-    (["--data", "a.txt", "--vocab-size", "100"], "a vocabulary of 100 is asked for"),
+    (["--data", "a.txt", "--vocab-size", "100"], "a vocabulary of 100 is too small"),
     (["--data", "a.txt", "--held-out", "1.5"], "--held-out 1.5: expected a file, or a share"),
     (["--data", "a.txt", "--held-out", "nowhere"], "nowhere"),
     (["--data", "a.txt", "--tokenizer", ".", "--vocab-size", "300"], "--tokenizer has its own"),
@@ -275,7 +275,7 @@ WRONG = [
     (["--data", "a.txt", "--dtype", "float16"], "dtype is 'float16'; choose one of"),
     (["--data", "a.txt", "--backend", "abacus"], "unknown backend 'abacus'"),
     (["--data", "a.txt", "--plot", "losses"], "losses: the name must end in a format"),
-    (["--data", "b.txt", *SMALL, "--held-out", "0.001"], "the held-out text has 0 tokens and a window 9"),
+    (["--data", "b.txt", *SMALL, "--held-out", "0.001"], "the held-out text has 0 tokens and a window has 9"),
     (["--resume"], "run: holds no training run to resume"),
     (["--resume", "--steps", "7", "--data", "a.txt"], "--data, --steps: a run that is resumed keeps its options"),
 ]

@@ -69,10 +69,10 @@ UNUSABLE = {
     "a pipe": (settings_that_are_a_pipe, r"tokenizer_config.json: is a named pipe \(FIFO\)"),
     "settings of Git LFS": (settings_that_were_not_downloaded, "tokenizer_config.json: is a Git LFS pointer"),
     "a loop": (a_loop_of_links, "special_tokens_map.json: a loop of symbolic links"),
-    "WordPiece": (word_piece, "tokenizer.json: expected a byte-level BPE, as GPT-2's is; got the model WordPiece"),
+    "WordPiece": (word_piece, "tokenizer.json: expected a byte-level BPE, such as GPT-2's; got the model WordPiece"),
     "lowercasing": (lowercasing, "tokenizer.json: normalizer is 'Lowercase'"),
     "cut": (cut, "merges.txt: "),
-    "larger": (of_another_model, "the tokenizer has 391 entries and the model 384|no line makes"),
+    "larger": (of_another_model, "the tokenizer has 391 entries and the model 384|no line merges"),
     "no JSON": (lambda directory: (directory / "tokenizer.json").write_bytes(b"\xff\x00"), "tokenizer.json: 'utf-8'"),
     "Git LFS": (
         lambda directory: (directory / "tokenizer.json").write_bytes(LFS),

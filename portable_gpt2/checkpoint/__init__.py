@@ -1,7 +1,7 @@
 """Read and write checkpoints: OpenAI's release, Hugging Face's layouts and nanoGPT's, from a directory or the hub.
 
 A tensor passes through this package as a NumPy array, one at a time, under its path (``h3/attn/c_attn/w``). The caller
-makes it an array of a framework. Files in a framework's own format are read by that framework's adapter.
+converts it to an array of a framework. Files in a framework's own format are read by that framework's adapter.
 """
 
 from ..host import CheckpointError, TokenizerError

@@ -28,8 +28,8 @@ TOKENIZER_FILES = (
     MERGES_FILE,
     "encoder.json",
     "vocab.bpe",
-)  # the last two: OpenAI's
-OTHER_TOKENIZERS = ("vocab.txt", "spiece.model", "tokenizer.model")  # of BERT and SentencePiece
+)  # the last two are OpenAI's names
+OTHER_TOKENIZERS = ("vocab.txt", "spiece.model", "tokenizer.model")  # files of BERT and of SentencePiece
 UNREAD = (*TOKENIZER_FILES, *TOKENIZER_SETTINGS, *OTHER_TOKENIZERS)
 """The files of a tokenizer that are kept although the tokenizer is not used."""
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")

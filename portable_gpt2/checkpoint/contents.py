@@ -65,7 +65,7 @@ def mistaken(head: bytes) -> str | None:
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Return whether a file begins like a safetensors file, with the length of a JSON object and the object."""
+    """Return whether a file begins like a safetensors file: with the length of a JSON object, then the object."""
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 

@@ -25,13 +25,13 @@ from .tensors import is_finite
 
 ENTRY_POINTS = "portable_gpt2.checkpoints"
 WEIGHTS_FILE = "model.safetensors"
-_LARGE = 1 << 18  # elements
+_LARGE = 1 << 18  # number of elements
 INDEX = ".index.json"
 """The end of the name of an index of several files. Its beginning is the name that a single file would have."""
 
 
 class Format(NamedTuple):
-    """A format of files of weights."""
+    """A file format of weights."""
 
     pattern: str
     """The pattern of their names, for `fnmatch`."""

@@ -38,7 +38,8 @@ def download(source: str) -> Path:
     """Download the files that loading a model takes, and return their directory in the hub's cache.
 
     The configuration, its companions, the tokenizer and safetensors are requested first. Other formats of weights are
-    requested only if there are no safetensors. All requests are for the same commit, the one that the first finds.
+    requested only if there are no safetensors. The first request determines the commit, and all later requests are for
+    the same commit.
 
     Raises
     ------
@@ -55,7 +56,7 @@ def download(source: str) -> Path:
         _fetch(pinned, [VOCAB_FILE, MERGES_FILE, *OTHER_TOKENIZERS])
     unreadable = []
     for pattern, backend in formats():
-        if backend is not None and backend not in available_backends():  # gigabytes that nothing here could read
+        if backend is not None and backend not in available_backends():  # its gigabytes could not be read here
             unreadable.append(f"{pattern} ({how_to_install(backend)})")
             continue
         if backend is not None:
@@ -84,7 +85,7 @@ def _fetch(source: str, names: Iterable[str]) -> Path:
             f"{source}: no such directory, and no such model on the hub, {constants.ENDPOINT} (if it is private, "
             f"set HF_TOKEN)"
         ) from error
-    except Exception as error:  # the package, its HTTP client and the system have many classes
+    except Exception as error:  # the package, its HTTP client and the system raise errors of many classes
         why = (
             "HF_HUB_OFFLINE is set"
             if constants.HF_HUB_OFFLINE

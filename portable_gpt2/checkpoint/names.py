@@ -1,7 +1,8 @@
 """Map the names of tensors in files to the paths of parameters.
 
-Hugging Face's names may have any prefix, if all tensors share it: ``transformer.``, the prefixes that wrappers add, as
-``module.`` (data parallel) and ``_orig_mod.`` (compiled), and combinations. OpenAI's names begin with ``model/``.
+Hugging Face's names may have any prefix, if all tensors share it: ``transformer.``, the prefixes that wrappers add,
+such as ``module.`` (data parallel) and ``_orig_mod.`` (compiled), and combinations. OpenAI's names begin with
+``model/``.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def by_path(
         expected = layout.stored_shape(path, ours[path])
         if tensor.shape != expected:
             raise CheckpointError(
-                f"{at}: {name} has shape {list(tensor.shape)}; {config_name} makes it {list(expected)}"
+                f"{at}: {name} has shape {list(tensor.shape)}; {config_name} requires {list(expected)}"
             )
         _check_dtype(at, name, tensor)
         shaped = _transposed if is_linear and path.endswith("/w") else _reshaped

@@ -70,8 +70,8 @@ def read_checkpoint(
         ``ckpt.pt``; or the file of weights in such a directory. If no file has this name: the model ``shakespeare``,
         which ships with this package, or a model of the hub, ``gpt2``, ``user/model`` or ``user/model@revision``.
     tokenizer : Tokenizer, "auto" or None
-        The tokenizer to use: the checkpoint's own ("auto"), another one, or none (None). In the last two cases the
-        checkpoint's own is not checked. With None, its files are among the companions.
+        The tokenizer to use: the checkpoint's own ("auto"), another one, or none (None). The checkpoint's own tokenizer
+        is checked only if it is used. With None, its files are among the companions.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def read_checkpoint(
     files = weights.file.name if weights.shards is None else f"{weights.file.name} of {len(weights.shards)} files"
     dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
     used = _read_tokenizer(directory, config, tokenizer)
-    if config_name != CONFIG_FILE and used is not None:  # only config.json names the end of text
+    if config_name != CONFIG_FILE and used is not None:  # other layouts do not say which id is the end of text
         config = generating(directory, dataclasses.replace(config, eos_token_id=_end_of_text(used, config)), companions)
     if used is None:
         companions |= read_tokenizer_files(directory)

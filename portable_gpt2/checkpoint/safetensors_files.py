@@ -20,11 +20,11 @@ _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 class _File:
-    """An open file. A tensor is read from a position in it. It is closed with the last reference to this object."""
+    """An open file, from which tensors are read. It is closed when the last reference to this object is deleted."""
 
     def __init__(self, file: Path) -> None:
         self.stream = file.open("rb", buffering=0)
-        self._lock = threading.Lock()  # threads share the position in the stream
+        self._lock = threading.Lock()  # because all threads share the position in the stream
         weakref.finalize(self, self.stream.close)
 
     def read(self, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -62,7 +62,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
 def write_safetensors(
     file: Path, tensors: Mapping[str, StoredTensor], progress: Callable[[Iterable[str]], Iterable[str]] = iter
 ) -> None:
-    """Write tensors by name. Each is read just before it is written; the package's own writer needs all in memory."""
+    """Write tensors by name. Each is read just before it is written; safetensors' own writer needs all in memory."""
     # The widest dtypes come first, as in the package's own files, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: -float_dtypes[tensors[name].dtype].itemsize)
     codes, end = {name: code for code, name in _NAMES.items()}, 0

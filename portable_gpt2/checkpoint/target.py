@@ -20,7 +20,7 @@ from .formats import INDEX, WEIGHTS_FILE, formats
 RUN = "training"
 """The name of the directory with the state of a training run, inside the directory of the run."""
 RUN_LOCK = "lock"
-"""The name, in that directory, of the lock that the training process holds."""
+"""The name of the lock that a training process holds, inside the directory RUN."""
 
 _WEIGHTS = (
     WEIGHTS_FILE,
@@ -61,7 +61,7 @@ _STAYS = (
     "scaler.*",
     "rng_state*.pth",
 )
-_DIRECTORIES = {"additional_chat_templates": "*.jinja", ".cache": "huggingface"}  # chat templates; the hub's client
+_DIRECTORIES = {"additional_chat_templates": "*.jinja", ".cache": "huggingface"}  # the second: the hub's client
 
 
 @contextlib.contextmanager

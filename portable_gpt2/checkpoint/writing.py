@@ -48,8 +48,8 @@ def write_checkpoint(
         Other files to add, by name, as `read_checkpoint` returns them.
     force : bool
         Whether to replace the checkpoint, or the model of a training run, in the directory. Documents such as
-        ``README.md`` and the state of training stay. Never replaced are a directory with any other file, a mount point,
-        the current directory, and the directories above it.
+        ``README.md`` and the state of training stay. A directory with any other file, a mount point, the current
+        directory and the directories above it are never replaced.
     progress : callable, optional
         A function that wraps the iterable of tensors, as tqdm does.
 
@@ -74,7 +74,7 @@ def write_files(
     """Write the files of a checkpoint into an existing directory."""
     files = written_companions(config, (tensor.dtype for tensor in tensors.values()), companions)
     for name, content in files.items():
-        if tokenizer is None or name not in TOKENIZER_FILES:  # a given tokenizer has its own
+        if tokenizer is None or name not in TOKENIZER_FILES:  # `save` below writes the files of the given tokenizer
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
     named = {prefixed_name(path): tensor for path, tensor in tensors.items()}

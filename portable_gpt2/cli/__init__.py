@@ -10,8 +10,7 @@ from . import signals
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status.
 
-    Without `argv` it is the program: it reads the arguments of the process, and sets up the process's signals and
-    standard streams.
+    Without `argv`, it reads the arguments of the process, and sets up the process's signals and standard streams.
     """
     if argv is None:
         signals.leave_at_once()  # before other modules are imported

@@ -9,7 +9,7 @@ import signal
 from . import attend, backends, convert, generate, score, signals, streams, train
 from .options import FAILED, Command, Parser
 
-_SIGPIPE = 13  # a shell reports by it that nobody reads stdout; Windows has no such signal
+_SIGPIPE = 13  # a broken pipe: the exit status is 128 + 13; Windows does not define this signal
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,7 +26,11 @@ def add_to(commands: Any) -> None:
         help="dtype of the weights that are written: float32, float64, bfloat16 or float16 (default: the dtype of each "
         "weight in SRC)",
     )
-    add("--force", action="store_true", help="replace DST, with everything in it; DST may be SRC")
+    add(
+        "--force",
+        action="store_true",
+        help="replace the checkpoint in DST, which may be SRC; documents such as README.md stay",
+    )
     parser.set_defaults(run=run)
 
 

@@ -1,6 +1,7 @@
 """Parsers, and the options that several commands share.
 
-A parser refuses a wrong value by one line on stderr. Values are checked before a model is loaded, if that is possible.
+If a value is wrong, the parser writes one line to stderr and ends the process. Values are checked before a model is
+loaded, if that is possible.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class Command(Parser):
-    """The parser of one command. It refuses an empty value of an argument without a type, which is a path or a name.
+    """The parser of one command. It refuses an empty path or name: the value of an argument without a ``type``.
 
-    An argument whose value is text has ``type=str``.
+    An argument whose value may be any text has ``type=str``.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -77,7 +78,7 @@ def index_or_all(text: str) -> int | str:
 def stop_text(text: str) -> str:
     """Read a text that is not empty."""
     if not text:
-        raise argparse.ArgumentTypeError("the text is empty; every text begins with an empty one")
+        raise argparse.ArgumentTypeError("the text is empty, so every text would end at once")
     return text
 
 
@@ -111,7 +112,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "float | None": (number_or_off, "X|off"),
     "str": (None, "NAME"),
 }
-"""How a field of each type is read, and what stands for its value in the help."""
+"""For each type of a field: the function that reads a value, and the name of the value in the help."""
 
 
 def flag(name: str) -> str:

@@ -30,7 +30,7 @@ class _Courtesy(io.FileIO):
             written = super().write(data)
         except OSError:
             written = None
-        # FileIO.write also returns None, for a full pipe that does not block.
+        # FileIO.write may return None: a non-blocking pipe is full.
         return memoryview(data).nbytes if written is None else written
 
 

@@ -16,7 +16,7 @@ _STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 _CHUNK = 1 << 24  # bytes that are read at a time
 _PATIENCE = 5  # seconds to wait until a named pipe is opened for writing
 _OTHERS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is the beginning of this one
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, because the mark of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",

@@ -206,7 +206,7 @@ class _Start(NamedTuple):
 def _begin(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
     """Create a run. What can be refused without the texts is refused before they are read."""
     if not arguments.data:
-        raise ValueError("--data: name the texts to train on, or a run to --resume")
+        raise ValueError("--data: give the files to train on, or --resume to continue a run")
     recipe = Recipe(**given_fields(arguments, Recipe))
     share = _share(arguments.held_out or _HELD_OUT)
     check_new(arguments.out)

@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     n_vocab, texts = checks.integer("n_vocab", n_vocab), list(texts)
     least = 1 + len(pre_tokenizers.ByteLevel.alphabet())
     if n_vocab < least:
-        raise ValueError(f"a vocabulary of {n_vocab} is asked for; the bytes and {END_OF_TEXT} alone are {least}")
+        raise ValueError(f"a vocabulary of {n_vocab} is too small: the bytes and {END_OF_TEXT} are {least} entries")
     # The library allocates memory for n_vocab entries, and aborts the process if there is too little. A text cannot
     # have more merges than bytes, so a larger n_vocab is reduced.
     most = min(n_vocab, least + 4 * sum(map(len, texts)))
@@ -61,7 +61,7 @@ def train_tokenizer(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() < n_vocab:
         raise ValueError(
-            f"a vocabulary of {n_vocab} is asked for; the text has merges for {bpe.get_vocab_size()} entries only: ask "
+            f"a vocabulary of {n_vocab} is too large; the text has merges for only {bpe.get_vocab_size()} entries: ask "
             f"for no more, or give more text"
         )
     return Tokenizer.from_bpe(bpe.model)
@@ -112,8 +112,8 @@ def write_tokens(
     progress : callable, optional
         Wraps the iterable of the chunks' ids, as tqdm does.
     allow_special : bool or collection of str
-        Which special tokens in the texts are read as that one token and not as text, as for `Tokenizer.encode`. If
-        ``<|endoftext|>`` is one of them, it separates documents, as in `documents`.
+        The special tokens that become one id where a text spells them, as for `Tokenizer.encode`. If ``<|endoftext|>``
+        is one of them, it separates documents, as in `documents`.
 
     Returns
     -------
@@ -172,7 +172,7 @@ def pieces(text: str, size: int | None = None, tokens: Iterable[str] = ()) -> It
 
 
 def _spans(token: str, text: str, i: int) -> bool:
-    """Return whether a token occurs in a text so that it begins before place i and ends after it."""
+    """Return whether a token occurs in a text so that it begins before position i and ends after it."""
     return token in text[max(i - len(token) + 1, 0) : i + len(token) - 1]
 
 
@@ -207,7 +207,7 @@ def open_tokens(file: str | os.PathLike[str], n_vocab: int) -> np.ndarray:
 def check_window(n: int, length: int, what: str) -> None:
     """Refuse a text that has fewer tokens than one window."""
     if n < length:
-        raise ValueError(f"the {what} has {n} tokens and a window {length}: give more text, or a shorter context")
+        raise ValueError(f"the {what} has {n} tokens and a window has {length}: give more text, or a shorter context")
 
 
 def _text(tokens: Any) -> np.ndarray:

@@ -82,7 +82,7 @@ def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[A
     m = recipe.beta1 * m + (1 - recipe.beta1) * g
     v = recipe.beta2 * v + (1 - recipe.beta2) * (g * g)
     size = backend.xp.sqrt(v * bias_v) + recipe.eps
-    if recipe.eps < _SMALLEST:  # eps is 0 in float32; otherwise size cannot be 0, and this pass is saved
+    if recipe.eps < _SMALLEST:  # eps is rounded to 0 in float32; a larger eps keeps size above 0
         size = backend.xp.where(size == 0, 1.0, size)
     step = (m * bias_m) / size
     if len(backend.shape(p)) >= 2:

@@ -131,7 +131,7 @@ class End(NamedTuple):
     lines: int
     """The number of lines."""
     sha256: str
-    """The SHA-256 of the lines without their ``seconds``, so that runs of the same text and recipe have the same."""
+    """The SHA-256 of the lines without their ``seconds``: it is the same for all runs of one text and recipe."""
 
 
 class Metrics:
@@ -161,8 +161,8 @@ class Metrics:
         for entries in _parsed(file, kept):
             hashed.update(_hashed_part(entries))
         if end is not None and (len(kept), hashed.hexdigest()) != end:
-            wrong = f"has {len(kept)} lines of {n}" if len(kept) < n else f"the first {n} lines were changed"
-            raise CheckpointError(f"{file}: {wrong}, those of the steps so far; {RESTORE}")
+            wrong = f"has {len(kept)} of the {n} lines" if len(kept) < n else f"the first {n} lines were changed"
+            raise CheckpointError(f"{file}: {wrong}, which belong to the last checkpoint; {RESTORE}")
         size = sum(len(line) + 1 for line in kept)
         with naming(file):
             self._stream = open(file, "r+b" if is_there(file) else "w+b", buffering=0)  # noqa: SIM115 - see `close`

@@ -127,8 +127,8 @@ class Run:
         recipe, config, tokenizer
             The attributes of the run.
         write_tokens : callable
-            Given a file, it writes the texts as token ids into it, as `data.write_tokens` does, and returns the number
-            of tokens that are for training.
+            A function of a file. It writes the token ids of the texts into the file, as `data.write_tokens` does, and
+            returns the number of tokens for training.
         companions : dict
             Contents of other files to write with each checkpoint, by name, as `read_checkpoint` returns them. Files in
             subdirectories are left out with a warning.
@@ -146,7 +146,8 @@ class Run:
         _check_context(recipe, config)
         where = _check_where(where)
         if nested := [name for name in companions if "/" in name]:
-            warnings.warn(f"a run does not keep {', '.join(nested)}: copy it to the model", UserWarning, stacklevel=2)
+            lost = f"a run does not keep {', '.join(nested)}: copy it to the trained model"
+            warnings.warn(lost, UserWarning, stacklevel=2)
             companions = {name: content for name, content in companions.items() if name not in nested}
         with contextlib.ExitStack() as stack:
             if ended_early := (target / _INSIDE).exists():
@@ -236,7 +237,7 @@ class Run:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[records.Metrics]:
-        """Hold the run's lock while the block runs. The metrics are those of the last checkpoint and before.
+        """Hold the run's lock while the block runs. The metrics of steps after the last checkpoint are removed.
 
         Raises
         ------
@@ -298,13 +299,13 @@ class Run:
         self._remove_checkpoints(saved, best)
 
     def _publish(self, checkpoint: _Saved) -> None:
-        """Copy the files of a checkpoint to the run's directory, from which `GPT2.load` reads: the weights last."""
+        """Copy the files of a checkpoint to the run's directory, which `GPT2.load` reads; the weights last."""
         for name in sorted(checkpoint.files.keys() - {_MOMENTS}, key=WEIGHTS_FILE.__eq__):
             with replacing(self.directory / name) as draft:
                 shutil.copyfile(self.directory / _INSIDE / checkpoint.name / name, draft)
 
     def _tidy(self, pointers: _Pointers | None) -> None:
-        """Copy the best checkpoint to the run's directory and remove old ones, as a run that was killed did not."""
+        """Copy the best checkpoint to the run's directory and remove old ones, which a killed run may not have done."""
         if pointers is None:
             return
         last, best, _ = pointers
@@ -354,7 +355,7 @@ class Run:
         """Return the error of a step whose result is not finite. It says what happened and what can be tried."""
         pointers = _read_pointers(self.directory)
         if pointers is None:
-            return Diverged(f"step {step}: {why}; training cannot begin with these weights, give others")
+            return Diverged(f"step {step}: {why}; training cannot begin with these weights; give other weights")
         recipe, norm = self.recipe, self.recipe.max_grad_norm
         clip = "a max_grad_norm" if norm is None else f"a max_grad_norm below {norm}"
         return Diverged(
@@ -462,7 +463,7 @@ def _read_pointers(directory: Path) -> _Pointers | None:
     entries = records.read_record(file, "last", "best", "metrics")
     end = records.fields(file, "metrics", entries["metrics"], "lines", "sha256")
     if not is_int(end["lines"]) or end["lines"] < 0 or not records.is_digest(end["sha256"]):
-        raise CheckpointError(f"{file}: metrics is {shown(end)}; expected how many lines, and their SHA-256")
+        raise CheckpointError(f"{file}: metrics is {shown(end)}; expected the number of lines and their SHA-256")
     last, best = (_check_saved(file, name, entries[name]) for name in ("last", "best"))
     return _Pointers(last, best, records.End(**end))
 
@@ -489,7 +490,8 @@ def _check_saved(file: Path, what: str, entries: Any) -> _Saved:
         raise CheckpointError(f"{file}: {what}: its files are {shown(saved.files)}; expected SHA-256 by name")
     for name, hashed in saved.files.items():
         if Path(name).name != name or not records.is_digest(hashed):
-            raise CheckpointError(f"{file}: {what}: {shown(name)} has {shown(hashed)}; expected a bare name, a SHA-256")
+            found = f"{shown(name)} has {shown(hashed)}"
+            raise CheckpointError(f"{file}: {what}: {found}; expected a file's bare name and its SHA-256")
     return saved
 
 

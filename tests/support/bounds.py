@@ -1,17 +1,18 @@
-"""Each op in more precision than it is computed in, with a bound on its rounding error that is derived, not picked.
+"""The exact result of each op, and a bound on the rounding error of each element. The bounds are derived, not tuned.
 
-A function here takes the op's NumPy arguments and returns a `Bounded`: the exact value (in float64 for arguments of
-float32 and below, in 200 bits of mpmath for float64, whose own errors are less than 1e-5 of the bound) and, for each
-element, how far a correct implementation can be from it. The bound is infinite where an intermediate result may
-overflow: nothing is promised there.
+Each function takes the NumPy arguments of an op and returns a `Bounded`: the exact value and, for each element, the
+largest error that a correct implementation can have. The exact value is computed in float64 for arguments of float32,
+bfloat16 or float16, and in 200 bits by mpmath for arguments of float64. Its own error is less than 1e-5 times the
+bound. The bound is infinite where an intermediate result may overflow, because no accuracy is promised there.
 
-Notation: u is the unit round-off, s the smallest normal number (what it costs that a subnormal number may be flushed
-to zero), gamma(k) = ku / (1 - ku) bounds the relative error of k roundings in a row (Higham, "Accuracy and Stability
-of Numerical Algorithms", 2002, lemma 3.1). "First order" says that products of two errors are left out: they are below
-1e-4 of the bound. What is stored in 16 bits is computed in float32 and rounded once: see `_stored`.
+Notation: u is the unit round-off. s is the smallest normal number, which bounds the error of flushing a subnormal
+number to zero. gamma(k) = ku / (1 - ku) bounds the relative error of k successive roundings (Higham, "Accuracy and
+Stability of Numerical Algorithms", 2002, lemma 3.1). "To first order" means that products of two errors are neglected;
+they are below 1e-4 times the bound. A result that is stored in 16 bits is computed in float32 and rounded once: see
+`_stored`.
 
-Every bound holds for any order of summation, and with or without fused multiply-add. docs/numerics.md explains all of
-them, with the assumptions and the largest errors seen.
+Every bound holds for any order of summation, and with or without fused multiply-add. docs/numerics.md explains the
+bounds and their assumptions, and lists the largest errors that were measured.
 """
 
 import functools
@@ -42,29 +43,30 @@ FORMATS = {
     "float16": Format(2.0**-11, 2.0**-14, float(np.finfo(np.float16).max)),
 }
 
-# The relative error of a backend's exp and tanh in units of u, where the result is normal: twice the error in ulps that
-# its authors give, or what was seen over two million points in float32 and twenty thousand in float64, rounded up.
-# The tests measure it again, on the namespace's own function and, through softmax and attention, on the kernels'.
+# Bounds on the relative error of a backend's exp and tanh, in units of u, for normal results. A bound is twice the
+# error in ulps that the documentation of the function gives. If there is none, it is the largest error over two million
+# points in float32 and twenty thousand in float64, rounded up. The tests measure the errors of the namespace's
+# functions again, and those of the kernels through softmax and attention.
 _ONE_ULP = 2.0
 _EXP = {
-    ("numpy", "float32"): 3.6,  # 2.1264e-7 over all of float32, says its loops_exponent_log.dispatch.c.src; seen 3.41
+    ("numpy", "float32"): 3.6,  # 2.1264e-7 in all of float32 (loops_exponent_log.dispatch.c.src); measured: 3.41
     ("array_api_strict", "float32"): 3.6,
-    ("tensorflow", "float32"): 7.0,  # seen 6.42 in tf.nn.softmax, which is oneDNN's, and 1.98 in tf.exp
-    ("tensorflow", "float64"): 2.5,  # seen 1.92
-    ("jax", "float64"): 2.5,  # seen 2.20; in float32 1.52
+    ("tensorflow", "float32"): 7.0,  # measured: 6.42 in tf.nn.softmax (oneDNN), 1.98 in tf.exp
+    ("tensorflow", "float64"): 2.5,  # measured: 1.92
+    ("jax", "float64"): 2.5,  # measured: 2.20, and 1.52 in float32
 }
 _TANH = {
-    ("tensorflow", "float32"): 8.0,  # a rational function in Eigen and in XLA, "accurate up to a couple of ulps"
-    ("tensorflow", "float64"): 8.0,  # seen 7.40
+    ("tensorflow", "float32"): 8.0,  # Eigen's and XLA's rational function: "accurate up to a couple of ulps"
+    ("tensorflow", "float64"): 8.0,  # measured: 7.40
     ("jax", "float32"): 8.0,
-    ("jax", "float64"): 8.0,  # seen 6.92
+    ("jax", "float64"): 8.0,  # measured: 6.92
 }
 
-LOG_ERROR = 8.0  # of every backend's log between 1 and a million; seen 3.9 in tf.math.log, 3.6 in NumPy's, 2.0 in JAX's
+LOG_ERROR = 8.0  # for log from 1 to 1e6 on every backend; measured: TensorFlow 3.9, NumPy 3.6, JAX 2.0
 
 
 def exp_error(backend: str, dtype: str) -> float:
-    """Return the error of the backend's exp in units of u, the c of docs/numerics.md."""
+    """Return the bound on the error of a backend's exp in units of u; docs/numerics.md calls it c."""
     return _EXP.get((backend, computed_in(dtype)), _ONE_ULP)
 
 
@@ -79,42 +81,42 @@ class Bounded(NamedTuple):
     error: np.ndarray
 
     def ratio(self, computed: np.ndarray) -> float:
-        """Return the largest error of what was computed, in units of its bound."""
+        """Return the largest ratio of the error of a computed array to the bound."""
         assert computed.shape == self.error.shape, f"shape {computed.shape}, expected {self.error.shape}"
         return float(np.max(quotient(distance(computed, self.value), self.error), initial=0))
 
 
 def computed_in(dtype: str) -> str:
-    """Return the dtype that an op computes in: float32 where 16 bits are stored."""
+    """Return the dtype that an op computes in, which is float32 for the 16-bit dtypes."""
     return "float64" if dtype == "float64" else "float32"
 
 
 def host_dtype(dtype: str) -> np.dtype:
-    """Return NumPy's dtype of that name, ml_dtypes' bfloat16 included."""
+    """Return the NumPy dtype of a name; bfloat16 is that of ml_dtypes."""
     return np.dtype(getattr(ml_dtypes, dtype, dtype))
 
 
 def exact(a: np.ndarray) -> np.ndarray:
-    """Return an array in more precision than its dtype's: numbers of mpmath for float64, else float64."""
+    """Return an array in a higher precision: as mpmath numbers for float64, and as float64 for other dtypes."""
     return _each(_mp.mpf, a) if a.dtype == np.float64 else a.astype(np.float64)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return |a - b|, where b is `exact`, rounded to float64; inf where a is not finite."""
+    """Return |a - b| as float64, where b is a result of `exact`. It is inf where a is not finite."""
     with np.errstate(invalid="ignore"):
         a = exact(a)
         return np.nan_to_num(_float(abs(a - b)), nan=np.inf)
 
 
 def quotient(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
-    """Return error / bound; 0 where there is no error or no bound."""
+    """Return error / bound. It is 0 where the error is 0 or the bound is infinite."""
     judged = (error > 0) & (bound < np.inf)
     with np.errstate(divide="ignore"):
         return np.divide(error, bound, out=np.zeros(np.shape(error)), where=judged)
 
 
 def _each(f, *arrays):
-    """Apply a function of mpmath's to each element."""
+    """Apply an mpmath function to each element."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.frompyfunc(f, len(arrays), 1)(*arrays), dtype=object)
 
@@ -124,22 +126,22 @@ def _float(a):
 
 
 def _exp(x):
-    # Clipped, because exp(-1e5) is 0 in every format while exp(-1e308) is a needless effort.
+    # Clipped to save time: exp(-1e5) is already 0 in every format, and mpmath is slow for exp(-1e308).
     return _each(_mp.exp, np.maximum(x, -_mp.mpf(1e5))) if x.dtype == object else np.exp(x)
 
 
 def exponential(a: np.ndarray) -> np.ndarray:
-    """Return exp, as `exact`."""
+    """Return exp in the precision of `exact`."""
     return _exp(exact(a))
 
 
 def hyperbolic_tangent(a: np.ndarray) -> np.ndarray:
-    """Return tanh, as `exact`."""
+    """Return tanh in the precision of `exact`."""
     return _each(_mp.tanh, exact(a)) if a.dtype == np.float64 else np.tanh(exact(a))
 
 
 def logarithm(a: np.ndarray) -> np.ndarray:
-    """Return log, as `exact`."""
+    """Return log in the precision of `exact`."""
     return _log(exact(a))
 
 
@@ -152,32 +154,34 @@ def _sqrt(x):
 
 
 def _weighted(weights, x):
-    """Multiply a weight with something that may be infinite where the weight is 0."""
+    """Multiply weights by x, which may be infinite where a weight is 0; the product is then 0."""
     with np.errstate(over="ignore"):
         return weights * np.minimum(x, 1e300)
 
 
 def gamma(k: int, u: float) -> float:
-    """Bound the relative error of k roundings in a row, at their worst."""
+    """Return the bound on the relative error of k successive roundings in the worst case."""
     return k * u / (1 - k * u)
 
 
 def gamma_at_random(k: int, u: float) -> float:
-    """Bound the relative error of k roundings in a row whose signs are random: 4 sqrt(k) u.
+    """Return 4 sqrt(k) u, a bound on the relative error of k successive roundings with random signs.
 
-    Independent errors of up to u, of mean 0, have a sum of standard deviation sqrt(k) u or less; 4 of these are passed
-    once in 16,000 times, and for errors that are uniform between -u and u, 4 sqrt(k) u is 6.9 of them. It is for fixed
-    inputs of mean 0 only: roundings of constant inputs all go one way.
+    The sum of k independent errors of mean 0 and magnitude at most u has a standard deviation of at most sqrt(k) u. A
+    normal variable exceeds 4 standard deviations once in 16,000 times. For errors that are uniform between -u and u, 4
+    sqrt(k) u is 6.9 standard deviations. This bound is only for fixed inputs of mean 0, because the roundings of
+    constant inputs all have the same sign.
     """
     return 4 * k**0.5 * u
 
 
 def _stored(value: np.ndarray, error: np.ndarray, dtype: str) -> Bounded:
-    """Round what was computed to the dtype that it is stored in.
+    """Return the bound after a computed result was rounded to the dtype that it is stored in.
 
-    Computed y^ with |y^ - y| <= B, and stored as fl(y^) with |fl(y^) - y^| <= u |y^| <= u (|y| + B): together
-    u |y| + (1 + u) B. A bfloat16 has the exponents of a float32, so that its subnormals may be flushed; float16's
-    subnormals are normal in float32, and the conversion rounds them to the nearest: half of the smallest, 2^-25.
+    The computed y^ satisfies |y^ - y| <= B. It is stored as fl(y^), with |fl(y^) - y^| <= u |y^| <= u (|y| + B). The
+    total error is therefore at most u |y| + (1 + u) B. bfloat16 has the exponents of float32, so its subnormal numbers
+    may be flushed. The subnormal numbers of float16 are normal in float32, and the conversion rounds them to nearest,
+    which adds half of the smallest one, 2^-25.
     """
     if dtype not in ("float64", "float32"):
         u = FORMATS[dtype].unit
@@ -189,19 +193,19 @@ def _stored(value: np.ndarray, error: np.ndarray, dtype: str) -> Bounded:
 
 
 def softmax(x: np.ndarray, *, axis: int = -1, c: float) -> Bounded:
-    """Bound softmax, with its maximum subtracted, with division, componentwise.
+    """Bound each element of softmax, computed by subtracting the maximum and dividing by the sum.
 
     Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions", IMA J. Numer. Anal.
     41(4), 2021. With m = max x and d_j = |x_j - m|, to first order:
 
-    - x_j - m has a relative error of u, so that exp of it errs by u d_j, and by c u for exp itself;
-    - the sum errs by the mean of those, sum_k g_k u (d_k + c), and by (n - 1) u for its additions;
-    - the division adds u. Together
+    - x_j - m has a relative error of u, so its exp has a relative error of u d_j, plus c u for exp itself;
+    - the sum has the weighted mean of these relative errors, sum_k g_k u (d_k + c), plus (n - 1) u for its additions;
+    - the division adds u. The total is
 
           u g_j (d_j + sum_k g_k d_k + n + 2c) + 4s,
 
-    4s for what is subnormal among the inputs, the exponentials and the results. A row with NaN, with +inf or of
-    nothing but -inf has no bound.
+    where 4s is for subnormal inputs, exponentials and results. There is no bound for a row that contains NaN or +inf,
+    or only -inf.
     """
     dtype = x.dtype.name
     u, s, _ = FORMATS[computed_in(dtype)]
@@ -221,14 +225,14 @@ def softmax(x: np.ndarray, *, axis: int = -1, c: float) -> Bounded:
 
 
 def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded:
-    """Bound y = x w + b, of depth K.
+    """Bound y = x w + b, where each element is a sum of K products.
 
-    Each product x_k w_k passes through at most K + 1 roundings: its own, K - 1 additions and the bias's (Higham, 2002,
-    section 3.1; K without a bias), so that with A = |x| |w| + |b| the error is at most gamma(K + 1) A. Flushing x_k
-    costs s |w_k|, flushing w_k costs s |x_k|. Where an intermediate result is flushed, one of the K + 1 terms and
-    partial sums is lost for s, and there is one result: K + 2 at most.
+    Each product x_k w_k passes through at most K + 1 roundings: its own, those of K - 1 additions, and that of adding
+    the bias (Higham, 2002, section 3.1). Without a bias, there are K. So with A = |x| |w| + |b|, the error is at most
+    gamma(K + 1) A. Flushing x_k adds an error of s |w_k|, and flushing w_k adds s |x_k|. Flushing a term, a partial sum
+    or the result adds s, at most K + 2 times.
 
-    In 16 bits, this bound is computed for float32 and the result is rounded once, after the bias was added.
+    For the 16-bit dtypes, this bound is that of float32, and the result is rounded once, after the bias is added.
     """
     dtype = x.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
@@ -250,11 +254,11 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded
 def linear_at_random(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Bounded:
     """Bound y = x w + b for fixed random inputs of mean 0: 4 sqrt(K + 1) u Q.
 
-    Let the K products and b be independent, of mean 0, and Q^2 the sum of their squares. A partial sum has a mean
-    square of at most Q^2, so that rounding it has a variance of at most u^2 Q^2: K of these, and u^2 Q^2 for the
-    products, make
-    (K + 1) u^2 Q^2. The 4 is explained at `gamma_at_random`. Q, a 2-norm, is less than the A of `linear`, a 1-norm, by
-    a factor of about sqrt(K): this implies 4 sqrt(K + 1) u A.
+    Let the K products and b be independent, with mean 0, and let Q^2 be the sum of their squares. A partial sum has a
+    mean square of at most Q^2, so its rounding error has a variance of at most u^2 Q^2. The K partial sums and the
+    products, which together add u^2 Q^2, have a variance of at most (K + 1) u^2 Q^2. `gamma_at_random` explains the
+    factor 4. Q is a 2-norm, and is smaller than the 1-norm A of `linear` by a factor of about sqrt(K). So this bound is
+    stricter than 4 sqrt(K + 1) u A.
     """
     unit = FORMATS[computed_in(x.dtype.name)].unit
     squares = [a.astype(np.float64) ** 2 for a in (x, w, b)]
@@ -265,18 +269,18 @@ def linear_at_random(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Bounded:
 def gelu(x: np.ndarray, *, c: float) -> Bounded:
     """Bound y = x/2 (1 + tanh(z)), z = z1 + z3, z1 = sqrt(2/pi) x, z3 = sqrt(2/pi) 0.044715 x^3; c is tanh's error.
 
-    To first order, each step's error being carried to y by the derivative of what follows:
+    To first order, the error of each step is multiplied by the derivative of y with respect to the result of that step:
 
-    - z1 and z3 have the same sign, so that nothing cancels. z1 meets three roundings (the sum, the constant, its
-      product), z3 these and four more (the constant, three products): e_z = u (3 |z1| + 7 |z3|).
-    - tanh carries e_z over by its derivative, 1 - tanh(z)^2, and errs by c u |tanh(z)| itself.
-    - the sum 1 + tanh(z) and the product with x/2 have one rounding each, relative to the result. Together
+    - z1 and z3 have the same sign, so nothing cancels. z1 is affected by three roundings (of the sum, the constant and
+      its product), and z3 by these and four more (of its constant and three products): e_z = u (3 |z1| + 7 |z3|).
+    - tanh multiplies e_z by its derivative, 1 - tanh(z)^2, and adds an error of c u |tanh(z)|.
+    - the sum 1 + tanh(z) and the product with x/2 have one rounding each, relative to the result. The total is
 
           |x|/2 (e_z (1 - tanh(z)^2) + c u |tanh(z)| + 2 u (1 + tanh(z))) + 4s.
 
-    For negative x the middle term is larger than the result is: 1 + tanh(z) cancels, in this form of GELU by design.
-    Where x^3 overflows, tanh is 1 or -1 exactly and the bound still holds. The 4s are for x (the derivative is less
-    than 1.13), z, tanh(z) where x is small, and y.
+    For negative x, the second term may be larger than y, because 1 + tanh(z) cancels. This cancellation is inherent in
+    this form of GELU. Where x^3 overflows, tanh is exactly 1 or -1, and the bound still holds. The 4s is for flushing x
+    (the derivative is less than 1.13), z, tanh(z) where x is small, and y.
     """
     dtype = x.dtype.name
     u, s, _ = FORMATS[computed_in(dtype)]
@@ -285,7 +289,7 @@ def gelu(x: np.ndarray, *, c: float) -> Bounded:
     root = _mp.sqrt(2 / _mp.pi) if a.dtype == object else np.sqrt(2 / np.pi)
     z1, z3 = root * a, root * a * a * a * 44715 / 10**6
     q = _exp(-2 * abs(z1 + z3))  # (1 - q) / (1 + q) is |tanh(z)|
-    half = np.where(a < 0, a * q, a) / (one + q)  # x/2 (1 + tanh(z)), with nothing cancelled
+    half = np.where(a < 0, a * q, a) / (one + q)  # x/2 (1 + tanh(z)) without cancellation
     derivative, tanh = _float(4 * q / (one + q) ** 2), _float((one - q) / (one + q))
     with np.errstate(over="ignore"):
         size = _float(abs(a)) / 2
@@ -306,21 +310,23 @@ def layer_norm(
 
     Let n be the length, M = mean |x| and V = mean(d^2).
 
-    - The mean has n - 1 additions and a division (or a product with a rounded 1/n, one more): it errs by
-      e = gamma(n + 1) M. A deviation errs by e and by its own rounding: D_j = e + u (|d_j| + e) + 4s, the 4s for what
-      is flushed among x, the mean and d. Their root mean square is at most D = (1 + u) e + u sqrt(V) + 4s.
-    - r is the Euclidean norm of the vector (d_1, ..., d_n, sqrt(n eps)) / sqrt(n). By the triangle inequality it
-      changes by at most D when the d_j change by D_j. Squares (1), additions (n - 1), the division (2) and the sum with
-      eps (1), eps itself being rounded (1), have the relative error gamma(n + 4) in what is under the root, all of it
-      being positive, half of that in the root, and u for the root: p = gamma(n + 4) / 2 + u. A flushed square costs
-      s / r. So r errs by R = D + p (r + D) + s / r.
-    - d'/r' - d/r = (d' - d)/r' - (d/r) (r' - r)/r', so that N errs by (D_j + |N_j| R) / (r - R), and by 2u more for the
-      quotient (or a product with a rounded 1/r').
-    - g N + b adds a rounding each. With E_j the error of N_j, to first order:
+    - The mean has n - 1 additions and a division (or one more rounding, if it is a product with a rounded 1/n). Its
+      error is at most e = gamma(n + 1) M. The error of a deviation is at most D_j = e + u (|d_j| + e) + 4s: the error
+      of the mean, its own rounding, and 4s for flushing x, the mean or d. The root mean square of the D_j is at most D
+      = (1 + u) e + u sqrt(V) + 4s.
+    - r is the Euclidean norm of the vector (d_1, ..., d_n, sqrt(n eps)) / sqrt(n). By the triangle inequality, r
+      changes by at most D when the d_j change by D_j. The radicand has n + 4 roundings: squares (1), additions (n - 1),
+      the division (2), the sum with eps (1), and eps itself (1). All its terms are positive, so its relative error is
+      at most gamma(n + 4). The root halves this error and adds u: p = gamma(n + 4) / 2 + u. A flushed square adds s /
+      r. So the error of r is at most R = D + p (r + D) + s / r.
+    - d'/r' - d/r = (d' - d)/r' - (d/r) (r' - r)/r', so the error of N_j is at most (D_j + |N_j| R) / (r - R), plus a
+      relative error of 2u for the quotient (or for a product with a rounded 1/r').
+    - The product and the sum of g N + b add one rounding each. With E_j the error of N_j, the total is, to first order,
 
           |g_j| E_j + u (|g_j N_j| + |y_j|) + s (|g_j| + |N_j| + 3).
 
-    It is infinite where R >= r: there the deviations are smaller than the error of the mean, and no digit is right.
+    The bound is infinite where R >= r: there the deviations are smaller than the error of the mean, and no digit of y
+    is correct.
     """
     dtype = x.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
@@ -362,23 +368,24 @@ def attention(
 ) -> Bounded:
     """Bound y = w v, w = softmax(S) over the n keys, S = scale q k^T; c is exp's error.
 
-    - A score is a linear layer without bias, of depth d, times a rounded scale: two roundings more, or four where q and
-      k are each multiplied by a rounded square root of it. With A = |scale| |q| |k|^T it errs by
-      f = gamma(d + 4) A + s (|scale| (sum |q| + sum |k| + d) + 3).
+    - A score is a sum of d products, as in `linear` without a bias, times a rounded scale. The scale adds two
+      roundings, or four if q and k are each multiplied by a rounded square root of it. With A = |scale| |q| |k|^T, the
+      error of a score is at most f = gamma(d + 4) A + s (|scale| (sum |q| + sum |k| + d) + 3).
     - If the scores change by at most f_j, then the weight w_j = exp(S_j) / sum_k exp(S_k) changes by a factor of at
-      most
-      exp(f_j + L), with L = log(sum_k w_k exp(f_k)).
-    - The softmax of the changed scores errs as in `softmax`. There, the distance of S_j to the maximum is at most
-      d_j + f_j + max f, and sum_k w_k d_k, which is the entropy of w plus log(max w), at most log(n):
-      t = u (d_j + f_j + max f + log(n) + n + 2c). A fused kernel divides after the product with v; the roundings are
-      the same.
-    - So a weight errs by W_j = w_j (exp(f_j + L + t) - 1) + 4s, and by no more than max(w_j, 1 - w_j) + (n + 2) u + 4s,
-      as computed weights are between 0 and 1. A masked weight is 0 exactly: exp underflows.
-    - The product with v has n roundings, and one more where the division comes last:
+      most exp(f_j + L), with L = log(sum_k w_k exp(f_k)).
+    - The softmax of the changed scores has the relative error t of `softmax`. The distance of S_j to the maximum is at
+      most d_j + f_j + max f. The sum of w_k d_k is the entropy of w plus log(max w), which is at most log(n). So t = u
+      (d_j + f_j + max f + log(n) + n + 2c). A fused kernel divides after the product with v, and has the same number of
+      roundings.
+    - So the error of a weight is at most W_j = w_j (exp(f_j + L + t) - 1) + 4s. It is also at most max(w_j, 1 - w_j) +
+      (n + 2) u + 4s, because computed weights are between 0 and 1, up to rounding. A masked weight is exactly 0,
+      because exp underflows.
+    - The product with v has n roundings, and one more if the division comes last. The total is
 
           sum_j W_j |v_j| + gamma(n + 1) sum_j (w_j + W_j) |v_j| + s (n + 3).
 
-    The scores, masked ones too, must be below a quarter of the largest number, and sum |v| below the largest.
+    There is a bound only if all scores, including masked ones, are below a quarter of the largest number, and sum |v|
+    is below the largest number.
     """
     dtype = q.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
@@ -406,7 +413,7 @@ def attention(
         top = (log_w + f).max(axis=-1, keepdims=True)
         L = np.where(
             f.max(axis=-1, keepdims=True) < 1,
-            np.log1p((w * np.expm1(np.minimum(f, 1))).sum(axis=-1, keepdims=True)),  # log(1 + x) is x for a tiny x
+            np.log1p((w * np.expm1(np.minimum(f, 1))).sum(axis=-1, keepdims=True)),  # log(1 + x) is x for tiny x
             top + np.log(np.exp(log_w + f - top).sum(axis=-1, keepdims=True)),
         )
         t = u * (distances + f + f.max(axis=-1, keepdims=True) + np.log(n) + n + 2 * c)
@@ -423,16 +430,17 @@ def attention(
 def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, c: float) -> Bounded:
     """Bound the mean over N rows of l = log S + d_t, S = sum_k exp(-d_k), d_k = max x - x_k; c is exp's error.
 
-    With g the softmax of a row of n, as in `softmax` and to first order:
+    Let g be the softmax of a row of n logits. As in `softmax`, to first order:
 
-    - S is at least 1, and has the relative error r = u (sum_k g_k d_k + c + n - 1), and 4s n by what is subnormal. Its
-      logarithm errs by as much, absolutely, and by LOG_ERROR u log S itself.
-    - d_t errs by u d_t and 4s, and the sum of the two, both positive, by u l. What a kernel subtracts in the place of
-      d_t, x_t - m - log S, is the same sum.
-    - The mean has N - 1 additions of positive numbers and a division, or a product with a rounded 1/N: it errs by the
-      mean of the rows' errors, by gamma(N + 1) times the mean, and by s.
+    - S is at least 1. Its relative error is at most r = u (sum_k g_k d_k + c + n - 1), plus 4s n for subnormal numbers.
+      The absolute error of its logarithm is at most the same, plus LOG_ERROR u log S for the function log.
+    - The error of d_t is at most u d_t + 4s. The sum of log S and d_t, both positive, adds u l. A kernel may compute
+      x_t - m - log S instead, which is the same sum with the opposite sign.
+    - The mean has N - 1 additions of positive numbers and a division, or a product with a rounded 1/N. Its error is at
+      most the mean of the rows' errors, plus gamma(N + 1) times the mean, plus s.
 
-    There is no bound where a row has NaN, +inf, nothing but -inf or -inf at its target, or where a sum overflows.
+    There is no bound if a row contains NaN or +inf, contains only -inf, or has -inf at its target, or if a sum
+    overflows.
     """
     dtype = logits.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
@@ -455,7 +463,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, c: float) -> Bound
 
 
 def compute(op: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **options: Any) -> np.ndarray:
-    """Run an op on NumPy arrays through a backend, and see that it left them as they were."""
+    """Run an op on NumPy arrays through a backend, and check that the op does not change them."""
     given = [None if a is None else backend.from_numpy(a) for a in arrays]
     with np.errstate(all="ignore"):
         result = backend.to_numpy(op(*given, **options))
@@ -465,7 +473,7 @@ def compute(op: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **
 
 
 def forms(op: Any, backend: Any, *, compiled: bool = False, **options: Any) -> dict[str, Callable[..., Any]]:
-    """Return the ways to run an op, by name: its kernel, its definition, and both compiled where that differs."""
+    """Return the ways to run an op, by name: its kernel, its definition, and both compiled if the backend compiles."""
     found = {"kernel": op, "reference": op.reference}
     if compiled and backend.compiles_per_shape:
         for name, form in list(found.items()):
@@ -484,7 +492,7 @@ def _compiled(form: Callable[..., Any], backend: Any, options: dict[str, Any]) -
 
 
 def assert_within(bounded: Bounded, computed: np.ndarray, op: str, backend: Any, dtype: str, form: str) -> float:
-    """Assert that what was computed is within its bound; record the ratio, and steer hypothesis toward a larger one."""
+    """Assert that a result is within its bound. Record error / bound, which hypothesis tries to maximise."""
     assert computed.dtype == host_dtype(dtype), f"{form} of {op} returned {computed.dtype} for {dtype}"
     ratio = bounded.ratio(computed)
     record(op, backend.name, dtype, ratio)
@@ -494,24 +502,24 @@ def assert_within(bounded: Bounded, computed: np.ndarray, op: str, backend: Any,
     return ratio
 
 
-# What was seen, for the table at the end of a run.
+# The largest ratios so far, for the table at the end of a run.
 
 _WORST: dict[tuple[str, str, str], float] = {}
 
 
 def recorded() -> list[tuple[str, str, str, float]]:
-    """Return what was recorded in this process, for another one to record."""
+    """Return the ratios that this process recorded, so that another process can record them."""
     return [(*key, ratio) for key, ratio in _WORST.items()]
 
 
 def record(op: str, backend: str, dtype: str, ratio: float) -> None:
-    """Remember the worst error, in units of its bound, of an op on a backend in a dtype."""
+    """Keep the largest ratio of error to bound, for an op on a backend in a dtype."""
     key = (op, backend, dtype)
     _WORST[key] = max(ratio, _WORST.get(key, 0.0))
 
 
 def table() -> list[str]:
-    """Return the worst errors recorded, in units of their bounds, a line for each op and backend."""
+    """Return the largest recorded ratios of error to bound as a table, with one line for each op and backend."""
     rows = list(dict.fromkeys((op, backend) for op, backend, _ in sorted(_WORST)))
     head = f"{'op':<19}{'backend':<18}" + "".join(f"{dtype:>10}" for dtype in FORMATS)
     cells = [[_WORST.get((*row, dtype)) for dtype in FORMATS] for row in rows]

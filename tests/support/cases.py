@@ -1,4 +1,4 @@
-"""One small call of every op that is well-formed, for tests that ask the same of all ops."""
+"""One small valid call of every op, for tests that check the same property of all ops."""
 
 from typing import Any, NamedTuple
 
@@ -11,22 +11,22 @@ UNIT = {dtype: format.unit for dtype, format in FORMATS.items()}  # the unit rou
 
 
 class Case(NamedTuple):
-    """An op, its arrays by name (floats in float64, of order 1), and what else it is given."""
+    """An op, its arrays by name (floating-point arrays in float64, with values of order 1), and its options."""
 
     op: Any
     arrays: dict[str, np.ndarray]
     options: dict[str, Any]
 
     def floats(self):
-        """Return the names of the arrays that can be differentiated."""
+        """Return the names of the floating-point arrays, with respect to which the op can be differentiated."""
         return [name for name, a in self.arrays.items() if a.dtype == np.float64]
 
     def reference(self, **replaced):
-        """Return the definition's result in NumPy float64, with some of the arrays replaced."""
+        """Return the result of the definition in NumPy float64. `replaced` has arrays to use instead of the case's."""
         return self.op.reference(**{**self.arrays, **replaced}, **self.options)
 
     def on(self, backend, dtype, **options):
-        """Return the arrays on a backend, floats in that dtype and integers in int32."""
+        """Return the arrays on a backend: floating-point arrays in the dtype, and integers in int32."""
         return {
             name: backend.from_numpy(a, dtype, **options) if a.dtype == np.float64 else backend.from_numpy(a, **options)
             for name, a in self.arrays.items()
@@ -61,12 +61,12 @@ FORMS = ("kernel", "reference")
 
 
 def form_of(op, form):
-    """Return an op as it is called, which runs its backend's kernel, or its definition."""
+    """Return the op itself, which runs the kernel of the backend, or the definition of the op."""
     return {"kernel": op, "reference": op.reference}[form]
 
 
 def assert_agrees(result, expected, dtype):
-    """Hold a result against float64: quantities of order 1 that pass through at most 64 roundings."""
+    """Assert that a result agrees with a float64 result, up to 64 roundings of values of order 1."""
     assert result.shape == expected.shape
     assert result.dtype.name == dtype
     bound = 64 * UNIT[dtype] * (1 + np.abs(expected))

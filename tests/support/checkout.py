@@ -1,4 +1,4 @@
-"""Refuse to test anything but the code of this checkout."""
+"""Refuse to run the tests with a copy of the package that differs from this checkout."""
 
 import importlib.util
 import sys
@@ -22,7 +22,7 @@ def refuse_a_stale_copy():
         if differing := difference(installed, directory):
             more = f" and {len(differing) - 3} more files" if len(differing) > 3 else ""
             files = ", ".join(differing[:3]) + more
-            sys.exit(f"{installed} is a copy of {directory}, and not an equal one: it differs in {files}. {ADVICE}")
+            sys.exit(f"{installed} is a copy of {directory}, but differs from it in {files}. {ADVICE}")
 
 
 def difference(one, other):
@@ -32,6 +32,6 @@ def difference(one, other):
 
 
 def contents(package):
-    """Return the contents of a package's files by name: its code and the model that ships with it."""
+    """Return the contents of a package's files by name: the code, and the model that ships with the package."""
     files = [*package.rglob("*.py"), *package.glob("models/*/*")]
     return {str(file.relative_to(package)): file.read_bytes() for file in files}

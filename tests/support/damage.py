@@ -1,4 +1,4 @@
-"""What may happen to a file: functions from what can be drawn by hypothesis and the old content to the new one."""
+"""Ways to damage a file: functions of hypothesis' `draw` and the old content that return the new content."""
 
 import json
 
@@ -43,7 +43,7 @@ def replace(draw, content):
 
 
 def edit_json(draw, content):
-    """Change, remove or rename one entry at any depth."""
+    """Change, remove, rename or copy one entry of a JSON document, at any depth."""
     entries = json.loads(content)
     if not isinstance(entries, dict | list) or not entries:
         return content
@@ -67,7 +67,7 @@ def edit_json(draw, content):
 
 
 def edit_header(draw, content):
-    """Change the header of a file of safetensors, or lie about its length."""
+    """Change the header of a safetensors file. The length that the file gives for it may be wrong."""
     size = int.from_bytes(content[:8], "little")
     header = edit_json(draw, content[8 : 8 + size])
     length = draw(st.just(len(header)) | NUMBERS.filter(lambda n: isinstance(n, int) and 0 <= n < 2**64))
@@ -75,7 +75,7 @@ def edit_header(draw, content):
 
 
 def spoil_tensors(draw, arrays):
-    """Drop, add, reshape, retype a tensor, or make one of its numbers none."""
+    """Drop, add, reshape or convert a tensor, or replace one of its elements, perhaps by NaN or infinity."""
     arrays, path = dict(arrays), draw(st.sampled_from(list(arrays)))
     a = arrays[path]
     match draw(st.sampled_from(["drop", "add", "reshape", "widen", "retype", "no number", "number"])):

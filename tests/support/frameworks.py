@@ -1,4 +1,4 @@
-"""The backends that tests run on. They come from the entry points: no test lists them.
+"""The backends that tests run on. They are found by their entry points; no test lists them.
 
 A backend of another package is tested as soon as that package is installed, or is on the import path together with its
 metadata, as tests/third_party is.
@@ -20,10 +20,10 @@ OURS = [name for name in BACKENDS if _OURS[name].value.startswith("portable_gpt2
 """The backends whose adapters belong to this project."""
 
 FRAMEWORKS = [name for name in OURS if name != "numpy"]
-"""Those of them whose framework is an extra of the package."""
+"""The backends of this project whose framework is an extra of the package."""
 
 FIXTURES = {"tf" if name == "tensorflow" else name: name for name in FRAMEWORKS}
-"""The backend's name by the name of the fixture that gives its framework's module."""
+"""The names of backends, by the name of the fixture that returns the framework's module."""
 
 _REQUIRED = os.environ.get("PORTABLE_GPT2_REQUIRE", "")
 

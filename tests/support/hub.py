@@ -1,4 +1,4 @@
-"""A stand-in for Hugging Face's hub: an HTTP server of this machine that serves directories as models."""
+"""A replacement for Hugging Face's hub: a local HTTP server that serves directories as models."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ COMMIT = hashlib.sha1(b"the only commit").hexdigest()
 
 @contextlib.contextmanager
 def serving(models, revisions=("main",)):
-    """Serve models, directories by id; give the environment that leads there, and the files asked for so far."""
+    """Serve directories by model id. Yield the environment variables for the client, and a list of requested files."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

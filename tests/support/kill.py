@@ -1,7 +1,8 @@
-"""Begin runs, each of which is killed (SIGKILL) at its n-th call of the system: python kill.py DIRECTORY N ...
+"""Start runs, and kill each one (SIGKILL) at its N-th system call: ``python kill.py DIRECTORY N ...``.
 
-Counted are the calls that Python reports to audit hooks (files opened, made, renamed, removed) and fsync and writes of
-metrics. Each run is a process that is forked from this one. Without an N, the calls of a whole run are printed.
+The calls that are counted are those that Python reports to audit hooks (to open, create, rename or remove a file),
+fsync, and the writes of metrics. Each run is a process that is forked from this one. Without an N, the number of calls
+of a whole run is printed.
 """
 
 import os
@@ -16,7 +17,7 @@ EVENTS = ("open", "os.", "shutil.")
 
 
 def train_until(directory, last):
-    """Train a run up to a call, at which the process dies; return the number of calls of a whole run."""
+    """Train a run until a given call, which kills the process. If it is not reached, return the number of calls."""
     calls = 0
 
     def count(event, args=()):

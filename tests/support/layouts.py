@@ -1,4 +1,4 @@
-"""Checkpoints in every layout that is read, written as their own programs write them and not by this package."""
+"""Write checkpoints in every layout that can be read, as other programs write them, without this package's writer."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 
 def hugging_face_names(arrays, prefix="transformer."):
-    """Return arrays by Hugging Face's names; of each path the last part says which."""
+    """Return arrays by Hugging Face's names. The last part of a path determines the last part of the name."""
     leaves = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
 
     def name(path):
@@ -28,13 +28,13 @@ def write_config(directory, config):
 
 
 def write_safetensors(directory, config, arrays):
-    """Write one file of safetensors."""
+    """Write a single safetensors file."""
     write_config(directory, config)
     save_file(hugging_face_names(arrays), directory / "model.safetensors")
 
 
 def split(arrays, n):
-    """Return the arrays by the names of n files, as transformers calls them."""
+    """Return the arrays of n files, by the numbers that transformers puts into the files' names."""
     parts = [dict(list(arrays.items())[i::n]) for i in range(n)]
     return {f"-{i:05}-of-{n:05}": part for i, part in enumerate(parts, 1)}
 
@@ -46,7 +46,7 @@ def write_index(directory, stem, suffix, shards):
 
 
 def write_sharded_safetensors(directory, config, arrays, n=3):
-    """Write several files of safetensors, and their index."""
+    """Write several safetensors files and their index."""
     write_config(directory, config)
     shards = split(hugging_face_names(arrays), n)
     write_index(directory, "model", ".safetensors", shards)
@@ -55,7 +55,7 @@ def write_sharded_safetensors(directory, config, arrays, n=3):
 
 
 def write_bin(directory, config, arrays, *, is_zip=True, n=1):
-    """Write pytorch_model.bin, as a zip file or as PyTorch before 1.6 did, or several and their index."""
+    """Write pytorch_model.bin, as a zip file or in the format of PyTorch before 1.6; or n files and their index."""
     import torch
 
     write_config(directory, config)
@@ -67,7 +67,7 @@ def write_bin(directory, config, arrays, *, is_zip=True, n=1):
 
 
 def nanogpt(config, arrays, *, bias=True, prefix="_orig_mod."):
-    """Return the state that nanoGPT's train.py saves: the weights as nn.Linear keeps them, lm_head tied to wte."""
+    """Return the state that nanoGPT's train.py saves. Weights are transposed as in nn.Linear, and lm_head is wte."""
     import torch
 
     tensors = {
@@ -89,7 +89,7 @@ def nanogpt(config, arrays, *, bias=True, prefix="_orig_mod."):
 
 
 def write_nanogpt(directory, config, arrays):
-    """Write what nanoGPT leaves in its directory, which is this one file."""
+    """Write ckpt.pt, which is the only file that nanoGPT writes."""
     import torch
 
     directory.mkdir(exist_ok=True)
@@ -97,7 +97,7 @@ def write_nanogpt(directory, config, arrays):
 
 
 def write_training_state(directory, config, arrays):
-    """Write the state of a trainer whose model was compiled and wrapped for several devices."""
+    """Write the state of a trainer whose model was compiled, and wrapped for data-parallel training."""
     import torch
 
     write_config(directory, config)
@@ -107,7 +107,7 @@ def write_training_state(directory, config, arrays):
 
 
 def write_openai(directory, config, arrays):
-    """Write OpenAI's release, as its code did: with TensorFlow 1's Saver, conv1d's weights as [1, nx, nf]."""
+    """Write a checkpoint like OpenAI's release: with the Saver of TensorFlow 1, and conv1d weights [1, nx, nf]."""
     import tensorflow as tf
 
     directory.mkdir(exist_ok=True)
@@ -124,12 +124,12 @@ def write_openai(directory, config, arrays):
 
 
 def write_openai_tokenizer(directory, files):
-    """Put the files of a tokenizer, vocab.json and merges.txt, beside it under OpenAI's names."""
+    """Copy vocab.json and merges.txt into a directory, under OpenAI's names."""
     for name, theirs in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
         Path(directory, theirs).write_bytes(Path(files, name).read_bytes())
 
 
-WRITERS = {  # by layout: the backend whose framework writes it, and the function
+WRITERS = {  # for each layout: the backend whose framework is needed, and the function
     "safetensors": (None, write_safetensors),
     "safetensors in 3 files": (None, write_sharded_safetensors),
     "bin": ("torch", write_bin),

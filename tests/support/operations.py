@@ -1,7 +1,7 @@
-"""Every op in one table: hypothesis strategies for its arguments, and the derived bound on its error.
+"""A table of all ops: hypothesis strategies for their arguments, and the derived bounds on their errors.
 
-A strategy takes a dtype and yields an op's arrays and its options. The fast profile draws from a few shapes, empty ones
-and those of one element included; the thorough profile draws any shape.
+Each function takes a dtype and returns a strategy for the arrays and the options of an op. The fast profile draws from
+a small set of shapes, which includes shapes with no element and with one. The thorough profile draws any shape.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Arguments = tuple[tuple[np.ndarray | None, ...], dict[str, Any]]
 
 @st.composite
 def linear_layers(draw, dtype):
-    """Return x, w and b, of small and of large values; if they are too large, nothing is promised."""
+    """Draw x, w and b. Large values may overflow; the bound is then infinite."""
     shape, nf = draw(strategies.shapes(least=1)), draw(strategies.lengths([3, 0], most=9))
     width = draw(st.sampled_from([(), (1,)]))
     root = bounds.FORMATS[dtype].largest ** 0.5 / 8
@@ -31,7 +31,7 @@ def linear_layers(draw, dtype):
 
 @st.composite
 def arrays_and_axes(draw, dtype):
-    """Return an array of at least one axis, and one of its axes."""
+    """Draw an array with at least one axis, and the index of one of its axes."""
     shape = draw(strategies.shapes(least=1))
     axis = draw(st.integers(-len(shape), len(shape) - 1))
     return draw(strategies.arrays(shape, dtype)), axis
@@ -39,7 +39,7 @@ def arrays_and_axes(draw, dtype):
 
 @st.composite
 def layers(draw, dtype):
-    """Return x, g and b of a layer norm; the squares of x are within the range of the dtype that it computes in."""
+    """Draw x, g and b of layer_norm. The squares of x do not overflow in the dtype of the computation."""
     shape = draw(strategies.shapes(least=1))
     largest = bounds.FORMATS[bounds.computed_in(dtype)].largest ** 0.5 / 16
     x = draw(strategies.arrays(shape, dtype, largest=largest))
@@ -51,7 +51,7 @@ EPS = st.sampled_from([1e-5, 1e-5, 1e-3, 1e-12])
 
 @st.composite
 def masks(draw, batch, queries, keys):
-    """Return no mask, a causal one, or any in which every query sees a key; its leading axes may broadcast."""
+    """Draw None, a causal mask, or any mask in which each query has a key. Its leading axes may broadcast."""
     kind = draw(st.sampled_from(["none", "causal", "any"]))
     if kind == "none":
         return None
@@ -64,7 +64,7 @@ def masks(draw, batch, queries, keys):
     return mask | (np.arange(keys) == random.integers(0, keys, (*leading, queries, 1)))
 
 
-# The leading axes, and the numbers of queries, of keys, of q's and k's columns and of v's.
+# The leading axes, and the numbers of queries, of keys, of columns of q and k, and of columns of v.
 _HEADS = [
     ((), 3, 4, 8, 2),
     ((), 1, 1, 1, 1),
@@ -79,7 +79,7 @@ _HEADS = [
 
 @st.composite
 def heads(draw, dtype, *, masked=False):
-    """Return q, k, v, a mask and a scale; the scores are within the range of the dtype that they are computed in."""
+    """Draw q, k, v, a mask and a scale. The scores do not overflow in the dtype of the computation."""
     some = st.integers(1, 9)
     rest = st.tuples(strategies.shapes(most=3), st.integers(0, 9), some, some, st.integers(0, 9))
     batch, queries, keys, d, dv = draw(strategies.cases(_HEADS, rest))
@@ -93,7 +93,7 @@ def heads(draw, dtype, *, masked=False):
 
 @st.composite
 def rows(draw, dtype, kinds):
-    """Return ids, of an integer dtype among some, and a table that has a row for each."""
+    """Draw ids in one of some integer dtypes, and a table that has a row for each id."""
     vocab, d = draw(strategies.cases([(7, 3), (1, 1), (2, 0)], st.tuples(st.integers(1, 9), st.integers(0, 9))))
     w = draw(strategies.arrays((vocab, d), dtype))
     kind = draw(st.sampled_from(kinds))
@@ -104,20 +104,20 @@ def rows(draw, dtype, kinds):
 
 @st.composite
 def products_with_a_table(draw, dtype):
-    """Return x and a table with as many columns."""
+    """Draw x and a table whose rows are as long as those of x."""
     shape, vocab = draw(strategies.shapes(least=1)), draw(strategies.lengths([3, 0], most=9))
     largest = draw(st.sampled_from([bounds.FORMATS[dtype].largest ** 0.5 / 8, None]))
     x = draw(strategies.arrays(shape, dtype, largest=largest))
     return x, draw(strategies.arrays((vocab, shape[-1]), dtype, largest=largest))
 
 
-# The leading axes, none of which may be empty because a mean of nothing is undefined, and the number of logits.
+# The leading axes, and the number of logits. No axis has length 0, because the mean of no elements is undefined.
 _LOGITS = [((), 5), ((1,), 1), ((3,), 4), ((2, 3), 7), ((2, 1, 2), 3)]
 
 
 @st.composite
 def logits_and_targets(draw, dtype, kinds):
-    """Return logits, and targets of an integer dtype among some."""
+    """Draw logits, and targets in one of some integer dtypes."""
     leading = st.lists(st.integers(1, 3), max_size=3).map(tuple)
     batch, n = draw(strategies.cases(_LOGITS, st.tuples(leading, st.integers(1, 9))))
     targets = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).integers(0, n, batch)
@@ -126,25 +126,25 @@ def logits_and_targets(draw, dtype, kinds):
 
 
 def attention_weights_bound(q, k, mask=None, *, scale=None, c):
-    """Bound the weights of attention, which are its result if the values are a unit matrix."""
+    """Bound the attention weights, which are the result of attention if the values are the identity matrix."""
     keys = k.shape[-2]
     identity = np.broadcast_to(np.eye(keys, dtype=k.dtype), (*k.shape[:-2], keys, keys))
     return bounds.attention(q, k, identity, mask, scale=scale, c=c)
 
 
 class Operation(NamedTuple):
-    """An op, and what is needed to test it on any backend."""
+    """An op, with the strategy and the bound that are used to test it on any backend."""
 
     op: Any
     arguments: Callable[[str], st.SearchStrategy[Arguments]]
-    """From a dtype to the arrays and the options of a call."""
+    """A function of a dtype. It returns a strategy for the arrays and the options of a call."""
     bound: Callable[..., bounds.Bounded]
-    """From the arrays and the options, and `c` where the op has an `error`, to the exact result and its bound."""
+    """A function of the arrays and the options, and of `c` if there is an `error`. It returns a `Bounded`."""
     error: Callable[[str, str], float] | None = None
-    """The error of the elementary function that the op computes with, by backend and dtype."""
+    """A function of backend and dtype. It returns the error of exp or tanh, which the op calls."""
 
     def errors(self, names, dtype, arrays, options):
-        """Return how far each of some backends may be from the exact result, by the backend's name."""
+        """Return the bound on the error for each of some backends, by name."""
         found, by_name = {}, {}
         for name in names:
             c = {} if self.error is None else {"c": self.error(name, dtype)}

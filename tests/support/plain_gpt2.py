@@ -1,6 +1,6 @@
-"""GPT-2 a second time, in plain NumPy and none of the package's ops: what the tests take for true.
+"""A second implementation of GPT-2, in plain NumPy without the package's ops. The tests compare with it.
 
-In float64 it is the truth; in float32 its error is the yardstick by which a backend's error is measured.
+Its result in float64 is the expected one. Its error in float32 is the unit in which a backend's error is measured.
 """
 
 import math
@@ -13,7 +13,7 @@ U = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2
 
 
 def plain_gpt2(flat, tokens, config):
-    """Return the logits [batch, seq, n_vocab] in the dtype of the parameters, which are arrays by their paths."""
+    """Return the logits [batch, seq, n_vocab] in the dtype of the parameters. `flat` has the parameters by path."""
 
     def norm(x, scope):
         d = x - x.mean(-1, keepdims=True)
@@ -45,10 +45,10 @@ def plain_gpt2(flat, tokens, config):
 
 
 def random_weights(config, seed=0, spread=1.5):
-    """Return float64 weights by path under which mistakes show.
+    """Return float64 weights by path. With these weights, mistakes in an implementation change the logits.
 
-    Attention is far from uniform, no bias is 0 and no gain is 1. All of them are exact in bfloat16 and in float16 too:
-    eight bits each, and none so small that float16 has fewer for it.
+    Attention is far from uniform, no bias is 0 and no gain is 1. All weights are exact in bfloat16 and float16, too:
+    each has eight significant bits, and none is subnormal in float16.
     """
     rng = np.random.default_rng(seed)
 
@@ -58,7 +58,7 @@ def random_weights(config, seed=0, spread=1.5):
             x *= spread / math.sqrt(shape[0])
         elif path.endswith("/g"):
             x = 1 + 0.3 * x
-        elif path != "wpe":  # which weighs double, or a greedy text soon repeats one token
+        elif path != "wpe":  # wpe stays larger, because otherwise a greedy text soon repeats one token
             x *= 0.5
         mantissa, exponent = np.frexp(x)
         x = np.ldexp(np.round(mantissa * 256), exponent - 8)
@@ -78,5 +78,5 @@ def truth_and_error(flat, tokens, config):
 
 
 def on_backend(backend, flat, dtype="float32", device=None):
-    """Return the parameter tree on a backend."""
+    """Return the parameters as a tree of arrays on a backend."""
     return pg.params.nest({path: backend.from_numpy(a, dtype, device) for path, a in flat.items()})

@@ -1,4 +1,4 @@
-"""Python code in a process of its own: with the installed package, and nothing of the checkout on its path."""
+"""Run Python code in a new process, which imports the installed package and nothing from the checkout."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import textwrap
 
 
 def run(code, *, path=(), **environment):
-    """Run code with some directories on its path, and return what it prints; what it writes on failing is shown."""
+    """Run code with some directories on its path, and return its stdout. A failed assertion shows its stderr."""
     set_path = f"import sys; sys.path[:0] = {[str(p) for p in path]}\n" if path else ""
     process = subprocess.run(
         [sys.executable, "-P", "-c", set_path + textwrap.dedent(code)],

@@ -16,7 +16,7 @@ WHOLE, BATCH = Replicate(), Shard(0)
 
 
 def placements(name):
-    """Yield {array: placement}: all whole, the batch split, the weight's columns split, and both."""
+    """Yield placements by array: all replicated; the batch split; the columns of the weight split; both split."""
     yield {}
     yield dict.fromkeys(BATCHED, BATCH)
     columns = {"conv1d": {"w": Shard(1), "b": Shard(0)}, "unembed": {"w": Shard(0)}}.get(name)
@@ -59,7 +59,7 @@ def main(store, rank):
     barrier()
     destroy_process_group()
     print(f"compared {compared}", flush=True)
-    os._exit(0)  # all is compared: gloo's threads may still abort an interpreter that ends in its own way
+    os._exit(0)  # because gloo's threads may abort an interpreter that shuts down normally
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small runs on NumPy, and what their directories hold."""
+"""Small training runs on NumPy, and the contents of their directories."""
 
 import json
 
@@ -24,7 +24,7 @@ def begin(directory, recipe=RECIPE):
 
 
 def resume(directory):
-    """Resume a run as the command does, and return it."""
+    """Resume a run as the command does, take its remaining steps, and return it."""
     backend = pg.get_backend("numpy")
     run = Run.open(directory)
     for _ in train(run, Trainer(run.config, run.recipe, backend), run.restore(backend)):
@@ -33,7 +33,7 @@ def resume(directory):
 
 
 def lines(directory):
-    """Return the metrics but for the seconds, which no two runs have in common."""
+    """Return the metrics without the seconds, which differ between runs."""
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in entries.items() if name != "seconds"} for entries in found]
 

@@ -1,4 +1,4 @@
-"""Arrays as the ops meet them: every number of axes, empty ones too, every magnitude, every layout in memory."""
+"""Strategies for arrays with any number of axes, including empty axes, any magnitude, and any memory layout."""
 
 from typing import Any
 
@@ -10,24 +10,24 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-# JAX and TensorFlow compile for each new shape: a fast run meets these, a thorough one any.
+# JAX and TensorFlow compile for each new shape, so a fast run uses only these shapes. A thorough run uses any.
 _SHAPES = [(), (1,), (5,), (0,), (3, 4), (1, 17), (4, 0), (2, 3, 2), (2, 1, 0, 3), (1, 2, 2, 3), (2, 1, 2, 1, 3)]
 _IS_THOROUGH = hypothesis.settings.get_current_profile_name() == "thorough"
 
-# For what follows from a bound that is tested in full.
+# For properties that follow from a bound that has its own test with all examples.
 fewer = hypothesis.settings(max_examples=max(1, hypothesis.settings.default.max_examples * 2 // 5))
 
-# For a test of all backends together: float64 is for the process in which JAX knows it.
+# For a test of all backends together. JAX has float64 only in a process with JAX_ENABLE_X64=1.
 SHARED_DTYPES = ["float32", "bfloat16", "float16", pytest.param("float64", marks=pytest.mark.x64)]
 
-# For a test of what the others are computed in.
+# For a test of the dtypes in which ops compute. Arrays of 16-bit dtypes are converted to float32.
 wide_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 LAYOUTS = ["C", "Fortran", "transposed", "strided", "reversed", "read-only"]
 
 
 def integer_dtypes(backend: Any) -> list[str]:
-    """Return the dtypes of ids that the backend takes: JAX has no int64 without its x64 switch."""
+    """Return the integer dtypes that a backend has. JAX has int64 only with JAX_ENABLE_X64=1."""
 
     def takes(dtype: str) -> bool:
         try:
@@ -40,27 +40,27 @@ def integer_dtypes(backend: Any) -> list[str]:
 
 
 def shapes(*, least: int = 0, most: int = 5) -> st.SearchStrategy[tuple[int, ...]]:
-    """Return shapes of some number of axes, of which any may be empty."""
+    """Return a strategy for shapes with `least` to `most` axes, any of which may have length 0."""
     few = [shape for shape in _SHAPES if least <= len(shape) <= most]
     return cases(few, hnp.array_shapes(min_dims=least, max_dims=most, min_side=0, max_side=4))
 
 
 def lengths(few: list[int], *, most: int, least: int = 0) -> st.SearchStrategy[int]:
-    """Return one of these lengths, or in a thorough run any up to the largest."""
+    """Return a strategy for the lengths in `few`; in a thorough run, for all lengths from `least` to `most`."""
     return cases(few, st.integers(least, most))
 
 
 def cases(few: list, rest: st.SearchStrategy) -> st.SearchStrategy:
-    """Return one of a few cases, or in a thorough run any of the rest."""
+    """Return a strategy for the cases in `few`; in a thorough run, also for those of another strategy."""
     return st.sampled_from(few) | rest if _IS_THOROUGH else st.sampled_from(few)
 
 
 @st.composite
 def floats(draw, shape: tuple[int, ...], dtype: str, *, largest: float | None = None) -> np.ndarray:
-    """Return finite numbers up to a magnitude, the dtype's largest unless given; zeros and subnormals among them.
+    """Draw finite numbers, including zeros and subnormals, of magnitude up to `largest` (default: any).
 
-    Drawn one by one, or by a seed: as a normal distribution of some width about some mean, or with exponents that are
-    uniform over the dtype's.
+    hypothesis draws each number, or only a seed. With a seed, the numbers have a normal distribution with a random mean
+    and width, or exponents that are uniformly distributed over those of the dtype.
     """
     host = bounds.host_dtype(dtype)
     limits = ml_dtypes.finfo(host)
@@ -84,7 +84,7 @@ def floats(draw, shape: tuple[int, ...], dtype: str, *, largest: float | None = 
 
 @st.composite
 def laid_out(draw, a: np.ndarray) -> np.ndarray:
-    """Return the same numbers, lying in memory in some other way, or not to be written to."""
+    """Draw an array with the same elements in another memory layout, or read-only."""
     layout = draw(st.sampled_from(LAYOUTS))
     if layout == "Fortran":
         a = np.asfortranarray(a)
@@ -104,5 +104,5 @@ def laid_out(draw, a: np.ndarray) -> np.ndarray:
 
 
 def arrays(shape: tuple[int, ...], dtype: str, *, largest: float | None = None) -> st.SearchStrategy[np.ndarray]:
-    """Return `floats`, in some layout."""
+    """Return a strategy for the arrays of `floats`, in any memory layout."""
     return floats(shape, dtype, largest=largest).flatmap(laid_out)

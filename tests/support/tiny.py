@@ -1,4 +1,4 @@
-"""GPT-2s small enough to write, load and run in a test, with weights that make their logits spread, and a tokenizer."""
+"""Small GPT-2 models that a test can write, load and run, with weights that give distinct logits, and a tokenizer."""
 
 import functools
 
@@ -23,7 +23,7 @@ Whether 'tis nobler in the mind to suffer the slings and arrows of outrageous fo
 
 
 def weights(config=CONFIG, seed=0):
-    """Return float32 parameters by path: none is 0 or 1, and a change of any of them changes the logits."""
+    """Return float32 parameters by path. None is 0 or 1, and changing any of them changes the logits."""
     rng = np.random.default_rng(seed)
 
     def value(path, shape):
@@ -35,7 +35,7 @@ def weights(config=CONFIG, seed=0):
 
 
 def model(backend, config=CONFIG, *, seed=0, dtype="float32", tokenizer=None):
-    """Return a GPT2 on a backend; the same on each."""
+    """Return a GPT2 on a backend. Its parameters are the same on every backend."""
     return pg.GPT2(
         config, nest({path: backend.from_numpy(a, dtype) for path, a in weights(config, seed).items()}), tokenizer
     )
@@ -45,8 +45,8 @@ def model(backend, config=CONFIG, *, seed=0, dtype="float32", tokenizer=None):
 def byte_level_bpe(special="in the vocabulary"):
     """Train a byte-level BPE of 384 entries with the tokenizers package and return it as JSON.
 
-    The special token <|endoftext|> stands in the BPE's own vocabulary (id 0), as in the published files, is ``added``
-    beside it (id 383), or is left out.
+    The special token <|endoftext|> is in the BPE's own vocabulary (id 0), as in the published files; or it is an added
+    token (``added``, id 383); or there is no such token.
     """
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
