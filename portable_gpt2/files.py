@@ -194,7 +194,8 @@ def appearing(directory: Path, force: bool) -> Iterator[Path]:
     directory = _real(directory)
     _check_directory(directory, force)
     with _drafting(directory) as draft:
-        _check_directory(directory, force)  # again: another process may have written it before this one had the lock
+        # Checked again, because another process may have written the target before this one had the lock.
+        _check_directory(directory, force)
         draft.mkdir()
         _inherit(draft, directory)
         mode = stat.S_IMODE(draft.stat().st_mode)
@@ -203,7 +204,7 @@ def appearing(directory: Path, force: bool) -> Iterator[Path]:
         _chmod(draft, mode)
         for file in draft.iterdir():
             _inherit(file, directory / file.name)
-        for file in (*draft.rglob("*"), draft):  # before the rename, for a power cut
+        for file in (*draft.rglob("*"), draft):  # before the rename, so that a power cut does no harm
             if not file.is_symlink():
                 synchronise(file)
         if force and directory.exists():
@@ -396,7 +397,7 @@ def synchronise(file: Path) -> None:
 
 
 def _exchange(draft: Path, directory: Path) -> None:
-    """Swap the names of two directories, atomically if the system can."""
+    """Swap the names of two directories, atomically if the system supports this."""
     if _swap(draft, directory):
         return
     aside = draft.with_suffix(".old")
@@ -410,9 +411,9 @@ def _exchange(draft: Path, directory: Path) -> None:
 
 
 def _swap(first: Path, second: Path) -> bool:
-    """Swap two names atomically and return True, or return False if the system cannot.
+    """Swap two names atomically and return True, or return False if the system does not support this.
 
-    Linux can, with a function of its C library that Python does not offer.
+    Linux does, by the function renameat2 of the C library, which Python does not offer.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if renameat2 is None:
@@ -421,6 +422,6 @@ def _swap(first: Path, second: Path) -> bool:
     if renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # the kernel or the file system cannot
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # the kernel or the file system does not support it
         return False
     raise OSError(code, os.strerror(code), str(second))

@@ -52,7 +52,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"names {name[:80]!r} twice; keep the entry that is meant")
+        raise ValueError(f"names {name[:80]!r} twice; keep the intended entry")
     return entries
 
 

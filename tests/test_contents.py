@@ -233,9 +233,7 @@ def test_entries_that_stand_twice_are_refused_in_every_file(tmp_path):
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
         before = (tmp_path / "it" / name).read_bytes()
         (tmp_path / "it" / name).write_bytes(double(before))
-        with pytest.raises(
-            pg.CheckpointError, match=rf"it.{name}: names 'n_layer' twice; keep the entry that is meant"
-        ):
+        with pytest.raises(pg.CheckpointError, match=rf"it.{name}: names 'n_layer' twice; keep the intended entry"):
             read_checkpoint(tmp_path / "it")
         (tmp_path / "it" / name).write_bytes(before)
     weights = tmp_path / "it" / "model-00001-of-00002.safetensors"

@@ -559,7 +559,7 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, named, files):
         ("vocab.json", '"$":4', '"$":-4', r"the id of '\$' is -4; expected a whole number below 2\*\*32"),
         ("vocab.json", '"$":4', '"$":4294967300', r"the id of '\$' is 4294967300; expected a whole number"),
         ("vocab.json", '"$":4', '"$":5', r"'(\$|%)' and '(%|\$)' have the same id, 5: "),
-        ("vocab.json", '"$":4', '"$":4,"$":4', r"names '\$' twice; keep the entry that is meant"),
+        ("vocab.json", '"$":4', '"$":4,"$":4', r"names '\$' twice; keep the intended entry"),
         ("merges.txt", "\nh e\n", "\nh #\n", "line [0-9]+, 'h #': 'h#' is not in the vocabulary"),
         ("merges.txt", "\nh e\n", "\nh eX\n", "line [0-9]+, 'h eX': 'eX' is not in the vocabulary"),
         ("merges.txt", "\nh e\n", "\nh e\nh e\n", "line ([0-9]+), 'h e', repeats line [0-9]+"),

@@ -150,7 +150,7 @@ def _open_file(file: Path, format: Format) -> Opened:
             raise CheckpointError(f"{file}: is a safetensors file; give it the name {WEIGHTS_FILE}")
         try:
             held = get_backend(format.backend).read_checkpoint(str(file))
-        except Exception as error:  # a damaged file may make a framework raise anything
+        except Exception as error:  # a framework may raise an error of any class for a damaged file
             raise CheckpointError(f"{file}: {_brief(error)}") from None
     tensors, rest = _unnested(file, held)
     return Opened(

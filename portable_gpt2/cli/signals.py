@@ -25,8 +25,8 @@ def status(signum: int) -> int:
 def leave_at_once() -> None:
     """Let Ctrl-C end the process at once, without a traceback. This is for times when no file is being written.
 
-    A KeyboardInterrupt would not do: inside an import or a callback of a framework it may be replaced by another error,
-    or be printed and ignored.
+    A KeyboardInterrupt is not reliable: inside an import or a callback of a framework, another error may replace it, or
+    it may be printed and ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _set(signal.SIGINT, _leave)

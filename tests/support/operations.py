@@ -104,7 +104,7 @@ def rows(draw, dtype, kinds):
 
 @st.composite
 def products_with_a_table(draw, dtype):
-    """Draw x and a table whose rows are as long as those of x."""
+    """Draw x [..., d] and a table [n, d]."""
     shape, vocab = draw(strategies.shapes(least=1)), draw(strategies.lengths([3, 0], most=9))
     largest = draw(st.sampled_from([bounds.FORMATS[dtype].largest ** 0.5 / 8, None]))
     x = draw(strategies.arrays(shape, dtype, largest=largest))
