@@ -333,8 +333,9 @@ def _buffers(cache: Any, n_layer: int | None = None) -> tuple[Backend, list[Any]
 
 def _may_be_equal(shape: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
     """Return whether two shapes are equal as far as they are known while tracing."""
-    return len(shape) == len(expected) and all(map(_may_be_equal_lengths, shape, expected))
-
-
-def _may_be_equal_lengths(m: Any, n: Any) -> bool:
-    return m == n if isinstance(m, int) and isinstance(n, int) else True
+    if len(shape) != len(expected):
+        return False
+    for m, n in zip(shape, expected, strict=True):
+        if m is not n and isinstance(m, int) and isinstance(n, int) and m != n:
+            return False
+    return True

@@ -142,6 +142,14 @@ def test_cached_logits_are_as_near_to_the_truth_as_uncached_ones(backend):
     assert cache.position == 9
 
 
+def test_a_position_of_numpy_becomes_an_int(backend):
+    """Catches a narrow integer that wraps around later, or that a compiler takes for an array."""
+    params, ids = params_and_tokens(backend, PLAIN, some_tokens(PLAIN, seq=1))
+    cache = pg.new_cache(params, PLAIN, batch=2)
+    _, cache = pg.gpt2(params, ids, PLAIN, cache._replace(position=np.int8(0)))
+    assert (type(cache.position), cache.position) == (int, 1)
+
+
 def test_a_grown_cache_holds_what_it_held(backend):
     """Catches rows lost or moved when the buffers are copied into longer ones."""
     tokens = some_tokens(PLAIN, seq=9)
