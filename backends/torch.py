@@ -102,10 +102,10 @@ _LARGE = 1 << 18
 def _blocks(x: Any, w: Any) -> int:
     """Return the number of blocks for the product of rows x [..., nx] and w [nx, nf]; 0 means one whole product.
 
-    On a CPU, MKL does not use its threads well for few rows: it reads w at 0.6 times the memory bandwidth. In a batch
-    of products, each thread computes whole products and reads at full bandwidth. More than two blocks per thread were
-    not faster. Blocks are not used where a gradient is needed, which would not be faster; in 16 bits, where each block
-    would be rounded; and under torch.compile, which chooses its own products.
+    On a CPU, MKL does not use its threads well for a small batch: it reads w at 0.6 times the memory bandwidth.
+    With several products at once, each thread computes whole products and reads at full bandwidth. More than two
+    blocks per thread were not faster. Blocks are not used where a gradient is needed, which would not be faster; in
+    16 bits, where each block would be rounded; and under torch.compile, which chooses its own products.
     """
     if w.numel() < _LARGE or not w.is_cpu or w.dtype not in _WIDE or torch.compiler.is_compiling():
         return 0

@@ -187,7 +187,6 @@ _COMPONENTS: dict[str, tuple[str, dict[str, dict[str, _Accepted]], str]] = {
     ),
 }
 
-_ANOTHER_TEXT = "ids would be those of another text"
 _MODEL: dict[str, tuple[_Accepted, str]] = {
     "type": (("BPE",), "expected a BPE"),
     "vocab": (None, ""),

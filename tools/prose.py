@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "noxfile.py", "portable_gpt2", "docs", "examples", "tools")
+FOLDERS = ("portable_gpt2", "backends", "docs", "examples", "tools", "bench")
+FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "noxfile.py", *FOLDERS)
 
 # Each pattern has the advice that is printed with it.
 PATTERNS = {
