@@ -91,7 +91,7 @@ def _steps(
         """Return the loss of a text after a step, which must be finite."""
         loss = trainer.evaluate(state.params, text)
         if not math.isfinite(loss):
-            raise run.diverged(state.step, f"the loss of {what} is {loss} after it")
+            raise run.diverged(state.step, f"the loss of {what} is {loss} after this step")
         return loss
 
     def try_out(state: State) -> None:

@@ -589,7 +589,7 @@ def _finite(tree: Params, what: str, scope: str = "") -> dict[str, StoredTensor]
         def read() -> np.ndarray:
             a = np.ascontiguousarray(tensor.read())
             if not is_finite(a):
-                raise _NotFinite(f"{what.format(path)} holds a NaN or an infinity after it")
+                raise _NotFinite(f"{what.format(path)} holds a NaN or an infinity after this step")
             return a
 
         return tensor._replace(read=read)
