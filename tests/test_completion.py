@@ -9,8 +9,10 @@ import tiny
 from hypothesis import example, given
 
 import portable_gpt2 as pg
+from portable_gpt2.generation.completion import Request, complete
 from portable_gpt2.generation.detokenizer import StreamingDetokenizer
 from portable_gpt2.generation.stop_strings import StopStrings
+from portable_gpt2.sampling import Sampling
 
 few = st.text("ab\n", max_size=12)
 stop_strings = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -111,6 +113,20 @@ def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
     tiny.write_tokenizer(path)
     return pg.Tokenizer.load(path)
+
+
+def test_a_stop_string_that_the_last_bytes_complete_ends_the_text(tokenizer):
+    """Catches "length" where the text ended at a stop string: bytes of no character become U+FFFD at the end alone."""
+    token = next(token for token in range(tokenizer.n_vocab) if tokenizer.token_bytes(token) == b"\xe5")
+
+    class OneToken:
+        def stream(self, generations, max_new_tokens):
+            generations[0].tokens.append(token)
+            yield generations[0]
+
+    request = Request("x", [5], Sampling(seed=0), 0)
+    (completion,) = complete(OneToken(), tokenizer, [request], 1, set(), StopStrings(["\ufffd"]))
+    assert (completion.text, completion.finish_reason) == ("", "stop")
 
 
 @pytest.fixture(scope="module")
