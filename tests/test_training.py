@@ -309,7 +309,7 @@ def test_parts_share_their_memory(jax):
     tokens = texts(0, 12, 65)
 
     def room(parts):
-        lowered = jax.jit(learner._gradient_of, static_argnums=0).lower(None, params, parts)
+        lowered = jax.jit(learner._gradient_of).lower(params, parts)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert room(tokens.reshape(6, 2, 65)) < 0.4 * room(tokens[None])
