@@ -259,7 +259,7 @@ def init_conv1d(
 def _initial(path: str, shape: tuple[int, ...], stdev: float, seed: int) -> np.ndarray:
     """Return the initial value of a parameter, float64."""
     leaf = path.rpartition("/")[2]
-    checks.memory(8 * math.prod(shape), f"the numbers of {path}, {list(shape)},")
+    checks.memory(8 * math.prod(shape), f"the initial values of {path}, of shape {list(shape)},")
     if leaf in ("g", "b"):
         return np.full(shape, 1.0 if leaf == "g" else 0.0)
     # Five arrays exist at the same time: the random words, two uniform variates, the radius and the result.

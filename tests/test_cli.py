@@ -455,7 +455,7 @@ WRONG = [  # what follows `generate`, and what the message says
     (["x", "--model"], "argument --model: expected one argument"),
     (["x", *IT, "--frobnicate"], "unrecognized arguments: --frobnicate"),
     (["x", *IT, "--prompt-file", "nowhere.txt"], "nowhere.txt"),
-    (["x", *IT, "-n", "3", "--stop", ""], "argument --stop: the text is empty, so every text would end at once"),
+    (["x", *IT, "-n", "3", "--stop", ""], "argument --stop: the stop string is empty, so every text would end at once"),
     (["x", *IT, "-n", "3", "--num-samples", "0"], "argument --num-samples: 0 is not from 1 to 2**63 - 1"),
     (["x", *IT, "-n", "3", "--batch-size", "0"], "argument --batch-size: 0 is not from 1 to 2**63 - 1"),
     (["x", *IT, "-n", "3", "--min-p", "2"], "min_p is 2.0; expected a number above 0 and at most 1 (None is off)"),

@@ -16,8 +16,8 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "attend",
         help="plot the attention weights of a text",
-        description="Plot the attention weights of a text. A row shows how much the token at this position attends to "
-        "the token of each column.",
+        description="Plot the attention weights of a text. Each row belongs to one token, and shows how much that "
+        "token attends to the token of each column.",
     )
     add = parser.add_argument
     add("text", type=str, help="text that the model reads")

@@ -78,7 +78,7 @@ def index_or_all(text: str) -> int | str:
 def stop_text(text: str) -> str:
     """Read a text that is not empty."""
     if not text:
-        raise argparse.ArgumentTypeError("the text is empty, so every text would end at once")
+        raise argparse.ArgumentTypeError("the stop string is empty, so every text would end at once")
     return text
 
 
