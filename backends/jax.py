@@ -21,7 +21,7 @@ _matmul = functools.partial(jnp.matmul, precision=_PRECISION)
 
 
 def _astype(x: Any, dtype: Any, /, *, copy: bool = False, device: Any = None) -> Any:
-    """Convert as `jnp.astype` does, but without its warning if 64 bits are disabled and become 32."""
+    """Convert as `jnp.astype` does. If 64-bit types are disabled, convert to the 32-bit type without a warning."""
     return jnp.astype(x, jax.dtypes.canonicalize_dtype(dtype), copy=copy, device=device)
 
 
@@ -29,7 +29,7 @@ _barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 
 
 def _jit(kernel: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile a kernel that computes in float32 at least. It raises an exception for input that it does not take.
+    """Compile a kernel that computes in float32 at least. The kernel raises an exception for unsupported input.
 
     All checks run only while the kernel is traced. On every call, the checks of `conv1d` would take 4 us.
     """
@@ -59,16 +59,17 @@ def _gelu(x: Any) -> Any:
 _FEW = 32
 """Up to this many rows, a product takes as long as reading the weight.
 
-At 64 rows, x w takes 0.85 times as long as `_rows_times`.
+At 64 rows, the plain product x w takes 0.85 times as long as `_rows_times`.
 """
 
 
 def _row_times(x: Any, w: Any) -> Any:
     """Multiply a row [1, nx] with w [nx, nf] as a sum over contiguous blocks of the rows of w.
 
-    In this form, or from a transposed copy, each of the four products of a layer of the 124M model reads w at about 0.9
-    times the read bandwidth; computed as x w, at 0.5 to 0.7 times. A whole decode step took 9% less time (in one run;
-    the noise was 4%). Blocks of 128 to 384 rows differed by little more than the noise, so 192 is an arbitrary choice.
+    In this form, each of the four products of a layer of the 124M model reads w at about 0.9 times the read bandwidth.
+    A product with a transposed copy of w does so too; the plain product x w reads w at 0.5 to 0.7 times the bandwidth.
+    A whole decode step took 9% less time (in one run; the noise was 4%). Blocks of 128 to 384 rows differed by little
+    more than the noise, so 192 is an arbitrary choice.
     """
     nx, nf = w.shape
     rows = max(n for n in range(1, 193) if nx % n == 0)
@@ -80,11 +81,11 @@ def _row_times(x: Any, w: Any) -> Any:
 
 
 def _rows_times(x: Any, w: Any) -> Any:
-    """Multiply up to 32 rows [n, nx] with w [nx, nf], with x transposed in memory, so that XLA uses Eigen.
+    """Multiply up to 32 rows x [n, nx] with w [nx, nf]. x is transposed in memory, so that XLA uses the library Eigen.
 
-    For x w, XLA uses YNNPACK, which reads w at 9 GB/s. The products of all layers of the 124M model took 0.7 times as
-    long with Eigen for 8 rows, 0.8 times for 32, and equally long for 2. Without the barrier, XLA would cancel the two
-    transpositions.
+    For the plain product x w, XLA uses the library YNNPACK, which reads w at 9 GB/s. The products of all layers of the
+    124M model took 0.7 times as long with Eigen as with YNNPACK for 8 rows, 0.8 times for 32 rows, and equally long for
+    2 rows. Without the barrier, XLA would cancel the two transpositions.
     """
     return _matmul(jnp.matrix_transpose(_barrier(jnp.matrix_transpose(x))), w)
 
@@ -106,9 +107,10 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
 
 @functools.partial(jax.jit, inline=True)
 def _jit_attend(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
-    """Compute attention for one query, with the scores as k q^T, because q k^T would transpose the keys in memory.
+    """Compute attention for one query. The scores are k q^T, because q k^T would transpose the keys in memory.
 
-    The scores are squeezed to [..., keys]: a softmax over the keys of [..., keys, 1] took four times as long.
+    The scores are squeezed to the shape [..., keys], because a softmax over the keys in the shape [..., keys, 1] took
+    four times as long.
     """
     scores = jnp.squeeze(_matmul(k, jnp.matrix_transpose(q)), axis=-1) * scale
     if mask is not None:
@@ -117,11 +119,11 @@ def _jit_attend(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
 
 
 def _times_transposed(x: Any, w: Any) -> Any:
-    """Return x w^T for up to 32 rows [n, d] of x as (w x^T)^T, which transposes x and the result and not the large w.
+    """Return x w^T for up to 32 rows x [n, d], computed as (w x^T)^T.
 
-    With w of the 124M model it takes 0.5 times as long as x w^T for 8 rows, and 0.7 times for 32. The barriers keep XLA
-    from merging the transpositions into the product: without the first it takes twice as long as x w^T, without the
-    second equally long.
+    This form transposes x and the result in memory, and not the large w. With w of the 124M model, it takes 0.5 times
+    as long as x w^T for 8 rows, and 0.7 times for 32 rows. The barriers keep XLA from merging the transpositions into
+    the product. Without the first barrier, this form takes twice as long as x w^T; without the second, equally long.
     """
     transposed = _barrier(jnp.matrix_transpose(x))
     return jnp.matrix_transpose(_barrier(_matmul(w, transposed)))
@@ -154,7 +156,7 @@ def _write(buffer: Any, value: Any, start: Any) -> Any:
 
         After such a fusion XLA copies the whole buffer. The writes and attention of twelve layers with 1024 rows take
         60 ms with the fusion, and 4 ms in this form, which is the time of attention alone. An optimization_barrier did
-        not prevent the fusion; a scatter took 76 ms.
+        not prevent the fusion; with a scatter, writes and attention took 76 ms.
         """
         return jax.lax.cond(start >= 0, update, lambda buffer, *_: buffer, buffer, value, start)
 
@@ -167,9 +169,10 @@ def _is_wide(x: Any) -> bool:
 
 
 def _softmax(x: Any, *, axis: int = -1) -> Any:
-    if type(axis) is not int:  # True and 1.0 equal 1, so they would use the function compiled for 1
+    if type(axis) is not int:  # True and 1.0 equal 1, so they would use the function compiled for axis 1
         return NotImplemented
-    return _jit_softmax(x) if axis == -1 else _jit_softmax(x, axis=axis)  # passing a keyword takes 1 us of 10
+    # Passing a keyword takes 1 us of the 10 us of a call.
+    return _jit_softmax(x) if axis == -1 else _jit_softmax(x, axis=axis)
 
 
 def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
@@ -269,14 +272,14 @@ class JaxBackend(Backend):
         return _write(buffer, value, start)
 
     def compile(self, fn: Callable[..., Any], *bound: Any, donate: tuple[str, ...] = ()) -> Callable[..., Any]:
-        # The compiled function takes the parameters as arguments: as constants in it, they took 14 s to compile and
-        # 1.6 GB for the 124M model.
+        # The compiled function takes the parameters as arguments. With the parameters of the 124M model as constants,
+        # compiling took 14 s and 1.6 GB.
         return functools.partial(jax.jit(fn, donate_argnames=donate), *bound)
 
 
 @functools.cache
 def _put_one(target: Sharding) -> Callable[[Any], Any]:
-    """Return a compiled function that puts one element on a sharding: it takes 0.06 ms, and jax.device_put 0.25."""
+    """Return a compiled function that puts one element on a sharding in 0.06 ms; jax.device_put takes 0.25 ms."""
     put: Callable[[Any], Any] = jax.jit(lambda a: a, out_shardings=target)
     return put
 
@@ -287,7 +290,7 @@ def _device_name(device: Any) -> str:
 
 
 def _replicated(like: Any) -> Any:
-    """Return a sharding for a small array that is used with `like`: on its device, or replicated over its mesh."""
+    """Return a sharding for a small array: on the device of `like`, or replicated over the mesh of `like`."""
     if isinstance(like, jax.core.Tracer):
         return None  # the compiler places it
     if isinstance(like.sharding, NamedSharding):

@@ -19,14 +19,14 @@ from portable_gpt2.host import StoredTensor
 
 _FLOATS = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16, "float16": tf.float16}
 _Axis = int | tuple[int, ...] | None
-_PARTS = 4  # blocks of the summed axis of a product
-_FEW = 32  # rows; up to here, the time of a product with the embedding matrix is that of reading it
-_LARGE = 1 << 22  # elements; from here on, compiling a softmax saves time
-_SMALL = 1 << 15  # elements; up to here, oneDNN's softmax takes longer than the five ops of the definition
+_PARTS = 4  # the number of blocks into which `_conv1d` divides nx
+_FEW = 32  # up to this many rows, a product with the embedding matrix takes as long as reading the matrix
+_LARGE = 1 << 22  # from this many elements on, compiling a softmax saves time
+_SMALL = 1 << 15  # up to this many elements, oneDNN's softmax takes longer than the operations of `ops.softmax`
 
-# The unwrapped functions of tf.raw_ops, which take 12 to 25 us per eager call. The functions of tf.raw_ops, which check
-# names, and those of tf.nn take 3 to 100 us more. A shape as a tuple, which becomes a tensor on each call, costs as
-# much.
+# These are the functions of tf.raw_ops without their wrapper, which checks names. An eager call takes 12 to 25 us. With
+# the wrapper, or with a function of tf.nn, a call takes 3 to 100 us more. A shape that is given as a tuple becomes a
+# tensor on each call, which takes as much more.
 _RAW = tf.raw_ops
 _add, _subtract, _divide, _matmul = map(inspect.unwrap, (_RAW.AddV2, _RAW.Sub, _RAW.RealDiv, _RAW.MatMul))
 _exp, _max, _sum, _reshape, _row_softmax = map(
@@ -101,7 +101,7 @@ def _in_xla() -> bool:
 
 
 def _is_wide(x: Any) -> bool:
-    """Return whether x has 32 or 64 bits. The definition handles 16-bit floats, which it converts to float32."""
+    """Return whether x has 32 or 64 bits. The definitions in `ops` handle 16-bit floats, converted to float32."""
     return x.dtype in (tf.float32, tf.float64)
 
 
@@ -115,8 +115,9 @@ def _shape_tensor(*shape: int) -> Any:
 def _leaves_zeros(device: str) -> bool:
     """Return whether tf.nn.softmax on a device leaves zeros in a row with a NaN, as oneDNN does.
 
-    TensorFlow's own code makes the whole row NaN. On a CPU, the variable TF_ENABLE_ONEDNN_OPTS chooses between the two;
-    if it is not set, the type of CPU does. Therefore one softmax is computed to find out.
+    TensorFlow's own code makes the whole row NaN. On a CPU, the environment variable TF_ENABLE_ONEDNN_OPTS chooses
+    between oneDNN and TensorFlow's own code; if the variable is not set, the type of CPU decides. Therefore one softmax
+    is computed to find out.
     """
     with tf.device(device):
         y = tf.nn.softmax(tf.constant([[math.nan, *[-math.inf] * 63]] * 4))
@@ -136,7 +137,8 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
     if n != 1 or nx % _PARTS or not _in_xla():
         return NotImplemented
     # The product of a vector and w hardly uses the second core, so it is computed as the sum of four products over four
-    # blocks of nx. A chain of 48 layers then reads 28 GB/s, and 20 to 24 with whole products (on one core: 18 and 17).
+    # blocks of nx. A chain of 48 layers then reads 28 GB/s on two cores and 18 GB/s on one. With whole products, it
+    # reads 20 to 24 GB/s on two cores and 17 GB/s on one.
     # A whole decode step took 7 to 15% less time on an idle machine, and no less on a loaded one.
     parts = tf.matmul(tf.reshape(x, (_PARTS, 1, nx // _PARTS)), tf.reshape(w, (_PARTS, nx // _PARTS, nf)))
     return tf.reshape(tf.reduce_sum(parts, 0) + b, (*start, nf))
@@ -147,15 +149,15 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
     if not _is_wide(x) or type(axis) is not int or rank is None or not -rank <= axis < rank:
         return NotImplemented
     eager = tf.executing_eagerly()
-    if rank > 5 or (not eager and _in_xla()):  # oneDNN refuses rank 6 on a CPU; under XLA the definition is as fast
+    # On a CPU, oneDNN refuses rank 6. Under XLA, the op's definition in `ops` is as fast as this kernel.
+    if rank > 5 or (not eager and _in_xla()):
         return NotImplemented
     if not eager:
         return _spread_nans(tf.nn.softmax(x, axis), axis)
     is_last = axis in (-1, rank - 1)
     if not _leaves_zeros(x.device):
-        if (
-            "CPU" in x.device and math.prod(x.shape) >= _LARGE
-        ):  # at [12, 1024, 1024] 27 ms and not 32, after 75 ms of compiling
+        # At shape [12, 1024, 1024], a compiled softmax takes 27 ms, and an eager one 32 ms. Compiling takes 75 ms.
+        if "CPU" in x.device and math.prod(x.shape) >= _LARGE:
             return _jit_softmax(tf.convert_to_tensor(x), axis)
         return _row_softmax(x) if is_last else tf.nn.softmax(x, axis)
     if math.prod(x.shape) <= _SMALL:
@@ -163,12 +165,13 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
         e = _exp(_subtract(x, _max(x, along, True)))
         return _divide(e, _sum(e, along, True))
     y = _row_softmax(x) if is_last else tf.nn.softmax(x, axis)
-    # Looking for a NaN takes 0.2 to 0.4 times as long as a large softmax; `_spread_nans` takes 1.3 to 1.6 times.
+    # The search for a NaN takes 0.2 to 0.4 times as long as the softmax of a large array. `_spread_nans` takes 1.3 to
+    # 1.6 times as long as the softmax.
     return _spread_nans(y, axis) if math.isnan(_sum(y, _shape_tensor(*range(rank)))) else y
 
 
 def _spread_nans(y: Any, axis: int) -> Any:
-    """Make every row that has a NaN all NaN; oneDNN leaves zeros in it."""
+    """Make each element NaN in every row that has a NaN. oneDNN leaves zeros in such a row."""
     return y + 0 * tf.reduce_sum(y, axis, keepdims=True)
 
 
@@ -183,7 +186,7 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
         return NotImplemented
     if mask is not None and not _is_mask(mask, batch, keys):
         return NotImplemented
-    # For one query, the scores are k q^T, because q k^T would transpose the keys in memory.
+    # For one query, the scores are computed as k q^T, because q k^T would transpose the keys in memory.
     scores = tf.reshape(tf.matmul(k, q, transpose_b=True), (*batch, 1, keys)) * (d**-0.5 if scale is None else scale)
     if mask is not None:
         scores = tf.where(mask, scores, -math.inf)
@@ -205,7 +208,7 @@ def _barrier_and_gradient(x: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 _barrier: Callable[[Any], Any] = tf.custom_gradient(_barrier_and_gradient)
-"""Return x, and keep XLA from merging operations across this call. TensorFlow defines no gradient for it."""
+"""Return x, and keep XLA from merging operations across this call. TensorFlow's own barrier has no gradient."""
 
 
 def _unembed(x: Any, w: Any) -> Any:
@@ -216,10 +219,10 @@ def _unembed(x: Any, w: Any) -> Any:
     n = math.prod(start)
     if w.shape[1] != d or not 1 < n <= _FEW:
         return NotImplemented
-    # For up to 32 rows, (w x^T)^T transposes x and the result and not the large w. On a CPU, a decode step of the 124M
-    # model takes 0.89 times as long as with x w^T for 2 and for 8 rows, and 0.94 times for 32. It was not measured on a
-    # GPU. The barriers keep XLA from merging the transpositions into the product; without them the step takes 1.02
-    # times as long as with x w^T.
+    # Up to 32 rows are computed as (w x^T)^T, which transposes x and the result in memory, not the large w. On a CPU,
+    # a decode step of the 124M model then takes 0.89 times as long as with x w^T for 2 and for 8 rows, and 0.94 times
+    # for 32 rows. The time on a GPU was not measured. The barriers keep XLA from merging the transpositions into the
+    # product; without the barriers, the step takes 1.02 times as long as with x w^T.
     y = _barrier(tf.matmul(w, _barrier(tf.transpose(tf.reshape(x, (n, d))))))
     return tf.reshape(tf.transpose(y), (*start, vocab))
 
@@ -230,8 +233,8 @@ class TensorflowBackend(Backend):
     name = "tensorflow"
     array_types = (tf.Tensor, tf.Variable)
     xp = _Namespace
-    # There is no kernel for gelu, because tf.nn.gelu calls tf.pow: at [512, 3072] it takes 27 ms, the definition 7 ms,
-    # and both 1.55 ms under XLA.
+    # There is no kernel for gelu, because tf.nn.gelu calls tf.pow. At shape [512, 3072], tf.nn.gelu takes 27 ms and
+    # the op's definition in `ops` 7 ms. Under XLA, each of them takes 1.55 ms.
     kernels = {"conv1d": _conv1d, "softmax": _softmax, "attention": _attention, "unembed": _unembed}
     compiles_per_shape = True
     handwritten_gradient_is_faster = True
@@ -316,14 +319,15 @@ class TensorflowBackend(Backend):
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tree)
                 value = fn(tree, *args)
-            # The gradient of tf.gather is a tf.IndexedSlices.
+            # The gradient of tf.gather is a tf.IndexedSlices, which is converted to a tensor.
             grads = tape.gradient(value, tree, unconnected_gradients=tf.UnconnectedGradients.ZERO)
             return value, tf.nest.map_structure(tf.convert_to_tensor, grads)
 
         return differentiated
 
     def compile(self, fn: Callable[..., Any], *bound: Any, donate: tuple[str, ...] = ()) -> Callable[..., Any]:
-        # The trace captures the parameters. A call takes 0.4 ms with 148 captured, and 2.5 to 4.3 ms as arguments.
+        # The trace captures the bound parameters. A call takes 0.4 ms if 148 parameters are captured. It takes 2.5 to
+        # 4.3 ms if they are arguments.
         home = _device_of(bound)
         fn = functools.partial(fn, *bound)
         names = list(inspect.signature(fn).parameters)
@@ -347,8 +351,8 @@ class TensorflowBackend(Backend):
 class _Trace:
     """A function compiled for arguments of one structure, with certain shapes and devices.
 
-    If a result is one of the variables among its arguments, the caller gets that variable itself. As a result of
-    tf.function it would be copied.
+    If a result is one of the variables among the arguments, the caller gets that variable itself. tf.function would
+    return a copy of the variable.
     """
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], leaves: list[Any], writes: bool) -> None:
@@ -367,8 +371,8 @@ class _Trace:
 
     def __call__(self, leaves: list[Any]) -> Any:
         if self._writes and tf.executing_eagerly():
-            # A function that writes to its arguments has no gradient. An ordinary call, which prepares one, takes
-            # twice as long.
+            # A function that writes to its arguments has no gradient. An ordinary call would prepare a gradient, and
+            # take twice as long.
             inputs = [x.handle if isinstance(x, tf.Variable) else tf.convert_to_tensor(x) for x in leaves]
             computed = iter(self._compiled.inference_fn.call_flat(*inputs, *self._captured) or ())
         else:
@@ -412,8 +416,8 @@ def _write(buffer: Any, value: Any, start: Any) -> None:
     """Write to a variable inside a condition that is always true; XLA on a CPU then does not fuse write and attention.
 
     After such a fusion XLA copies or transposes the whole buffer. The writes and attention of twelve layers with 1024
-    rows take 44 ms with the fusion, 5.4 ms in this form, and 4.9 ms without writing. With tensors as buffers, which are
-    returned and passed in again, they take 43 ms.
+    rows take 44 ms with the fusion, 5.4 ms in this form, and 4.9 ms without writing. If the buffers are tensors, which
+    are returned and passed in again, writes and attention take 43 ms.
     """
 
     def update() -> Any:
@@ -430,7 +434,7 @@ def _signature(leaf: Any) -> Any:
 
 
 def _as_variable(leaf: Any) -> Any:
-    """Return a donated tensor as a variable: compiled code can write only to variables in place."""
+    """Return a donated tensor as a variable, because compiled code can write in place only to variables."""
     writable = tf.executing_eagerly() and isinstance(leaf, tf.Tensor) and leaf.shape.rank and leaf.dtype.is_floating
     return tf.Variable(leaf, trainable=False) if writable else _as_traced(leaf)
 

@@ -76,7 +76,7 @@ class _Namespace:
     @staticmethod
     def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
         if x.shape[:-1] == indices.shape[:-1] and axis in (-1, x.ndim - 1):
-            return torch.gather(x, -1, indices.long())  # take_along_dim takes an index modulo the length
+            return torch.gather(x, -1, indices.long())  # take_along_dim would reduce an index modulo the length
         return torch.take_along_dim(x, indices.long(), axis)
 
     @staticmethod
@@ -100,12 +100,13 @@ _LARGE = 1 << 18
 
 
 def _blocks(x: Any, w: Any) -> int:
-    """Return the number of blocks for the product of rows x [..., nx] and w [nx, nf]; 0 means one whole product.
+    """Return the number of blocks in which to compute the product of rows x [..., nx] and w [nx, nf].
 
-    On a CPU, MKL does not use its threads well for a small batch: it reads w at 0.6 times the memory bandwidth.
-    With several products at once, each thread computes whole products and reads at full bandwidth. More than two
-    blocks per thread were not faster. Blocks are not used where a gradient is needed, which would not be faster; in
-    16 bits, where each block would be rounded; and under torch.compile, which chooses its own products.
+    The number is 0 if the product should be computed as a whole. On a CPU, MKL does not use its threads well for a
+    small batch: it reads w at 0.6 times the memory bandwidth. If the product is divided into blocks, each thread
+    computes whole blocks and reads at full bandwidth. More than two blocks per thread were not faster. Blocks are not
+    used if a gradient is needed, because they would not be faster; in 16 bits, because each block would be rounded;
+    and under torch.compile, which divides products itself.
     """
     if w.numel() < _LARGE or not w.is_cpu or w.dtype not in _WIDE or torch.compiler.is_compiling():
         return 0
@@ -117,7 +118,7 @@ def _blocks(x: Any, w: Any) -> int:
 
 
 def _sum_of_blocks(rows: Any, w: Any, blocks: int) -> Any:
-    """Return rows w as a sum over blocks of nx. Each block of w is contiguous."""
+    """Return the product of rows and w as a sum over blocks of nx. Each block of w is contiguous."""
     nx, nf = w.shape
     return torch.bmm(rows.reshape(-1, blocks, nx // blocks).transpose(0, 1), w.view(blocks, nx // blocks, nf)).sum(0)
 
@@ -127,15 +128,15 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
         w = w[0]
     if w.ndim != 2 or w.shape != x.shape[-1:] + b.shape:
         return NotImplemented
-    if x.numel() + w.numel() <= _SMALL and x.dtype in _WIDE:  # addmm rounds 16-bit results once
-        return torch.matmul(x, w) + b  # addmm takes 1.5 times as long, because it needs a matrix x
+    if x.numel() + w.numel() <= _SMALL and x.dtype in _WIDE:  # in 16 bits, addmm rounds once and not twice
+        return torch.matmul(x, w) + b  # addmm takes 1.5 times as long, because x must become a matrix
     *start, nx = x.shape
     n, (nf,) = math.prod(start), b.shape
     blocks = _blocks(x, w) if 0 < n <= 256 else 0
-    # The four products of a block of the 124M model, with 2 threads, take this many times as long as with addmm.
-    # Blocks of nx: 0.66 for 1 row, 0.60 for 2. Blocks of nf: 0.56 for 4 rows, 0.8 for 8 to 32, 0.92 for 128; the time
-    # is equal at 512 rows, and longer for more.
-    # A weight in Fortran order (see `relayout`) has contiguous blocks of nf.
+    # The four products of a layer of the 124M model were timed with 2 threads, relative to addmm. In blocks of nx they
+    # take 0.66 times as long for 1 row, and 0.60 times for 2 rows. In blocks of nf they take 0.56 times as long for 4
+    # rows, 0.8 times for 8 to 32 rows, 0.92 times for 128 rows, equally long for 512 rows, and longer for more rows.
+    # In a weight in Fortran order (see `relayout`), the blocks of nf are contiguous.
     if blocks and n < 4 and nx % blocks == 0 and w.is_contiguous():
         return (_sum_of_blocks(x, w, blocks) + b).view(*start, nf)
     rows = x.reshape(n, nx)
@@ -152,9 +153,9 @@ def _unembed(x: Any, w: Any) -> Any:
     *start, d = x.shape
     n, w = math.prod(start), w.mT
     rows = x.reshape(n, d)
-    blocks = _blocks(rows, w) if w.is_contiguous() else 0  # `relayout` transposes its memory
-    # Blocks take 0.55 times as long as x w^T for 1 row, and 0.9 times for 32. With more rows, the sum over the blocks
-    # takes too long.
+    blocks = _blocks(rows, w) if w.is_contiguous() else 0  # `relayout` makes the transposed w contiguous
+    # In blocks, the product takes 0.55 times as long as x w^T for 1 row, and 0.9 times for 32 rows. For more rows, the
+    # sum over the blocks takes too long.
     fits = blocks and d % blocks == 0 and 6 * blocks * n <= d
     return (_sum_of_blocks(rows, w, blocks) if fits else torch.matmul(rows, w)).reshape(*start, w.shape[1])
 
@@ -165,7 +166,7 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
     if type(axis) is not int or not -x.ndim <= axis < x.ndim:
         return NotImplemented
     if x.dtype not in _WIDE and axis != x.ndim - 1:
-        return NotImplemented  # except over the last axis, a CPU rounds to 16 bits more than once
+        return NotImplemented  # over any other axis than the last, a CPU rounds to 16 bits more than once
     return torch.softmax(x, axis)
 
 
@@ -180,7 +181,8 @@ def _layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5) -> Any:
 
 
 def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
-    # In 16 bits, F.scaled_dot_product_attention rounds the weights, which the definition keeps in float32.
+    # In 16 bits, F.scaled_dot_product_attention rounds the weights of the keys. The op's definition in `ops` keeps
+    # them in float32.
     if q.dtype not in _WIDE or _is_distributed(q) or not q.numel() or not k.numel():
         return NotImplemented
     if q.ndim < 2 or k.ndim < 2 or k.shape != (*q.shape[:-2], k.shape[-2], q.shape[-1]) or k.shape[:-1] != v.shape[:-1]:
@@ -197,16 +199,16 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
 
 
 def _has_weights(y: Any) -> bool:
-    """Return whether no row of attention's result is known to come from scores that are all -inf.
+    """Return False if a row of attention's result is known to come from scores that are all -inf, and otherwise True.
 
-    PyTorch makes such a row 0; the definition makes it NaN. Only results on a CPU are checked, and only one column of
-    them, which takes 3 us for one query.
+    PyTorch makes such a row 0; the op's definition in `ops` makes it NaN. Only results on a CPU are checked. Only one
+    column of a result is read, which takes 3 us for one query.
     """
     if not y.is_cpu or not y.shape[-1] or torch.compiler.is_compiling():
         return True
     try:
         return bool(y.select(-1, 0).all())
-    except RuntimeError:  # torch.func maps y, or y has no values
+    except RuntimeError:  # y is mapped by torch.func, or has no values
         return True
 
 
@@ -241,7 +243,7 @@ def _cross_entropy(logits: Any, targets: Any) -> Any:
     if _is_checked(targets):
         try:
             return -log_p.gather(-1, targets[..., None]).mean()
-        except RuntimeError:  # the definition's error says which targets are out of range
+        except RuntimeError:  # the error of the op's definition says which targets are out of range
             return NotImplemented
     known = (targets >= 0) & (targets < logits.shape[-1])
     found = log_p.gather(-1, torch.where(known, targets, 0)[..., None])
@@ -260,10 +262,10 @@ def _is_on_cuda(tree: Any) -> bool:
 
 
 def _record(fn: Callable[[], Any], device: Any) -> tuple[Callable[[], None], Any]:
-    """Record the kernels that fn launches on a CUDA device as a graph; return a function that runs it, and the results.
+    """Record the kernels that fn launches on a CUDA device as a graph.
 
-    Recording does not run the kernels. The graph always reads the inputs, and writes the results, at the addresses
-    that they had during the recording.
+    Return a function that runs the graph, and the results. Recording does not run the kernels. The graph always reads
+    the inputs, and writes the results, at the addresses that inputs and results had during the recording.
     """
     graph = torch.cuda.CUDAGraph()
     # With "thread_local", CUDA calls of other threads do not make the recording fail.
@@ -278,11 +280,11 @@ def _record(fn: Callable[[], Any], device: Any) -> tuple[Callable[[], None], Any
 
 
 class _GraphedCall:
-    """A function that is called repeatedly with the same buffers, as one CUDA graph from the second call on.
+    """A function that is called repeatedly with the same buffers. From the second call on, it runs as one CUDA graph.
 
     The first call runs eagerly, because kernels must be loaded before the recording. The graph writes to the buffers in
-    place; no reference to them is kept. All other tensors, and Python ints, which a graph would treat as constants, are
-    copied into tensors of the graph before each launch.
+    place, and this object keeps no reference to them. All other tensors, and Python ints, which a graph would treat as
+    constants, are copied into tensors of the graph before each launch.
     """
 
     def __init__(self, fn: Callable[..., Any], spec: Any, leaves: list[Any], is_buffer: list[bool]) -> None:
@@ -310,7 +312,7 @@ class _GraphedCall:
     def _try_to_record(self, given: list[Any]) -> None:
         try:
             launch, results = _record(lambda: self._fn(*tree_unflatten(given, self._spec)), self._device)
-        except Exception as error:  # from the driver; recording has written nothing, so the call can run eagerly
+        except Exception as error:  # from the driver; recording writes to no tensor, so the call can run eagerly
             warnings.warn(f"no CUDA graph was recorded: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=4)
             return
         leaves, self._structure = tree_flatten(results)
@@ -322,10 +324,10 @@ class _GraphedCall:
 class _CUDAGraphCache:
     """A function with donated arguments on a CUDA device, recorded as one CUDA graph per set of buffers.
 
-    The donated tensors are the buffers. A call is recorded if its other tensors have at most MAX_ELEMENTS elements
-    together, as in a decode step. For a small model, a decode step takes as long as its kernel launches. The buffers of
-    the next text often have the same addresses as those of the previous text, and then the same graph is used again.
-    Only the MAX_GRAPHS most recently used graphs are kept.
+    The donated tensors, whose memory the function may reuse, are the buffers. A call is recorded if its other tensors
+    have at most MAX_ELEMENTS elements together, as in a decode step. For a small model, a decode step takes as long as
+    its kernel launches. The buffers of the next text often have the same addresses as those of the previous text, and
+    then the same graph is used again. Only the MAX_GRAPHS most recently used graphs are kept.
     """
 
     MAX_ELEMENTS, MAX_GRAPHS = 64, 8
@@ -358,7 +360,7 @@ def _copy(x: Any) -> Any:
 
 
 def _fixed_properties(x: Any, is_buffer: bool) -> Any:
-    """Return the properties of an argument that a graph fixes: calls that differ in them need different graphs."""
+    """Return the properties of an argument that are fixed in a graph. Other properties need another graph."""
     if isinstance(x, torch.Tensor):
         return x.shape, x.dtype, x.device, (x.data_ptr(), x.stride()) if is_buffer else None
     return int if isinstance(x, int) else x
@@ -397,7 +399,7 @@ class TorchBackend(Backend):
             return None  # inside torch.func even plain tensors are wrapped when they are read
         try:
             x.data_ptr()
-        except RuntimeError:  # x has no storage, as a sparse tensor
+        except RuntimeError:  # x has no storage: it is sparse, for example
             return None
         return self.to_numpy(x)
 
@@ -442,14 +444,14 @@ class TorchBackend(Backend):
         held = _load(path, is_mapped=storages is not None)
         if storages is not None and not _lie_at(storages, held):
             storages, held = None, _load(path, is_mapped=False)
-        owners: dict[int, object] = {}  # the tensor that was read first, by the address of its storage
+        owners: dict[int, object] = {}  # maps a storage's address to the tensor that was first read from it
 
         def read(x: Any, tensor: object) -> np.ndarray:
             a = self.to_numpy(x)
             is_owner = not _is_plain(x) or owners.setdefault(x.untyped_storage().data_ptr(), tensor) is tensor
             if storages is None and is_owner:
                 return a
-            a = a.copy()  # it must not share memory with another parameter, or with a file that may be overwritten
+            a = a.copy()  # it must not share memory with another parameter, or with a file, which may be overwritten
             if storages is not None and x.is_contiguous():
                 _let_go(x)
             return a
@@ -497,8 +499,8 @@ class TorchBackend(Backend):
         return differentiated
 
     def compile(self, fn: Callable[..., Any], *bound: Any, donate: tuple[str, ...] = ()) -> Callable[..., Any]:
-        # A function that donates arguments is not differentiated. Without autograd's records of views a decode step
-        # takes 0.6 ms less.
+        # A function with donated arguments (their memory may be reused) is never differentiated. In inference mode,
+        # autograd does not record views, and a decode step takes 0.6 ms less.
         step = super().compile(fn, *bound, donate=donate)
         if not donate:
             return step
@@ -514,9 +516,9 @@ class TorchBackend(Backend):
 
 
 def _load(path: str, is_mapped: bool) -> Any:
-    """Return the contents of a file written by torch.save, if they are tensors, numbers, strings, lists and dicts.
+    """Return the contents of a file that torch.save wrote.
 
-    No pickle is executed.
+    The contents must be tensors, numbers, strings, lists and dicts. No pickle is executed.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -544,8 +546,8 @@ def _load(path: str, is_mapped: bool) -> Any:
 def _mappable(path: str) -> list[tuple[int, int]] | None:
     """Return the offset and length of each storage in a file; None if the file cannot be memory-mapped.
 
-    torch.load does not check this: it maps compressed storages, and storages in the other byte order, as they are.
-    Files that are not zip archives were written by PyTorch before 1.6 and cannot be mapped.
+    torch.load does not check this: it would map compressed storages, and storages in the other byte order, without
+    converting them. Files that are not zip archives were written by PyTorch before 1.6 and cannot be mapped.
     """
     found = []
     try:
@@ -570,7 +572,7 @@ def _mappable(path: str) -> list[tuple[int, int]] | None:
 
 
 def _lie_at(storages: list[tuple[int, int]], held: Any) -> bool:
-    """Return whether the mapped tensors use exactly these parts of a file."""
+    """Return whether the mapped tensors use exactly the given parts of a file, which are pairs of offset and length."""
     found = (x.untyped_storage() for x in tree_leaves(held) if _is_plain(x))
     used = sorted({(storage.data_ptr(), storage.nbytes()) for storage in found if storage.nbytes()})
     start = used[0][0] - storages[0][0] if used and storages else 0

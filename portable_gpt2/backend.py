@@ -1,7 +1,8 @@
 """The abstract interface between the portable code and an array framework.
 
 A backend is an array-API namespace plus the few services that the standard lacks. Portable code calls a framework only
-through its backend; everything that differs between frameworks is in their adapters. `registry` finds backends.
+through its backend; everything that differs between frameworks is in their adapters. The module `registry` finds
+backends.
 """
 
 from __future__ import annotations
@@ -98,14 +99,14 @@ class Backend:
     def resolve_device(self, device: Any) -> Any:
         """Return the framework's own object for a device name; a device object is returned unchanged.
 
-        The suffix ``:0`` of a name is optional. An adapter that takes other objects or names overrides this
-        method, and calls the method of `Backend` for all others.
+        The suffix ``:0`` of a name is optional. An adapter that accepts further objects or names overrides this
+        method, and calls the method of `Backend` for all other devices.
 
         Raises
         ------
         ValueError
-            If there is no such device, or its arrays would have no values (``meta`` of PyTorch). The message lists the
-            devices.
+            If there is no such device, or if arrays on it would have no values (PyTorch's ``meta``). The message lists
+            the devices.
         """
         devices = self.devices()
         if isinstance(device, str):
@@ -123,7 +124,7 @@ class Backend:
         return next(name for name, device in self.devices().items() if device == x.device)
 
     def placement(self, x: Any) -> Any:
-        """Return the device of x as `resolve_device` does, or, if x is sharded, a sharding that replicates an array."""
+        """Return the framework's device object of x. If x is sharded, return a sharding that replicates an array."""
         return x.device
 
     # To and from the host
@@ -148,15 +149,16 @@ class Backend:
     def peek(self, x: Any) -> np.ndarray | None:
         """Return x on the host if its values can be read immediately; None for a tracer or an array on an accelerator.
 
-        An id that is out of range raises an error if the ids can be read, and otherwise its result is NaN. Therefore
-        the answer must depend on the class and the device of x, and not on whether x has been computed yet.
+        If ids can be read, `embed` raises an error for an id that is out of range; otherwise, its result for this id
+        is NaN. Therefore, whether this method returns None must depend on the class and the device of x, and not on
+        whether x has been computed yet.
         """
         return None
 
     def read_checkpoint(self, path: str) -> Mapping[str, Any]:
-        """Return the contents of a file of the framework's own format by name, each tensor as a `StoredTensor`.
+        """Read a file in the framework's own format. Return its contents, with a `StoredTensor` for each tensor.
 
-        The result has the nesting of the file: its dicts and lists, with tensors, numbers and strings in them.
+        The result is nested as the file is: it has the file's dicts and lists of tensors, numbers and strings.
 
         This method is optional. An adapter that defines it also registers an entry point in the group
         ``portable_gpt2.checkpoints``. The entry point's name is the name of the backend. Its value is a tuple of
@@ -219,8 +221,8 @@ class Backend:
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that takes the arguments of `fn`, and returns the value and the gradient of `fn`.
 
-        `fn` returns a scalar array. The gradient is with respect to the first argument; both are trees of float arrays.
-        If the framework cannot differentiate, this method returns NotImplemented.
+        `fn` returns a scalar array. The gradient is with respect to the first argument. Gradient and argument are trees
+        of float arrays. If the framework cannot differentiate, this method returns NotImplemented.
         """
         absent: Any = NotImplemented
         return absent  # type: ignore[no-any-return]
@@ -228,7 +230,8 @@ class Backend:
     def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
         """Return the state, a tree of arrays, after ``state = body(i, state)`` for i from 0 to n - 1.
 
-        In a compiled function the loop need not be unrolled: iterations then use the same memory, and i is traced.
+        In a compiled function, an adapter need not unroll the loop: iterations then use the same memory, and i is
+        traced.
         """
         for i in range(n):
             state = body(i, state)
@@ -259,7 +262,7 @@ class Backend:
         Raises
         ------
         ValueError
-            If the framework has no such dtype. The message lists those that it has.
+            If the framework has no such dtype. The message lists the dtypes that it has.
         """
         try:
             return self.dtypes[name]

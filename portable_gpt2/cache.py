@@ -1,7 +1,8 @@
 """The cache of keys and values, which attention would otherwise compute again for every new token.
 
-`KVCache` is a NamedTuple, and so a pytree in every framework: compiled functions take, donate and return it. While new
-tokens are read, `open_layers` computes their positions and the mask, and gives attention one `LayerCache` per layer.
+`KVCache` is a NamedTuple, and so a pytree in every framework: a compiled function can take and return a cache, and
+reuse its memory. While new tokens are read, `open_layers` computes their positions and the mask, and gives attention
+one `LayerCache` per layer.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class KVCache(NamedTuple):
     k, v : tuple of float arrays [batch, n_head, capacity, head_size]
         The buffers, one per layer.
     position : int or int array []
-        The number of tokens that were read, which is the row of the next token. Inside and after `jax.jit`, it is an
-        array.
+        The number of tokens that were read. The next token is written to the row of this number. Inside and after
+        `jax.jit`, the position is an array.
     padding : int array [batch], optional
         How many of the first tokens of each text are padding.
 
@@ -96,7 +97,7 @@ def open_layers(
     n_keys = start + seq if is_known else backend.shape(k[0])[-2]
     rows = start + backend.arange(seq, like=tokens)
     positions = positions_in_text(rows, padding)
-    if not is_known:  # `write` cannot check that the tokens fit: positions of -1 make `embed` return NaN
+    if not is_known:  # `write` cannot check that the tokens fit, so positions of -1 make `embed` return NaN
         positions = backend.xp.where(start + seq <= n_keys, positions, -1)
     sees_all = is_known and isinstance(seq, int) and seq == 1 and padding is None
     mask = None if sees_all else visible_keys(rows, n_keys, padding)
@@ -104,7 +105,7 @@ def open_layers(
 
 
 def positions_in_text(rows: Int[Array, "seq"], padding: Int[Array, "batch"] | None) -> Int[Array, "*batch seq"]:
-    """Return the position of each new token in its own text, which begins after the padding; 0 for padding."""
+    """Return the position of each new token in its own text, which begins after the padding. Padding has position 0."""
     if padding is None:
         return rows
     xp = backend_of(rows).xp
@@ -115,7 +116,10 @@ def positions_in_text(rows: Int[Array, "seq"], padding: Int[Array, "batch"] | No
 def visible_keys(
     rows: Int[Array, "seq"], n_keys: Any, padding: Int[Array, "batch"] | None
 ) -> Bool[Array, "seq keys"] | Bool[Array, "batch 1 seq keys"]:
-    """Return which keys each new token sees: its own and earlier ones, except padding. Padding sees itself as well."""
+    """Return a mask that is True for the keys that each new token sees.
+
+    A token sees its own key and those of earlier tokens of its text. A padding token sees only itself.
+    """
     backend = backend_of(rows)
     columns = backend.arange(n_keys, like=rows)
     causal = rows[:, None] >= columns[None, :]
@@ -154,7 +158,7 @@ def new_cache(
     Returns
     -------
     KVCache
-        At position 0.
+        An empty cache, at position 0.
 
     Raises
     ------
@@ -202,7 +206,7 @@ def grow_cache(cache: KVCache, capacity: int) -> KVCache:
     Parameters
     ----------
     cache : KVCache
-        A cache of `new_cache` or `gpt2`. Do not use it again.
+        A cache that `new_cache` or `gpt2` returned. Do not use it again.
     capacity : int
         The new number of tokens per text: at least the present one, and at most n_ctx, which `gpt2` checks.
 
@@ -247,7 +251,7 @@ def grow_cache(cache: KVCache, capacity: int) -> KVCache:
 
 
 def check_cache(cache: KVCache, tokens: Any, params: Params, config: GPT2Config) -> KVCache:
-    """Return a cache whose position is an int of Python if it was an int of NumPy.
+    """Return the cache. If its position is NumPy's int, convert the position to Python's int.
 
     Refuse a cache that does not fit the tokens or the model, or that has no room for the tokens.
     """
@@ -284,7 +288,7 @@ def check_cache(cache: KVCache, tokens: Any, params: Params, config: GPT2Config)
 
 
 def _check_position(backend: Backend, position: Any, seq: Any, capacity: Any, config: GPT2Config) -> None:
-    """Refuse a position that is negative, or that leaves no room for the tokens, unless it is traced."""
+    """Refuse a position that is negative or leaves no room for the tokens. A traced position is not checked."""
     is_array = isinstance(position, backend.array_types)
     if is_array:
         if backend.shape(position):
@@ -312,7 +316,7 @@ def check_cache_size(params: Params, config: GPT2Config, batch: int, capacity: i
 
 
 def _buffers(cache: Any, n_layer: int | None = None) -> tuple[Backend, list[Any]]:
-    """Return a cache's backend and its buffers; refuse an object that is not a cache of n_layer layers, if given."""
+    """Return a cache's backend and buffers. Refuse an object that is not a cache, or not one of n_layer layers."""
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache is {checks.shown(cache)}; expected a cache from new_cache")
     k, v = cache.k, cache.v

@@ -23,7 +23,7 @@ LARGEST = 2**63 - 1
 """The largest integer that is accepted: NumPy and the frameworks have no larger signed integers."""
 
 MANY = 2**20
-"""The most items that are taken from an iterable."""
+"""The largest number of items that are taken from an iterable."""
 
 
 def shown(x: Any) -> str:
@@ -83,7 +83,7 @@ def number(
 ) -> float:
     """Return a finite number from low to high as Python's float.
 
-    With `above`, it must be greater than low; with `below`, it must be less than high.
+    With `above`, the number must be greater than low. With `below`, the number must be less than high.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def path(name: str, x: Any) -> Path:
     TypeError
         If x is not a str, or an `os.PathLike` that gives a str.
     ValueError
-        If it is empty, or cannot be the name of a file.
+        If the path is empty, or cannot be the name of a file.
 
     Examples
     --------
@@ -166,7 +166,7 @@ def memory(n_bytes: int, what: str) -> None:
     Raises
     ------
     ValueError
-        If the machine has less memory. If the system does not tell its memory, nothing is refused.
+        If the machine has less memory. Nothing is refused if the system does not report how much memory it has.
     """
     if n_bytes > (total := total_memory()):
         raise ValueError(
@@ -175,7 +175,7 @@ def memory(n_bytes: int, what: str) -> None:
 
 
 def total_memory() -> float:
-    """Return the machine's memory in bytes, or infinity if the system does not tell it."""
+    """Return the machine's memory in bytes, or infinity if the system does not report how much memory it has."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
@@ -183,21 +183,21 @@ def total_memory() -> float:
 
 
 def flag(name: str, x: Any) -> bool:
-    """Return a bool of Python or NumPy as Python's bool. Other types are refused: ``bool("no")`` is True."""
+    """Return a bool of Python or NumPy as Python's bool. Other types are refused, because ``bool("no")`` is True."""
     if isinstance(x, bool | np.bool_):
         return bool(x)
     raise ValueError(f"{name} is {shown(x)}; expected true or false")
 
 
 def several(name: str, x: Any, expected: str) -> list[Any]:
-    """Return the items of an iterable as a list. No more than `MANY` items are read, as an iterator may never end.
+    """Return the items of an iterable as a list. At most `MANY` + 1 items are read, because an iterator may never end.
 
     Raises
     ------
     TypeError
         If x is not an iterable, or is a single text or dict, whose characters or keys would be the items.
     ValueError
-        If it has more than `MANY` items.
+        If x has more than `MANY` items.
 
     Examples
     --------
@@ -220,9 +220,9 @@ def several(name: str, x: Any, expected: str) -> list[Any]:
 
 
 def token_ids(name: str, given: Any, n_vocab: int, axes: int = 1, *, may_be_empty: bool = False) -> np.ndarray:
-    """Return ids from 0 to n_vocab - 1 as a NumPy array, [seq] or, with two axes, [batch, seq].
+    """Return ids from 0 to n_vocab - 1 as a NumPy array of shape [seq], or [batch, seq] with two axes.
 
-    They may be given as a list, or as an array of any backend.
+    The ids may be given as a list, or as an array of any backend.
 
     Examples
     --------
@@ -254,9 +254,9 @@ def token_ids(name: str, given: Any, n_vocab: int, axes: int = 1, *, may_be_empt
 
 
 def _row(name: str, given: Any, n_vocab: int) -> Any:
-    """Return a row of token ids, a list or an array. List items such as True, which NumPy converts, are refused."""
+    """Return a row of token ids, a list or an array. Items such as True, which NumPy would convert, are refused."""
     if isinstance(given, range):
-        return given[: n_vocab + 1]  # a longer range has an item among these that is not an id
+        return given[: n_vocab + 1]  # the first n_vocab + 1 items of a longer range include an item that is not an id
     if not isinstance(given, list | tuple):
         return given if is_int(given) else integers(name, given, "rows of ints")
     for kind in {*map(type, given)} - {int, list, tuple, range}:

@@ -2,8 +2,8 @@
 
 Each rule computes the result of the op with the same name, and also returns a backward function. The backward function
 takes the gradient of the op's result and returns a dict of the gradients of the op's arguments. NumPy trains with these
-gradients because it cannot differentiate; JAX and TensorFlow train with them because they are faster than the gradients
-by the framework. The tests compare each framework's own gradients with these.
+gradients because it cannot differentiate; JAX and TensorFlow train with them because they are faster than the
+framework's own gradients. The tests compare each framework's own gradients with the hand-written ones.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def attention(
     *,
     scale: float | None = None,
 ) -> tuple[Float[Array, "*batch queries dv"], Backward]:
-    """Compute y = w v with w the softmax of scale q k^T. Masked keys have weight 0, so they get no gradient."""
+    """Compute y = w v, where w is the softmax of scale q k^T. Masked keys have weight 0, so they get no gradient."""
     backend, _ = ops.attention.check(q, k, v, mask=mask, scale=scale)  # attention_weights does not check v
     xp, t = backend.xp, backend.xp.matrix_transpose
     scale = max(backend.shape(q)[-1], 1) ** -0.5 if scale is None else scale
@@ -135,7 +135,7 @@ def causal_attention(
         *before, last = [back(dy[..., start:stop, :]) for (start, stop), back in zip(thirds, backs, strict=True)]
 
         def add(dx: Any, part: Any) -> Any:
-            """Add the gradient of the first positions alone."""
+            """Add a gradient that has only the first positions."""
             n = backend.shape(part)[-2]
             return xp.concat([dx[..., :n, :] + part, dx[..., n:, :]], axis=-2)
 
@@ -151,7 +151,7 @@ def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> tuple[Float[
 
     def backward(dy: Any) -> Params:
         index, known = ops.in_range("embed: ids", ids, backend.shape(w)[0])
-        if known is not None:  # index is 0 for an id out of range, and must add nothing to row 0
+        if known is not None:  # an id out of range has index 0, but must add nothing to row 0
             dy = backend.xp.where(known[..., None], dy, 0)
         flat = backend.xp.reshape(index, (math.prod(backend.shape(ids)),))
         return {"w": backend.index_add(backend.zeros(backend.shape(w), like=w), flat, _rows(dy))}
@@ -200,7 +200,7 @@ def _tape_of(backend: Backend) -> Backend:
 
     Each call with a variable appends three items to the tape: its results, its variables by parameter name, and its
     backward function. The kernels of this backend are the rules above. A `Variable` supports only the operations that
-    `model.loss` needs; the only mask is the causal one.
+    `model.loss` needs. The only mask that attention supports is the causal one.
     """
     xp, shape = backend.xp, backend.shape
 
@@ -219,7 +219,7 @@ def _tape_of(backend: Backend) -> Backend:
         return call
 
     def add(x: Any, y: Any) -> tuple[Any, Backward]:
-        axes = tuple(range(len(shape(x)) - len(shape(y))))  # along which y is broadcast
+        axes = tuple(range(len(shape(x)) - len(shape(y))))  # the axes along which y is broadcast
         return x + y, lambda dy: {"x": dy, "y": xp.sum(dy, axis=axes) if axes else dy}
 
     def permute_dims(x: Any, axes: tuple[int, ...]) -> tuple[Any, Backward]:
@@ -273,7 +273,7 @@ def loss(
 ) -> tuple[Float[Array, ""], Callable[..., Params]]:
     """Return `model.loss`, and a function that returns its gradient with respect to every parameter, as a tree.
 
-    That function takes the gradient of the loss itself, a number that is 1 unless given.
+    The returned function takes a factor that multiplies the gradient, 1 unless given.
     """
     model.check_inputs(params, tokens, config, targets=1)
     check_params(params, config)

@@ -1,7 +1,7 @@
 """GPT-2 as pure functions of parameters and arrays, in order of dependency.
 
 Parameters are a nested dict, and each function takes its own sub-tree: ``mlp(x, **params["h0"]["mlp"])``. Attention
-reads and extends a `cache`. A function that takes `observe` calls it with the name and the value of intermediate
+reads and extends a `KVCache`. A function that takes `observe` calls it with the name and the value of intermediate
 arrays, such as ``observe("h3/attn/weights", weights)``.
 """
 
@@ -60,10 +60,11 @@ def attn(
     observe: Observe = ignore,
 ) -> tuple[Float[Array, "batch seq n"], LayerCache]:
     """Causal multi-head self-attention over cached and new keys."""
-    # Split before reshaping into heads: a sharded axis could not be split afterwards.
+    # Split q, k and v before reshaping into heads, because a sharded axis could not be split afterwards.
     q, k, v = (split_heads(c, n_head) for c in backend_of(x).split(conv1d(x, **c_attn), 3))
     k, v, layer = layer.update(k, v)
-    if observe is not ignore:  # computed separately: kernels expose no weights, and observing must change no result
+    # Kernels do not return the weights, and observing must not change a result, so the weights are computed separately.
+    if observe is not ignore:
         observe("attn/weights", attention_weights(q, k, mask=layer.mask, scale=scale))
     a = attention(q, k, v, mask=layer.mask, scale=scale)
     return conv1d(merge_heads(a), **c_proj), layer
@@ -103,7 +104,7 @@ def transformer(
     cache = None if cache is None else check_cache(cache, tokens, params, config)
     try:
         return _transformer(params, tokens, config, cache, observe)
-    except Exception:  # say so if the parameters are wrong, or arrays live on different devices
+    except Exception:  # raise a clearer error if the parameters are wrong, or devices differ
         check_params(params, config)
         check_places(params=params["wte"], tokens=tokens, cache=None if cache is None else cache.k[0])
         raise
@@ -145,7 +146,7 @@ def gpt2(
     observe: Observe = ignore,
 ) -> tuple[
     Float[Array, "batch seq vocab"], KVCache | Any
-]:  # None only without a cache; Any spares callers with a cache a type check
+]:  # the result is None only without a cache; because of Any, callers with a cache need no type check
     """Compute the logits of the token that follows each token.
 
     Parameters
@@ -156,9 +157,9 @@ def gpt2(
         Token ids from 0 to n_vocab - 1, an array of the parameters' framework on their device. The ids are not
         checked; `GPT2.logits` checks them.
     config : GPT2Config
-        The model's shape; static under ``jax.jit``.
+        The model's shape. Under ``jax.jit``, it must be a static argument.
     cache : KVCache, optional
-        An empty cache of `new_cache`, or the one that was returned with the preceding tokens of the same texts.
+        An empty cache from `new_cache`, or the cache that was returned for the preceding tokens of the same texts.
     observe : callable, optional
         Called as ``observe(name, array)`` with the intermediate arrays: ``embedding``, [batch, seq, n_embd]; for each
         layer ``h3/attn/weights``, [batch, n_head, seq, keys], and ``h3/residual``, the residual stream after the
@@ -168,8 +169,8 @@ def gpt2(
     -------
     logits : float array [batch, seq, n_vocab]
     cache : KVCache or None
-        The cache extended by these tokens; None if none was given. Do not use the given cache again: its buffers may
-        have been overwritten.
+        The cache extended by these tokens; None if no cache was given. Do not use the given cache again: its buffers
+        may have been overwritten.
 
     Raises
     ------
@@ -201,21 +202,22 @@ def gpt2(
 
 
 def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) -> Float[Array, ""]:
-    """Return the mean cross-entropy in nats: of each token but the first, given the tokens before it.
+    """Return the mean cross-entropy, in nats, of each token but the first, given the tokens before it.
 
     Parameters
     ----------
     params : dict
         The parameters, such as ``init_params(config)``.
     tokens : int array [batch, seq]
-        At most n_ctx + 1 tokens per text: all but the last are read, all but the first are predicted.
+        At most n_ctx + 1 tokens per text. All tokens but the last are read, and all but the first are predicted.
     config : GPT2Config
         The model's shape.
 
     Returns
     -------
     float array []
-        The dtype is float64 if the parameters have it, and otherwise float32: 16-bit logits are converted first.
+        The dtype is float64 if the parameters have it, and otherwise float32, to which 16-bit logits are converted
+        first.
 
     Raises
     ------
@@ -245,7 +247,7 @@ def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) ->
 def check_inputs(params: Params, tokens: Any, config: GPT2Config, targets: int = 0) -> None:
     """Refuse tokens that the model cannot read, and parameters whose number or embeddings do not fit the config.
 
-    `targets` is how many of the last tokens are predicted and not read: 1 for a loss.
+    `targets` is the number of tokens at the end of each text that are predicted and not read: 1 for a loss.
     """
     check_config(config)
     backend = backend_of(tokens)
@@ -256,7 +258,7 @@ def check_inputs(params: Params, tokens: Any, config: GPT2Config, targets: int =
         if seq <= targets:
             raise ValueError("a window has one token, and nothing to predict; expected int [batch, seq + 1]")
         checks.positions(seq - targets, config.n_ctx)
-    n_scopes = 3 + config.n_layer + (not config.tie_word_embeddings)  # wpe, wte and ln_f
+    n_scopes = 3 + config.n_layer + (not config.tie_word_embeddings)  # 3 for wpe, wte and ln_f
     if not isinstance(params, Mapping) or len(params) != n_scopes or not {"wpe", "wte"} <= params.keys():
         check_params(params, config)
     for table, length in ((params["wpe"], config.n_ctx), (params["wte"], config.n_vocab)):

@@ -1,8 +1,8 @@
 """The operations that GPT-2 is made of, each written once in array-API terms.
 
-Each function here defines what an op computes, and runs where no kernel does. If the backend of the arrays has a
-kernel, ``softmax(x)`` runs it, and ``softmax.reference(x)`` still runs the definition. Every op raises the errors that
-`op.op` lists; the docstring of an op lists only the errors that are specific to it.
+Each function here is the definition of an op, and runs if no kernel computes the result. If the backend of the arrays
+has a kernel, ``softmax(x)`` runs it, and ``softmax.reference(x)`` still runs the definition. Every op raises the errors
+that `op.op` lists; the docstring of an op lists only the errors that are specific to it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def is_empty(x: Any) -> bool:
 def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
     """Return ids as indices from 0 to n - 1, and a bool array that is True where an id is in range.
 
-    The index of an id that is out of range is 0; the caller replaces its result by NaN. If the ids can be read
-    immediately, None replaces the bool array, because all ids are then known to be in range.
+    An id that is out of range has index 0; the caller replaces the result for this id by NaN. If the ids can be read
+    immediately, such an id raises an error. The bool array is then not needed, and None is returned instead.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def conv1d(
 ) -> Float[Array, "*batch nf"]:
     """Apply a linear layer to the last axis, y = x w + b: a convolution of width 1.
 
-    ``conv1d`` of OpenAI's GPT-2 (``src/model.py``); `init_conv1d` makes its variables.
+    This is ``conv1d`` of OpenAI's GPT-2 (``src/model.py``). `init_conv1d` returns initial values of w and b.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ def layer_norm(
     g, b : float array [n]
         Gain and bias.
     eps : float
-        Added to the (biased) variance. With 0, a row of equal elements gives 0 / 0.
+        The number that is added to the (biased) variance. If eps is 0, a row of equal elements gives 0 / 0.
 
     Returns
     -------
@@ -208,9 +208,9 @@ def layer_norm(
     Ba, Kiros and Hinton, "Layer Normalization", 2016; ``norm`` of OpenAI's GPT-2 (``src/model.py``).
 
     The squares are not scaled before they are summed. The elements of x must therefore be below sqrt(largest / n) / 2
-    in magnitude: for n = 768, 3e17 in float32 (and for 16-bit arrays) and 2e152 in float64. Larger elements make the
-    variance overflow, and the result is the bias or NaN. Deviations below 1e-19 in float32 count as 0, because their
-    squares underflow.
+    in magnitude. For n = 768 this bound is 3e17 in float32 (and for 16-bit arrays), and 2e152 in float64. Larger
+    elements make the variance overflow, and the result is the bias or NaN. Deviations below 1e-19 in float32 count as
+    0, because their squares underflow.
 
     Examples
     --------
@@ -258,8 +258,8 @@ def attention_weights(
 
     Notes
     -----
-    Hidden scores are replaced by -inf. Adding a large negative number, as OpenAI's code adds -1e10, would overflow
-    float16, and would not hide a key if a visible score is -inf.
+    Hidden scores are replaced by -inf. OpenAI's code adds -1e10 to them instead. This would overflow in float16, and
+    would not hide a key if a visible score is -inf.
 
     Examples
     --------
@@ -315,8 +315,8 @@ def attention(
     -------
     float array [*batch, queries, dv]
         Keys that a query does not see have weight 0 exactly. A row is NaN if none of its visible keys has a score above
-        -inf (see `attention_weights`), except that PyTorch's kernel makes it 0 when compiled or on an accelerator. A
-        hidden key or value that is NaN or infinite, or a hidden score that overflows, may make the row NaN.
+        -inf (see `attention_weights`). PyTorch's kernel makes such a row 0 if it is compiled or runs on an accelerator.
+        A hidden key or value that is NaN or infinite, or a hidden score that overflows, may make the row NaN.
 
     Raises
     ------
@@ -342,14 +342,14 @@ def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> Float[Array,
     Parameters
     ----------
     ids : int array [*batch]
-        From 0 to vocab - 1.
+        Ids from 0 to vocab - 1.
     w : float array [vocab, d]
         The embedding matrix.
 
     Returns
     -------
     float array [*batch, d]
-        An id that is out of range and raises no error gives NaN; it adds nothing to the gradient of w.
+        The row of an id that is out of range and raises no error is NaN. Such an id adds nothing to the gradient of w.
 
     Raises
     ------
@@ -409,9 +409,9 @@ def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*ba
     Parameters
     ----------
     logits : float array [*batch, vocab]
-        Not normalised.
+        The logits, which need not be normalised.
     targets : int array [*batch]
-        From 0 to vocab - 1.
+        Ids from 0 to vocab - 1.
 
     Returns
     -------
@@ -445,6 +445,6 @@ def cross_entropy(logits: Float[Array, "*batch vocab"], targets: Int[Array, "*ba
     x = logits - xp.max(logits, axis=-1, keepdims=True)
     total = xp.log(xp.sum(xp.exp(x), axis=-1))
     losses = total - xp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
-    if known is not None:  # multiplied and not selected, so that the gradient is NaN too
+    if known is not None:  # a product with NaN makes the gradient NaN too; selecting NaN would not
         losses = losses * xp.where(known, xp.astype(known, losses.dtype), math.nan)
     return xp.mean(losses)

@@ -24,7 +24,7 @@ def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     Raises
     ------
     ValueError
-        If the machine has too little memory for the paths of so many layers.
+        If the machine has too little memory for the paths of all layers.
 
     Examples
     --------
@@ -42,7 +42,7 @@ def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-_ENTRY = 400  # bytes: a lower bound for a path, its entry in a dict, and an array without elements
+_ENTRY = 400  # lower bound in bytes for a path, its entry in a dict, and an array without elements
 
 
 def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -219,7 +219,8 @@ def init_conv1d(
     Parameters
     ----------
     scope : str
-        The path of the parameters, such as ``h3/attn/c_attn``. Together with the seed it chooses the random stream.
+        The path of the parameters, such as ``h3/attn/c_attn``. Together with the seed, the path chooses the random
+        stream.
     nx, nf : int
         Lengths of the last axis of the input and of the output.
     w_init_stdev : float
@@ -281,7 +282,7 @@ def check_params(params: Params, config: GPT2Config) -> None:
     TypeError
         If the parameters are not a tree of float arrays, or have arrays of two frameworks or two dtypes.
     ValueError
-        If a parameter is missing, is not one of the configuration's, or has another shape than the configuration says.
+        If a parameter is missing, does not belong to the configuration, or has another shape than in the configuration.
     """
     check_config(config)
     if not isinstance(params, Mapping):
@@ -313,7 +314,7 @@ def check_params(params: Params, config: GPT2Config) -> None:
 
 
 def place(x: Any) -> str | None:
-    """Return the device of an array; None if it is not known, as for a tracer."""
+    """Return the name of the device of an array, or None if the device is not known, as for a tracer."""
     try:
         return backend_of(x).device(x).strip(":") or None  # a tracer of TensorFlow has an empty device
     except Exception:  # a tracer may raise any error

@@ -1,11 +1,11 @@
 """Random streams of words from NumPy's Philox, and the random variates that are computed from them.
 
-A word depends only on the seed, the number of its stream, and its place in the stream. Nothing keeps a state, so that
-no sample depends on the samples before it. NumPy promises that the words of Philox never change; its random floats may
-change, and are not used. There are three kinds of streams:
+A word depends only on the seed, the number of its stream, and its place in the stream. No state is kept, so a sample
+does not depend on the samples before it. NumPy promises that the words of Philox never change. NumPy's random floats
+may change, so they are not used. There are three kinds of streams:
 
-- one stream for each parameter of a model, named by the parameter's path: normal variates, the initial values;
-- one stream for each sample of a text, named by the sample's index: Gumbel variates, by which tokens are sampled. Each
+- one stream for each parameter of a model, named by the parameter's path. Its normal variates are the initial values;
+- one stream for each sample of a text, named by the sample's index. Its Gumbel variates choose the tokens. Each
   position in the text is a place in the stream;
 - one stream for the windows of text that training reads. Each batch is a place in the stream.
 """
@@ -17,7 +17,7 @@ import math
 import secrets
 
 import numpy as np
-from numpy.random import Philox  # not in a function: a Ctrl-C during that import would be lost
+from numpy.random import Philox  # not in a function, because a Ctrl-C during the import would be lost there
 
 _WINDOWS = int.from_bytes(b"windows", "little")
 
@@ -38,7 +38,7 @@ def words(n: int, seed: int, stream: int, place: int = 0) -> np.ndarray:
 
 
 def uniform(words: np.ndarray) -> np.ndarray:
-    """Return (n + 1/2) / 2^52 for each word, float64, where n is its upper 52 bits: strictly between 0 and 1."""
+    """For each word, return (n + 1/2) / 2^52, float64, with n its upper 52 bits: a number strictly between 0 and 1."""
     return ((words >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
@@ -66,7 +66,7 @@ def gumbel(kept: np.ndarray, n_vocab: int, position: int, seed: int, index: int 
     position : int
         The position in the text of the token that is sampled.
     seed, index : int
-        The seed, and which of several samples of one text this is.
+        The seed, and the index of this sample among several samples of one text.
     """
     return np.asarray(-np.log(-np.log(uniform(words(n_vocab, seed, index, position)[kept]))))
 

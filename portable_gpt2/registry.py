@@ -44,7 +44,7 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def known_backends() -> list[str]:
-    """Return the names of all backends that have an adapter here, whether or not their frameworks are installed."""
+    """Return the names of all backends with an installed adapter, whether or not their frameworks are installed."""
     return sorted(_entry_points())
 
 
@@ -61,7 +61,7 @@ def available_backends() -> list[str]:
 
 
 def how_to_install(name: str) -> str:
-    """Return the command that installs a known backend's framework: with an extra of this package if it has one."""
+    """Return the command that installs a known backend's framework, by an extra of this package if there is one."""
     ours = _entry_points()[name].value.startswith("portable_gpt2_backends.")
     return f"pip install 'portable-gpt2[{name}]'" if ours else f"pip install {name}"
 
@@ -80,8 +80,8 @@ def get_backend(name: str | Backend | None = None, device: Any = None) -> Backen
     ----------
     name : str or Backend, optional
         One of `available_backends`, or a backend itself. The default is the backend of the innermost `use_backend`
-        block; outside such a block, the one that the environment variable PORTABLE_GPT2_BACKEND names; and ``numpy`` if
-        the variable is not set.
+        block. Outside such a block, the default is the backend that the environment variable PORTABLE_GPT2_BACKEND
+        names, or ``numpy`` if the variable is not set.
     device : str or the framework's own device object, optional
         The device of the arrays that the backend creates, such as ``cpu`` or ``cuda:1``; the framework's default device
         unless given.
@@ -139,7 +139,7 @@ def _load(name: str) -> Backend:
         raise BackendNotInstalled(
             f"backend {name!r} could not be loaded from {point.value}: {type(error).__name__}: {error}"
         ) from error
-    return _LOADED.setdefault(name, backend)  # if two threads load it at once, the first wins
+    return _LOADED.setdefault(name, backend)  # if two threads load a backend at once, the first wins
 
 
 @contextlib.contextmanager
@@ -206,8 +206,8 @@ def _own(types: tuple[type, ...], backend: Backend) -> None:
 def __getattr__(name: str) -> Any:
     """Compute the attribute `loaded`: the backends of the frameworks that the program has imported so far.
 
-    `loaded` is an attribute because torch.compile evaluates attributes of modules, but traces functions, and loading an
-    adapter cannot be traced. So a program may call its first op inside a compiled function.
+    Loading an adapter cannot be traced. torch.compile traces functions, but it evaluates the attributes of modules.
+    Because `loaded` is an attribute, a program may call its first op inside a compiled function.
     """
     if name != "loaded":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -226,7 +226,7 @@ def to_numpy(x: Any) -> np.ndarray:
     Raises
     ------
     TypeError
-        If x is not an array of a backend, or its values cannot be read: x is traced, or has a sparse format.
+        If x is not an array of a backend, or if its values cannot be read because x is traced or sparse.
 
     Examples
     --------
@@ -247,7 +247,7 @@ def enter_loaded() -> None:
     """Add the classes of all imported frameworks to the dispatch table.
 
     Each later change of the table makes torch.compile compile again. This function is called once, at the end of `api`,
-    so that an adapter that it loads may import public names.
+    so that the adapters that are loaded may import public names of this package.
     """
     for backend in __getattr__("loaded").values():
         _own(backend.array_types, backend)

@@ -1,8 +1,9 @@
-"""From logits to a token: repetition penalty, temperature, top-k, top-p and min-p, in this order, then a random stream.
+"""Sample a token from logits, after repetition penalty, temperature, top-k, top-p and min-p, applied in this order.
 
 Sampling runs on the host, in float64. The token is the argmax of logits / T + G, where G has one Gumbel variate for
 each entry of the vocabulary. The same seed therefore gives the same token on every framework, unless the two largest
-sums differ by less than the logits of two frameworks do. Filters remove entries and do not shift the random stream.
+sums are closer to each other than the logits of two frameworks are. A filter does not change the Gumbel variates of the
+entries that it keeps.
 
 To add an option, add a field to `Sampling`, its type to `SamplingOptions`, and the code that applies it.
 """
@@ -38,8 +39,8 @@ class Sampling:
 
     Notes
     -----
-    The token whose probability crosses top_p is kept, as in Hugging Face's transformers; OpenAI's code drops it. The
-    repetition penalty also changes the choice at temperature 0.
+    The token with which the total probability reaches top_p is kept, as in Hugging Face's transformers; OpenAI's code
+    drops it. The repetition penalty also changes the choice at temperature 0.
 
     Examples
     --------
@@ -125,14 +126,15 @@ def sample(
     seen : ints
         The token ids of the prompt and of the text so far, to which repetition_penalty applies.
     index : int
-        Which of several samples of one text this is. It chooses the random stream together with the seed.
+        The index of this sample among several samples of one text. Together with the seed, it chooses the random
+        stream.
     **options
         See `Sampling`. Here the seed is 0 unless given.
 
     Returns
     -------
     int
-        A token id. If several entries of the vocabulary have the largest sum, it is the smallest of their ids.
+        A token id. If several ids have the largest sum of logit and Gumbel variate, the smallest of them is returned.
 
     Raises
     ------
@@ -181,7 +183,7 @@ def check_finite(largest: Any) -> None:
 
 
 def apply_repetition_penalty(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:
-    """Return the logits, float64, after a penalty for each token in `seen`, which applies once per token.
+    """Return the logits in float64, with a penalty for each token in `seen`. A repeated token is penalised once.
 
     Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation", 2019. A negative logit
     is multiplied, as in later implementations: a division would make the token more likely.

@@ -12,7 +12,7 @@ from .backend import Backend
 from .checks import is_int, is_number, shown
 from .registry import backend_of
 
-_Sizes = dict[str, tuple[Any, ...]]  # by a name in a shape, its lengths: a name such as *batch has several
+_Sizes = dict[str, tuple[Any, ...]]  # maps a name in a shape to its lengths; a name such as *batch has several
 
 
 class ArrayType(NamedTuple):
@@ -73,7 +73,7 @@ class Signature:
     def check_types(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Backend:
         """Refuse arrays of different backends, and float arrays that differ in dtype or have no floating dtype.
 
-        NumPy numbers in kwargs are replaced by Python numbers, which do not widen an array that they multiply.
+        NumPy numbers in kwargs are replaced by Python numbers, because Python numbers do not widen an array's dtype.
         """
         owner = dtype = None
         first = first_float = ""
@@ -110,7 +110,7 @@ class Signature:
         return owner
 
     def _convert_number(self, key: str, x: Any, kwargs: dict[str, Any]) -> None:
-        """Replace an option by Python's float or int; refuse one that must be a number and is not."""
+        """Replace an option by Python's float or int; refuse an option that must be a number and is not."""
         if key in self._numbers and type(x) is not float:
             if not is_number(x):
                 raise TypeError(f"{self.name}: {key} is {shown(x)}; expected a number")
@@ -122,12 +122,12 @@ class Signature:
             kwargs[key] = int(x)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments by name; refuse a missing or unknown one. The message names the op, not its kernel."""
+        """Return the arguments by name; refuse a missing or unknown argument. Messages name the op, not its kernel."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         is_complete = self._required <= given.keys() <= self._names.keys()
         if is_complete and len(args) <= self._n_positional and len(given) == len(args) + len(kwargs):
             return given
-        try:  # only for the error: it takes 3 us, and torch.compile would add a hundred guards
+        try:  # only for the error, because it takes 3 us, and torch.compile would add a hundred guards
             return self._signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             plain = [p.replace(annotation=p.empty) for p in self._signature.parameters.values()]
@@ -136,7 +136,7 @@ class Signature:
     def check_shapes(self, backend: Backend, given: dict[str, Any]) -> None:
         """Refuse shapes that the signature does not permit; a dimension unknown while tracing matches any length."""
         sizes: _Sizes = {}
-        sources: dict[str, tuple[str, tuple[Any, ...]]] = {}  # by a size's name, the first array with that size
+        sources: dict[str, tuple[str, tuple[Any, ...]]] = {}  # maps a size's name to the first array that has it
         for key, x in given.items():
             expected = self.arrays.get(key)
             if expected is None or x is None:
@@ -181,7 +181,7 @@ def show_shape(shape: tuple[Any, ...]) -> str:
 
 
 def _match(pattern: list[str], shape: tuple[Any, ...], sizes: _Sizes) -> bool:
-    """Match a shape with a pattern such as ``*batch nx``; if it matches, add the lengths of the names to sizes.
+    """Match a shape with a pattern such as ``*batch nx``; if it matches, add the lengths of its names to sizes.
 
     ``*#batch`` matches lengths that broadcast to those of ``*batch``: they may be 1, and the first may be missing.
 
