@@ -13,12 +13,12 @@ from .worker import Worker, WorkerError
 
 
 def plan(backend: str) -> list[Row]:
-    """Return the planned row for one framework; NumPy has no accelerator."""
+    """Return the planned row for one framework. NumPy does not use accelerators, so it has no row."""
     return [] if backend == "numpy" else [Row("accelerator", backend, "124M against the limit", "ms/token")]
 
 
 def measure(run: Run, backend: str) -> Iterator[Row]:
-    """Measure greedy decoding from position 128 to 192 on the first accelerator."""
+    """Measure greedy decoding from position 128 to 192 on the first accelerator that the framework reports."""
     for row in plan(backend):
         try:
             with Worker() as worker:

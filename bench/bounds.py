@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 
 class Bound(NamedTuple):
-    """The largest permitted value of a row: `times` its reference plus `plus`, in the row's unit."""
+    """The largest permitted value of a row.
+
+    It is the row's reference multiplied by `times`, plus `plus`, which is in the row's unit.
+    """
 
     group: str
-    row: str  # a pattern
+    row: str  # a pattern for `fnmatch`
     backends: str
     times: float = 0.0
     plus: float = 0.0
@@ -23,12 +26,12 @@ class Bound(NamedTuple):
 ALL = "numpy jax torch tensorflow"
 
 BOUNDS = (
-    # Decode, for both shapes
+    # Decode: rows of the shapes 124M and 355M
     Bound("decode", "* against the limit", "numpy jax", 1.25),
     Bound("decode", "* against the limit", "torch tensorflow", 1.5),
     Bound("decode", "124M against transformers", "numpy torch", 1 / 1.5),
     Bound("decode", "124M against KerasHub", "jax torch tensorflow", 1 / 1.5),
-    Bound("decode", "sampling against greedy", ALL, 1.0, plus=1.0),  # ms
+    Bound("decode", "sampling against greedy", ALL, 1.0, plus=1.0),  # milliseconds
     # Decode at later positions, and compilations
     Bound("decode", "position 1000 against position 10", ALL, 1.3),
     Bound("compilations", "a full-length generation", "jax tensorflow", plus=7),
@@ -45,14 +48,14 @@ BOUNDS = (
     Bound("ops", "the definition under jit, *", "jax torch tensorflow", 1.05, plus=0.5),
     # Memory and start
     Bound("memory", "peak of a generation", ALL, 1.1),
-    Bound("start", "load and first forward pass", "numpy", plus=1.0),  # s
+    Bound("start", "load and first forward pass", "numpy", plus=1.0),  # seconds
     Bound("start", "the generate command *", "numpy", plus=0.6),
-    Bound("start", "import beyond NumPy", "numpy", plus=0.15),  # the import budget of the design
+    Bound("start", "import beyond NumPy", "numpy", plus=0.15),  # the limit that the design sets
 )
 
 
 def find(group: str, row: str, backend: str) -> Bound | None:
-    """Return the first entry of the table that matches a row."""
+    """Return the first entry of the table that matches a row, or None if there is none."""
     for bound in BOUNDS:
         if bound.group == group and backend in bound.backends.split() and fnmatch(row, bound.row):
             return bound

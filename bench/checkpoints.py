@@ -10,7 +10,7 @@ import numpy as np
 SHAPES: dict[str, dict[str, Any]] = {
     "124M": {},
     "355M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    # the shape of the model in the package, shakespeare
+    # the shape of `shakespeare`, the model that ships with the package
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ctx": 256, "n_vocab": 2048, "eos_token_id": None},
     "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_vocab": 64, "eos_token_id": None},
 }
@@ -24,7 +24,10 @@ def config(name: str) -> Any:
 
 
 def make(name: str, directory: str) -> None:
-    """Write a checkpoint into a directory. The small one gets a tokenizer that is trained on this package's code."""
+    """Write a checkpoint of one of SHAPES into a directory.
+
+    The shape ``small`` gets a tokenizer, which is trained on the code of portable_gpt2.
+    """
     import portable_gpt2 as pg
     from portable_gpt2.params import nest, shapes
 

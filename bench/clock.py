@@ -1,4 +1,4 @@
-"""Timing: all sides are measured in turn, in each round, so that a slow moment of the machine affects all of them."""
+"""Timing. Each round measures all sides of a comparison in turn, so a slow moment of the machine affects all sides."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The number of compilations: how often the functions given to `Backend.compile` are traced, for a model of any size.
+"""The number of compilations: how often a framework traces the functions that are given to `Backend.compile`.
 
-The tests check the same limits; this file puts the numbers into the table.
+The number is the same for models of all sizes. The tests check the same limits; this file puts the numbers into the
+table.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def plan(backend: str) -> list[Row]:
 
 
 def measure(run: Run, backend: str) -> Iterator[Row]:
-    """Count the traces of a generation from 1 token to n_ctx, and the additional traces for prompts of all lengths."""
+    """Count the traces of a generation from 1 token to n_ctx, then the further traces for prompts of many lengths."""
     rows = plan(backend)
     if not rows:
         return
@@ -40,7 +41,10 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
 
 
 def count(backend: str, directory: str, step: int) -> tuple[int, int]:
-    """Return both counts, for a model of two layers with the published context of 1,024 tokens."""
+    """Return the number of traces of a full-length generation, and the number of additional traces for the prompts.
+
+    The model has two layers and the published context of 1,024 tokens.
+    """
     import portable_gpt2 as pg
 
     traces = 0

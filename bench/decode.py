@@ -1,4 +1,8 @@
-"""Decoding one text, compared with the memory's limit, with other libraries, and with itself at other positions."""
+"""Decoding of one text.
+
+Its time per token is compared with the time to read all weights once, with other libraries, and between positions in
+the text.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from .worker import Worker
 
 PROMPT, NEW = 128, 64
 POSITIONS = (10, 500, 1000)
-WINDOW = 12  # number of tokens measured at each position; a cache of 512 has room for 12 from position 500 on
+# The number of tokens measured at each position. From position 500, a cache of 512 positions has room for 12 tokens.
+WINDOW = 12
 LIMIT = "weights read once"
 
 
@@ -49,7 +54,8 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
 def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
     """Measure greedy decoding from position 128 to 192.
 
-    For every side, the time per token is the difference between a long and a short generation, per additional token.
+    A long and a short generation are timed for every side. The time per token is the difference between the two times,
+    divided by the number of additional tokens.
     """
     new = 16 if run.quick else NEW
     model = {"backend": backend, "directory": run.checkpoint("124M"), "prompt": PROMPT}
@@ -74,7 +80,7 @@ def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]
         return (min(samples[side]) - min(samples[first])) / new * 1e3
 
     def row(name: str, *sides: str) -> Row | None:
-        """Return the row as failed if one of its sides failed."""
+        """Return the row as failed if one of its sides failed; otherwise return None."""
         why = [failures[side] for side in ("ours, 1 token", "ours", *sides) if side in failures]
         return rows[name].failed(why[0]) if why else None
 
@@ -107,7 +113,7 @@ def _beside_peers(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]
 
 
 def _positions(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
-    """Measure twelve tokens after prompts of three lengths."""
+    """Measure the time per token of twelve tokens after a prompt, for prompts of three lengths."""
     model = {"backend": backend, "directory": run.checkpoint("124M"), "new": WINDOW}
     failures: dict[str, str] = {}
     with Worker() as ours:
@@ -133,7 +139,7 @@ def _positions(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
 
 
 def _larger(run: Run, backend: str, rows: dict[str, Row]) -> Iterator[Row]:
-    """Compare the 355M shape with its own memory limit, from position 128."""
+    """Compare decoding of the 355M shape, from position 128, with the time to read its weights once."""
     model = {"backend": backend, "directory": run.checkpoint("355M"), "position": PROMPT, "new": NEW // 2}
     failures: dict[str, str] = {}
     with Worker() as machine, Worker() as ours:

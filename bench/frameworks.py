@@ -21,12 +21,12 @@ class Framework:
 
     name: str
     modes: Mapping[str, Callable[[Function], Function]]
-    """The ways to run a function, by name."""
+    """The ways to run a function, such as eagerly or compiled, by name."""
     matmul: Function
 
     @property
     def fast_modes(self) -> dict[str, Callable[[Function], Function]]:
-        """The modes to try for many products at once: those that compile, or eager mode if none does."""
+        """The modes to try for many products at once: the modes that compile, or eager mode if none compiles."""
         return {mode: run for mode, run in self.modes.items() if mode != "eager"} or dict(self.modes)
 
     def array(self, a: np.ndarray) -> Any:
@@ -51,7 +51,7 @@ class Framework:
         return {"x w + b": self.linear}
 
     def convolution(self, x: Any, w: Any, b: Any) -> Any:
-        """Return `linear` of x [batch, seq, nx], computed by the framework's convolution of width 1."""
+        """Return the result of `linear` for x [batch, seq, nx], computed by the framework's convolution of width 1."""
         raise NotImplementedError
 
     def transpose(self, x: Any) -> Any:
@@ -59,12 +59,12 @@ class Framework:
         raise NotImplementedError
 
     def bind(self, run: Callable[[Function], Function], f: Function, weights: Any) -> Function:
-        """Return the function x -> f(x, weights), run in a mode. The weights are passed in the cheapest way."""
+        """Return the function x -> f(x, weights), run in the mode `run`. The weights are passed in the fastest way."""
         g = run(f)
         return lambda x: g(x, weights)
 
     def compiled(self) -> Callable[[Function], Function] | None:
-        """Return the compiler for the rows `the definition under jit`, or None."""
+        """Return the compiler for the rows "the definition under jit", or None if the framework has no compiler."""
         return None
 
 
@@ -99,7 +99,7 @@ class Numpy(Framework):
 
 
 class Torch(Framework):
-    """PyTorch, eager. torch.compile takes half a minute per function, so it is used for single ops only."""
+    """PyTorch, run eagerly. torch.compile takes half a minute per function, so it is used for single ops only."""
 
     name = "torch"
 
@@ -130,12 +130,13 @@ class Torch(Framework):
         return x.mT
 
     def compiled(self) -> Callable[[Function], Function]:
-        self.torch.compiler.reset()  # without this, a second shape would be compiled with unknown sizes
+        # Without this reset, a function that is called with a second shape would be compiled for unknown sizes.
+        self.torch.compiler.reset()
         return functools.partial(self.torch.compile, fullgraph=True)
 
 
 class Jax(Framework):
-    """JAX, eager or compiled."""
+    """JAX, run eagerly or compiled."""
 
     name = "jax"
 
@@ -170,7 +171,7 @@ class Jax(Framework):
 
 
 class Tensorflow(Framework):
-    """TensorFlow, eager, as a graph or compiled by XLA."""
+    """TensorFlow, run eagerly, as a graph or compiled by XLA."""
 
     name = "tensorflow"
 
@@ -203,7 +204,8 @@ class Tensorflow(Framework):
         return self.tf.linalg.matrix_transpose(x)
 
     def bind(self, run: Callable[[Function], Function], f: Function, weights: Any) -> Function:
-        return run(lambda x: f(x, weights))  # captured, because many tensors as arguments cost milliseconds per call
+        # The function captures the weights. To pass many tensors as arguments would take milliseconds per call.
+        return run(lambda x: f(x, weights))
 
     def compiled(self) -> Callable[[Function], Function]:
         return self.modes["XLA"]

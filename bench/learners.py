@@ -1,4 +1,7 @@
-"""Training in a worker, on the same windows: portable_gpt2 on one backend, or transformers with PyTorch's AdamW."""
+"""Training in a worker: portable_gpt2 on one backend, or transformers with PyTorch's AdamW.
+
+All learners train on the same windows of text.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class _Ours:
     def __init__(self, backend: str, n_vocab: int, recipe: Recipe) -> None:
         config = pg.GPT2Config(n_vocab=n_vocab, eos_token_id=0, **CONFIG)
         self.trainer = Trainer(config, recipe, pg.get_backend(backend))
-        options = {"backend": backend, "scale_residual": True}  # as transformers initialises
+        options = {"backend": backend, "scale_residual": True}  # the initial distributions of transformers
         self.state = self.trainer.start(pg.init_params(config, seed=recipe.seed, **options))
 
     def step(self, tokens: np.ndarray) -> float:
@@ -83,7 +86,10 @@ def _learner(side: str, n_vocab: int, seed: int, steps: int) -> _Ours | _Transfo
 def train(
     side: str, file: str, n_training: int, n_vocab: int, seed: int, steps: int, first: int, last: int
 ) -> list[list[float]]:
-    """Take steps first to last - 1 of `steps`; return the loss and the seconds of each."""
+    """Take the steps `first` to `last` - 1 of a training of `steps` steps.
+
+    Return the loss of each step and the seconds that it took.
+    """
     learner, tokens = _learner(side, n_vocab, seed, steps), open_tokens(file, n_vocab)[:n_training]
     found = []
     for i in range(first, last):
@@ -94,6 +100,6 @@ def train(
 
 
 def evaluate(side: str, file: str, n_training: int, n_vocab: int, seed: int, steps: int) -> float:
-    """Return the mean loss over the whole windows of the held-out tokens."""
+    """Return the mean loss over the complete windows of the held-out tokens."""
     tokens = open_tokens(file, n_vocab)[n_training:]
     return _learner(side, n_vocab, seed, steps).evaluate(windows(tokens, LENGTH))

@@ -24,7 +24,7 @@ PACKAGES = ("numpy", "scipy", "torch", "jax", "jaxlib", "tensorflow", "keras", "
 
 
 def plan(backend: str) -> list[Row]:
-    """Return the planned rows for one framework. The memory's row is planned with NumPy's."""
+    """Return the planned rows for one framework. The row of the memory's speed is planned with NumPy's rows."""
     shared = [Row("machine", "-", "read bandwidth", "GB/s")] if backend == "numpy" else []
     return [
         *shared,
@@ -62,7 +62,11 @@ def _numbers() -> tuple[np.ndarray, Any]:
 
 
 def bandwidth() -> float:
-    """Return the GB/s at which 600 MB are read: the best of three sums each by NumPy on all threads and by PyTorch."""
+    """Return the GB/s at which 600 MB are read.
+
+    The numbers are summed three times by NumPy on all threads and, if PyTorch is installed, three times by PyTorch. The
+    fastest sum counts.
+    """
     numbers, tensor = _numbers()
     parts = np.array_split(numbers, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -71,7 +75,10 @@ def bandwidth() -> float:
 
 
 def product_rates(name: str, rows: int, rounds: int) -> dict[str, list[float]]:
-    """Return the rate of x w by mode and layout of w: in GFLOP/s, or in GB/s of w if x is a single row."""
+    """Return the rates of the product x w, for each mode of the framework and each layout of w.
+
+    The unit is GFLOP/s. If x is a single row, the rate is instead the GB/s at which w is read.
+    """
     own = frameworks.get(name)
     random = np.random.default_rng(0)
     x = own.array(random.standard_normal((rows, SHAPE[0]), np.float32))
@@ -91,7 +98,7 @@ def product_rates(name: str, rows: int, rounds: int) -> dict[str, list[float]]:
 
 
 def describe(threads: int) -> dict[str, str]:
-    """Return the processor and the versions of the packages."""
+    """Return the processor, the number of threads, and the versions of Python and of the packages."""
     found = {"processor": _processor(), "threads": str(threads), "Python": platform.python_version()}
     for package in PACKAGES:
         try:

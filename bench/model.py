@@ -1,4 +1,4 @@
-"""portable_gpt2 in a worker: the functions that a user calls, timed."""
+"""portable_gpt2 in a worker: these functions time the functions that a user calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def parameters(backend: str, directory: str) -> int:
 def generate(
     backend: str, directory: str, prompt: int, new: int, sampled: bool = False, device: str | None = None
 ) -> float:
-    """Return the seconds for `new` tokens after a prompt of `prompt` ids: greedy, or with top_k 40 and top_p 0.95."""
+    """Return the seconds to generate `new` tokens after a prompt of `prompt` ids.
+
+    Decoding is greedy or, if `sampled` is true, samples with top_k 40 and top_p 0.95.
+    """
     model = load(backend, directory, device)
     options = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 7} if sampled else {"temperature": 0}
     ids = list(range(prompt))
@@ -38,7 +41,7 @@ def generate(
 
 
 def token_seconds(backend: str, directory: str, position: int, new: int) -> float:
-    """Return the mean seconds per token of `new` tokens after `position` + 1 tokens."""
+    """Return the mean seconds per token of `new` tokens that follow `position` + 1 other tokens."""
     stream = load(backend, directory).stream_ids(list(range(position)), max_new_tokens=1 + new, temperature=0)
     next(stream)
     start = time.perf_counter()
@@ -49,7 +52,7 @@ def token_seconds(backend: str, directory: str, position: int, new: int) -> floa
 
 @functools.cache
 def _step(backend: str, directory: str) -> Any:
-    """Return ``step(tokens, cache)``: `pg.gpt2`, compiled by the backend."""
+    """Return a function ``step(tokens, cache)`` that runs `pg.gpt2`, compiled by the backend."""
     model = load(backend, directory)
 
     def step(params: Any, tokens: Any, cache: Any) -> Any:
@@ -59,7 +62,7 @@ def _step(backend: str, directory: str) -> Any:
 
 
 def batch_seconds(backend: str, directory: str, batch: int, prompt: int, new: int) -> float:
-    """Return the mean seconds of a decode step of a batch, by `pg.gpt2`, after prompts of equal length.
+    """Return the mean seconds that `pg.gpt2` takes for a decode step of a batch, after prompts of equal length.
 
     The prompts are not computed. Random keys and values are written into the cache instead.
     """
@@ -73,7 +76,7 @@ def batch_seconds(backend: str, directory: str, batch: int, prompt: int, new: in
     cache = cache._replace(k=k, v=v)
     start = time.perf_counter()
     for position, column in enumerate(columns, prompt):
-        if position == prompt + 1:  # the first may compile
+        if position == prompt + 1:  # the first step may compile, so it is not timed
             start = time.perf_counter()
         logits, cache = step(column, cache._replace(position=position))
         own.wait(logits)
@@ -81,7 +84,7 @@ def batch_seconds(backend: str, directory: str, batch: int, prompt: int, new: in
 
 
 def first_pass(backend: str, directory: str) -> float:
-    """Return the seconds to load a model and compute the logits of one token, without the import of the framework."""
+    """Return the seconds to load a model and compute the logits of one token. The framework is imported before."""
     pg.get_backend(backend)
     start = time.perf_counter()
     model = pg.GPT2.load(directory, backend=backend)
@@ -90,10 +93,13 @@ def first_pass(backend: str, directory: str) -> float:
 
 
 def peak_bytes(backend: str, directory: str, prompt: int, new: int) -> int:
-    """Return the bytes by which peak memory grows while a model is loaded and generates text, in a new process."""
+    """Return the bytes by which peak memory grows while a model is loaded and generates text.
+
+    The process must be new.
+    """
     pg.to_numpy(pg.get_backend(backend).from_numpy(np.zeros(1, np.float32)))
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets the peak VmHWM, so that the import does not count
+        file.write("5")  # resets the peak, VmHWM, so that the import does not count
     before = _status("VmRSS")
     generate(backend, directory, prompt, new)
     return _status("VmHWM") - before
@@ -110,7 +116,7 @@ def accelerators(backend: str) -> list[str]:
 
 
 def device_bandwidth(backend: str, device: str) -> float:
-    """Return the GB/s at which a device reads 600 MB, by the framework's own sum."""
+    """Return the GB/s at which a device reads 600 MB while the framework sums an array."""
     owner = pg.get_backend(backend)
     numbers = np.ones(150_000_000, np.float32)
     x = owner.from_numpy(numbers, device=device)

@@ -1,8 +1,9 @@
-"""The latency of ops, compared with the framework's own function, eager or compiled, whichever is faster.
+"""The latency of portable_gpt2's ops, compared with the framework's own functions.
 
-For the rows "the definition under jit", the same compiler compiles the portable definition and the framework's own
-function. The two notebooks of 2019, with which the project began, asked two more questions. Is the built-in softmax
-faster than its written-out definition? Is the matrix product faster than a convolution of width 1?
+The framework's function runs eagerly or compiled, whichever is faster. For the rows "the definition under jit", the
+same compiler compiles the portable definition of an op and the framework's own function. The two notebooks of 2019,
+with which the project began, asked two more questions, which other rows answer. Is the built-in softmax faster than its
+written-out definition? Is the matrix product faster than a convolution of width 1?
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .worker import Worker, WorkerError
 
 SOFTMAX = ((3, 3), (4, 3, 2), (36, 10, 4, 3, 2), (12, 1024, 1024))
 CONV1D = (((10, 5, 2, 5), (5, 3)), ((8, 128, 768), (768, 3072)))
-SLOW = ("torch",)  # compiling takes half a minute per op
+SLOW = ("torch",)  # the frameworks that take half a minute per op to compile it
 
 
 def _title(shape: tuple[int, ...]) -> str:
@@ -58,7 +59,7 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
 
 
 def measure_one(name: str, row: str, quick: bool) -> dict[str, Any]:
-    """Measure one row on one framework: value and reference, in microseconds."""
+    """Measure one row on one framework. Return the value and the reference, in microseconds."""
     import portable_gpt2 as pg
 
     own = frameworks.get(name)
@@ -79,7 +80,7 @@ def measure_one(name: str, row: str, quick: bool) -> dict[str, Any]:
 
     if question == UNDER_JIT:
         run = own.compiled()
-        # The arguments are arrays only: TensorFlow needs 80 us per call to bind a default such as axis.
+        # The functions take only arrays: to bind a default such as axis takes TensorFlow 80 us per call.
         calls = {
             "definition": run(lambda *arrays: definition(*arrays)),
             "framework's own": run(lambda *arrays: theirs(*arrays)),

@@ -1,4 +1,4 @@
-"""GPT-2 in other libraries, in a worker: random weights of the 124M shape, float32, greedy."""
+"""GPT-2 in other libraries, in a worker: greedy decoding with random float32 weights of the 124M shape."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def _keras_hub() -> Callable[[int, int], object]:
 
 
 def generate(peer: str, prompt: int, new: int) -> float:
-    """Return the seconds that a library takes for new tokens after a prompt; KERAS_BACKEND is KerasHub's backend."""
+    """Return the seconds that a library takes to generate `new` tokens after a prompt of `prompt` tokens.
+
+    KerasHub runs on the framework that the environment variable KERAS_BACKEND names.
+    """
     run = {"transformers": _transformers, "KerasHub": _keras_hub}[peer]()
     start = time.perf_counter()
     run(prompt, new)

@@ -1,4 +1,4 @@
-"""Plots of the table, as PNG files. A row that was not measured leaves a gap."""
+"""Plots of the table of results, as PNG files. A row that was not measured leaves a gap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GREY = "#8c8c8c"
 
 
 def draw(rows: Iterable[Row], out: Path) -> None:
-    """Plot the measured rows. Without matplotlib, nothing is written."""
+    """Plot the measured rows. If matplotlib is not installed, nothing is written."""
     try:
         import matplotlib
     except ImportError:
@@ -46,7 +46,7 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def _decode(found: Found, out: Path) -> None:
-    """Plot the milliseconds per token of portable_gpt2 and of other libraries, with the memory's limit."""
+    """Plot the milliseconds per token of portable_gpt2 and of other libraries, and the time to read all weights."""
     bars: list[tuple[str, float, str]] = []
     limits = []
     for backend in BACKENDS:
@@ -73,7 +73,7 @@ def _decode(found: Found, out: Path) -> None:
 
 
 def _positions(found: Found, out: Path) -> None:
-    """Plot the time of a token over its position."""
+    """Plot the time of a token against its position."""
     figure, axes = _axes()
     for backend in BACKENDS:
         rows = [
@@ -92,7 +92,7 @@ def _positions(found: Found, out: Path) -> None:
 
 
 def _limits(found: Found, out: Path) -> None:
-    """Plot the ratios to the machine's limits, with the targets."""
+    """Plot the measured values divided by the machine's limits, and the targets for these ratios."""
     places = {
         "decode\nbatch 1": ("decode", "124M against the limit"),
         "decode 355M\nbatch 1": ("decode", "355M against the limit"),
@@ -119,7 +119,7 @@ def _ops(found: Found, out: Path) -> None:
 
 
 def _questions(found: Found, out: Path) -> None:
-    """Plot the answers to the two questions of the notebooks."""
+    """Plot the answers to the two questions of the notebooks of 2019, which `ops` explains."""
     titles = [*(BUILT_IN + title for title in SOFTMAX_TITLES), *(PRODUCT + title for title in CONV1D_TITLES)]
     labels = [_wrapped(title.rpartition("? ")[2]) for title in titles]
     figure, axes = _axes(10.0)

@@ -63,7 +63,10 @@ def _import_seconds() -> float:
 
 
 def _command(run: Run, *, token: bool) -> list[float]:
-    """Return the seconds until ``portable-gpt2 generate`` prints its first byte, or its first byte after the prompt."""
+    """Return the seconds until ``portable-gpt2 generate`` prints its first byte.
+
+    If `token` is true, return the seconds until it prints its first byte after the prompt.
+    """
     from .worker import ROOM
 
     prompt = "To be"
@@ -93,7 +96,10 @@ def plan_memory(backend: str) -> list[Row]:
 
 
 def memory(run: Run, backend: str) -> Iterator[Row]:
-    """Compare peak memory, without the memory of the imported framework, with the size of weights and cache."""
+    """Compare peak memory with the size of the weights and the cache.
+
+    The memory that the imported framework takes is not counted.
+    """
     (row,) = plan_memory(backend)
     try:
         with Worker() as worker:

@@ -1,8 +1,9 @@
 """The bare matrix products of a model on one framework, in the fastest of several forms.
 
-Each weight is a separate array, as in a model, so that the processor's caches hold no more of them. The forms are all
-combinations of: each mode that compiles (or eager mode), weights as in a checkpoint or transposed, and one call for all
-layers or one call per layer.
+Each weight is a separate array, as in a model, so that the processor's caches hold no more of the weights than they do
+for a model. A form is a combination of three choices: one of the modes that compile (or eager mode if there is none),
+weights stored as in a checkpoint or transposed, and one call for all layers or one call per layer. All combinations are
+tried.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from . import frameworks
 from .checkpoints import config
 from .clock import fastest, repeated, seconds
 
-LAYOUTS = {"x w": False, "x w^T": True}  # whether a weight is stored transposed
+LAYOUTS = {"x w": False, "x w^T": True}  # for each layout, whether a weight is stored transposed
 
 Form = tuple[str, Callable[[], Any]]
 """The name of a form, and a function that computes all its products."""
 
 
 def linear_seconds(name: str, shape: str, rows: int, last: int) -> float:
-    """Return the seconds of all linear layers' products for `rows` rows, and of the logits' product for `last` rows."""
+    """Return the seconds of the products of all linear layers, for `rows` rows, and of the logits, for `last` rows.
+
+    The result is the sum of the two times.
+    """
     layers, logits = _layers(name, shape, rows), _logits(name, shape, last)
     return seconds(layers[1]) + seconds(logits[1])
 
@@ -35,7 +39,7 @@ def form(name: str, shape: str, rows: int, last: int) -> str:
 
 
 def attention_seconds(name: str, shape: str, seq: int) -> float:
-    """Return the seconds of attention's two products in all layers of a prefill, masked elements included."""
+    """Return the seconds of attention's two products in all layers of a prefill, including masked elements."""
     return seconds(_attention(name, shape, seq)[1])
 
 
@@ -48,7 +52,7 @@ def _layers(name: str, shape: str, rows: int) -> Form:
     for layout, turned in LAYOUTS.items():
 
         def layer(x: Any, weights: Any, turned: bool = turned) -> list[Any]:
-            widths = [0, 0, 0, 1]  # the index of the x that each weight multiplies
+            widths = [0, 0, 0, 1]  # for each weight, the index of the x that it multiplies
             return [own.matmul(x[i], own.transpose(w) if turned else w) for i, w in zip(widths, weights, strict=True)]
 
         def whole(x: Any, weights: Any, layer: Any = layer) -> list[Any]:

@@ -22,11 +22,11 @@ TITLES = {
     "accelerator": "On an accelerator",
 }
 HEADER = "| backend | row | value | reference | value / reference | target, at most | |\n" + "| --- " * 7 + "|"
-FILE = "README"  # README.md, because code hosts show it with the folder
+FILE = "README"  # the Markdown file is README.md, because code hosts show it with the folder
 
 
 class Report:
-    """The rows of one run by key. A measured row replaces the planned row with the same key."""
+    """The rows of one run, by key. A measured row replaces the planned row with the same key."""
 
     def __init__(self, out: Path, about: dict[str, str], *, quick: bool) -> None:
         self.out, self.about, self.quick = out, about, quick
@@ -48,7 +48,7 @@ class Report:
             print("  ", *_cells(rows[0]), sep="  ", file=sys.stderr, flush=True)
 
     def write(self, seconds: float | None = None) -> None:
-        """Write both files, with the duration of the run when it is over."""
+        """Write the Markdown and the JSON file. When the run is over, `seconds` is its duration."""
         self._replace(".json", json.dumps(self._everything(seconds), indent=1) + "\n")
         self._replace(".md", self._markdown(seconds))
 

@@ -1,4 +1,4 @@
-"""A row of the table: a figure of ours, its reference, and whether it meets its target."""
+"""A row of the table: a measured figure, the reference for it, and whether it meets its target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class Row:
     reference: float | None = None
     reference_name: str = ""
     samples: Mapping[str, list[float]] = field(default_factory=dict)
-    """The samples from which value and reference were computed, in order: seconds, rates or bytes."""
+    """The samples of each side, in the order measured: seconds, rates or bytes.
+
+    The value and the reference were computed from them.
+    """
     best_of: Callable[[list[float]], float] = min
     """Returns the best of a side's samples: the smallest time, or the largest rate."""
     note: str = ""
@@ -30,7 +33,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """The identity of the row."""
+        """The group, the name and the backend, which identify the row."""
         return self.group, self.name, self.backend
 
     @property

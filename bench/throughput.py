@@ -49,8 +49,8 @@ def plan_batches(backend: str) -> list[Row]:
 def batches(run: Run, backend: str) -> Iterator[Row]:
     """Measure a decode step of `pg.gpt2` for several texts at once, from position 128 to 192.
 
-    A step reads every weight and the cached rows, and multiplies matrices. The reference is the larger of these two
-    times.
+    A step reads every weight and the cached keys and values, and multiplies matrices. The reference is the time of this
+    reading or the time of the multiplications, whichever is longer.
     """
     directory = run.checkpoint("124M")
     new = 8 if run.quick else NEW

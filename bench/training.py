@@ -3,11 +3,14 @@
 The model is a small GPT-2: 4 layers, width 256, context 256, and a BPE tokenizer with 2,048 entries that is trained on
 the text. The optimizer is AdamW with betas 0.9 and 0.99, and weight decay 0.1 for matrices. Batches have 12 random
 windows. The learning rate is 1e-3 after 100 steps of warm-up, and decays by a cosine to a tenth at step 300. There is
-no dropout. Both sides read the same windows and use the same initial distributions; their random weights differ.
+no dropout.
 
-First, all sides take fifty steps, in turns of five. This gives the seconds per step and the losses. Then transformers
-and portable_gpt2 on PyTorch are trained with three seeds, in turns of fifty steps. They are evaluated on the whole
-windows of the last 5% of the tokens.
+A side of the comparison is transformers, or portable_gpt2 on one backend. All sides read the same windows and use the
+same initial distributions; their random weights differ.
+
+First, all sides take fifty steps, in turns of five steps. This gives the seconds per step and the losses. Then
+transformers and portable_gpt2 on PyTorch are trained with three seeds, in turns of fifty steps. They are evaluated on
+the complete windows of the last 5% of the tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ BOUNDS = {
     "jax": 1.1,
     "tensorflow": 1.3,
     "numpy": 1.6,
-}  # seconds per step, divided by those of transformers
+}  # the targets: seconds per step, divided by the seconds per step of transformers
 PEER = "transformers"
 N_VOCAB, HELD_OUT, STEPS, SEEDS = 2048, 0.05, 300, (0, 1, 2)
 

@@ -21,7 +21,7 @@ LIMIT = 900  # seconds; a call that takes longer is stuck
 
 
 class WorkerError(RuntimeError):
-    """A call failed in the worker, or the worker died. The message is the last line that it wrote."""
+    """A call failed in the worker, or the worker died. The message is the last line that the worker wrote."""
 
 
 class Worker:
@@ -48,7 +48,7 @@ class Worker:
         self.log.close()
 
     def ask(self, function: str, **arguments: Any) -> Any:
-        """Call a function of this package in the worker and return its result, after at most LIMIT seconds."""
+        """Call a function of this package in the worker and return its result. The call fails after LIMIT seconds."""
         alarm = threading.Timer(LIMIT, self.process.kill)
         alarm.start()
         try:
@@ -72,7 +72,10 @@ class Worker:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Return the environment variables of every measurement. JAX uses the number of processors that it may use."""
+    """Return the environment variables of every measurement.
+
+    None of them is for JAX, which starts as many threads as its process may use processors.
+    """
     pools = ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "TF_NUM_INTRAOP", "TF_NUM_INTEROP")
     return {**{f"{pool}_THREADS": str(threads) for pool in pools}, "TF_CPP_MIN_LOG_LEVEL": "3"}
 
@@ -86,7 +89,7 @@ def _serve() -> None:
         try:
             result = getattr(importlib.import_module(f"{__package__}.{module}"), function)(**arguments)
             answer = [result, None]
-        except Exception as error:  # the row then shows the exception
+        except Exception as error:  # the row of the table then shows the exception
             answer = [None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]]
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

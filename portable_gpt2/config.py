@@ -85,7 +85,8 @@ class GPT2Config:
         for name in ("bos_token_id", "pad_token_id"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, self._id(name, getattr(self, name)))
-        if self.bos_token_id in ends[:1]:  # None, so that the id follows when eos_token_id is replaced
+        # None stands for the first of eos_token_id, and continues to do so when eos_token_id is replaced.
+        if self.bos_token_id in ends[:1]:
             object.__setattr__(self, "bos_token_id", None)
 
     def _id(self, name: str, value: Any) -> int:

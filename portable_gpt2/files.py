@@ -17,7 +17,7 @@ from .checks import shown
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows lacks this module
     fcntl = None  # type: ignore[assignment]
 
 DRAFTS = ".portable_gpt2-"
@@ -80,7 +80,7 @@ def holds_file(file: Path) -> bool:
 
 
 class Locked(OSError):
-    """A lock is held by another process, or by another thread of this one. `pid` is the process id, if known."""
+    """Another process, or another thread of this one, holds the lock. `pid` is the holder's process id, if known."""
 
     def __init__(self, file: Path, pid: int | None) -> None:
         super().__init__(f"{file}: locked by {f'process {pid}' if pid else 'another process'}")
@@ -132,7 +132,8 @@ def lock(file: Path) -> Iterator[bool]:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the holder removed the file between our two calls, so this lock would exclude nobody
+        # The previous holder removed the file after it was opened here. A lock on it would exclude nobody: try again.
+        os.close(descriptor)
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, b"%d\n" % os.getpid())
@@ -311,7 +312,7 @@ def _parents(target: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # another process has put something there
+        with contextlib.suppress(OSError):  # fails if another process has put something there
             for parent in reversed(made):
                 parent.rmdir()
         raise
@@ -413,12 +414,12 @@ def _exchange(draft: Path, directory: Path) -> None:
 def _swap(first: Path, second: Path) -> bool:
     """Swap two names atomically and return True, or return False if the system does not support this.
 
-    Linux does, by the function renameat2 of the C library, which Python does not offer.
+    Linux supports it by the function renameat2 of the C library, which Python does not offer.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if renameat2 is None:
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    here, exchange = -100, 2  # the values of C's AT_FDCWD and RENAME_EXCHANGE
     if renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
         return True
     code = ctypes.get_errno()

@@ -70,7 +70,7 @@ class Tokenizer:
             )
         try:
             files = {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
-        except Exception as error:  # the class that the package raises for a component that was written in Python
+        except Exception as error:  # the package raises this class for a component that was written in Python
             raise ValueError(f"the tokenizer cannot be written down as {TOKENIZER_FILE}: {error}") from error
         self._define(definition(files), files)
 
@@ -92,7 +92,10 @@ class Tokenizer:
 
     @classmethod
     def from_bpe(cls, bpe: models.BPE) -> Tokenizer:
-        """Return GPT-2's tokenizer with another vocabulary and other merges, to be saved as a pair of files."""
+        """Return GPT-2's tokenizer with another vocabulary and other merges.
+
+        `save` then writes it as ``vocab.json`` and ``merges.txt``.
+        """
         tokenizer = tokenizers.Tokenizer(bpe)
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         found = definition({TOKENIZER_FILE: tokenizer.to_str().encode()})

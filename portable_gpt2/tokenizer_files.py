@@ -93,7 +93,7 @@ def definition(files: Mapping[str, bytes], directory: Path | None = None) -> Def
             for i, token in _object_of("added_tokens_decoder", settings.get("added_tokens_decoder", {})).items()
         ]
         special = _special_names(settings)
-    if "added_tokens_decoder" not in settings:  # if this newer entry exists, the next two files are not needed
+    if "added_tokens_decoder" not in settings:  # if this newer entry exists, the two files below are not needed
         with reading(SPECIAL_FILE) as data:
             special = _special_names({**settings, **_object(data)})
         with reading(ADDED_FILE) as data:
@@ -155,7 +155,7 @@ def _is_the_text_alone(template: Any) -> bool:
     ]
 
 
-# The steps before and after the model. For each: the name of a list of such steps, the accepted kinds with their
+# The steps before and after the model. Each entry has the name of a list of such steps, the accepted kinds with their
 # options, and the reason why other kinds are refused.
 _COMPONENTS: dict[str, tuple[str, dict[str, dict[str, _Accepted]], str]] = {
     "normalizer": (
@@ -175,14 +175,14 @@ _COMPONENTS: dict[str, tuple[str, dict[str, dict[str, _Accepted]], str]] = {
                 "add_prefix_space": None,
                 "trim_offsets": None,
                 "use_regex": None,
-            },  # these change only the offsets
+            },  # these options change only the offsets of tokens, not the ids
             "TemplateProcessing": {"single": _is_the_text_alone, "pair": None, "special_tokens": None},
         },
         "it adds tokens to each text, which GPT-2 does not",
     ),
     "decoder": (
         "decoders",
-        {"ByteLevel": {"add_prefix_space": None, "trim_offsets": None, "use_regex": None}},  # they do nothing
+        {"ByteLevel": {"add_prefix_space": None, "trim_offsets": None, "use_regex": None}},  # these options do nothing
         "GPT-2's ids stand for bytes",
     ),
 }
@@ -196,7 +196,7 @@ _MODEL: dict[str, tuple[_Accepted, str]] = {
     "end_of_word_suffix": ((None, ""), "GPT-2 marks no token that ends a word"),
     "byte_fallback": ((False, None), "GPT-2's vocabulary has every byte already"),
     "ignore_merges": ((False, None), "GPT-2 applies merges even to a word that is in its vocabulary"),
-    "unk_token": (None, ""),  # for characters that the vocabulary cannot spell, which `Tokenizer.encode` refuses
+    "unk_token": (None, ""),  # used only for characters that the vocabulary lacks; `Tokenizer.encode` refuses these
     "fuse_unk": (None, ""),
 }
 _ADDED: dict[str, tuple[_Accepted, str]] = {
@@ -363,7 +363,7 @@ def _read_merges(text: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     start = int(lines[0].startswith("#version") or lines == [""])
     merges = _merges(lines[start:], ids, "line {}", start + 1)
     last = max((ids[left + right] for left, right in merges), default=-1)
-    for entry, token in ids.items():  # special tokens may follow, but no pair of entries spells them
+    for entry, token in ids.items():  # special tokens may come after the merges, but no pair of entries spells them
         if token > last and any(entry[:i] in ids and entry[i:] in ids for i in range(1, len(entry))):
             raise ValueError(f"no line merges two entries into {entry!r}, whose id is {token}: the file is truncated")
     return list(merges)

@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     MERGES_FILE,
     "encoder.json",
     "vocab.bpe",
-)  # the last two are OpenAI's names
+)  # encoder.json and vocab.bpe are OpenAI's names
 OTHER_TOKENIZERS = ("vocab.txt", "spiece.model", "tokenizer.model")  # files of BERT and of SentencePiece
 UNREAD = (*TOKENIZER_FILES, *TOKENIZER_SETTINGS, *OTHER_TOKENIZERS)
 """The files of a tokenizer that are kept although the tokenizer is not used."""
@@ -64,7 +64,7 @@ def configuration(directory: Path, companions: Mapping[str, bytes]) -> GPT2Confi
 
 
 def generating(directory: Path, config: GPT2Config, companions: Mapping[str, bytes]) -> GPT2Config:
-    """Return a configuration with the special ids of ``generation_config.json``, if there is one."""
+    """Return a configuration with the special ids of ``generation_config.json``, if that file exists."""
     if GENERATION_FILE not in companions:
         return config
     return _called(directory / GENERATION_FILE, config.with_generation, companions)
@@ -89,7 +89,7 @@ def written_companions(config: GPT2Config, dtypes: Iterable[str], companions: Ma
     dtypes : strs
         The dtypes of the weights that are written.
     companions : dict
-        The files that were read. A file that describes this configuration is returned unchanged.
+        The files that were read with the model. A file that describes this configuration is returned unchanged.
     """
     files, here = dict(companions), Path()
     given = parse_json(here / CONFIG_FILE, files[CONFIG_FILE]) if CONFIG_FILE in files else {}

@@ -9,7 +9,10 @@ from .. import files, strict_json
 from ..host import CheckpointError
 
 LARGEST_TEXT = 1 << 26
-"""The size limit of a text file, in bytes. Real ones are far smaller; only weights are larger."""
+"""The size limit of a text file, in bytes.
+
+The text files of real checkpoints are far smaller. Only files of weights are larger.
+"""
 
 _PAGE = "an HTML page, perhaps the error page of a server; download the file again"
 _ARCHIVE = "archive; unpack it and give the directory"
@@ -75,7 +78,7 @@ def is_torch(head: bytes) -> bool:
 
 
 def check_text(file: Path) -> None:
-    """Raise an error for a text file that is too large, or is something else, such as a Git LFS pointer."""
+    """Raise an error if a text file is too large, or if it is another kind of file, such as a Git LFS pointer."""
     head = start(file)
     if head and (what := mistaken(head)):
         raise CheckpointError(f"{file}: is {what}")

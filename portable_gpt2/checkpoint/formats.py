@@ -25,22 +25,28 @@ from .tensors import is_finite
 
 ENTRY_POINTS = "portable_gpt2.checkpoints"
 WEIGHTS_FILE = "model.safetensors"
-_LARGE = 1 << 18  # number of elements
+_LARGE = 1 << 18  # the number of elements from which a tensor is large
 INDEX = ".index.json"
-"""The end of the name of an index of several files. Its beginning is the name that a single file would have."""
+"""The end of the name of an index, which lists several files of weights.
+
+The beginning of its name is the name that a single file would have.
+"""
 
 
 class Format(NamedTuple):
     """A file format of weights."""
 
     pattern: str
-    """The pattern of their names, for `fnmatch`."""
+    """The pattern of the names of these files, for `fnmatch`."""
     backend: str | None
-    """The name of the backend whose `read_checkpoint` reads them, or None for safetensors, which are read here."""
+    """The name of the backend whose `read_checkpoint` reads such files, or None for safetensors, read here."""
 
 
 def formats() -> list[Format]:
-    """Return all formats in order of preference: safetensors, those of installed frameworks, those of others."""
+    """Return all formats in order of preference.
+
+    First comes safetensors, then the formats of installed frameworks, then the formats of other frameworks.
+    """
     available = available_backends()
     return [Format(WEIGHTS_FILE, None), *sorted(_declared(), key=lambda format: format.backend not in available)]
 
@@ -75,7 +81,7 @@ def find_weights(directory: Path, file: Path | None = None) -> Weights | None:
     Raises
     ------
     CheckpointError
-        If several files could be meant, an index is malformed, or something other than a regular file has the name.
+        If several files could be meant, an index is malformed, or something other than a regular file has such a name.
     """
     try:
         names = [file.name] if file is not None else os.listdir(directory)
@@ -105,7 +111,7 @@ def read_index(file: Path) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for tensor, name in files.items():
         # The author of an index must not choose other files to be read, so a shard must be in the same directory. The
-        # owner of the directory may: symbolic links are followed, and the hub's cache consists of them.
+        # owner of the directory may choose them: symbolic links are followed, and the hub's cache consists of links.
         if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0:*?[]"):
             raise CheckpointError(f"{file}: {tensor} is said to be in {name!r}; expected the bare name of a file")
         shards.setdefault(name, []).append(tensor)
@@ -163,7 +169,10 @@ def _open_file(file: Path, format: Format) -> Opened:
 
 
 def _unnested(file: Path, held: Any) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """Return the tensors of a model and the rest of the file. In a training state, the tensors are one entry of it."""
+    """Return the tensors of a model and the rest of the file.
+
+    If the file is a training state, the tensors are one of its entries.
+    """
     if not isinstance(held, Mapping):
         raise CheckpointError(f"{file}: holds an object of type {type(held).__name__}; expected tensors by name")
     if models := [name for name, entry in held.items() if _is_model(entry)]:
@@ -209,8 +218,8 @@ def _read(file: Path, name: str, tensor: StoredTensor) -> np.ndarray:
 def _trim() -> None:
     """Tell the C library to return freed memory to the system, which it would otherwise keep for each thread.
 
-    The peak of memory while loading 124M was 1.22 times the weights for TensorFlow and 1.15 times for JAX without these
-    calls. With them it is 1.00 and 1.03 times the weights. All calls together take 0.07 s.
+    While the 124M model was loaded without these calls, the peak of memory was 1.22 times the weights for TensorFlow
+    and 1.15 times for JAX. With these calls it is 1.00 and 1.03 times the weights. All calls together take 0.07 s.
     """
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
         malloc_trim(0)

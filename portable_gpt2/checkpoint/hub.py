@@ -1,4 +1,4 @@
-"""Download the files of a model that are needed from Hugging Face's hub, into the hub's own cache."""
+"""Download the files that loading a model takes from Hugging Face's hub, into the hub's own cache."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def download(source: str) -> Path:
         _fetch(pinned, [VOCAB_FILE, MERGES_FILE, *OTHER_TOKENIZERS])
     unreadable = []
     for pattern, backend in formats():
-        if backend is not None and backend not in available_backends():  # its gigabytes could not be read here
+        if backend is not None and backend not in available_backends():  # these gigabytes could not be read here
             unreadable.append(f"{pattern} ({how_to_install(backend)})")
             continue
         if backend is not None:

@@ -22,7 +22,7 @@ from ..params import shapes
 
 PREFIX = "transformer."
 OPENAI = "model/"
-LM_HEAD = "lm_head.weight"  # this name never has the prefix
+LM_HEAD = "lm_head.weight"  # this name never begins with ``transformer.``
 
 _ANY_NAME = re.compile(
     r"(?P<prefix>(?:[^.]+\.)*?)(?:wpe\.weight|wte\.weight|ln_f\.weight|h\.\d+\.\w+\.\w+.*)", re.DOTALL
@@ -60,7 +60,7 @@ def is_openai(names: Mapping[str, Any]) -> bool:
 
 
 def prefix_of(names: Iterable[str]) -> str | None:
-    """Return the prefix that most of Hugging Face's names have; None if there is no such name.
+    """Return the prefix of most of the names that are Hugging Face's, or None if there is no such name.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def layout_of(found: Mapping[str, Found], config: GPT2Config, *, is_linear: bool
     """Return the layout of a file with these tensors."""
     paths = shapes(config)
     if is_openai(found):
-        # The leading 1 is the width of conv1d's kernel.
+        # OpenAI's conv1d weights have a leading axis of size 1: the width of the kernel.
         return Layout(
             {path: OPENAI + path for path in paths},
             set(),

@@ -31,7 +31,7 @@ from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights
 from .names import by_path, is_openai
 
 HPARAMS_FILE = "hparams.json"
-MODEL_ARGS = "model_args"  # in nanoGPT's ckpt.pt
+MODEL_ARGS = "model_args"  # the entry of nanoGPT's ckpt.pt that has the shape of the model
 SHIPPED = Path(__file__).parent.parent / "models"
 
 _GELU = (
@@ -85,7 +85,7 @@ def read_checkpoint(
         of a GPT-2; or if a tensor is missing, unknown, or has a wrong shape or dtype. Reading a tensor raises it if the
         tensor contains NaN or infinity. The message names the file and the tensor.
     TokenizerError
-        If only the tokenizer cannot be used. It is a CheckpointError.
+        If only the tokenizer cannot be used. This error is a subclass of CheckpointError.
     BackendNotInstalled
         If a framework is needed to read the weights and is not installed. The message says what to install.
     """
@@ -162,7 +162,10 @@ def _read_config(file: Path, companions: Mapping[str, bytes]) -> GPT2Config:
 def _read_model_args(
     file: Path, entries: Any, config: GPT2Config | None, config_name: str | None
 ) -> tuple[GPT2Config, str]:
-    """Return the configuration of nanoGPT's ckpt.pt and the name of its source, which is config.json if that exists."""
+    """Return the configuration of nanoGPT's ckpt.pt, and the name of its source.
+
+    The source is config.json if that file exists; otherwise it is the entry ``model_args``.
+    """
     try:
         if not isinstance(entries, Mapping):
             raise ValueError(f"expected a dict; got {type(entries).__name__}")
@@ -194,7 +197,7 @@ def _no_weights(directory: Path) -> str:
 def _read_tokenizer(directory: Path, config: GPT2Config, given: Tokenizer | Literal["auto"] | None) -> Tokenizer | None:
     """Return the tokenizer to use.
 
-    It may have added tokens whose ids the model lacks; encoding a text for the model refuses them.
+    It may have added tokens whose ids the model lacks. Encoding a text for the model then refuses these tokens.
     """
     if given is None:
         return None

@@ -62,8 +62,11 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
 def write_safetensors(
     file: Path, tensors: Mapping[str, StoredTensor], progress: Callable[[Iterable[str]], Iterable[str]] = iter
 ) -> None:
-    """Write tensors by name. Each is read just before it is written; safetensors' own writer needs all in memory."""
-    # The widest dtypes come first, as in the package's own files, so that every tensor is aligned.
+    """Write tensors by name. Each tensor is read just before it is written.
+
+    The writer of the safetensors package would need all tensors in memory.
+    """
+    # The widest dtypes come first, as in files of the safetensors package, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: -float_dtypes[tensors[name].dtype].itemsize)
     codes, end = {name: code for code, name in _NAMES.items()}, 0
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this entry

@@ -1,4 +1,4 @@
-"""Replace a checkpoint by another one: the files that are replaced, those that stay, and those that forbid it.
+"""Replace a checkpoint by another one.
 
 The configuration, the weights and the tokenizer are replaced. Documents and the state of training stay. A directory
 with any other file is not replaced, because that file might be lost.
@@ -52,7 +52,7 @@ _STAYS = (
     "LICENSE*",
     "NOTICE*",
     ".gitattributes",
-    # the state of training, of this package and of transformers' Trainer
+    # the state of training, as this package and transformers' Trainer write it
     "metrics.jsonl",
     "trainer_state.json",
     "training_args.bin",
@@ -61,7 +61,7 @@ _STAYS = (
     "scaler.*",
     "rng_state*.pth",
 )
-_DIRECTORIES = {"additional_chat_templates": "*.jinja", ".cache": "huggingface"}  # the second: the hub's client
+_DIRECTORIES = {"additional_chat_templates": "*.jinja", ".cache": "huggingface"}  # the hub's client makes .cache
 
 
 @contextlib.contextmanager
@@ -142,5 +142,5 @@ def _link(old: Path, new: Path) -> None:
 def _link_file(old: str, new: str) -> None:
     try:
         os.link(old, new, follow_symlinks=False)
-    except OSError:  # FAT, some network file systems
+    except OSError:  # FAT and some network file systems have no hard links
         shutil.copy2(old, new, follow_symlinks=False)

@@ -1,7 +1,7 @@
 """The ``portable-gpt2`` command. It writes text to stdout and messages to stderr.
 
-The exit status is 0; 2 after an error, which takes one line on stderr; 130, 143 or 129 after SIGINT (Ctrl-C), SIGTERM
-or SIGHUP; and 141 if nobody reads stdout. See docs/decisions/0027.
+The exit status is 0 after success, and 2 after an error, which is reported in one line on stderr. It is 130, 143 or 129
+after SIGINT (Ctrl-C), SIGTERM or SIGHUP, and 141 if nobody reads stdout. See docs/decisions/0027.
 """
 
 from . import signals

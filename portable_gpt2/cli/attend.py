@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     traced = model.trace(arguments.text, allow_special=special)
     maps = {f"layer {i}, head {j}": to_numpy(traced[f"h{i}/attn/weights"])[0, j] for i in layers for j in heads}
     if len(maps) == 1:
-        assert model.tokenizer is not None  # without a tokenizer, trace has refused the text
+        assert model.tokenizer is not None  # if the model has no tokenizer, `trace` has refused the text
         ((name, weights),) = maps.items()
         tokens = model.tokenizer.encode(arguments.text, allow_special=special)
         figure = plot.draw_attention(weights, [model.tokenizer.decode([token]) for token in tokens], name)

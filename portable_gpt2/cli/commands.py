@@ -9,7 +9,8 @@ import signal
 from . import attend, backends, convert, generate, score, signals, streams, train
 from .options import FAILED, Command, Parser
 
-_SIGPIPE = 13  # a broken pipe: the exit status is 128 + 13; Windows does not define this signal
+# The number of the signal for a broken pipe, which Windows does not define. The exit status is then 128 + 13.
+_SIGPIPE = 13
 
 
 def _parser() -> argparse.ArgumentParser:

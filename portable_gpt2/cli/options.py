@@ -39,13 +39,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(FAILED)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        streams.write(message)  # the help; unlike argparse, it raises an error if stdout is closed or full
+        # The message is the help. Unlike argparse, this raises an error if stdout is closed or full.
+        streams.write(message)
 
 
 class Command(Parser):
-    """The parser of one command. It refuses an empty path or name: the value of an argument without a ``type``.
+    """The parser of one command. It refuses an empty path or name.
 
-    An argument whose value may be any text has ``type=str``.
+    The argument of a path or a name has no ``type``. An argument whose value may be any text has ``type=str``.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -121,10 +122,10 @@ def flag(name: str) -> str:
 
 
 def add_fields(group: argparse._ActionsContainer, cls: type, defaults: Mapping[str, Any] | None = None) -> None:
-    """Add an option for each field of a dataclass that consists of `options.option`, with the help text of the field.
+    """Add an option for each field of a dataclass, with the help text of the field.
 
-    An option that is not given is None. With `defaults`, only the fields that it names are added; the help shows these
-    defaults, and the caller applies them.
+    Each field must have been made by `portable_gpt2.options.option`. An option that is not given is None. With
+    `defaults`, only the fields that it names are added; the help shows these defaults, and the caller applies them.
     """
     for field in dataclasses.fields(cls):
         if defaults is None or field.name in defaults:
@@ -135,7 +136,7 @@ def add_fields(group: argparse._ActionsContainer, cls: type, defaults: Mapping[s
 
 
 def given_fields(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """Return the options of `add_fields` that were given, by field. The word ``off`` becomes None."""
+    """Return the options of `add_fields` that were given, by the name of the field. The word ``off`` becomes None."""
     found = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(cls)}
     return {name: None if value == "off" else value for name, value in found.items() if value is not None}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 
-TYPE_CHECKING = False  # to import it from typing would take 3 ms
+TYPE_CHECKING = False  # defined here because the import of typing would take 3 ms
 
 if TYPE_CHECKING:
     from typing import Any
@@ -33,7 +33,9 @@ def leave_at_once() -> None:
 
 
 def clean_up_first() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit, so that unfinished files are removed.
+    """Let signals raise exceptions, so that unfinished files are removed.
+
+    Ctrl-C raises KeyboardInterrupt; SIGTERM and SIGHUP raise SystemExit.
 
     If `leave_at_once` was not called, the process belongs to another program, and its handlers are not changed.
     """
@@ -46,9 +48,10 @@ def clean_up_first() -> None:
 
 
 class Noted(list[int]):
-    """A list of the signals that arrived during a ``with`` block, which can then end in an orderly way.
+    """A list of the signals that arrived during a ``with`` block.
 
-    Only the first signal is recorded. A second signal has the effect that it has outside of the block.
+    The block can look at the list and end in an orderly way. Only the first signal is recorded. A second signal has the
+    effect that it has outside of the block.
     """
 
     def __enter__(self) -> Noted:

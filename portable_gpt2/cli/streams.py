@@ -30,12 +30,12 @@ class _Courtesy(io.FileIO):
             written = super().write(data)
         except OSError:
             written = None
-        # FileIO.write may return None: a non-blocking pipe is full.
+        # FileIO.write returns None if a non-blocking pipe is full.
         return memoryview(data).nbytes if written is None else written
 
 
 def prepare() -> None:
-    """Make the standard streams safe to write to. No file may have been opened before."""
+    """Make the standard streams safe to write to. This must be called before a file is opened."""
     for descriptor in (_STDIN, _STDOUT, _STDERR):
         try:
             os.fstat(descriptor)

@@ -97,7 +97,7 @@ def _within_memory(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
 def _first_of_pipe(file: str, descriptor: int) -> bytes:
     """Return the bytes that are in a pipe already. A named pipe that is not opened for writing is refused."""
     events = select.poll()
-    events.register(descriptor, select.POLLHUP)  # set after a writer opened the pipe and closed it
+    events.register(descriptor, select.POLLHUP)  # this event means that a writer opened the pipe and closed it
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         try:

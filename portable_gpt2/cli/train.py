@@ -40,7 +40,7 @@ _VOCAB_SIZE = 2048
 
 
 def add_to(commands: Any) -> None:
-    """Add the command to a parser's commands. An option that is not given is None, and a resumed run keeps its own."""
+    """Add the command to a parser's commands. An option that is not given is None; a resumed run keeps its value."""
     parser = commands.add_parser(
         "train",
         help="train a new model, or continue to train a checkpoint",
@@ -151,7 +151,8 @@ def _train(run: Run, trainer: Trainer, state: State) -> list[int]:
     streams.say(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens per step")
     bar = tqdm(total=recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5)
     reports = train(run, trainer, state)
-    with signals.Noted() as stopped:  # Ctrl-C, or the signal by which a scheduler announces that it ends the process
+    # The signal is Ctrl-C, or the one by which a scheduler announces that it will end the process.
+    with signals.Noted() as stopped:
         try:
             for report in reports:
                 if report.step > bar.n:
@@ -170,7 +171,7 @@ def _train(run: Run, trainer: Trainer, state: State) -> list[int]:
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return those of some options that were given, by name."""
+    """Return the options with these names that were given, by name."""
     found = {name: getattr(arguments, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -204,7 +205,7 @@ class _Start(NamedTuple):
 
 
 def _begin(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
-    """Create a run. What can be refused without the texts is refused before they are read."""
+    """Create a run. Before the texts are read, everything is checked that can be checked without them."""
     if not arguments.data:
         raise ValueError("--data: give the files to train on, or --resume to continue a run")
     recipe = Recipe(**given_fields(arguments, Recipe))
@@ -231,7 +232,10 @@ def _begin(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
     length = (recipe.context or start.config.n_ctx) + 1
 
     def write(file: Path) -> int:
-        """Write the token ids of the texts, then those that are held out; return the number of ids to train on."""
+        """Write the token ids of the texts, then those of held-out texts, if there are any.
+
+        Return the number of ids to train on.
+        """
         n = encode(texts, file=file, progress=_progress)
         n_held_out = encode(held_out, file=file) if share is None else round(share * n)
         n_training = n if share is None else n - n_held_out
@@ -272,7 +276,8 @@ def _from_random_weights(arguments: argparse.Namespace) -> _Start:
     shape = _SHAPE | given_fields(arguments, GPT2Config)
     if arguments.tokenizer is None:
         n_vocab = _VOCAB_SIZE if arguments.vocab_size is None else arguments.vocab_size
-        return _Start(GPT2Config(n_vocab=n_vocab, eos_token_id=0, **shape), None)  # the ids of `train_tokenizer`
+        # `train_tokenizer` gives the end of text the id 0.
+        return _Start(GPT2Config(n_vocab=n_vocab, eos_token_id=0, **shape), None)
     if arguments.vocab_size is not None:
         raise ValueError("--vocab-size is an option of a new tokenizer; --tokenizer has its own vocabulary")
     tokenizer = Tokenizer.load(arguments.tokenizer)
@@ -303,7 +308,7 @@ def _initial(start: _Start, recipe: Recipe, backend: Backend, *, scale_residual:
 
 
 def _check_memory(config: GPT2Config, recipe: Recipe, backend: Backend) -> None:
-    """Refuse a run that needs more memory than there is. The sums are lower bounds."""
+    """Refuse a run that needs more memory than there is. The estimates are lower bounds."""
     context = recipe.context or config.n_ctx
     windows = 12 * recipe.batch_size * (context + 1)  # bytes: 8 for the place of each token in the text, 4 for its id
     checks.memory(windows, f"a batch of {recipe.batch_size} windows of {context} tokens")

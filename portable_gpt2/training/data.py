@@ -106,11 +106,12 @@ def write_tokens(
     tokenizer : Tokenizer
         The tokenizer.
     n_vocab : int
-        Size of the model's vocabulary. Up to 65,536, an id takes two bytes in the file; above, it takes four.
+        Size of the model's vocabulary. An id takes two bytes in the file if the size is at most 65,536, and four bytes
+        if it is larger.
     file : path
         The file.
     progress : callable, optional
-        Wraps the iterable of the chunks' ids, as tqdm does.
+        A function that wraps the iterable of the chunks' ids, as tqdm does.
     allow_special : bool or collection of str
         The special tokens that become one id where a text spells them, as for `Tokenizer.encode`. If ``<|endoftext|>``
         is one of them, it separates documents, as in `documents`.

@@ -106,7 +106,8 @@ def _steps(
     def is_due(step: int) -> bool:
         return step % recipe.eval_every == 0 or step == recipe.steps
 
-    # A step is done when it has been evaluated. Its state and report are assigned together, as Ctrl-C may come between.
+    # A step is done when it has been evaluated. One statement assigns its state and its report, because Ctrl-C may come
+    # between two statements.
     done: tuple[State, Report] | None = None
 
     def finish(save: bool) -> None:

@@ -82,7 +82,8 @@ def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[A
     m = recipe.beta1 * m + (1 - recipe.beta1) * g
     v = recipe.beta2 * v + (1 - recipe.beta2) * (g * g)
     size = backend.xp.sqrt(v * bias_v) + recipe.eps
-    if recipe.eps < _SMALLEST:  # eps is rounded to 0 in float32; a larger eps keeps size above 0
+    # In float32, such a small eps is rounded to 0, so `size` may be 0. A larger eps keeps `size` above 0.
+    if recipe.eps < _SMALLEST:
         size = backend.xp.where(size == 0, 1.0, size)
     step = (m * bias_m) / size
     if len(backend.shape(p)) >= 2:

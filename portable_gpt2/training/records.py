@@ -167,7 +167,7 @@ class Metrics:
         with naming(file):
             self._stream = open(file, "r+b" if is_there(file) else "w+b", buffering=0)  # noqa: SIM115 - see `close`
             self._stream.truncate(size)
-        # One variable, so that Ctrl-C cannot interrupt between the assignments of several.
+        # The state is in one variable, because Ctrl-C could interrupt between the assignments of several variables.
         self._now = (-1, n, size, hashed)
 
     def add(self, step: int, entries: Mapping[str, Any]) -> None:

@@ -36,16 +36,16 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class _Saved(NamedTuple):
-    """A checkpoint in the record of checkpoints."""
+    """A checkpoint, as the record of checkpoints describes it."""
 
     step: int
     held_out: float | None
     files: dict[str, str]
-    """The SHA-256 of each of its files, by name."""
+    """The SHA-256 of each file of the checkpoint, by the file's name."""
 
     @property
     def name(self) -> str:
-        """The name of its directory."""
+        """The name of the checkpoint's directory."""
         return f"step-{self.step}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +133,8 @@ class Run:
             Contents of other files to write with each checkpoint, by name, as `read_checkpoint` returns them. Files in
             subdirectories are left out with a warning.
         **where
-            ``backend`` and ``device``, by name. A run that is resumed uses them unless others are given.
+            The names of the backend and the device, as ``backend`` and ``device``. A run that is resumed uses them
+            unless others are given.
 
         Raises
         ------
@@ -292,20 +293,25 @@ class Run:
         except _NotFinite as error:
             raise self.diverged(state.step, str(error)) from None
         best = saved if before is None or _loss(saved) <= _loss(before.best) else before.best
-        if best is saved:  # before the record is written: if the run ends here, `_tidy` copies the recorded best again
+        # The files are copied before the record is written. If the run ends in between, `_tidy` copies the best
+        # checkpoint of the old record again.
+        if best is saved:
             self._publish(saved)
         entries = {name: {**each.to_dict(), "files": each.files} for name, each in (("last", saved), ("best", best))}
         records.write_record(inside / _POINTERS, {**entries, "metrics": metrics._asdict()})
         self._remove_checkpoints(saved, best)
 
     def _publish(self, checkpoint: _Saved) -> None:
-        """Copy the files of a checkpoint to the run's directory, which `GPT2.load` reads; the weights last."""
+        """Copy the files of a checkpoint to the run's directory, which `GPT2.load` reads. The weights come last."""
         for name in sorted(checkpoint.files.keys() - {_MOMENTS}, key=WEIGHTS_FILE.__eq__):
             with replacing(self.directory / name) as draft:
                 shutil.copyfile(self.directory / _INSIDE / checkpoint.name / name, draft)
 
     def _tidy(self, pointers: _Pointers | None) -> None:
-        """Copy the best checkpoint to the run's directory and remove old ones, which a killed run may not have done."""
+        """Copy the best checkpoint to the run's directory and remove old checkpoints.
+
+        A run that was killed may have left this undone.
+        """
         if pointers is None:
             return
         last, best, _ = pointers
@@ -498,7 +504,10 @@ def _check_saved(file: Path, what: str, entries: Any) -> _Saved:
 def _open_last(
     directory: Path, recipe: Recipe, contents: bool = False
 ) -> tuple[_Saved, Checkpoint, dict[str, StoredTensor]]:
-    """Return the last checkpoint, its model and its moments, checked; another process may save one meanwhile."""
+    """Return the last checkpoint, its model and its moments, after checking them.
+
+    If another process saves a new checkpoint and removes this one meanwhile, the new one is opened instead.
+    """
     while True:
         saved = _existing_pointers(directory).last
         try:
@@ -511,7 +520,10 @@ def _open_last(
 def _open_checkpoint(
     inside: Path, saved: _Saved, recipe: Recipe, contents: bool
 ) -> tuple[Checkpoint, dict[str, StoredTensor]]:
-    """Return the model and the moments of a checkpoint. With contents, the SHA-256 of large files is checked, too."""
+    """Return the model and the moments of a checkpoint, after checking them.
+
+    If `contents` is true, the SHA-256 of large files is checked, too.
+    """
     directory = inside / saved.name
     with records.naming(directory):
         held = {file.name for file in directory.iterdir() if not file.name.startswith(".")}
@@ -598,5 +610,8 @@ def _finite(tree: Params, what: str, scope: str = "") -> dict[str, StoredTensor]
 
 
 def _read(tensors: Mapping[str, StoredTensor], backend: Backend, device: Any) -> dict[str, Any]:
-    """Return tensors on a backend, copied: a kernel may sum in another order if the memory is aligned differently."""
+    """Return copies of tensors on a backend.
+
+    They are copied because a kernel may sum in another order if the memory is aligned differently.
+    """
     return {path: backend.from_numpy(t.read().copy(), t.dtype, device) for path, t in tensors.items()}

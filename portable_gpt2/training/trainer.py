@@ -26,12 +26,13 @@ _MICRO_BATCH, _EAGER_MICRO_BATCH = 1024, 2048
 
 
 def micro_batch_tokens(backend: Backend, x: Any) -> int | None:
-    """Return for how many tokens at a time a gradient is computed on the device of x; None for all of a batch.
+    """Return the number of tokens in a micro-batch on the device of x, or None if a batch is not split.
 
-    On a CPU, the activations of a large batch are allocated and freed in each step, which costs page faults; those of
-    small micro-batches use the same memory again. A framework that records each op for automatic differentiation while
-    it runs has a cost per op, so its micro-batches are larger. On an accelerator, the framework keeps its memory, and
-    large batches are faster. The measurements are in docs/decisions/0017.
+    A gradient is computed for one micro-batch at a time. On a CPU, the activations of a large batch are allocated and
+    freed in each step, which costs page faults; the activations of small micro-batches use the same memory again. A
+    framework that records each op for automatic differentiation while it runs has a cost per op, so its micro-batches
+    are larger. On an accelerator, the framework keeps its memory, and large batches are faster. The measurements are in
+    docs/decisions/0017.
     """
     if not backend.device(x).startswith("cpu"):
         return None
