@@ -327,7 +327,9 @@ def test_only_the_state_of_nanogpt_is_read_transposed(save, torch):
 
 def test_a_file_that_holds_no_configuration_needs_one(save, tensors):
     """Catches a KeyError, and a message that does not say what a directory holds."""
-    with pytest.raises(pg.CheckpointError, match=r"config\.json: no such file, and ckpt\.pt does not describe the model's shape"):
+    with pytest.raises(
+        pg.CheckpointError, match=r"config\.json: no such file, and ckpt\.pt does not describe the model's shape"
+    ):
         read_checkpoint(save({"model": tensors}, "ckpt.pt", config=None))
 
 
