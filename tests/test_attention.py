@@ -201,7 +201,7 @@ def test_a_mask_of_floats_is_refused_for_one_query_too(backend):
         pg.attention(q, k, k, mask)
 
 
-# What is hidden, what overflows, and what is empty
+# Masked keys, scores that overflow, and empty arrays
 
 
 def far(queries, keys, dtype):

@@ -1,4 +1,4 @@
-"""The abstract interface: how a backend is found, and what each adapter promises beside the array API's functions."""
+"""The abstract interface: how a backend is found, and the promises of each adapter in addition to the array API."""
 
 import asyncio
 import collections
@@ -72,7 +72,7 @@ class Length(np.ndarray):
         raise AssertionError("was computed with")
 
 
-FOREIGN = {  # of each, its class's name and what the message says to do
+FOREIGN = {  # an array; its class's name, and the remedy that the message names
     "a matrix": (np.ones((2, 2)).view(np.matrix), "numpy.matrix", "numpy.asarray(x)"),
     "a masked array": (np.ma.masked_array([1.0, 9.0], [False, True]), "numpy.ma.MaskedArray", "numpy.asarray(x)"),
     "a masked constant": (np.ma.masked, "numpy.ma.core.MaskedConstant", "numpy.asarray(x)"),
@@ -556,7 +556,7 @@ def test_a_tensor_of_unknown_rank_is_refused(tf):
 
 @st.composite
 def blocks(draw):
-    """Draw a buffer's shape, how many rows are written, and where."""
+    """Return the shape of a buffer, the number of rows to write, and the first of them."""
     leading = draw(st.sampled_from([(), (2,), (2, 3)]))
     capacity, d = draw(st.integers(1, 4)), draw(st.integers(1, 2))
     n = draw(st.integers(1, capacity))
@@ -670,7 +670,7 @@ def test_donation_changes_no_result(backend):
 
 
 def test_prepare_keeps_shapes_and_values(backend):
-    """Catches a layout that shows: what is prepared is the same numbers, and what was prepared is left alone."""
+    """Catches a relayout that changes values, and one that copies a parameter which has the layout already."""
     rng = np.random.default_rng(0)
     plain = {"wte": (150, 4), "wpe": (3, 4), "h0/mlp/c_proj/w": (16, 4), "h0/ln_1/g": (4,)}
     plain = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in plain.items()}

@@ -99,7 +99,7 @@ def assert_holds_the_weights(tensors, dtype=np.float32):
         np.testing.assert_array_equal(tensors[path], a.astype(dtype), err_msg=path)
 
 
-# What is read
+# Reading
 
 
 def test_every_parameter_has_hugging_face_s_name():
@@ -378,7 +378,7 @@ def test_a_config_survives_its_own_json(data):
     assert pg.GPT2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-# What is refused
+# Files that are refused
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ def test_what_cannot_be_loaded_is_refused_on_every_backend(tmp_path, backend):
     assert not given
 
 
-# What is written
+# Writing
 
 
 def test_a_checkpoint_survives_a_round_trip_to_the_bit(tmp_path, backend, dtype):
@@ -663,7 +663,7 @@ def test_what_is_saved_has_the_permissions_that_the_user_asked_for(tmp_path):
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("where", ["the weights", "the tokenizer"])
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, failure, exists, where):
-    """Catches half a checkpoint under the name of a whole one, or beside it."""
+    """Catches half a checkpoint under the name of a whole one, or a temporary one that is left next to it."""
     directory = tmp_path / "it"
     if exists:
         directory.mkdir()

@@ -580,7 +580,7 @@ def test_a_broken_checkpoint_ends_with_one_line_and_status_2(command, checkpoint
 
 
 def test_logits_that_are_nan_end_with_one_line_and_status_2(command):
-    """Catches weights that are broken going on as text, or ending in a traceback, after the prompt was written."""
+    """Catches a text from broken weights, or a traceback, after the prompt was written."""
     status, out, err = command("generate", "x", "--model", "broken", "-n", "3")
     assert (status, out) == (2, "x")
     assert err.splitlines()[-1].startswith("portable-gpt2: the logits hold a NaN")
@@ -613,7 +613,7 @@ def test_help_goes_to_stdout(command, args):
 
 def start(checkpoints, *args):
     """Start a generation that would take minutes, and wait for its first text."""
-    # Whoever runs the tests in the background may have had SIGINT ignored, which a child inherits.
+    # If the tests run in the background, SIGINT may be ignored, and a child process inherits this.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from portable_gpt2.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -1,4 +1,4 @@
-"""From tokens to text: what is held back, and where a stop string ends it."""
+"""From tokens to text: which characters are held back, and where a stop string ends the text."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def reader_of(pieces, stops):
 
 
 def ended(text, stops):
-    """Return a text up to the stop string that is complete first; of two that end together, up to the longer one."""
+    """Return a text up to the first complete stop string; if two end at the same character, up to the longer one."""
     for end in range(1, len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
@@ -261,7 +261,7 @@ def test_many_prompts_are_checked_before_any_is_computed(model, monkeypatch):
 @pytest.mark.parametrize("prompt", [5, 64, 100], ids=["short", "full", "too long"])
 def test_a_sliding_window_goes_on_from_its_last_half(model, prompt):
     """Catches a window that slides at another place, tokens that are lost or doubled there, and positions of the random
-    stream that begin anew.
+    stream that begin again.
     """
     ids = [(7 * i) % 384 for i in range(prompt)]
     options = {"temperature": 1.3, "seed": 7, "top_k": 40, "top_p": None}

@@ -1,4 +1,4 @@
-"""Something else in place of a checkpoint's file: it is named at once, with what it is and what to do."""
+"""Another kind of file instead of a checkpoint's: the error names the file, its kind, and what to do."""
 
 import bz2
 import gzip
@@ -203,7 +203,7 @@ def test_long_names_are_read_or_refused(tmp_path, length):
 
 
 def test_names_that_are_not_utf_8_are_read(checkpoint, layout, tmp_path):
-    """Catches a reader of a package that takes names in UTF-8 only, in place of a CheckpointError."""
+    """Catches another package's exception for a name that is not UTF-8, instead of a CheckpointError."""
     directory = tmp_path / "caf\udce9"
     try:
         checkpoint.rename(directory)
@@ -266,7 +266,7 @@ def test_json_beyond_all_sizes_is_refused_in_one_line(tmp_path, text, why):
     """Catches a RecursionError, an advice to raise the interpreter's limits, a list of 10**9 names, a page of text."""
     layouts.write_safetensors(tmp_path / "it", tiny.CONFIG, tiny.weights())
     own = json.loads((tmp_path / "it" / "config.json").read_text())
-    if text.startswith('{"n_'):  # in place of the entry of this name
+    if text.startswith('{"n_'):  # replaces the entry of this name
         own.pop(text.split('"')[1])
         text = json.dumps(own)[:-1] + ", " + text[1:]
     (tmp_path / "it" / "config.json").write_text(text, encoding="utf-8")

@@ -51,9 +51,9 @@ def test_conv1d_of_random_numbers_errs_as_random_errors_add_up(backend, dtype, d
 @pytest.mark.parametrize("shape", [(768, 1536), (1536, 384)], ids=["wide", "tall"])
 @pytest.mark.parametrize("rows", [1, 3, 4, 32, 300])
 def test_a_product_with_a_large_weight_is_within_its_error_bound(backend, rows, shape):
-    """Catches a weight that is read in blocks and put together wrongly: adapters do so where rows are few.
+    """Catches blocks of a weight that are combined wrongly: adapters split the weight for small batches.
 
-    The logits' product stands here beside conv1d. Weight and table are laid out as a model's are.
+    The product for the logits is tested together with conv1d. The matrices have the memory layout of a model's.
     """
     random = np.random.default_rng(rows)
     x, w, b = (normal(random, each, "float32") for each in ((rows, shape[0]), shape, shape[1:]))
@@ -80,7 +80,7 @@ def test_a_weight_with_a_leading_1_gives_the_same_bits(backend, dtype):
 
 @pytest.mark.parametrize("batch", [(), (1,), (6,), (3, 2), (1, 3, 2), (2, 1, 3, 1)], ids=str)
 def test_leading_axes_are_rows(backend, batch):
-    """Catches axes that are mixed up or lost, none included."""
+    """Catches leading axes, zero or more, that are mixed up or lost."""
     random = np.random.default_rng(3)
     x, w, b = (normal(random, shape, "float32") for shape in ((*batch, 5), (5, 3), (3,)))
     for form, op in bounds.forms(pg.conv1d, backend).items():

@@ -121,7 +121,7 @@ def test_wrong_use_ends_with_one_line_and_changes_nothing(source, older, tmp_pat
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_force_replaces_all_that_a_directory_holds(source, older, exchange, monkeypatch):
-    """Catches two checkpoints mixed in one directory, and leavings beside it, whether the system can swap or not."""
+    """Catches two checkpoints in one directory, and temporary files next to it, with and without renameat2."""
     (older / "pytorch_model.bin").write_text("of the older one")
     if not exchange:
         monkeypatch.setattr(files, "_swap", lambda *paths: False)
@@ -154,7 +154,7 @@ def test_a_link_to_a_directory_stays_one(source, older, tmp_path):
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_conversion_that_fails_leaves_the_older_one(source, older, exchange, monkeypatch):
-    """Catches a destination that is emptied first, and half a checkpoint beside it."""
+    """Catches a destination that is emptied first, and half a checkpoint that is left next to it."""
     if not exchange:
         monkeypatch.setattr(files, "_swap", lambda *paths: False)
     spoilt = source / "model-00003-of-00003.safetensors"

@@ -94,7 +94,7 @@ def test_an_undefined_row_makes_the_mean_undefined(backend, dtype, row):
 
 
 def test_an_impossible_target_costs_infinity(backend, dtype):
-    """Catches a logarithm of 0 that becomes NaN, and -inf beside the target that is not simply left out."""
+    """Catches a logarithm of 0 that becomes NaN, and logits of -inf that change the loss of another target."""
     logits = np.asarray([[1.0, -np.inf]], bounds.host_dtype(dtype))
     for form, op in bounds.forms(pg.cross_entropy, backend).items():
         assert bounds.compute(op, backend, logits, np.ones(1, np.int32)) == np.inf, form

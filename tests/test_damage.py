@@ -50,7 +50,7 @@ def whole(layout, tmp_path_factory):
 
 
 def put(directory, name, kind):
-    """Put something that is not a file in place of one."""
+    """Replace a file by something that is not a regular file."""
     (directory / name).unlink()
     match kind:
         case "pipe":

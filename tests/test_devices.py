@@ -1,4 +1,4 @@
-"""What is put on a device stays there, and nothing lands on another.
+"""Arrays stay on the device that they were put on, and no array is created on another device.
 
 Without an accelerator every framework has a second device all the same: JAX and TensorFlow a second CPU (conftest
 splits it), array_api_strict one that refuses arithmetic with the first, and torch's ``meta``, which has shapes and no
@@ -175,7 +175,7 @@ def leaves(tree):
 @pytest.mark.parametrize("backend", SECOND, indirect=True)
 @pytest.mark.usefixtures("with_shapes_alone")
 def test_strays_are_seen(backend):
-    """Catches a watch that sees nothing: what is computed on the first device must show."""
+    """Catches a watch that sees nothing: it must report an array that is computed on the first device."""
     device = SECOND[backend.name]
     first = backend.from_numpy(np.ones(3, np.float32), device="cpu")
     with STRAYS[backend.name](device) as strays:

@@ -1,4 +1,4 @@
-"""What is public says what it takes and returns, and its examples run."""
+"""Every public function documents its parameters and results, and its examples run."""
 
 import doctest
 import importlib

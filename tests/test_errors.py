@@ -1,7 +1,8 @@
-"""What ops say of bad input, on every backend, kernel and definition alike.
+"""The errors of ops for bad input are the same on every backend, for kernel and definition.
 
-A TypeError for arrays of two frameworks, dtypes and what is no array or number; a ValueError for shapes and axes. Each
-names the op and the argument, what was given and what was expected; none is an exception of the framework's own.
+Arrays of two frameworks, wrong dtypes, and values that are neither arrays nor numbers raise a TypeError. Wrong shapes
+and axes raise a ValueError. Each error names the op, the argument, the value and the expectation; no framework's own
+exception reaches the user.
 """
 
 from typing import Any, NamedTuple
@@ -263,7 +264,7 @@ def test_floats_of_two_dtypes_are_refused(backend, form, name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.arrays) > 1])
 @each_form
 def test_arrays_of_two_frameworks_are_refused(backend, form, name):
-    """Catches a mixture that one of the two would convert in silence, or refuse in words of its own: all pairs."""
+    """Catches arrays of two frameworks that one of them would convert silently, or refuse with its own message."""
     case = CASES[name]
     first, *others = case.arrays
     for stranger in map(pg.get_backend, pg.available_backends()):

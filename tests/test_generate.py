@@ -29,7 +29,7 @@ def some_ids(n, seed=0):
 
 
 def naive(prompt, n):
-    """Continue a prompt by computing everything anew at every token, in plain NumPy; return the ids and, of all
+    """Continue a prompt by computing everything again at every token, in plain NumPy; return the ids and, of all
     choices, the smallest distance between the two best logits.
     """
     ids, margin = list(prompt), np.inf
@@ -60,7 +60,7 @@ def test_greedy_generation_to_the_end_of_the_context_is_naive_argmax_decoding(mo
 
 @pytest.mark.parametrize("n", [2, 63, 64, 65, 127, 128, 129, 148, 149])
 def test_prompts_of_every_length_continue_alike(model, longest, n):
-    """Catches padding that is seen or counted, and a cache that is too small by one, at and beside the padded sizes:
+    """Catches padding that is seen or counted, and a cache that is too small by one, at and next to the padded sizes:
     the text may be cut into prompt and continuation anywhere.
     """
     prompt = [3, *longest[: n - 1]]
@@ -135,7 +135,7 @@ def test_a_full_length_generation_compiles_once_for_each_size_of_the_cache(backe
 
 def test_few_compilations_serve_every_length(backend, monkeypatch):
     """Catches a compilation for each length of a prompt: on a context of 1024, a generation of its whole length takes
-    at most 7, and prompts from 1 to 1000 tokens at most 6 more (every 13th length, and those beside a power of 2).
+    at most 7, and prompts from 1 to 1000 tokens at most 6 more (every 13th length, and those next to a power of 2).
     """
     if not backend.compiles_per_shape:
         assert backend.compile(pg.gpt2, 1).func is pg.gpt2  # nothing is compiled: there is nothing to count

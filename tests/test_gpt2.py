@@ -1,4 +1,4 @@
-"""The object that most users hold: what it loads, takes, gives and refuses, on every backend alike."""
+"""The GPT2 object: what it loads, accepts, returns and refuses is the same on every backend."""
 
 import dataclasses
 import inspect
@@ -41,7 +41,7 @@ def nameless(backend):
     return tiny.model(backend)
 
 
-# What it gives
+# Results
 
 
 @pytest.mark.parametrize(

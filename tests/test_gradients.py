@@ -58,7 +58,7 @@ def plain_cross_entropy(logits, targets):
 
 
 IDS = np.asarray([[1, 5, 1], [0, 2, 5]], np.int32)
-OPS = {  # what is computed, in plain NumPy; the arrays it is differentiated by; the op, and its gradients by argument
+OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gradients by argument
     "conv1d": (
         lambda x, w, b: x @ w + b,
         [normal(2, 3, 5), normal(5, 4), normal(4)],
@@ -206,7 +206,7 @@ def arrays_of(backend, tree):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_gradient_of_the_loss_is_that_of_complex_steps(name):
-    """Catches a gradient that flows past a layer, or twice through one: NumPy's, by hand, in float64."""
+    """Catches a gradient that skips a layer, or passes one twice: the hand-written gradient, NumPy, float64."""
     config = SHAPES[name]
     weights = random_weights(config)
     value, tree = by_hand(pg.get_backend("numpy"), weights, config, "float64")
@@ -259,7 +259,7 @@ def test_the_gradient_by_hand_takes_ids_of_any_integer_dtype(backend):
 
 
 def test_a_row_that_is_read_twice_gets_both_gradients(backend):
-    """Catches an assignment in place of a sum; the rest stays as it is."""
+    """Catches an assignment instead of a sum; the other rows stay unchanged."""
     x, rows = normal(5, 3), normal(4, 3)
     indices = np.asarray([1, 4, 1, 1], np.int32)
     expected = x.copy()

@@ -1,4 +1,4 @@
-"""Models of the hub, which is a stand-in on this machine: what is asked for, what is kept, what is said without it."""
+"""Models of the hub, with a local stand-in: which files are requested and cached, and the errors without it."""
 
 import json
 import os

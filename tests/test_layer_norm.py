@@ -131,7 +131,7 @@ def test_an_eps_of_zero_is_taken(backend):
 def test_layer_norm_of_the_largest_numbers_of_its_range(backend, dtype, n):
     """Catches a range in the docstring that an algorithm does not have: |x| below sqrt(largest / n) / 2.
 
-    Of the computing dtype; a 16-bit format may end before that.
+    The range is that of the dtype in which it is computed; a 16-bit format may end before that.
     """
     host = bounds.host_dtype(dtype)
     largest = float(bounds.FORMATS[bounds.computed_in(dtype)].largest)

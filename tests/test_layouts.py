@@ -117,7 +117,7 @@ def test_a_separate_lm_head_that_is_missing_is_named(tmp_path):
         read_checkpoint(tmp_path / "it")
 
 
-# What is refused
+# Layouts that are refused
 
 
 def test_a_reader_that_is_not_installed_is_named_with_its_extra(written, tmp_path):

@@ -28,7 +28,7 @@ def kilobytes(name):
 
 models = [pg.GPT2.load(small, backend=backend, dtype=dtype)]  # the frameworks that read and compute are there now
 before = kilobytes("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 models.append(pg.GPT2.load(large, backend=backend, dtype=dtype))
 print(kilobytes("VmHWM") - before)
 """

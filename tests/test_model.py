@@ -209,7 +209,7 @@ def without(tree, name):
     return {key: value for key, value in tree.items() if key != name}
 
 
-CACHES = {  # what is made of a cache, the error, what it says
+CACHES = {  # a function that spoils a cache, the error, its message
     "of more texts": (lambda p, c: a_cache(p, batch=2), ValueError, r"\[2, 4, 48, 8\]; .* = \[1, 4, 48, 8\]"),
     "longer than the model": (lambda p, c: pg.grow_cache(c, 96), ValueError, "room for 96 tokens.*n_ctx = 48"),
     "without a layer": (
@@ -327,7 +327,7 @@ def test_a_cache_does_not_shrink_nor_grow_beyond_the_memory(backend):
         pg.grow_cache(pg.KVCache((), ()), 7)
 
 
-GROWN = {  # what is made of the first layer's k and v
+GROWN = {  # a function that spoils the k and v of the first layer
     "a vector": (lambda k, v: (k, v[0, 0, 0, :]), ValueError, r"buffers of shapes \[1, 4, 48, 8\] and \[8\]"),
     "a scalar": (lambda k, v: (k[0, 0, 0, 0, ...], v), ValueError, r"buffers of shapes \[\] and"),
     "one shorter": (lambda k, v: (k, v[:, :, :9, :]), ValueError, r"and \[1, 4, 9, 8\]"),
@@ -372,7 +372,7 @@ def test_tokens_that_have_no_loss_are_refused(backend, loss, case):
         loss(params, ids, PLAIN)
 
 
-PARAMS = {  # what is made of the parameters, the error, what it says
+PARAMS = {  # a function that spoils the parameters, the error, its message
     "none": (lambda p, i: {}, ValueError, "the parameters are 0 arrays; config has 2 layers"),
     "not a dict": (lambda p, i: None, TypeError, "params is None; expected a dict"),
     "without a part": (lambda p, i: {**p, "h1": without(p["h1"], "mlp")}, ValueError, "lack h1/mlp/c_fc/b"),
@@ -641,8 +641,9 @@ def test_gradients_are_as_near_to_the_truth_as_those_of_a_plain_implementation(b
 
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)
 def test_runs_under_jax_jit_with_a_static_configuration(backend):
-    """Catches a configuration that is no hashable static argument, a branch on a traced value, and a traced position:
-    with and without a cache, whose position is then part of the traced tree.
+    """Catches a configuration that is not hashable as a static argument, and a branch on a traced value.
+
+    The model runs with and without a cache, whose position is then traced.
     """
     import jax
 

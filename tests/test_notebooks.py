@@ -52,7 +52,7 @@ CONV_W = [
 
 
 def as_printed(a):
-    """Return what the notebook's printing, with NumPy's eight digits, makes of a float32 array."""
+    """Return a float32 array rounded as the notebook printed it, with NumPy's eight digits."""
     assert a.dtype == np.float32
     return np.array2string(a, precision=8)
 

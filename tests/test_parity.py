@@ -133,7 +133,7 @@ def case(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(backend, case):
-    """Return a function from the name of a shape to the model on the backend; what is compiled once serves all."""
+    """Return a function from the name of a shape to the model on the backend; each is compiled only once."""
     found = {}
 
     def get(name):

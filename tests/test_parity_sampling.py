@@ -57,7 +57,7 @@ def test_top_k_keeps_what_transformers_keeps(x, temperature, top_k):
 def test_top_p_keeps_what_transformers_keeps(x, temperature, top_k, top_p):
     """Catches OpenAI's rule, a sum that counts what top-k left out, and filters in another order.
 
-    Of equal logits at the edge of the nucleus, transformers keeps those that torch.sort happens to put last and we
+    If logits at the edge of the nucleus are equal, transformers keeps those that torch.sort happens to put last and we
     those of the smallest ids: there, how many are kept and which logits they have must agree.
     """
     kept, _ = filtered(x, temperature, top_k, top_p)

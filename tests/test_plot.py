@@ -1,4 +1,4 @@
-"""Maps of attention: what is drawn, under which names."""
+"""Maps of attention: the pictures and their labels."""
 
 import numpy as np
 import pytest

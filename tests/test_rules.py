@@ -334,7 +334,7 @@ def test_adapters_compute_with_their_own_framework(path):
     ],
 )
 def test_a_conversion_to_numpy_is_found(code):
-    """Catches a rule that has gone blind; what stands in `to_numpy` and `put` is no finding."""
+    """Catches a rule that finds nothing; conversions in `to_numpy` and `put` are permitted."""
     assert found(conversions_to_numpy, code)
     assert not found(conversions_to_numpy, "def to_numpy(self, x):\n" + textwrap.indent(code, "    "))
 

@@ -296,7 +296,7 @@ def test_a_published_file_that_was_damaged_is_published_again(run, whole):
 
 
 def test_a_line_of_metrics_is_there_before_its_checkpoint_is(tmp_path, monkeypatch):
-    """Catches a step whose line is lost for good because the process ends between a checkpoint and the line."""
+    """Catches a step whose line is never written because the process ends between a checkpoint and the line."""
     run, trainer, state = begin(tmp_path / "run")
     said = []
 

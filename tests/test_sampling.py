@@ -61,7 +61,7 @@ def test_the_random_stream_is_pinned(seed, index, position, words, variates):
     ],
 )
 def test_tokens_are_pinned(seed, index, plain, top_40):
-    """Catches any change of what a seed draws, over the whole vocabulary and behind a filter."""
+    """Catches any change of the token that a seed gives, over the whole vocabulary and after a filter."""
     logits = 5 * np.sin(np.arange(50257.0))
     stream = {"seed": seed, "index": index}
     assert [sample(logits, p, temperature=0.7, top_k=None, **stream) for p in range(5)] == plain
@@ -427,7 +427,7 @@ def test_a_draw_does_not_depend_on_what_was_drawn_before(model):
 
 
 def test_a_draw_does_not_depend_on_the_batch_that_its_text_stands_in(model):
-    """Catches a stream that counts the rows of a batch: what is drawn for a text is a matter of that text alone."""
+    """Catches a stream that counts the rows of a batch: the tokens of a text must depend on that text alone."""
     texts = [[5, 300, 7, 9], [1, 2, 3, 4], [383, 0, 383, 0]]
 
     def drawn(batch):

@@ -77,7 +77,7 @@ def test_bos_scores_the_first_token_too(model):
 
 @given(st.integers(0, 300), st.integers(2, 50), st.data())
 def test_windows_score_each_token_once_and_with_as_much_before_it_as_is_promised(n, n_ctx, data):
-    """Catches a token that is scored twice or never, one outside its window, and one with less to go by."""
+    """Catches a token that is scored twice or never, outside its window, or with less context than promised."""
     stride = data.draw(st.integers(1, n_ctx - 1))
     scored = []
     for start, first, end in windows(n, n_ctx, stride):
@@ -103,7 +103,7 @@ def test_bytes_are_those_of_the_tokens_that_are_scored(backend, tmp_path):
 
 
 def test_sums_are_accumulated_in_float64_and_exactly():
-    """Catches a sum in the order of the text, which loses small terms beside large ones."""
+    """Catches a sum in the order of the text, which loses small terms next to large ones."""
     score = Score([0] * 4, np.asarray([math.nan, -1e16, -1.0, -1.0]), 3)
     assert score.total == -1e16 - 2
 
@@ -139,7 +139,7 @@ def test_an_empty_text_has_no_score(model):
 
 @pytest.mark.parametrize("empty", [[], (), range(0), np.asarray([]), np.asarray([], np.int64)], ids=repr)
 def test_no_tokens_have_an_empty_score_in_whatever_form_they_come(model, empty):
-    """Catches a form of no ids that is refused, since NumPy's empty array is of floats."""
+    """Catches an empty list of ids that is refused because NumPy makes a float array of it."""
     for bos in (False, True):
         score = model.score_ids(empty, bos=bos)
         assert (score.tokens, score.log_probs.shape, score.n_tokens, score.n_bytes) == ([], (0,), 0, 0)

@@ -52,7 +52,7 @@ print(*backend.shape(logits))
 
 
 def test_the_hook_checks_the_package():
-    """Catches a hook that no longer takes hold: annotations that are no jaxtyping ones are not checked, silently."""
+    """Catches an import hook without effect: annotations other than jaxtyping's are silently not checked."""
     code = f"""{HOOKED}
 import numpy as np
 

@@ -55,7 +55,7 @@ def test_softmax_of_many_numbers_is_within_its_error_bound(backend, shape, axis)
 def test_exp_errs_by_no_more_than_is_stated(backend, dtype):
     """Catches a stated error of exp that does not hold: the bounds of softmax and attention rest on it.
 
-    In a row of one 0 and numbers so small that their sum is lost beside 1, softmax is exp, and attention to a unit
+    In a row of one 0 and numbers so small that their sum is lost next to 1, softmax is exp, and attention to a unit
     matrix of values is softmax: so the kernels' own exp is seen too.
     """
     unit, smallest, _ = bounds.FORMATS[dtype]
@@ -159,7 +159,7 @@ KINDS = ["finite", "some -inf", "only -inf", *UNDEFINED]
 @strategies.fewer
 @given(data=st.data())
 def test_softmax_of_a_row_with_nan_or_inf_or_only_minus_inf_is_nan_as_a_whole(backend, dtype, data):
-    """Catches zeros left beside a NaN, NaN that spreads to other rows, and -inf that does not become 0."""
+    """Catches zeros left in a row with a NaN, NaN that spreads to other rows, and -inf that does not become 0."""
     n = data.draw(strategies.lengths([1, 5, 17], least=1, most=20))
     kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=4, max_size=4))
     axis = data.draw(st.sampled_from([-1, 0]))
@@ -176,7 +176,7 @@ def test_softmax_of_a_row_with_nan_or_inf_or_only_minus_inf_is_nan_as_a_whole(ba
 @pytest.mark.parametrize("axis", [-1, 0])
 @pytest.mark.parametrize("kind", [*UNDEFINED, "only -inf"])
 def test_one_undefined_row_of_a_large_array_is_nan_as_a_whole(backend, kind, axis):
-    """Catches a kernel for large arrays that leaves zeros beside a NaN, as oneDNN's does."""
+    """Catches a kernel for large arrays that leaves zeros in a row with a NaN, as oneDNN's does."""
     x = np.random.default_rng(0).standard_normal((300, 300)).astype(np.float32)
     x[7] = -np.inf if kind == "only -inf" else x[7]
     x[7, 100 : 100 + len(UNDEFINED.get(kind, []))] = UNDEFINED.get(kind, [])

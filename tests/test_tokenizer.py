@@ -48,7 +48,7 @@ def tokenizer(directory):
 
 @pytest.fixture(scope="module")
 def shared_directory(tmp_path_factory):
-    """A directory in which each example of a property writes its files anew."""
+    """A directory in which each example of a property writes its own files."""
     return tmp_path_factory.mktemp("shared")
 
 
@@ -178,7 +178,7 @@ def test_ids_are_tiktoken_s_in_every_script(gpt2, openai, script):
 @example(parts=["a ", " b"])
 @example(parts=["<|endoftext|", ">"])
 def test_where_it_is_allowed_the_end_of_text_is_one_token(gpt2, openai, parts):
-    """Catches a space or a newline that is lost beside it, and text on its two sides that merges."""
+    """Catches a space or newline next to a special token that is lost, and a merge across the token."""
     text = END.join(parts)
     ids = gpt2.encode(text, allow_special=True)
     assert ids == openai.encode(text, allowed_special={END})
@@ -393,7 +393,7 @@ def test_ids_may_be_numpy_s(tokenizer):
 
 @pytest.mark.parametrize("text", ["<|endoftext|>", "a<|endoftext|>b", " <|endoftext|><|endoftext|>\n"])
 def test_text_that_spells_a_special_token_is_text(tokenizer, text):
-    """Catches a prompt that ends itself: whoever controls a part of it could cut it off from the rest."""
+    """Catches a prompt that ends itself: anybody who controls a part of it could separate it from the rest."""
     ids = tokenizer.encode(text)
     assert tokenizer.end_of_text not in ids
     assert tokenizer.decode(ids) == text
@@ -411,7 +411,7 @@ def test_a_special_token_added_as_a_word_is_special_all_the_same(tmp_path):
 
 
 def test_an_added_token_is_spelled_as_it_is(tmp_path):
-    """Catches a token beside the vocabulary whose letters are taken for the printable stand-ins of other bytes."""
+    """Catches an added token whose letters are taken for the printable stand-ins of other bytes."""
     bpe = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe())
     bpe.add_tokens(["<Ġé>"])
     bpe.save(str(tmp_path / "tokenizer.json"))
@@ -443,7 +443,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(tmp_path):
     assert len(tokenizer.encode("a")) == 1
 
 
-# What is refused
+# Texts and ids that are refused
 
 
 def test_an_end_of_text_that_the_vocabulary_lacks_cannot_be_allowed():
@@ -480,7 +480,7 @@ def test_what_is_no_text_is_refused(tokenizer, text):
 
 @pytest.mark.parametrize("token", [-1, 384, 2**31, 2**32, 2**64])
 def test_an_id_that_is_not_in_the_vocabulary_is_refused(tokenizer, token):
-    """Catches an OverflowError, a token that is skipped in silence, or one counted from the end."""
+    """Catches an OverflowError, a token that is skipped silently, or one counted from the end."""
     for call in (tokenizer.token_bytes, lambda token: tokenizer.decode([1, token])):
         with pytest.raises(ValueError, match=f"token id {token} is not in the tokenizer's vocabulary of 384"):
             call(token)
@@ -494,7 +494,7 @@ def test_an_id_that_is_no_int_is_refused(tokenizer, token):
 
 
 def test_a_character_that_the_vocabulary_cannot_spell_is_refused():
-    """Catches text that vanishes in silence: a BPE trained without all 256 bytes drops what it has not seen."""
+    """Catches text that is dropped silently: a BPE trained without all 256 bytes drops what it has not seen."""
     bpe = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = pg.Tokenizer(bpe)
@@ -673,7 +673,7 @@ def test_without_its_files_there_is_no_tokenizer(tmp_path, files):
 
 
 def test_a_tokenizer_survives_a_round_trip(tokenizer, layout, tmp_path):
-    """Catches <|endoftext|> getting lost, where it was added beside the vocabulary: text would never end."""
+    """Catches <|endoftext|> getting lost, where it is an added token outside the vocabulary: text would never end."""
     tokenizer.save(tmp_path)
     again = pg.Tokenizer.load(tmp_path)
     assert again.end_of_text == tokenizer.end_of_text
@@ -693,7 +693,7 @@ def test_a_model_saves_its_tokenizer(tokenizer, tmp_path):
 
 
 def test_tokens_that_were_added_are_not_lost(tmp_path):
-    """Catches vocab.json being read beside a tokenizer.json that holds more, and added_tokens.json being ignored."""
+    """Catches vocab.json being read although a tokenizer.json has more tokens, and added_tokens.json being ignored."""
     tiny.write_tokenizer(tmp_path, "files")
     whole = tokenizers.Tokenizer.from_str(tiny.byte_level_bpe())
     whole.add_tokens(["<USER>"])

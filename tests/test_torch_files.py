@@ -221,7 +221,7 @@ def test_what_is_not_an_array_of_numbers_is_refused_by_name(save, tensors, torch
 
 
 def test_a_buffer_of_counts_is_named(save, tensors, torch):
-    """Catches a buffer that is no parameter, such as a count of batches, being read as one."""
+    """Catches a buffer that is not a parameter, such as a count of batches, being read as one."""
     with pytest.raises(pg.CheckpointError, match=r"holds transformer\.num_batches_tracked, which a GPT-2 .*not have"):
         read_checkpoint(save(tensors | {"transformer.num_batches_tracked": torch.tensor(3)}).parent)
 

@@ -1,4 +1,4 @@
-"""A look inside: what is observed on the way, under its name, and that observing changes nothing."""
+"""Intermediate arrays: each is observed under its name, and observing changes no result."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_the_stream_is_what_the_layers_add_up_to(truth):
 
 
 def test_weights_are_shares_of_what_comes_before(model):
-    """Catches scores in place of weights, and a mask that leaks."""
+    """Catches scores instead of weights, and a mask that leaks."""
     for i in range(3):
         weights = model.backend.to_numpy(model.trace(IDS)[f"h{i}/attn/weights"])
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
@@ -95,7 +95,7 @@ def test_attention_weights_are_computed_only_for_an_observer(model, monkeypatch)
 
 
 def test_a_compiled_model_can_be_observed(model, truth):
-    """Catches a hook that works on arrays alone: what it is called with is returned from the compiled function."""
+    """Catches a hook that works on arrays alone: a compiled function returns the tracers that it observed."""
 
     def weights(params, tokens):
         found = {}

@@ -1,4 +1,4 @@
-"""Training: a step against AdamW in plain NumPy and in PyTorch, on every backend; runs that end and go on."""
+"""Training: a step against AdamW in plain NumPy and in PyTorch, on every backend; runs that stop and continue."""
 
 import dataclasses
 import math
@@ -189,7 +189,7 @@ def test_either_gradient_trains_as_well(backend, compiled, true_losses, monkeypa
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_compiled_as_a_whole_trains_by_hand(backend, dtype, monkeypatch):
-    """Catches the slower of the two gradients; and one by hand, which computes in float32, for a dtype of 16 bits."""
+    """Catches the slower gradient, and the hand-written one, which computes in float32, for a 16-bit dtype."""
     used = []
     monkeypatch.setattr(gradients, "loss", lambda *args, loss=gradients.loss: used.append(1) or loss(*args))
     trajectory(backend, dataclasses.replace(RECIPE, dtype=dtype), 1)
@@ -302,7 +302,7 @@ def test_micro_batches_are_larger_where_each_op_is_recorded(compiled, differenti
 
 
 def test_parts_share_their_memory(jax):
-    """Catches parts that are computed one beside the other: XLA makes that of a loop in Python."""
+    """Catches micro-batches that are computed at the same time, as XLA does with a loop in Python."""
     backend, config = pg.get_backend("jax"), dataclasses.replace(CONFIG, n_ctx=64)
     params = pg.init_params(config, backend=backend)
     learner = Trainer(config, RECIPE, backend)
@@ -469,7 +469,7 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bits(backend, tokenizer, tmp
 
 
 def test_a_step_that_fails_leaves_the_last_checkpoint(tokenizer, tmp_path, monkeypatch):
-    """Catches a checkpoint that is removed before the next is whole; what was said of steps after it is taken back."""
+    """Catches a checkpoint that is removed too early; the lines of steps after the last one are removed."""
     backend = pg.get_backend("numpy")
     run, trainer, state = begin(tmp_path / "run", backend, tokenizer)
 

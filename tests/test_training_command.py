@@ -60,7 +60,7 @@ def bits(directory):
 
 
 def test_texts_become_a_model(command, room, backend):
-    """Catches options that are lost on the way, and a directory that is no checkpoint."""
+    """Catches options that are lost on the way, and a directory that is not a checkpoint."""
     recipe = ["--steps", "3", "--eval-every", "2", "--learning-rate", "0.01", "--seed", "9", "--dtype", "float32"]
     args = ["--data", "a.txt", "b.txt", "--out", "run", *SMALL, *recipe, "--backend", backend.name]
     status, out, err = command(
@@ -106,7 +106,7 @@ def test_another_text_may_be_held_out(command, room):
 
 
 def test_a_checkpoint_is_trained_further(command, room):
-    """Catches weights that begin anew, another shape, and a tokenizer that is made over."""
+    """Catches weights that are initialised again, another shape, and a tokenizer that is trained again."""
     tiny.write_tokenizer(room)
     model = tiny.model(pg.get_backend("numpy"), tokenizer=pg.Tokenizer.load(room))
     model.save("it")

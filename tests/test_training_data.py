@@ -21,7 +21,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def spaced():
-    """A tokenizer that has merged spaces, line ends and tabs: what is cut between them gets other ids."""
+    """A tokenizer with merges of spaces, line ends and tabs: a text that is split inside them gets other ids."""
     return train_tokenizer(["a  b   c\n\n\nd \n \n e\t\tf\r\n\r\ng    \n\n  h\u3000\u3000i\x1c\x1cj"] * 9, 263)
 
 

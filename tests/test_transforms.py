@@ -36,7 +36,7 @@ def assert_matches(result, case, dtype="float32"):
 
 
 def weights(case):
-    """Return what the results are weighed with in the sum whose gradient is taken."""
+    """Return the weights of the results in the sum that is differentiated."""
     return np.random.default_rng(1).standard_normal(case.reference().shape)
 
 
@@ -150,7 +150,7 @@ def test_ops_under_transforms_of_jax(jax, name, form, transform):
 @every_op
 @each_form
 def test_jit_traces_an_op_once(jax, name, form):
-    """Catches an op that is traced anew on a second call of the same shapes."""
+    """Catches an op that is traced again in a second call with the same shapes."""
     case, traces = CASES[name], []
 
     def fn(*arrays):
@@ -373,7 +373,7 @@ def test_torch_func_grad(torch, name, form):
 def test_a_large_weight_under_transforms_of_torch(torch, rows):
     """Catches a product that is cut into blocks and then cannot be differentiated, mapped or compiled.
 
-    Of two sums of K products of normal numbers each errs by at most 4 sqrt(K + 1) u Q (see `bounds.linear_at_random`),
+    Each of two sums of K products of normal numbers errs by at most 4 sqrt(K + 1) u Q (see `bounds.linear_at_random`),
     with Q below 1.5 sqrt(K); a derivative along both arguments is two such sums.
     """
     generator = torch.Generator().manual_seed(rows)

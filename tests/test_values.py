@@ -128,7 +128,7 @@ def good(path):
 
 
 def call(model, path, value):
-    """Return what a call gives, as Python's and NumPy's values that can be compared."""
+    """Return the result of a call as values of Python and NumPy that can be compared."""
     function, _, parameter = path.rpartition(".")
     return plain(CALLS[function](model, **{parameter: value}))
 

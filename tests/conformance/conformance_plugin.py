@@ -16,7 +16,7 @@ BY_PARAMETER = re.compile(rf"test_(?:{PARAMETRISED})\[(?:\w+-)?(\w+)")
 
 
 def is_tested(item, functions, known):
-    """Return whether a test is of one of the functions, on real numbers."""
+    """Return whether a test tests one of the functions with real numbers."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     if re.search(r"complex|real\(|imag\(|linalg", f"{item.name} {parameters}"):
         return False

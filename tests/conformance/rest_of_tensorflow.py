@@ -1,4 +1,4 @@
-"""What the official tests need of a namespace beside the adapter's own functions, over tf.Tensor."""
+"""The functions that the official tests need in addition to those of the adapter's namespace, over tf.Tensor."""
 
 import math
 from collections.abc import Sequence
