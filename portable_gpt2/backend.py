@@ -175,11 +175,17 @@ class Backend:
         return tuple(x.shape)
 
     def arange(self, n: Any, *, like: Any) -> Any:
-        """Return the integers 0 to n - 1 on the device of `like`, with its sharding; n may be a scalar array."""
+        """Return the integers 0 to n - 1 on the device of `like`; n may be a scalar array.
+
+        If `like` is sharded over several devices, each of them gets the whole array.
+        """
         return self.xp.arange(n, device=like.device)
 
     def zeros(self, shape: tuple[int, ...], *, like: Any) -> Any:
-        """Return zeros of the dtype of `like`, on its device, with its sharding."""
+        """Return zeros of the dtype of `like`, on its device.
+
+        If `like` is sharded over several devices, each of them gets the whole array.
+        """
         return self.xp.zeros(shape, dtype=like.dtype, device=like.device)
 
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
