@@ -25,7 +25,7 @@ PARITY = "tests/test_parity*.py"  # the tests that need transformers
 NUMPY_ALONE = [
     f"tests/test_{name}.py"
     for name in (
-        *("checkout", "cli_streams", "examples", "files", "kills", "paths"),
+        *("bench", "checkout", "cli_streams", "examples", "files", "kills", "paths"),
         *("plot", "run_damage", "runs", "sampling", "score", "targets"),
         *("tokenizer", "tokenizer_files", "training_command", "training_data", "unusable_tokenizers"),
     )

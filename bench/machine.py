@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -14,7 +15,7 @@ import numpy as np
 
 from . import frameworks
 from .clock import repeated, seconds
-from .rows import Row
+from .rows import BANDWIDTH, Row
 from .run import Run
 from .worker import Worker, WorkerError
 
@@ -39,10 +40,13 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
         for row in plan(backend):
             try:
                 if row.backend == "-":
-                    rates = {"GB/s": [worker.ask("machine:bandwidth") for _ in range(3 * run.rounds)]}
-                else:
-                    rows = 1 if "vector" in row.name else ROWS
-                    rates = worker.ask("machine:product_rates", name=backend, rows=rows, rounds=run.rounds)
+                    rates = [worker.ask("machine:bandwidth") for _ in range(3 * run.rounds)]
+                    yield row.measured(
+                        statistics.median(rates), samples={BANDWIDTH: rates}, note="median of the table's samples"
+                    )
+                    continue
+                rows = 1 if "vector" in row.name else ROWS
+                rates = worker.ask("machine:product_rates", name=backend, rows=rows, rounds=run.rounds)
                 best = max(rates, key=lambda name: max(rates[name]))
                 yield row.measured(
                     max(rates[best]), samples=rates, best_of=max, note=f"best of {', '.join(rates)}: {best}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .rows import Row
+from .rows import BANDWIDTH, Row
 
 TITLES = {
     "machine": "The machine's limits",
@@ -36,8 +37,17 @@ class Report:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows, in the order planned."""
-        return list(self.planned.values())
+        """The rows, in the order planned. All rows that memory limits are compared with the same bandwidth."""
+        return [row.limited_by(self.bandwidth) for row in self.planned.values()]
+
+    @property
+    def bandwidth(self) -> float | None:
+        """The GB/s at which memory is read: the median of all samples, which were taken in turn with the rows' others.
+
+        A single burst, in which the memory was twice as fast as usual, does not change the median.
+        """
+        found = [rate for row in self.planned.values() for rate in row.samples.get(BANDWIDTH, ())]
+        return statistics.median(found) if found else None
 
     def add(self, *rows: Row) -> None:
         """Add rows and write the files."""
@@ -45,7 +55,7 @@ class Report:
             self.planned[row.key] = row
         self.write()
         if len(rows) == 1 and rows[0].value is not None:
-            print("  ", *_cells(rows[0]), sep="  ", file=sys.stderr, flush=True)
+            print("  ", *_cells(rows[0].limited_by(self.bandwidth)), sep="  ", file=sys.stderr, flush=True)
 
     def write(self, seconds: float | None = None) -> None:
         """Write the Markdown and the JSON file. When the run is over, `seconds` is its duration."""
@@ -73,10 +83,11 @@ class Report:
         lines = [
             "# Benchmarks",
             "",
-            "This file was written by `nox -s bench`. All sides of a row are measured in turn, and the best of several",
-            "samples counts. A ratio below 1 means that ours is faster or smaller. Ratios are more reliable than",
-            "absolute figures, which vary with the load of the machine. A target such as `1.05 x + 0.5` allows 1.05",
-            "times the reference plus 0.5 units.",
+            "This file was written by `nox -s bench`. All sides of a row are measured in turn, and the best of",
+            "several samples counts. The memory's bandwidth is measured in turn with them. The median of all its",
+            "samples in the table counts for every row. A ratio below 1 means that ours is faster or smaller. Ratios",
+            "are more reliable than absolute figures, which vary with the load of the machine. A target such as `1.05",
+            "x + 0.5` allows 1.05 times the reference plus 0.5 units.",
             "",
             f"There are {len(with_bound)} targets: {met} met, {missed} missed, {len(with_bound) - met - missed} not "
             f"measured.{' Quick mode: few samples.' if self.quick else ''}",

@@ -8,6 +8,10 @@ from typing import Any
 
 from . import bounds
 
+BANDWIDTH = "GB/s"
+"""The name of the samples of the memory's read bandwidth, in every row that has them."""
+BANDWIDTH_KEY = "machine", "read bandwidth", "-"
+
 
 @dataclass
 class Row:
@@ -20,6 +24,10 @@ class Row:
     value: float | None = None
     reference: float | None = None
     reference_name: str = ""
+    reads: str = ""
+    """What must be read from memory at least once, such as "weights", if the time for it limits the row."""
+    n_bytes: float = 0.0
+    """The number of bytes of what is read."""
     samples: Mapping[str, list[float]] = field(default_factory=dict)
     """The samples of each side, in the order measured: seconds, rates or bytes.
 
@@ -57,6 +65,23 @@ class Row:
     def measured(self, value: float, reference: float | None = None, reference_name: str = "", **more: Any) -> Row:
         """Return the row with its figures."""
         return replace(self, value=value, reference=reference, reference_name=reference_name, reason="", **more)
+
+    def limited_by(self, bandwidth: float | None) -> Row:
+        """Return the row, compared with the milliseconds in which its bytes are read at `bandwidth` GB/s.
+
+        A row that has a larger reference already, or that reads nothing, is returned unchanged. The value of the row of
+        the bandwidth itself becomes `bandwidth`.
+        """
+        if self.value is None or bandwidth is None:
+            return self
+        if self.key == BANDWIDTH_KEY:
+            return replace(self, value=bandwidth)
+        if not self.reads:
+            return self
+        limit = self.n_bytes / bandwidth / 1e6
+        if self.reference is not None and self.reference >= limit:
+            return self
+        return replace(self, reference=limit, reference_name=f"{self.reads} read once")
 
     def failed(self, reason: str) -> Row:
         """Return the row with the reason why it was not measured."""
