@@ -175,7 +175,8 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
     return _jit_softmax(x) if axis == -1 else _jit_softmax(x, axis=axis)
 
 
-def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
+def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool = False, scale: float | None = None) -> Any:
+    # One query sees all keys, so `causal` changes nothing.
     if q.ndim < 2 or k.ndim < 2 or q.shape[-2] != 1 or not k.size or not q.size or not _is_wide(q):
         return NotImplemented
     *batch, _, d = q.shape

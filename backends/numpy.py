@@ -87,7 +87,7 @@ def _layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5) -> Any:
     return y
 
 
-def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
+def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool = False, scale: float | None = None) -> Any:
     if not _is_wide(q) or q.ndim < 2 or k.ndim < 2 or not q.size or not k.size:
         return NotImplemented
     *batch, queries, d = q.shape
@@ -98,12 +98,17 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
         return NotImplemented
     if mask is not None and any(m not in (1, n) for m, n in zip(mask.shape[-3::-1], q.shape[-3::-1], strict=False)):
         return NotImplemented
+    if causal and queries > keys:
+        return NotImplemented
     y = np.empty((*batch, queries, v.shape[-1]), q.dtype)
     for i in range(0, queries, _QUERIES):
         rows = slice(i, i + _QUERIES)
-        seen, hidden = keys, None
-        if mask is not None and not (shown := mask[..., rows, :]).all():
-            if queries > 1:  # skip the keys that no query sees: about half of them if the mask is causal
+        shown, seen, hidden = None if mask is None else mask[..., rows, :], keys, None
+        if causal and queries > 1:
+            own = np.arange(queries)[rows, None] + (keys - queries)  # the number of each query's own key
+            shown = (own >= np.arange(keys)) & (True if shown is None else shown)
+        if shown is not None and not shown.all():
+            if queries > 1:  # skip the keys that no query sees: about half of them if attention is causal
                 seen = keys - int(np.argmax(shown.any(axis=tuple(range(shown.ndim - 1)))[::-1]))
             hidden = ~shown[..., :seen]
         scores = q[..., rows, :] @ k[..., :seen, :].mT

@@ -175,7 +175,8 @@ def _spread_nans(y: Any, axis: int) -> Any:
     return y + 0 * tf.reduce_sum(y, axis, keepdims=True)
 
 
-def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
+def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool = False, scale: float | None = None) -> Any:
+    # One query sees all keys, so `causal` changes nothing.
     shapes = q.shape, k.shape, v.shape
     if not _in_xla() or not _is_wide(q) or not all(shape.is_fully_defined() and shape.rank > 1 for shape in shapes):
         return NotImplemented

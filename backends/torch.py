@@ -180,7 +180,7 @@ def _layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5) -> Any:
     return F.layer_norm(x, g.shape, g, b, eps)
 
 
-def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None = None) -> Any:
+def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool = False, scale: float | None = None) -> Any:
     # In 16 bits, F.scaled_dot_product_attention rounds the weights of the keys. The op's definition in `ops` keeps
     # them in float32.
     if q.dtype not in _WIDE or _is_distributed(q) or not q.numel() or not k.numel():
@@ -194,7 +194,15 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float | None 
             return NotImplemented
     if scale is not None and not math.isfinite(scale):
         return NotImplemented
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    queries, keys = q.shape[-2], k.shape[-2]
+    if causal and queries > keys:
+        return NotImplemented
+    if queries == 1:
+        causal = False  # one query sees all keys
+    if causal and (queries < keys or mask is not None):  # PyTorch's is_causal is for as many queries as keys, no mask
+        earlier = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        mask, causal = earlier if mask is None else mask & earlier, False
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return y if _has_weights(y) else NotImplemented
 
 

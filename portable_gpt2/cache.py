@@ -68,7 +68,8 @@ class LayerCache(NamedTuple):
     v: Any
     start: Any  # the row of the first new token
     n_keys: Any  # how many rows attention reads
-    mask: Any  # bool [..., seq, n_keys]; None where every token sees every key
+    mask: Any  # bool [..., seq, n_keys], or None
+    causal: bool  # whether there is no mask, because each token sees its own key and all keys before it
 
     def update(
         self, k: Float[Array, "batch heads seq d"], v: Float[Array, "batch heads seq d"]
@@ -76,10 +77,10 @@ class LayerCache(NamedTuple):
         """Write the new keys and values; return the keys and values that attention reads, and the updated layer."""
         if self.k is None:
             return k, v, self
-        _, _, start, n_keys, mask = self
+        _, _, start, n_keys, mask, causal = self
         backend = backend_of(k)
         k, v = backend.write(self.k, k, start), backend.write(self.v, v, start)
-        return k[..., :n_keys, :], v[..., :n_keys, :], LayerCache(k, v, start, n_keys, mask)
+        return k[..., :n_keys, :], v[..., :n_keys, :], LayerCache(k, v, start, n_keys, mask, causal)
 
 
 def open_layers(
@@ -99,9 +100,9 @@ def open_layers(
     positions = positions_in_text(rows, padding)
     if not is_known:  # `write` cannot check that the tokens fit, so positions of -1 make `embed` return NaN
         positions = backend.xp.where(start + seq <= n_keys, positions, -1)
-    sees_all = is_known and isinstance(seq, int) and seq == 1 and padding is None
-    mask = None if sees_all else visible_keys(rows, n_keys, padding)
-    return positions, [LayerCache(k[i], v[i], start, n_keys, mask) for i in range(n_layer)]
+    causal = is_known and padding is None  # the new tokens are the last keys
+    mask = None if causal else visible_keys(rows, n_keys, padding)
+    return positions, [LayerCache(k[i], v[i], start, n_keys, mask, causal) for i in range(n_layer)]
 
 
 def positions_in_text(rows: Int[Array, "seq"], padding: Int[Array, "batch"] | None) -> Int[Array, "*batch seq"]:

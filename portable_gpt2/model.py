@@ -65,8 +65,8 @@ def attn(
     k, v, layer = layer.update(k, v)
     # Kernels do not return the weights, and observing must not change a result, so the weights are computed separately.
     if observe is not ignore:
-        observe("attn/weights", attention_weights(q, k, mask=layer.mask, scale=scale))
-    a = attention(q, k, v, mask=layer.mask, scale=scale)
+        observe("attn/weights", attention_weights(q, k, mask=layer.mask, causal=layer.causal, scale=scale))
+    a = attention(q, k, v, mask=layer.mask, causal=layer.causal, scale=scale)
     return conv1d(merge_heads(a), **c_proj), layer
 
 

@@ -48,7 +48,7 @@ def op(definition: Callable[P, R]) -> Op[P, R]:
     TypeError
         If an argument is missing, unknown or not an array; if the arrays belong to different frameworks, the float
         arrays do not have one floating dtype, an array has floats where the signature says Int or Bool, or an option
-        is not a number.
+        has another type than the signature says.
     ValueError
         If the shapes do not fit: the same name in the signature means the same length.
     """
@@ -90,7 +90,7 @@ _PLAIN = (float, int, type(None))
 
 
 def _are_alike(signature: Signature, backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether the arguments are arrays of one class, floats of one dtype, and plain Python numbers.
+    """Return whether the arguments are arrays of one class, floats of one dtype, and plain Python numbers and bools.
 
     This fast path takes most calls: `Signature.check_types` would take several times as long.
     """
@@ -101,6 +101,9 @@ def _are_alike(signature: Signature, backend: Backend, args: tuple[Any, ...], kw
     for key, x in kwargs.items():
         if key in signature.floats:
             if type(x) is not kind or x.dtype is not dtype:
+                return False
+        elif key in signature.booleans:
+            if type(x) is not bool:
                 return False
         elif type(x) not in _PLAIN and not (key in signature.arrays and type(x) is kind):
             return False

@@ -230,19 +230,28 @@ def layer_norm(
     return x / xp.sqrt(s + eps) * g + b
 
 
+def causal_mask(queries: Any, keys: Any, like: Any) -> Any:
+    """Return a bool array [queries, keys]: the last query sees all keys, and each earlier query one key less."""
+    backend = backend_of(like)
+    if isinstance(queries, int) and isinstance(keys, int) and queries > keys:
+        raise ValueError(f"attention: causal is true, but there are {queries} queries and only {keys} keys")
+    return backend.arange(queries, like=like)[:, None] + (keys - queries) >= backend.arange(keys, like=like)[None, :]
+
+
 @op
 def attention_weights(
     q: Float[Array, "*batch queries d"],
     k: Float[Array, "*batch keys d"],
     mask: Bool[Array, "*#batch queries keys"] | None = None,
     *,
+    causal: bool = False,
     scale: float | None = None,
 ) -> Float[Array, "*batch queries keys"]:
     """Return the weight of each key for each query: the softmax of their scaled dot products.
 
     Parameters
     ----------
-    q, k, mask, scale
+    q, k, mask, causal, scale
         As for `attention`.
 
     Returns
@@ -254,7 +263,7 @@ def attention_weights(
     Raises
     ------
     ValueError
-        If there are queries and no keys, or scale is not finite.
+        If there are queries and no keys, causal is true and there are fewer keys than queries, or scale is not finite.
 
     Notes
     -----
@@ -280,6 +289,9 @@ def attention_weights(
     elif not math.isfinite(scale):
         raise ValueError(f"attention: scale is {scale}; expected a finite number")
     scores = xp.matmul(q, xp.matrix_transpose(k)) * scale
+    if causal:
+        earlier = causal_mask(queries, backend.shape(k)[-2], like=q)
+        mask = earlier if mask is None else mask & earlier
     if mask is not None:
         scores = xp.where(mask, scores, -math.inf)
     return softmax(scores)
@@ -292,6 +304,7 @@ def attention(
     v: Float[Array, "*batch keys dv"],
     mask: Bool[Array, "*#batch queries keys"] | None = None,
     *,
+    causal: bool = False,
     scale: float | None = None,
 ) -> Float[Array, "*batch queries dv"]:
     """Return softmax(scale q k^T) v: for each query, the average of the values with the weights of its keys.
@@ -308,6 +321,10 @@ def attention(
         The values.
     mask : bool array [..., queries, keys], optional
         True where a query sees a key; its leading axes broadcast to those of q. Every query must see at least one key.
+    causal : bool
+        Whether a query sees only its own key and the keys before it. The queries belong to the last keys: the last
+        query sees all keys. With a mask, a query sees the keys that both permit. A fused kernel that is told so skips
+        the hidden keys, which it would read with a mask.
     scale : float, optional
         The factor of the dot products; 1/sqrt(d) unless given. With d = 0 every score is 0.
 
@@ -321,7 +338,7 @@ def attention(
     Raises
     ------
     ValueError
-        If there are queries and no keys, or scale is not finite.
+        If there are queries and no keys, causal is true and there are fewer keys than queries, or scale is not finite.
 
     Examples
     --------
@@ -332,7 +349,7 @@ def attention(
     array([[1.],
            [2.]])
     """
-    return backend_of(q).xp.matmul(attention_weights(q, k, mask=mask, scale=scale), v)
+    return backend_of(q).xp.matmul(attention_weights(q, k, mask=mask, causal=causal, scale=scale), v)
 
 
 @op

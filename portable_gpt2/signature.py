@@ -8,6 +8,8 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .backend import Backend
 from .checks import is_int, is_number, shown
 from .registry import backend_of
@@ -48,6 +50,8 @@ class Signature:
         The `ArrayType` of each array, by the parameter's name.
     floats : frozenset
         The names of the arrays that must have one floating dtype.
+    booleans : frozenset
+        The names of the options that are true or false.
     """
 
     def __init__(self, definition: Callable[..., Any]) -> None:
@@ -62,6 +66,7 @@ class Signature:
         self._optional = frozenset(p.name for p in parameters if p.default is None)
         self._numbers = frozenset(p.name for p in parameters if p.annotation in ("float", "float | None"))
         self._integers = frozenset(p.name for p in parameters if p.annotation == "int")
+        self.booleans = frozenset(p.name for p in parameters if p.annotation == "bool")
 
     def check(self, *args: Any, **kwargs: Any) -> tuple[Backend, dict[str, Any]]:
         """Refuse arguments that do not fit; return the arrays' backend, and the arguments by name."""
@@ -73,7 +78,7 @@ class Signature:
     def check_types(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Backend:
         """Refuse arrays of different backends, and float arrays that differ in dtype or have no floating dtype.
 
-        NumPy numbers in kwargs are replaced by Python numbers, because Python numbers do not widen an array's dtype.
+        NumPy numbers and bools in kwargs are replaced by Python's, which do not widen an array's dtype.
         """
         owner = dtype = None
         first = first_float = ""
@@ -81,7 +86,7 @@ class Signature:
             if x is None and key in self._optional:
                 continue
             if key not in self.arrays:
-                self._convert_number(key, x, kwargs)
+                self._convert_option(key, x, kwargs)
                 continue
             try:
                 backend = backend_of(x)
@@ -109,8 +114,8 @@ class Signature:
             raise TypeError(f"{self.name}: expected an array")
         return owner
 
-    def _convert_number(self, key: str, x: Any, kwargs: dict[str, Any]) -> None:
-        """Replace an option by Python's float or int; refuse an option that must be a number and is not."""
+    def _convert_option(self, key: str, x: Any, kwargs: dict[str, Any]) -> None:
+        """Replace an option by Python's float, int or bool; refuse an option that must be one of these and is not."""
         if key in self._numbers and type(x) is not float:
             if not is_number(x):
                 raise TypeError(f"{self.name}: {key} is {shown(x)}; expected a number")
@@ -120,6 +125,10 @@ class Signature:
                 raise ValueError(f"{self.name}: {key} is {shown(x)}, which is too large for a float") from None
         elif key in self._integers and is_int(x):
             kwargs[key] = int(x)
+        elif key in self.booleans:
+            if not isinstance(x, bool | np.bool_):
+                raise TypeError(f"{self.name}: {key} is {shown(x)}; expected true or false")
+            kwargs[key] = bool(x)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments by name; refuse a missing or unknown argument. Messages name the op, not its kernel."""

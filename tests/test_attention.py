@@ -12,8 +12,8 @@ import portable_gpt2 as pg
 from portable_gpt2 import gradients
 
 
-def bound(q, k, v, mask, backend, *, scale=None):
-    return bounds.attention(q, k, v, mask, scale=scale, c=bounds.exp_error(backend.name, q.dtype.name))
+def bound(q, k, v, mask, backend, **options):
+    return bounds.attention(q, k, v, mask, **options, c=bounds.exp_error(backend.name, q.dtype.name))
 
 
 def normal(random, shape, dtype, width=1.0):
@@ -29,20 +29,20 @@ def head(random, batch, queries, keys, d, dtype, width=1.0):
 @given(data=st.data())
 def test_attention_is_within_its_error_bound(backend, dtype, data):
     """Catches a missing scale, a mask that leaks, weights rounded to 16 bits, and writing into the argument."""
-    q, k, v, mask, scale = data.draw(operations.heads(dtype))
-    expected = bound(q, k, v, mask, backend, scale=scale)
+    (q, k, v, mask), options = data.draw(operations.attended(dtype))
+    expected = bound(q, k, v, mask, backend, **options)
     for form, op in bounds.forms(pg.attention, backend).items():
-        computed = bounds.compute(op, backend, q, k, v, mask, scale=scale)
+        computed = bounds.compute(op, backend, q, k, v, mask, **options)
         assert bounds.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
 
 
 @given(data=st.data())
 def test_attention_weights_are_within_their_error_bound(backend, dtype, data):
     """Catches weights that are not those of attention, of which they are the result for the identity as values."""
-    q, k, _, mask, scale = data.draw(operations.heads(dtype))
-    expected = operations.attention_weights_bound(q, k, mask, scale=scale, c=bounds.exp_error(backend.name, dtype))
+    (q, k, _, mask), options = data.draw(operations.attended(dtype))
+    expected = operations.attention_weights_bound(q, k, mask, **options, c=bounds.exp_error(backend.name, dtype))
     for form, op in bounds.forms(pg.attention_weights, backend).items():
-        computed = bounds.compute(op, backend, q, k, mask, scale=scale)
+        computed = bounds.compute(op, backend, q, k, mask, **options)
         assert bounds.assert_within(expected, computed, "attention_weights", backend, dtype, form) <= 1
 
 

@@ -44,6 +44,7 @@ class Bad(NamedTuple):
 
 
 SHAPES = {
+    "causal_without_keys": Bad("attention", [f(3, 5), f(2, 5), f(2, 5)], ["3 queries and only 2"], {"causal": True}),
     "w_is_too_short": Bad("conv1d", [f(2, 5), f(4, 3), f(3)], ["w has shape [4, 3]", "nx = 5 from x of shape [2, 5]"]),
     "w_is_transposed": Bad("conv1d", [f(2, 5), f(3, 5), f(3)], ["w has shape [3, 5]", "x of shape [2, 5]"]),
     "w_is_two_wide": Bad("conv1d", [f(2, 5), f(2, 5, 3), f(3)], ["w has shape [2, 5, 3]", "[1, nx, nf]", "[2, 5]"]),
@@ -131,6 +132,7 @@ TYPES = {
     "scale_is_a_text": Bad("attention", [f(3, 5)] * 3, ["scale is 'a'", "a number"], {"scale": "a"}),
     "scale_is_a_bool": Bad("attention", [f(3, 5)] * 3, ["scale is True", "a number"], {"scale": True}),
     "scale_is_an_array": Bad("attention", [f(3, 5)] * 3, ["scale is", "a number"], {"scale": f()}),
+    "causal_is_a_number": Bad("attention", [f(3, 5)] * 3, ["causal is 1", "true or false"], {"causal": 1}),
     "is_causal": Bad("attention", [f(3, 5)] * 3, ["'is_causal'", "mask=None"], {"is_causal": True}),
     "no_bias": Bad("conv1d", [f(2, 5), f(5, 3)], ["missing", "'b'", "conv1d(x, w, b)"]),
     "no_arguments": Bad("conv1d", [], ["missing", "'x'", "conv1d(x, w, b)"]),

@@ -103,15 +103,13 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
         lambda q, k, v, dy: gradients.attention(q, k, v, pg.backend_of(q).from_numpy(MASK), scale=0.7)[1](dy),
     ),
     **{
-        f"causal_attention of {n} positions": (
-            lambda q, k, v, n=n: plain_attention(q, k, v, np.tri(n, dtype=np.bool_), 0.7),
-            [normal(2, n, 5), normal(2, n, 5, seed=1), normal(2, n, 6)],
-            lambda q, k, v, n=n: pg.attention(
-                q, k, v, pg.backend_of(q).from_numpy(np.tri(n, dtype=np.bool_)), scale=0.7
-            ),
-            lambda q, k, v, dy: gradients.causal_attention(q, k, v, scale=0.7)[1](dy),
+        f"causal attention of {m} queries to {n} keys": (
+            lambda q, k, v, m=m, n=n: plain_attention(q, k, v, np.tri(m, n, n - m, dtype=np.bool_), 0.7),
+            [normal(2, m, 5), normal(2, n, 5, seed=1), normal(2, n, 6)],
+            lambda q, k, v: pg.attention(q, k, v, causal=True, scale=0.7),
+            lambda q, k, v, dy: gradients.attention(q, k, v, causal=True, scale=0.7)[1](dy),
         )
-        for n in (1, 2, 7)
+        for m, n in ((1, 1), (2, 2), (7, 7), (3, 5))
     },
     "embed": (
         lambda w: w[IDS],

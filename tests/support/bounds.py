@@ -363,6 +363,7 @@ def attention(
     v: np.ndarray,
     mask: np.ndarray | None = None,
     *,
+    causal: bool = False,
     scale: float | None = None,
     c: float,
 ) -> Bounded:
@@ -394,6 +395,8 @@ def attention(
     a, b, values = exact(q), exact(k), exact(v)
     scores = np.matmul(a, np.swapaxes(b, -1, -2)) * (_mp.mpf(scale) if a.dtype == object else scale)
     seen = np.broadcast_to(True if mask is None else mask, scores.shape)
+    if causal:
+        seen = seen & np.tri(q.shape[-2], n, n - q.shape[-2], dtype=np.bool_)
     if not scores.size or not v.size:
         y = np.matmul(scores, values)
         return _stored(y, np.zeros(y.shape), dtype)

@@ -49,8 +49,10 @@ CASES = {
     "layer_norm": Case(pg.layer_norm, {"x": _normal(2, 3, 5), "g": _normal(5), "b": _normal(5, seed=1)}, {}),
     "attention": Case(pg.attention, _QKV, {}),
     "attention_masked": Case(pg.attention, {**_QKV, "mask": _CAUSAL}, {}),
+    "attention_causal": Case(pg.attention, _QKV, {"causal": True}),
     "attention_weights": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"]}, {}),
     "attention_weights_masked": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"], "mask": _CAUSAL}, {}),
+    "attention_weights_causal": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"]}, {"causal": True}),
     "embed": Case(pg.embed, {"ids": np.asarray([[1, 5, 1], [0, 2, 5]], np.int32), "w": _normal(6, 5)}, {}),
     "cross_entropy": Case(
         pg.cross_entropy, {"logits": _normal(2, 3, 6), "targets": np.asarray([[1, 5, 1], [0, 2, 5]], np.int32)}, {}

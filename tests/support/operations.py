@@ -92,6 +92,16 @@ def heads(draw, dtype, *, masked=False):
 
 
 @st.composite
+def attended(draw, dtype):
+    """Draw q, k, v and a mask, and the options: a scale, and whether attention is causal."""
+    q, k, v, mask, scale = draw(heads(dtype))
+    queries, keys = q.shape[-2], k.shape[-2]
+    both = np.tri(queries, keys, keys - queries, dtype=np.bool_) & (True if mask is None else mask)
+    causal = draw(st.booleans()) and queries <= keys and bool(both.any(axis=-1).all())
+    return (q, k, v, mask), {"scale": scale, "causal": causal}
+
+
+@st.composite
 def rows(draw, dtype, kinds):
     """Draw ids in one of some integer dtypes, and a table that has a row for each id."""
     vocab, d = draw(strategies.cases([(7, 3), (1, 1), (2, 0)], st.tuples(st.integers(1, 9), st.integers(0, 9))))
@@ -125,11 +135,11 @@ def logits_and_targets(draw, dtype, kinds):
     return draw(strategies.arrays((*batch, n), dtype)), np.asarray(targets, kind)
 
 
-def attention_weights_bound(q, k, mask=None, *, scale=None, c):
+def attention_weights_bound(q, k, mask=None, *, causal=False, scale=None, c):
     """Bound the attention weights, which are the result of attention if the values are the identity matrix."""
     keys = k.shape[-2]
     identity = np.broadcast_to(np.eye(keys, dtype=k.dtype), (*k.shape[:-2], keys, keys))
-    return bounds.attention(q, k, identity, mask, scale=scale, c=c)
+    return bounds.attention(q, k, identity, mask, causal=causal, scale=scale, c=c)
 
 
 class Operation(NamedTuple):
@@ -177,13 +187,13 @@ OPERATIONS = {
     ),
     "attention": Operation(
         pg.attention,
-        lambda dtype: heads(dtype).map(lambda a: (a[:4], {"scale": a[4]})),
+        attended,
         bounds.attention,
         bounds.exp_error,
     ),
     "attention_weights": Operation(
         pg.attention_weights,
-        lambda dtype: heads(dtype).map(lambda a: ((*a[:2], a[3]), {"scale": a[4]})),
+        lambda dtype: attended(dtype).map(lambda a: ((*a[0][:2], a[0][3]), a[1])),
         attention_weights_bound,
         bounds.exp_error,
     ),
