@@ -156,11 +156,25 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
     return torch.addmm(b, rows, w).reshape(*start, nf)
 
 
+def _padding(n: int, w: Any) -> int:
+    """Return the number of rows that are added to the embedding matrix w for its product with n hidden states.
+
+    On an H100 in bfloat16, the products with 50,257 rows, and those of their gradients, took 15 of the 99 ms of a
+    training step, because the rows of the logits are not aligned. With few hidden states, the copy of w would take
+    longer than it saves, and in float32 padding saved nothing.
+    """
+    is_narrow = w.is_floating_point() and w.dtype not in _WIDE
+    return -w.shape[0] % 64 if n >= 256 and is_narrow and not w.is_cpu and not _is_distributed(w) else 0
+
+
 def _unembed(x: Any, w: Any) -> Any:
     if w.ndim != 2 or x.shape[-1:] != w.shape[1:]:
         return NotImplemented
     *start, d = x.shape
-    n, w = math.prod(start), w.mT
+    n = math.prod(start)
+    if padding := _padding(n, w):
+        return F.linear(x, F.pad(w, (0, 0, 0, padding)))[..., : w.shape[0]]
+    w = w.mT
     rows = x.reshape(n, d)
     blocks = _blocks(rows, w) if w.is_contiguous() else 0  # `relayout` makes the transposed w contiguous
     # In blocks, the product takes 0.55 times as long as x w^T for 1 row, and 0.9 times for 32 rows. For more rows, the
@@ -383,6 +397,51 @@ def _fixed_properties(x: Any, is_buffer: bool) -> Any:
     return int if isinstance(x, int) else x
 
 
+_TOGETHER = 1 << 25
+"""`TorchBackend.for_each` computes with about this many elements at once, so that temporary results stay small."""
+
+
+class _Tensors:
+    """Several tensors that are computed with at once: an operation launches a few kernels for all of them.
+
+    An operation is ``torch._foreach_NAME``, which gives the same bits as ``torch.NAME`` for each tensor. If there is no
+    such function, ``torch.NAME`` is called for each tensor. The other argument may be a number or a tensor of one
+    element.
+    """
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        self.tensors = list(tensors)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Tensors:
+        foreach = getattr(torch, f"_foreach_{function.__name__}", None)
+        given = [x.tensors if isinstance(x, cls) else x for x in args]
+        if function.__name__ in ("add", "mul") and not isinstance(args[0], cls):
+            given.reverse()  # a list must come first
+        if foreach is not None and isinstance(given[0], list) and not kwargs:
+            return cls(foreach(*given))
+        n = next(len(x.tensors) for x in args if isinstance(x, cls))
+        each = zip(*(x if isinstance(x, list) else [x] * n for x in given), strict=True)
+        return cls([function(*arguments, **(kwargs or {})) for arguments in each])
+
+    def __add__(self, other: Any) -> Any:
+        return torch.add(self, other)
+
+    def __sub__(self, other: Any) -> Any:
+        return torch.sub(self, other)
+
+    def __mul__(self, other: Any) -> Any:
+        return torch.mul(self, other)
+
+    def __truediv__(self, other: Any) -> Any:
+        return torch.div(self, other)
+
+    def __eq__(self, other: object) -> Any:
+        return torch.eq(self, other)  # type: ignore[call-overload]
+
+    __radd__, __rmul__, __hash__ = __add__, __mul__, None  # type: ignore[assignment]
+
+
 class TorchBackend(Backend):
     """PyTorch, eager, on a CPU or an accelerator. On CUDA, a decode step is one CUDA graph."""
 
@@ -525,6 +584,21 @@ class TorchBackend(Backend):
             step = _CUDAGraphCache(step, [name in donate for name in inspect.signature(step).parameters]).__call__
         inferred: Callable[..., Any] = torch.inference_mode()(step)
         return inferred
+
+    def for_each(self, fn: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
+        # An elementwise step of AdamW for the 148 parameters of the 124M model would be 148 launches, most of them of
+        # small vectors: on an H100, AdamW took 15 of the 99 ms of a step in this way.
+        if not _is_on_cuda(lists):
+            return super().for_each(fn, *lists)
+        found, start, n = list[Any](), 0, 0
+        for stop, x in enumerate(lists[0], 1):
+            n += x.numel()
+            if n >= _TOGETHER or stop == len(lists[0]):
+                results = fn(*(_Tensors(arrays[start:stop]) for arrays in lists))
+                several = isinstance(results, tuple)
+                found += zip(*(x.tensors for x in results), strict=True) if several else results.tensors
+                start, n = stop, 0
+        return found
 
     def relayout(self, path: str, x: Any) -> Any:
         # For small batches, a tall matrix in Fortran order is read at full memory bandwidth. In C order, a decode step

@@ -22,7 +22,7 @@ class Backend:
     - An adapter must define `name`, `array_types`, `xp`, `dtypes` and `devices`.
     - It may define `kernels`, `compiles_per_shape`, `handwritten_gradient_is_faster`; `refusal`; `resolve_device`,
       `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`, `write`,
-      `index_add`, `split`; `compile`, `value_and_grad`, `fori_loop`, `relayout`. Each has a default.
+      `index_add`, `split`; `compile`, `value_and_grad`, `fori_loop`, `for_each`, `relayout`. Each has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
     Parameters
@@ -78,7 +78,7 @@ class Backend:
     """Whether `compile` compiles again for each new shape of an argument, so that padding saves time."""
 
     handwritten_gradient_is_faster: ClassVar[bool] = False
-    """Whether the functions of `gradients` take less time than `value_and_grad` inside a compiled function."""
+    """Whether, on a CPU, the functions of `gradients` take less time than `value_and_grad` in a compiled function."""
 
     def refusal(self, x: Any) -> str | None:
         """Return the reason why ops refuse x, with a remedy; None if ops accept x.
@@ -242,6 +242,15 @@ class Backend:
         for i in range(n):
             state = body(i, state)
         return state
+
+    def for_each(self, fn: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
+        """Return ``[fn(*arrays) for arrays in zip(*lists)]``. `fn` returns an array, or a tuple of arrays.
+
+        `fn` must use only Python's operators and functions of `xp`, with its arrays and with arrays of one element. An
+        adapter may call `fn` with objects that stand for several arrays each, and then computes with all of them at
+        once. Each result has the same bits as if `fn` had been called for each array.
+        """
+        return [fn(*arrays) for arrays in zip(*lists, strict=True)]
 
     def relayout(self, path: str, x: Any) -> Any:
         """Return a parameter in the memory layout in which this backend reads it fastest, with the same values.

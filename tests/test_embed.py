@@ -4,7 +4,9 @@ import bounds
 import hypothesis.strategies as st
 import numpy as np
 import operations
+import pytest
 import strategies
+from cases import UNIT
 from hypothesis import given
 
 import portable_gpt2 as pg
@@ -76,3 +78,45 @@ def test_unembed_is_conv1d_with_the_table_transposed(backend, dtype):
     for form, op in bounds.forms(pg.unembed, backend).items():
         ratio = bounds.Bounded(bounds.exact(layer), error).ratio(bounds.compute(op, backend, x, w))
         assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
+
+
+@pytest.mark.parametrize("narrow", ["float32", "bfloat16"])
+def test_padded_rows_of_the_table_reach_no_result(torch, monkeypatch, narrow):
+    """Catches a padded column that wins the argmax, or counts in the sum of a softmax, and gradients of the padding.
+
+    All logits are negative, and a padded column would be 0.
+    """
+    import portable_gpt2_backends.torch as adapter
+
+    random = np.random.default_rng(4)
+    w, x = normal(random, (70, 24), narrow), abs(normal(random, (2, 5, 24), narrow))
+    w, x, targets = (torch.from_numpy(a.astype(np.float32)) for a in (-abs(w), x, random.integers(0, 70, (2, 5))))
+    dtype = pg.get_backend("torch").dtype(narrow)
+    w, x, targets = w.to(dtype).requires_grad_(), x.to(dtype).requires_grad_(), targets.long()
+
+    def results(padding):
+        monkeypatch.setattr(adapter, "_padding", lambda n, w: padding)
+        logits = pg.unembed(x, w)
+        value = pg.cross_entropy(logits.float(), targets)
+        return logits.detach(), value.detach(), *torch.autograd.grad(value, (x, w))
+
+    expected, found = results(0), results(58)
+    assert adapter._padding(10, w) == 58
+    assert torch.equal(found[0].argmax(-1), expected[0].argmax(-1))
+    assert (found[0] < 0).all()
+    u = UNIT[narrow]
+    for y, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(y, true, rtol=8 * u, atol=8 * u * float(true.abs().max()))
+
+
+def test_the_table_is_padded_for_many_rows_in_16_bits_on_an_accelerator(torch):
+    """Catches a copy of the table for every token that is decoded, and slow products in training."""
+    from portable_gpt2_backends.torch import _padding
+
+    dtypes = pg.get_backend("torch").dtypes
+    table = {name: torch.empty((50257, 8), dtype=dtype, device="meta") for name, dtype in dtypes.items()}
+    assert [_padding(8192, table[name]) for name in ("bfloat16", "float16", "float32")] == [47, 47, 0]
+    assert _padding(8192, table["bfloat16"][:50240]) == _padding(32, table["bfloat16"]) == 0
+    assert _padding(8192, torch.empty((50257, 8), dtype=torch.bfloat16)) == 0
+    x = torch.empty((8, 1024, 8), dtype=torch.bfloat16, device="meta")
+    assert pg.unembed(x, table["bfloat16"]).shape == (8, 1024, 50257)

@@ -113,6 +113,69 @@ def test_a_step_is_adamw(backend, scale, changed):
     )
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"eps": 0.0, "weight_decay": 0.0}, {"max_grad_norm": None, "gradient_accumulation_steps": 3}],
+    ids=str,
+)
+def test_a_step_of_all_parameters_at_once_has_the_same_bits(torch, monkeypatch, changed):
+    """Catches results that are assigned to other parameters, or to another moment, and another order of rounding.
+
+    On a CPU, the adapter is told that the tensors are on CUDA. Each operation then still runs, for all tensors at once.
+    """
+    import portable_gpt2_backends.torch as adapter
+
+    backend, recipe = pg.get_backend("torch"), dataclasses.replace(Recipe(steps=9, warmup=2), **changed)
+    device = [*backend.devices()][-1]  # an accelerator, if there is one
+    sizes = [(7, 5), (5,), (3, 2), (9,), (4, 4), (4,), (1, 2, 3)]
+
+    def tree(seed):
+        rng = np.random.default_rng(seed)
+        leaves = {f"h{i}": rng.standard_normal(size).astype(np.float32) for i, size in enumerate(sizes)}
+        leaves["h2"][0] = 0  # a gradient that is 0
+        return map_tree(lambda a: backend.from_numpy(a, device=device), leaves)
+
+    def steps():
+        params, moments = tree(0), Moments(*(map_tree(torch.zeros_like, tree(0)) for _ in "mv"))
+        for i in range(3):
+            now = backend.from_numpy(rates(i, recipe), "float32", device)
+            params, moments, norm = update(params, tree(i + 1), moments, now, recipe)
+        return [*flatten(params), *flatten(moments.m), *flatten(moments.v), ("norm", norm)]
+
+    monkeypatch.setattr(adapter, "_is_on_cuda", lambda lists: False)
+    expected, calls, foreach = steps(), [], torch._foreach_sqrt
+    monkeypatch.setattr(torch, "_foreach_sqrt", lambda xs: calls.append(len(xs)) or foreach(xs))
+    monkeypatch.setattr(adapter, "_is_on_cuda", lambda lists: True)
+    monkeypatch.setattr(adapter, "_TOGETHER", 40)
+    found = steps()
+    assert [path for path, _ in found] == [path for path, _ in expected]
+    for (path, x), (_, y) in zip(found, expected, strict=True):
+        assert torch.equal(x, y), path
+    assert calls == 3 * [2, 2, 3]  # matrices in two groups of at least 40 elements, then all vectors
+
+
+def test_a_step_waits_for_the_device_at_its_end_alone(backend, monkeypatch):
+    """Catches a copy to or from the device between two launches: the device is then idle until the next launch."""
+    events = []
+    recipe = dataclasses.replace(RECIPE, gradient_accumulation_steps=2)
+    trainer = Trainer(CONFIG, recipe, backend)
+    state = trainer.start(pg.init_params(CONFIG, backend=backend))
+    trainer.step(state, [texts(0), texts(1)])  # the functions are traced, which may read constants
+
+    def watched(name, function):
+        return lambda *args, **kwargs: events.append(name) or function(*args, **kwargs)
+
+    gradients_of = {way: watched("gradient", function) for way, function in trainer._gradient.items()}
+    monkeypatch.setattr(trainer, "_gradient", gradients_of)
+    for name in ("_add", "_update"):
+        monkeypatch.setattr(trainer, name, watched(name, getattr(trainer, name)))
+    for name in ("from_numpy", "to_numpy"):
+        monkeypatch.setattr(backend, name, watched(name, getattr(backend, name)))
+    trainer.step(state, [texts(0), texts(1)])
+    without_peeks = [event for i, event in enumerate(events) if event != "to_numpy" or "_update" in events[:i]]
+    assert without_peeks == [*["from_numpy"] * 3, "gradient", "gradient", "_add", "_update", *["to_numpy"] * 3]
+
+
 def test_a_step_is_pytorchs(torch):
     """Holds the whole to torch.optim.AdamW and torch's own clipping."""
     backend, recipe = pg.get_backend("torch"), Recipe(steps=9, warmup=2, learning_rate=0.01)
@@ -188,13 +251,15 @@ def test_either_gradient_trains_as_well(backend, compiled, true_losses, monkeypa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_compiled_as_a_whole_trains_by_hand(backend, dtype, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_what_is_compiled_as_a_whole_trains_by_hand(backend, dtype, device, monkeypatch):
     """Catches the slower gradient, and the hand-written one, which computes in float32, for a 16-bit dtype."""
-    used = []
+    used, on_cpu = [], device == "cpu"
+    monkeypatch.setattr(training.trainer, "_is_on_cpu", lambda backend, x: on_cpu)
     monkeypatch.setattr(gradients, "loss", lambda *args, loss=gradients.loss: used.append(1) or loss(*args))
     trajectory(backend, dataclasses.replace(RECIPE, dtype=dtype), 1)
     has_its_own = backend.value_and_grad(abs) is not NotImplemented
-    assert bool(used) == (not has_its_own or (backend.handwritten_gradient_is_faster and dtype == "float32"))
+    assert bool(used) == (not has_its_own or (backend.handwritten_gradient_is_faster and dtype == "float32" and on_cpu))
 
 
 def test_accumulated_batches_are_one(backend):
@@ -309,7 +374,7 @@ def test_parts_share_their_memory(jax):
     tokens = texts(0, 12, 65)
 
     def room(parts):
-        lowered = jax.jit(learner._gradient_of).lower(params, parts)
+        lowered = jax.jit(learner._gradient_of, static_argnums=0).lower(True, params, parts)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert room(tokens.reshape(6, 2, 65)) < 0.4 * room(tokens[None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -63,36 +64,39 @@ def rates(step: int, recipe: Recipe) -> np.ndarray:
 def global_norm(tree: Params) -> Any:
     """Return the Euclidean norm of the vector of all elements of a tree, a scalar array."""
     leaves = [x for _, x in flatten(tree)]
-    xp = backend_of(leaves[0]).xp
-    first, *rest = [xp.sum(x * x) for x in leaves]
+    backend = backend_of(leaves[0])
+    xp = backend.xp
+    first, *rest = backend.for_each(lambda x: xp.sum(x * x), leaves)
     return xp.sqrt(sum(rest, first))
 
 
-def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[Any, Any, Any]:
+def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe, *, weight_decay: float) -> tuple[Any, Any, Any]:
     """Return a parameter p and its moments m and v after a step with the gradient g.
 
-    Only matrices decay. If eps is 0, an element whose gradient has always been 0 does not change (0 / 0 is taken as 0).
+    If eps is 0, an element whose gradient has always been 0 does not change (0 / 0 is taken as 0).
 
     Notes
     -----
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
     """
-    backend = backend_of(p)
+    xp = backend_of(rates).xp
     rate, bias_m, bias_v = rates[0], rates[1], rates[2]
     m = recipe.beta1 * m + (1 - recipe.beta1) * g
     v = recipe.beta2 * v + (1 - recipe.beta2) * (g * g)
-    size = backend.xp.sqrt(v * bias_v) + recipe.eps
+    size = xp.sqrt(v * bias_v) + recipe.eps
     # In float32, such a small eps is rounded to 0, so `size` may be 0. A larger eps keeps `size` above 0.
     if recipe.eps < _SMALLEST:
-        size = backend.xp.where(size == 0, 1.0, size)
+        size = xp.where(size == 0, 1.0, size)
     step = (m * bias_m) / size
-    if len(backend.shape(p)) >= 2:
-        step = step + recipe.weight_decay * p
+    if weight_decay:
+        step = step + weight_decay * p
     return p - rate * step, m, v
 
 
 def update(params: Params, grads: Params, moments: Moments, rates: Any, recipe: Recipe) -> tuple[Params, Moments, Any]:
     """Take a step, given the sum of the gradients of its batches. The gradient is averaged and clipped here.
+
+    Only matrices decay.
 
     Returns
     -------
@@ -101,12 +105,21 @@ def update(params: Params, grads: Params, moments: Moments, rates: Any, recipe: 
     norm : float array []
         The norm of the averaged gradient before it was clipped.
     """
-    xp = backend_of(rates).xp
+    backend = backend_of(rates)
     norm = global_norm(grads) / recipe.gradient_accumulation_steps
     scale = 1 / recipe.gradient_accumulation_steps
     if recipe.max_grad_norm is not None:
-        scale = scale * xp.where(norm > recipe.max_grad_norm, recipe.max_grad_norm / (norm + 1e-6), 1.0)
+        scale = scale * backend.xp.where(norm > recipe.max_grad_norm, recipe.max_grad_norm / (norm + 1e-6), 1.0)
     p, g, m, v = (dict(flatten(tree)) for tree in (params, grads, *moments))
-    for path in p:
-        p[path], m[path], v[path] = adamw(p[path], g[path] * scale, m[path], v[path], rates, recipe)
+    matrices = [path for path, x in p.items() if len(backend.shape(x)) >= 2]
+    vectors = [path for path, x in p.items() if len(backend.shape(x)) < 2]
+
+    def step(p: Any, g: Any, m: Any, v: Any, weight_decay: float) -> tuple[Any, Any, Any]:
+        return adamw(p, g * scale, m, v, rates, recipe, weight_decay=weight_decay)
+
+    for paths, weight_decay in ((matrices, recipe.weight_decay), (vectors, 0.0)):
+        lists = ([tree[path] for path in paths] for tree in (p, g, m, v))
+        found = backend.for_each(functools.partial(step, weight_decay=weight_decay), *lists)
+        for path, after in zip(paths, found, strict=True):
+            p[path], m[path], v[path] = after
     return nest(p), Moments(nest(m), nest(v)), norm

@@ -14,7 +14,7 @@ from ..backend import Backend
 from ..checks import positions, shown, token_ids
 from ..config import GPT2Config
 from ..model import loss
-from ..params import Params, check_params, flatten, map_tree
+from ..params import Params, check_params, flatten, map_tree, nest
 from ..registry import get_backend
 from .optimizer import Moments, no_moments, rates, update
 from .recipe import Recipe
@@ -34,10 +34,14 @@ def micro_batch_tokens(backend: Backend, x: Any) -> int | None:
     are larger. On an accelerator, the framework keeps its memory, and large batches are faster. The measurements are in
     docs/decisions/0017.
     """
-    if not backend.device(x).startswith("cpu"):
+    if not _is_on_cpu(backend, x):
         return None
     is_eager = _has_gradients(backend) and not backend.compiles_per_shape
     return _EAGER_MICRO_BATCH if is_eager else _MICRO_BATCH
+
+
+def _is_on_cpu(backend: Backend, x: Any) -> bool:
+    return backend.device(x).startswith("cpu")
 
 
 def _has_gradients(backend: Backend) -> bool:
@@ -93,8 +97,8 @@ class Trainer:
         backend.dtype(recipe.dtype)
         self.config, self.recipe, self.backend = config, recipe, backend
         self._loss = backend.compile(self._loss_of)
-        self._gradient = backend.compile(self._gradient_of)
-        self._add = backend.compile(lambda one, other: map_tree(lambda x, y: x + y, one, other))
+        self._gradient = {way: backend.compile(functools.partial(self._gradient_of, way)) for way in (True, False)}
+        self._add = backend.compile(self._sum_of)
         self._update = backend.compile(
             lambda params, grads, moments, rates: update(params, grads, moments, rates, recipe)
         )
@@ -151,24 +155,27 @@ class Trainer:
             raise TypeError(f"state is {shown(state)}; expected the State that `start` or `step` returns")
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches is {shown(batches)}; expected arrays of windows, int [batch, seq + 1]")
-        device = self.backend.placement(state.params["wte"])
-        size = micro_batch_tokens(self.backend, state.params["wte"])
+        backend, wte = self.backend, state.params["wte"]
+        device, size = backend.placement(wte), micro_batch_tokens(backend, wte)
+        windows = [_split(self._windows(tokens), size) for tokens in batches]
+        if len(windows) != self.recipe.gradient_accumulation_steps:
+            raise ValueError(
+                f"{len(windows)} batches were given; the recipe's gradient_accumulation_steps is "
+                f"{self.recipe.gradient_accumulation_steps}"
+            )
+        # An accelerator computes while the host prepares its next calls. A copy to or from the device waits until the
+        # device is done, so all copies are before the first call or after the last.
         with _QUIET():
-            values, grads = [], None
-            for tokens in batches:
-                micro_batches = self.backend.from_numpy(_split(self._windows(tokens), size), device=device)
-                value, more = self._gradient(state.params, micro_batches)
+            now = backend.from_numpy(rates(state.step, self.recipe), self.recipe.master_dtype, device)
+            micro_batches = [backend.from_numpy(each, device=device) for each in windows]
+            gradient, values, grads = self._gradient[self._is_handwritten(wte)], [], None
+            for each in micro_batches:
+                value, more = gradient(state.params, each)
                 values.append(value)
                 grads = more if grads is None else self._add(grads, more)
-            if len(values) != self.recipe.gradient_accumulation_steps:
-                raise ValueError(
-                    f"{len(values)} batches were given; the recipe's gradient_accumulation_steps is "
-                    f"{self.recipe.gradient_accumulation_steps}"
-                )
-            now = self.backend.from_numpy(rates(state.step, self.recipe), self.recipe.master_dtype, device)
             params, moments, norm = self._update(state.params, grads, state.moments, now)
-            losses = [float(self.backend.to_numpy(value)) for value in values]
-            return State(state.step + 1, params, moments), float(np.mean(losses)), float(self.backend.to_numpy(norm))
+            losses = [float(backend.to_numpy(value)) for value in values]
+            return State(state.step + 1, params, moments), float(np.mean(losses)), float(backend.to_numpy(norm))
 
     def evaluate(self, params: Params, windows: np.ndarray) -> float:
         """Return the mean loss of windows of text, int [n, seq + 1], in nats per token. Errors are those of `step`."""
@@ -189,36 +196,51 @@ class Trainer:
         positions(tokens.shape[1] - 1, self.config.n_ctx)
         return tokens
 
+    def _sum_of(self, one: Params, other: Params) -> Params:
+        paths, xs = zip(*flatten(one), strict=True)
+        ys = [y for _, y in flatten(other)]
+        return nest(dict(zip(paths, self.backend.for_each(lambda x, y: x + y, xs, ys), strict=True)))
+
     def _loss_of(self, params: Params, tokens: Any) -> Any:
         return loss(self._computing(params), tokens, self.config)
 
-    def _gradient_of(self, params: Params, micro_batches: Any) -> tuple[Any, Params]:
+    def _is_handwritten(self, x: Any) -> bool:
+        """Return whether the gradient comes from `gradients`: where it is faster, or is the only one.
+
+        The hand-written gradient is faster where a whole step is compiled for a CPU: it took 0.73 times as long as
+        jax.value_and_grad and 0.91 times as long as tf.GradientTape. Eagerly it is slower: it took 1.4 times as long as
+        PyTorch's autograd. On an accelerator, attention in thirds takes long to compile, and uses no fused kernel.
+        """
+        if not _has_gradients(self.backend):
+            return True
+        is_wide = self.recipe.dtype == self.recipe.master_dtype
+        return is_wide and self.backend.handwritten_gradient_is_faster and _is_on_cpu(self.backend, x)
+
+    def _gradient_of(self, is_handwritten: bool, params: Params, micro_batches: Any) -> tuple[Any, Params]:
         """Return the mean loss of n micro-batches [n, batch, seq + 1] and its gradient, one micro-batch at a time."""
         backend = self.backend
+        of_one = self._handwritten_gradient if is_handwritten else self._own_gradient
         n = backend.shape(micro_batches)[0]
         if n == 1:
-            return self._gradient_of_micro_batch(params, micro_batches[0, ...], 1.0)
+            return of_one(params, micro_batches[0, ...], 1.0)
 
         def add(i: Any, total: tuple[Any, Params]) -> tuple[Any, Params]:
-            value, grads = self._gradient_of_micro_batch(params, micro_batches[i, ...], 1 / n)
+            value, grads = of_one(params, micro_batches[i, ...], 1 / n)
             return total[0] + value, map_tree(lambda x, y: x + y, total[1], grads)
 
         zeros = map_tree(lambda x: backend.zeros(backend.shape(x), like=x), params)
         return backend.fori_loop(n, add, (backend.zeros((), like=params["wte"]), zeros))  # type: ignore[no-any-return]
 
-    def _gradient_of_micro_batch(self, params: Params, tokens: Any, share: float) -> tuple[Any, Params]:
-        """Return the loss times a share, and its gradient.
+    def _own_gradient(self, params: Params, tokens: Any, share: float) -> tuple[Any, Params]:
+        """Return the loss times a share, and its gradient by the framework's automatic differentiation."""
+        differentiated = self.backend.value_and_grad(lambda params: share * self._loss_of(params, tokens))
+        return differentiated(params)  # type: ignore[no-any-return]
 
-        The hand-written gradient is used where it is faster, and where the framework has no automatic differentiation.
-        It is faster where a whole step is compiled: it took 0.73 times as long as jax.value_and_grad and 0.91 times as
-        long as tf.GradientTape. Eagerly it is slower: it took 1.4 times as long as PyTorch's autograd.
+    def _handwritten_gradient(self, params: Params, tokens: Any, share: float) -> tuple[Any, Params]:
+        """Return the loss times a share, and its gradient by `gradients`.
+
+        Here 16-bit dtypes are for storage: the rounded parameters are converted back, and arithmetic is in float32.
         """
-        is_handwritten = self.backend.handwritten_gradient_is_faster and self.recipe.dtype == self.recipe.master_dtype
-        if _has_gradients(self.backend) and not is_handwritten:
-            differentiated = self.backend.value_and_grad(lambda params: share * self._loss_of(params, tokens))
-            found: tuple[Any, Params] = differentiated(params)
-            return found
-        # Here 16-bit dtypes are for storage: the rounded parameters are converted back, and arithmetic is in float32.
         xp, rounded = self.backend.xp, self._computing(params)
         rounded = map_tree(lambda x, p: xp.astype(x, p.dtype, copy=False), rounded, params)
         value, backward = gradients.loss(rounded, tokens, self.config)
