@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -254,8 +255,20 @@ class JaxBackend(Backend):
         differentiated: Callable[..., Any] = jax.value_and_grad(fn)
         return differentiated
 
-    def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
-        return jax.lax.fori_loop(0, n, body, state)
+    def while_loop(self, condition: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
+        return jax.lax.while_loop(condition, body, state)
+
+    def fetch(self, x: Any) -> Callable[[], np.ndarray]:
+        x.copy_to_host_async()
+        return functools.partial(self.to_numpy, x)
+
+    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+        values, indices = jax.lax.top_k(x, k)
+        return values, indices
+
+    def permit_64_bits(self) -> contextlib.AbstractContextManager[Any]:
+        permitted: contextlib.AbstractContextManager[Any] = jax.enable_x64(True)
+        return permitted
 
     def arange(self, n: Any, *, like: Any) -> Any:
         return jnp.arange(n, device=_replicated(like))

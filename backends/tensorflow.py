@@ -38,7 +38,7 @@ _jit_softmax = tf.function(tf.nn.softmax, jit_compile=True, autograph=False, red
 class _Namespace:
     """The array-API functions that portable code uses, over tf.Tensor."""
 
-    float32, int64 = tf.float32, tf.int64
+    float32, float64, int32, int64 = tf.float32, tf.float64, tf.int32, tf.int64
     exp, log, tanh, sqrt, where, reshape = tf.exp, tf.math.log, tf.tanh, tf.sqrt, tf.where, tf.reshape
     matrix_transpose = tf.linalg.matrix_transpose
 
@@ -49,6 +49,14 @@ class _Namespace:
     @staticmethod
     def sum(x: Any, /, *, axis: _Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
         return tf.reduce_sum(x if dtype is None else tf.cast(x, dtype), axis, keepdims)
+
+    @staticmethod
+    def cumulative_sum(x: Any, /, *, axis: int | None = None) -> Any:  # axis may be None only for a vector
+        return tf.cumsum(x, axis or 0)
+
+    @staticmethod
+    def bitwise_right_shift(x: Any, n: Any, /) -> Any:
+        return tf.bitwise.right_shift(x, tf.cast(n, x.dtype))
 
     @staticmethod
     def mean(x: Any, /, *, axis: _Axis = None, keepdims: bool = False) -> Any:
@@ -270,12 +278,35 @@ class TensorflowBackend(Backend):
     def device(self, x: Any) -> str:
         return _device_name(x.device)
 
-    def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
-        # Python's loop would be unrolled in the graph, which takes longer to trace with each iteration.
-        def step(i: Any, state: Any) -> tuple[Any, Any]:
-            return i + 1, body(i, state)
+    def while_loop(self, condition: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
+        # Python's loop would be unrolled in the graph, which takes longer to trace with each iteration. A variable is
+        # not passed through the loop, which would copy it: the body writes to the variable itself.
+        leaves: list[Any] = []
+        structure = _flatten(state, leaves, lambda leaf: leaf)
+        is_variable = [isinstance(leaf, tf.Variable) for leaf in leaves]
 
-        return tf.while_loop(lambda i, _: i < n, step, (tf.constant(0), state), parallel_iterations=1)[1]
+        def tree(tensors: Any) -> Any:
+            rest = iter(tensors)
+            return _unflatten(
+                structure, iter([x if own else next(rest) for x, own in zip(leaves, is_variable, strict=True)])
+            )
+
+        def tensors(tree: Any) -> list[Any]:
+            found: list[Any] = []
+            _flatten(tree, found, lambda leaf: leaf)
+            return [x for x, own in zip(found, is_variable, strict=True) if not own]
+
+        found = tf.while_loop(
+            lambda *x: condition(tree(x)), lambda *x: tensors(body(tree(x))), tensors(state), parallel_iterations=1
+        )
+        return tree(found)
+
+    def fetch(self, x: Any) -> Callable[[], np.ndarray]:
+        return functools.partial(self.to_numpy, x)
+
+    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+        values, indices = tf.math.top_k(x, k)
+        return values, indices
 
     def put(self, a: np.ndarray, device: Any) -> Any:
         with _on(device):

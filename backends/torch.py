@@ -45,9 +45,10 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, tor
 class _Namespace:
     """The array-API functions that portable code uses, over torch.Tensor."""
 
-    float32, int64 = torch.float32, torch.int64
+    float32, float64, int32, int64 = torch.float32, torch.float64, torch.int32, torch.int64
     exp, log, tanh, sqrt, matmul, finfo = torch.exp, torch.log, torch.tanh, torch.sqrt, torch.matmul, torch.finfo
     where, reshape, arange, zeros = torch.where, torch.reshape, torch.arange, torch.zeros
+    bitwise_right_shift = torch.bitwise_right_shift
 
     @staticmethod
     def max(x: Any, /, *, axis: _Axis = None, keepdims: bool = False) -> Any:
@@ -56,6 +57,10 @@ class _Namespace:
     @staticmethod
     def sum(x: Any, /, *, axis: _Axis = None, dtype: Any = None, keepdims: bool = False) -> Any:
         return torch.sum(x, axis, keepdim=keepdims, dtype=dtype)
+
+    @staticmethod
+    def cumulative_sum(x: Any, /, *, axis: int | None = None) -> Any:  # axis may be None only for a vector
+        return torch.cumsum(x, axis or 0)
 
     @staticmethod
     def mean(x: Any, /, *, axis: _Axis = None, keepdims: bool = False) -> Any:
@@ -279,6 +284,46 @@ def _cross_entropy(logits: Any, targets: Any) -> Any:
     known = (targets >= 0) & (targets < logits.shape[-1])
     found = log_p.gather(-1, torch.where(known, targets, 0)[..., None])
     return -(found[..., 0] * torch.where(known, 1.0, math.nan).to(found.dtype)).mean()
+
+
+GUMBEL = """
+template <typename T> T gumbel(T entry, T place, T seed, T stream) {
+  typedef unsigned long long word;
+  word c[4] = {(word)(entry / 4 + 1), (word)place, 0, 0}, key[2] = {(word)seed, (word)stream};
+  const word multipliers[2] = {0xD2E7470EE14C6C93ULL, 0xCA5A826395121157ULL};
+  for (int i = 0; i < 10; ++i) {
+    word upper[2], lower[2];
+    for (int j = 0; j < 2; ++j) {
+      word x = c[2 * j], m = multipliers[j], x0 = x & 0xFFFFFFFFULL, x1 = x >> 32, m0 = m & 0xFFFFFFFFULL, m1 = m >> 32;
+      word middle = x1 * m0 + (x0 * m0 >> 32), other = x0 * m1 + (middle & 0xFFFFFFFFULL);
+      upper[j] = x1 * m1 + (middle >> 32) + (other >> 32);
+      lower[j] = x * m;
+    }
+    c[0] = upper[1] ^ c[1] ^ key[0];
+    c[2] = upper[0] ^ c[3] ^ key[1];
+    c[1] = lower[1];
+    c[3] = lower[0];
+    key[0] += 0x9E3779B97F4A7C15ULL;
+    key[1] += 0xBB67AE8584CAA73BULL;
+  }
+  union { double number; T bits; } variate;
+  variate.number = -log(-log(((double)(c[entry % 4] >> 12) + 0.5) * 2.220446049250313e-16));
+  return variate.bits;
+}
+"""
+"""The kernel of `Backend.gumbel`: NumPy's Philox, and the bits of -log(-log u) as an integer.
+
+All arguments and the result of a kernel of torch.cuda.jiterator have one type, here int64. The portable definition has
+about 400 operations, each of which PyTorch would launch as a kernel.
+"""
+
+
+@functools.cache
+def _gumbel_kernel() -> Callable[..., Any]:
+    from torch.cuda.jiterator import _create_jit_fn
+
+    kernel: Callable[..., Any] = _create_jit_fn(GUMBEL)
+    return kernel
 
 
 def _is_distributed(x: Any) -> bool:
@@ -562,6 +607,33 @@ class TorchBackend(Backend):
     def split(self, x: Any, n: int) -> Sequence[Any]:
         parts: Sequence[Any] = x.chunk(n, -1)  # its gradient is a concatenation; the gradient of n slices is a sum
         return parts
+
+    def runs_ahead(self, x: Any) -> bool:
+        return _is_on_cuda(x)
+
+    def fetch(self, x: Any) -> Callable[[], np.ndarray]:
+        if not x.is_cuda:
+            return super().fetch(x)
+        # The device copies to page-locked memory while it goes on. The event waits for the copy and for nothing after.
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host.copy_(x, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(x.device))
+
+        def wait() -> np.ndarray:
+            copied.synchronize()
+            return self.to_numpy(host)
+
+        return wait
+
+    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+        values, indices = torch.topk(x, k)
+        return values, indices
+
+    def gumbel(self, entries: Any, places: Any, seeds: Any, streams: Any) -> Any:
+        if not entries.is_cuda:
+            return NotImplemented
+        return _gumbel_kernel()(entries, places, seeds, streams).view(torch.float64)
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:

@@ -22,7 +22,8 @@ class Backend:
     - An adapter must define `name`, `array_types`, `xp`, `dtypes` and `devices`.
     - It may define `kernels`, `compiles_per_shape`, `handwritten_gradient_is_faster`; `refusal`; `resolve_device`,
       `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`, `write`,
-      `index_add`, `split`; `compile`, `value_and_grad`, `fori_loop`, `for_each`, `relayout`. Each has a default.
+      `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`; `runs_ahead`, `fetch`,
+      `top_k`, `gumbel`, `permit_64_bits`. Each has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
     Parameters
@@ -233,14 +234,14 @@ class Backend:
         absent: Any = NotImplemented
         return absent  # type: ignore[no-any-return]
 
-    def fori_loop(self, n: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
-        """Return the state, a tree of arrays, after ``state = body(i, state)`` for i from 0 to n - 1.
+    def while_loop(self, condition: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
+        """Return the state, a tree of arrays and ints, after ``state = body(state)`` as long as the condition is true.
 
-        In a compiled function, an adapter need not unroll the loop: iterations then use the same memory, and i is
-        traced.
+        In a compiled function, an adapter need not unroll the loop: iterations then use the same memory, and the state
+        is traced.
         """
-        for i in range(n):
-            state = body(i, state)
+        while condition(state):
+            state = body(state)
         return state
 
     def for_each(self, fn: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
@@ -259,6 +260,45 @@ class Backend:
         parameter's name, such as ``h3/attn/c_attn/w``.
         """
         return x
+
+    # Functions for choosing tokens on the device (see generation/choice.py)
+
+    def runs_ahead(self, x: Any) -> bool:
+        """Return whether the device of x computes while the host does something else, so that waiting costs time.
+
+        Tokens are then chosen on the device, which must be able to compute in float64.
+        """
+        return not self.device(x).startswith("cpu")
+
+    def fetch(self, x: Any) -> Callable[[], np.ndarray]:
+        """Start to copy x to the host. Return a function that waits for the copy, and returns it.
+
+        The copy has the present values of x, even if the memory of x is written to afterwards.
+        """
+        copy = self.to_numpy(x).copy()
+        return lambda: copy
+
+    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+        """Return the k largest entries along the last axis, in descending order, and their indices.
+
+        Equal entries may be in any order.
+        """
+        xp = self.xp
+        indices = xp.argsort(-x, axis=-1)[..., :k]
+        return xp.take_along_axis(x, indices, axis=-1), indices
+
+    def gumbel(self, entries: Any, places: Any, seeds: Any, streams: Any) -> Any:
+        """Return the Gumbel variates that `random.gumbel` computes on the host, as a float64 array, by a kernel.
+
+        The arguments are int64 arrays that broadcast to the shape of the result; seeds and streams stand for unsigned
+        integers. By default this method returns NotImplemented. A kernel pays off if the backend does not fuse the
+        hundreds of operations of the portable definition.
+        """
+        return NotImplemented
+
+    def permit_64_bits(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which the framework does not narrow int64 and float64, even while tracing."""
+        return contextlib.nullcontext()
 
     # An adapter inherits these.
 

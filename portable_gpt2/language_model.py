@@ -280,7 +280,7 @@ class GPT2:
         if strings:
             raise TypeError(f"stop names {strings[0]!r}; expected token ids (stream and generate take strings)")
         max_new_tokens = checks.new_tokens(max_new_tokens, sliding, [prompt], self.config.n_ctx)
-        generated = self._decoder.stream([Generation(prompt, Sampling(**options))], max_new_tokens)
+        generated = self._decoder.stream([Generation(prompt, Sampling(**options))], max_new_tokens, ends)
         return takewhile(lambda token: token not in ends, (generation.tokens[-1] for generation in generated))
 
     def stream(

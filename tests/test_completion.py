@@ -120,7 +120,7 @@ def test_a_stop_string_that_the_last_bytes_complete_ends_the_text(tokenizer):
     token = next(token for token in range(tokenizer.n_vocab) if tokenizer.token_bytes(token) == b"\xe5")
 
     class OneToken:
-        def stream(self, generations, max_new_tokens):
+        def stream(self, generations, max_new_tokens, ends):
             generations[0].tokens.append(token)
             yield generations[0]
 

@@ -48,7 +48,7 @@ class Recording(TorchDispatchMode):
         kept = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, (args, kwargs))
         if function._schema.is_mutable:
             self.calls.append((function, *kept, None))
-            assert function is torch.ops.aten.index_copy_.default, function
+            assert function in (torch.ops.aten.index_copy_.default, torch.ops.aten.copy_.default), function
             return args[0]
         result = function(*args, **kwargs)
         assert isinstance(result, torch.Tensor | tuple | list), function
@@ -61,10 +61,10 @@ class Recording(TorchDispatchMode):
 
 
 class StandIn:
-    """What takes the place of `_record` on a CPU, and how many recordings there were."""
+    """What takes the place of `_record` on a CPU, how many recordings there were, and how often they were run."""
 
     def __init__(self):
-        self.made, self.fails = 0, False
+        self.made, self.launched, self.fails = 0, 0, False
 
     def record(self, fn, device):
         with Recording() as recording:
@@ -74,6 +74,7 @@ class StandIn:
         self.made += 1
 
         def launch():
+            self.launched += 1
             for function, args, kwargs, result in recording.calls:
                 found = function(*args, **kwargs)
                 if result is not None:

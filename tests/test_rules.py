@@ -46,7 +46,9 @@ def portable(name):
 PORTABLE = files("portable_gpt2")
 PORTABLE_ROOT = Path(importlib.util.find_spec("portable_gpt2").origin).parent
 # Where portable code handles arrays of a backend; elsewhere it handles NumPy's, on the host.
-OF_ARRAYS = [*map(portable, ("signature", "op", "ops", "cache", "model", "gradients", "training.optimizer"))]
+OF_ARRAYS = [
+    *map(portable, ("signature", "op", "ops", "cache", "model", "gradients", "generation.choice", "training.optimizer"))
+]
 # Imports run one way: a module imports modules of its own layer and of those above it in this list, and no others.
 LAYERS = [
     {"backend", "host", "options", "random", "strict_json"},

@@ -281,14 +281,14 @@ def test_a_batch_in_parts_is_the_same_batch(backend, dtype, monkeypatch):
     """Catches a part left out or counted twice, a sum in the place of a mean, and a backend that cuts another way."""
     recipe = dataclasses.replace(RECIPE, dtype=dtype, warmup=0, learning_rate=0.01, max_grad_norm=None, eps=1e-3)
     turns = []
-    do = type(backend).fori_loop
-    monkeypatch.setattr(type(backend), "fori_loop", lambda *args: turns.append(args[1]) or do(*args))
+    do = type(backend).while_loop
+    monkeypatch.setattr(type(backend), "while_loop", lambda *args: turns.append(args) or do(*args))
     monkeypatch.setattr(training.trainer, "micro_batch_tokens", lambda backend, x: None)
     whole, losses = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
     assert turns == []
     monkeypatch.setattr(training.trainer, "micro_batch_tokens", lambda backend, x: 2 * CONFIG.n_ctx)
     parts, mean = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
-    assert turns == [3]
+    assert len(turns) == 1
     tolerance = 1e-6 if dtype == "float32" else 1e-3
     np.testing.assert_allclose(mean, losses, rtol=10 * tolerance)
     expected = host(backend, whole.params)

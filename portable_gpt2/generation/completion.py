@@ -71,7 +71,7 @@ def complete(
     generations = [Generation(list(r.ids), r.sampling, r.sample) for r in requests]
     detokenizers = {generation: StreamingDetokenizer(tokenizer.decoder(), stops) for generation in generations}
     pieces: dict[Generation, list[str]] = {generation: [] for generation in generations}
-    for generation in decoder.stream(generations, max_new_tokens):
+    for generation in decoder.stream(generations, max_new_tokens, ends):
         if generation.tokens[-1] in ends:
             generation.tokens.pop()
             generation.finished = True

@@ -224,12 +224,15 @@ class Trainer:
         if n == 1:
             return of_one(params, micro_batches[0, ...], 1.0)
 
-        def add(i: Any, total: tuple[Any, Params]) -> tuple[Any, Params]:
+        def add(state: tuple[Any, Any, Params]) -> tuple[Any, Any, Params]:
+            i, total, sums = state
             value, grads = of_one(params, micro_batches[i, ...], 1 / n)
-            return total[0] + value, map_tree(lambda x, y: x + y, total[1], grads)
+            return i + 1, total + value, map_tree(lambda x, y: x + y, sums, grads)
 
         zeros = map_tree(lambda x: backend.zeros(backend.shape(x), like=x), params)
-        return backend.fori_loop(n, add, (backend.zeros((), like=params["wte"]), zeros))  # type: ignore[no-any-return]
+        start = (0, backend.zeros((), like=params["wte"]), zeros)
+        _, total, sums = backend.while_loop(lambda state: state[0] < n, add, start)
+        return total, sums
 
     def _own_gradient(self, params: Params, tokens: Any, share: float) -> tuple[Any, Params]:
         """Return the loss times a share, and its gradient by the framework's automatic differentiation."""
