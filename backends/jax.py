@@ -21,12 +21,41 @@ _PRECISION = jax.lax.Precision.HIGHEST
 _matmul = functools.partial(jnp.matmul, precision=_PRECISION)
 
 
+def _product(a: Any, b: Any) -> Any:
+    """Return the matrix product in float32 at least. Products of 16-bit numbers are exact in float32.
+
+    XLA on a CPU has no product of 16-bit matrices with a float32 result, so there the matrices are converted.
+    """
+    if _is_wide(a):
+        return _matmul(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=lambda a, b: _matmul(_widen(a), _widen(b)), default=_product_of_16_bits)
+
+
+def _product_of_16_bits(a: Any, b: Any) -> Any:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _is_wide(x: Any) -> bool:
+    """Return whether x has 32 or 64 bits. In 16 bits, jax.nn would round every step."""
+    return bool(x.dtype in (jnp.float32, jnp.float64))
+
+
 def _astype(x: Any, dtype: Any, /, *, copy: bool = False, device: Any = None) -> Any:
     """Convert as `jnp.astype` does. If 64-bit types are disabled, convert to the 32-bit type without a warning."""
     return jnp.astype(x, jax.dtypes.canonicalize_dtype(dtype), copy=copy, device=device)
 
 
 _barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
+
+
+def _widen(a: Any) -> Any:
+    """Convert an array of floats to float32 if it has 16 bits."""
+    return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _check_dtype(x: Any) -> None:
+    if x.dtype not in JaxBackend.dtypes.values():
+        raise TypeError(f"x has dtype {x.dtype}")
 
 
 def _jit(kernel: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -36,14 +65,9 @@ def _jit(kernel: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """
 
     @functools.wraps(kernel)
-    def traced(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if x.dtype not in JaxBackend.dtypes.values():
-            raise TypeError(f"x has dtype {x.dtype}")
-
-        def widen(a: Any) -> Any:
-            return a.astype(jnp.promote_types(a.dtype, jnp.float32)) if isinstance(a, jax.Array) else a
-
-        return kernel(widen(x), *map(widen, args), **{name: widen(a) for name, a in kwargs.items()}).astype(x.dtype)
+    def traced(x: Any, **options: Any) -> Any:
+        _check_dtype(x)
+        return kernel(_widen(x), **options).astype(x.dtype)
 
     compiled: Callable[..., Any] = jax.jit(traced, inline=True, **options)
     return compiled
@@ -75,7 +99,8 @@ def _row_times(x: Any, w: Any) -> Any:
     nx, nf = w.shape
     rows = max(n for n in range(1, 193) if nx % n == 0)
     if rows < 64:
-        return _matmul(x, w)
+        return _product(x, w)
+    x, w = _widen(x), _widen(w)
     blocks = jnp.reshape(w, (nx // rows, rows, nf)), jnp.reshape(x, (nx // rows, rows))
     y = jax.lax.dot_general(*blocks, (((1,), (1,)), ((0,), (0,))), precision=_PRECISION)
     return jnp.sum(y, axis=0, keepdims=True)
@@ -88,11 +113,20 @@ def _rows_times(x: Any, w: Any) -> Any:
     124M model took 0.7 times as long with Eigen as with YNNPACK for 8 rows, 0.8 times for 32 rows, and equally long for
     2 rows. Without the barrier, XLA would cancel the two transpositions.
     """
-    return _matmul(jnp.matrix_transpose(_barrier(jnp.matrix_transpose(x))), w)
+    return _product(jnp.matrix_transpose(_barrier(jnp.matrix_transpose(x))), w)
 
 
-@_jit
+def _row_times_on_gpu(x: Any, w: Any) -> Any:
+    """Multiply a row [1, nx] with w [nx, nf] as elementwise products and a sum, which XLA fuses into one kernel.
+
+    The products of cuBLAS, which XLA uses otherwise, took 1.7 times as long as reading w (in PyTorch, on an H100).
+    """
+    return jnp.sum(_widen(jnp.matrix_transpose(x)) * _widen(w), axis=0, keepdims=True)
+
+
+@functools.partial(jax.jit, inline=True)
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
+    _check_dtype(x)
     *start, nx = x.shape
     (nf,) = b.shape
     if w.shape not in ((nx, nf), (1, nx, nf)):
@@ -100,10 +134,13 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
     w = jnp.reshape(w, (nx, nf))
     n = math.prod(start)
     if n == 0 or n > _FEW:
-        return _matmul(x, w) + b
+        return (_product(x, w) + b).astype(x.dtype)
     rows = jnp.reshape(x, (n, nx))
-    y = jax.lax.platform_dependent(rows, w, cpu=_row_times if n == 1 else _rows_times, default=_matmul)
-    return jnp.reshape(y, (*start, nf)) + b
+    if n == 1:
+        y = jax.lax.platform_dependent(rows, w, cpu=_row_times, cuda=_row_times_on_gpu, default=_product)
+    else:
+        y = jax.lax.platform_dependent(rows, w, cpu=_rows_times, default=_product)
+    return (jnp.reshape(y, (*start, nf)) + b).astype(x.dtype)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -113,10 +150,22 @@ def _jit_attend(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
     The scores are squeezed to the shape [..., keys], because a softmax over the keys in the shape [..., keys, 1] took
     four times as long.
     """
-    scores = jnp.squeeze(_matmul(k, jnp.matrix_transpose(q)), axis=-1) * scale
+    scores = jnp.squeeze(_product(k, jnp.matrix_transpose(q)), axis=-1) * scale
     if mask is not None:
         scores = jnp.where(jnp.squeeze(mask, axis=-2), scores, -jnp.inf)
-    return _matmul(jax.nn.softmax(scores)[..., None, :], v)
+    return _product(jax.nn.softmax(scores).astype(v.dtype)[..., None, :], v).astype(v.dtype)
+
+
+@functools.partial(jax.jit, inline=True)
+def _jit_attend_in_16_bits(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
+    """Compute attention with 16-bit factors in both products, so that a GPU uses its units for 16-bit matrices.
+
+    The weights are rounded to 16 bits once, as in a fused kernel; docs/numerics.md permits it.
+    """
+    scores = _product(q, jnp.matrix_transpose(k)) * scale
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    return _product(jax.nn.softmax(scores).astype(v.dtype), v).astype(v.dtype)
 
 
 def _times_transposed(x: Any, w: Any) -> Any:
@@ -127,24 +176,35 @@ def _times_transposed(x: Any, w: Any) -> Any:
     the product. Without the first barrier, this form takes twice as long as x w^T; without the second, equally long.
     """
     transposed = _barrier(jnp.matrix_transpose(x))
-    return jnp.matrix_transpose(_barrier(_matmul(w, transposed)))
+    return jnp.matrix_transpose(_barrier(_product(w, transposed)))
+
+
+def _times_row(x: Any, w: Any) -> Any:
+    return _product(w, x[0])
+
+
+def _times_row_on_gpu(x: Any, w: Any) -> Any:
+    """Return w x for a row x [1, d], as `_row_times_on_gpu` does."""
+    return jnp.sum(_widen(w) * _widen(x), axis=1)
 
 
 @functools.partial(jax.jit, inline=True)
 def _jit_unembed(x: Any, w: Any) -> Any:
-    """Return the logits of up to 32 rows. One row is computed as w x, because XLA would fuse x w^T with the layer_norm.
+    """Return the logits. Those of one row are w x, because XLA on a CPU would fuse x w^T with the layer_norm.
 
     A decode step takes 18 ms with w x, and 22 ms with x w^T.
     """
     vocab, d = w.shape
-    if x.size == d:
-        y = _matmul(w, jnp.reshape(x, (d,)))
-    else:
-        rows = jnp.reshape(x, (x.size // d, d))
+    rows = jnp.reshape(x, (x.size // d, d))
+    if len(rows) == 1:
+        y = jax.lax.platform_dependent(rows, w, cpu=_times_row, cuda=_times_row_on_gpu, default=_times_row)
+    elif len(rows) <= _FEW:
         y = jax.lax.platform_dependent(
-            rows, w, cpu=_times_transposed, default=lambda x, w: _matmul(x, jnp.matrix_transpose(w))
+            rows, w, cpu=_times_transposed, default=lambda x, w: _product(x, jnp.matrix_transpose(w))
         )
-    return jnp.reshape(y, (*x.shape[:-1], vocab))
+    else:
+        y = _product(rows, jnp.matrix_transpose(w))
+    return jnp.reshape(y, (*x.shape[:-1], vocab)).astype(x.dtype)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -164,11 +224,6 @@ def _write(buffer: Any, value: Any, start: Any) -> Any:
     return jax.lax.platform_dependent(buffer, value, start, cpu=conditional, default=update)
 
 
-def _is_wide(x: Any) -> bool:
-    """Return whether x has 32 or 64 bits. In 16 bits, jax.nn would round every step."""
-    return bool(x.dtype in (jnp.float32, jnp.float64))
-
-
 def _softmax(x: Any, *, axis: int = -1) -> Any:
     if type(axis) is not int:  # True and 1.0 equal 1, so they would use the function compiled for axis 1
         return NotImplemented
@@ -177,24 +232,31 @@ def _softmax(x: Any, *, axis: int = -1) -> Any:
 
 
 def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool = False, scale: float | None = None) -> Any:
-    # One query sees all keys, so `causal` changes nothing.
-    if q.ndim < 2 or k.ndim < 2 or q.shape[-2] != 1 or not k.size or not q.size or not _is_wide(q):
+    if q.ndim < 2 or k.ndim < 2 or not k.size or not q.size or q.dtype not in JaxBackend.dtypes.values():
         return NotImplemented
-    *batch, _, d = q.shape
+    *batch, queries, d = q.shape
     keys = k.shape[-2]
+    if (queries > 1 and _is_wide(q)) or (causal and queries > keys):
+        return NotImplemented
     if k.shape != (*batch, keys, d) or v.shape[:-1] != k.shape[:-1] or not (scale is None or math.isfinite(scale)):
         return NotImplemented
     if mask is not None:
         leading = zip(mask.shape[-3::-1], batch[::-1], strict=False)
-        fits = mask.dtype == jnp.bool_ and mask.shape[-2:] == (1, keys) and mask.ndim <= q.ndim
+        fits = mask.dtype == jnp.bool_ and mask.shape[-2:] == (queries, keys) and mask.ndim <= q.ndim
         if not fits or any(m not in (1, n) for m, n in leading):
             return NotImplemented
-    return _jit_attend(q, k, v, mask, d**-0.5 if scale is None else scale)
+    scale = d**-0.5 if scale is None else scale
+    if queries == 1:  # it sees all keys, so `causal` changes nothing
+        return _jit_attend(q, k, v, mask, scale)
+    if causal:
+        earlier = jnp.tri(queries, keys, keys - queries, dtype=jnp.bool_)
+        mask = earlier if mask is None else mask & earlier
+    return _jit_attend_in_16_bits(q, k, v, mask, scale)
 
 
 def _unembed(x: Any, w: Any) -> Any:
-    fits = x.size and x.ndim and w.ndim == 2 and x.shape[-1] == w.shape[1] and x.size <= _FEW * w.shape[1]
-    return _jit_unembed(x, w) if fits and _is_wide(x) else NotImplemented
+    fits = x.size and x.ndim and w.ndim == 2 and x.shape[-1] == w.shape[1] and x.dtype in JaxBackend.dtypes.values()
+    return _jit_unembed(x, w) if fits and (x.size <= _FEW * w.shape[1] or not _is_wide(x)) else NotImplemented
 
 
 class JaxBackend(Backend):

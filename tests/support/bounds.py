@@ -175,6 +175,10 @@ def gamma_at_random(k: int, u: float) -> float:
     return 4 * k**0.5 * u
 
 
+_UNDERFLOW = {"bfloat16": FORMATS["bfloat16"].smallest, "float16": 2.0**-25}
+"""The largest absolute error of rounding a small float32 number to 16 bits (see `_stored`)."""
+
+
 def _stored(value: np.ndarray, error: np.ndarray, dtype: str) -> Bounded:
     """Return the bound after a computed result was rounded to the dtype that it is stored in.
 
@@ -185,8 +189,7 @@ def _stored(value: np.ndarray, error: np.ndarray, dtype: str) -> Bounded:
     """
     if dtype not in ("float64", "float32"):
         u = FORMATS[dtype].unit
-        half_of_the_smallest = {"bfloat16": FORMATS["bfloat16"].smallest, "float16": 2.0**-25}
-        error = u * abs(value) + (1 + u) * error + half_of_the_smallest[dtype]
+        error = u * abs(value) + (1 + u) * error + _UNDERFLOW[dtype]
     with np.errstate(over="ignore", invalid="ignore"):
         overflows = ~(abs(_float(value)) + error <= FORMATS[dtype].largest)
     return Bounded(np.asarray(value), np.where(overflows, np.inf, error))
@@ -366,6 +369,7 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     c: float,
+    rounds_weights: bool = True,
 ) -> Bounded:
     """Bound y = w v, w = softmax(S) over the n keys, S = scale q k^T; c is exp's error.
 
@@ -423,6 +427,8 @@ def attention(
         exponent = f + L + t
         W = np.where(exponent < 1, w * np.expm1(np.minimum(exponent, 1)), np.exp(log_w + exponent) - w)
         W = np.where(seen, np.minimum(W, np.maximum(w, 1 - w) + (n + 2) * u) + 4 * s, 0)
+        if dtype in _UNDERFLOW and rounds_weights:
+            W = np.where(seen, W + FORMATS[dtype].unit * (w + W) + _UNDERFLOW[dtype], 0)
         error = W @ size_v + gamma(n + 1, u) * ((w + W) @ size_v) + s * (n + 3)
         in_range = max(1, abs(scale)) * products.max(axis=-1, keepdims=True) <= largest / 4
         in_range = in_range & (size_v.sum(axis=-2, keepdims=True) <= largest / 2)

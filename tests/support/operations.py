@@ -139,7 +139,7 @@ def attention_weights_bound(q, k, mask=None, *, causal=False, scale=None, c):
     """Bound the attention weights, which are the result of attention if the values are the identity matrix."""
     keys = k.shape[-2]
     identity = np.broadcast_to(np.eye(keys, dtype=k.dtype), (*k.shape[:-2], keys, keys))
-    return bounds.attention(q, k, identity, mask, causal=causal, scale=scale, c=c)
+    return bounds.attention(q, k, identity, mask, causal=causal, scale=scale, c=c, rounds_weights=False)
 
 
 class Operation(NamedTuple):
