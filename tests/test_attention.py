@@ -110,7 +110,7 @@ def accelerated(torch, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)
-@pytest.mark.parametrize("batch, keys", [((), 1), ((3,), 7), ((2, 3), 40)], ids=str)
+@pytest.mark.parametrize(("batch", "keys"), [((), 1), ((3,), 7), ((2, 3), 40)], ids=str)
 def test_one_query_on_an_accelerator_is_within_its_error_bound(backend, dtype, batch, keys, accelerated):
     """Catches a scale, a mask or a leading axis that the small products for one query lose."""
     random = np.random.default_rng(keys)
