@@ -1,5 +1,9 @@
 """Options and fixtures of all tests. A test that takes the fixture `backend` runs once on every backend.
 
+The tests of a file that is marked ``every_device`` also run on every accelerator that the frameworks report, or on the
+devices that ``--devices`` names. There the fixture is a backend that puts arrays on that device, and the test is marked
+``gpu``: ``pytest -m gpu --devices=cpu:1`` runs them on the second CPU device of JAX and TensorFlow.
+
 If a backend's framework is not installed, its tests are skipped. They fail instead if the environment variable
 PORTABLE_GPT2_REQUIRE, a comma-separated list of backends or ``all``, names that backend.
 
@@ -45,6 +49,8 @@ def pytest_addoption(parser):
     names = ",".join([*frameworks.BACKENDS, "none"])
     backends = "run the tests of these backends; none stands for the tests that do not belong to one backend"
     parser.addoption("--backends", default=names, help=f"{backends} (default: {names})")
+    devices = "run the tests of accelerators on these devices, such as cuda:0,cpu:1; by default on every accelerator"
+    parser.addoption("--devices", default="", help=devices)
     parser.addoption("--no-skips", action="store_true", help="count a skipped test as a failure")
 
 
@@ -60,7 +66,7 @@ def pytest_sessionfinish(session):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
     for ratio in getattr(node, "workeroutput", {}).get("bounds", []):
-        bounds.record(*ratio)
+        bounds.keep(*ratio)
 
 
 hypothesis.settings.register_profile("fast", max_examples=50, deadline=None, derandomize=True)
@@ -77,10 +83,15 @@ def pytest_configure(config):
         tf.config.experimental.enable_tensor_float_32_execution(False)  # otherwise a GPU multiplies float32 in TF32
 
 
+def backend_param(item):
+    """Return the name of the backend that a test is parametrized with, without its device, or None."""
+    param = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+    return param and param.partition("-")[0]
+
+
 def backend_of(item):
     """Return the name of the backend that a test needs, or ``none`` if the test needs none or several."""
-    params = getattr(getattr(item, "callspec", None), "params", {})
-    named = {params.get("backend"), *(frameworks.FIXTURES.get(name) for name in item.fixturenames)} - {None}
+    named = {backend_param(item), *(frameworks.FIXTURES.get(name) for name in item.fixturenames)} - {None}
     return named.pop() if len(named) == 1 else "none"
 
 
@@ -103,8 +114,8 @@ def pytest_collection_modifyitems(config, items):
     backends = config.getoption("--backends").split(",")
 
     def is_run(item):
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        backend, dtype = params.get("backend"), params.get("dtype")
+        backend = backend_param(item)
+        dtype = getattr(getattr(item, "callspec", None), "params", {}).get("dtype")
         is_x64 = "x64" in item.keywords or (backend, dtype) == ("jax", "float64")
         return is_x64 == X64 and backend_of(item) in backends and computes_in(backend, dtype)
 
@@ -114,10 +125,28 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if is_run(item)]
 
 
-@pytest.fixture(params=frameworks.BACKENDS, scope="module")
+def pytest_generate_tests(metafunc):
+    """Run a test that takes the fixture `backend` once on each backend, and on each device if its file asks for it."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "backend" not in metafunc.fixturenames or any("backend" in m.args[0] for m in marks):
+        return
+    params = list(frameworks.BACKENDS)
+    if metafunc.definition.get_closest_marker("every_device"):
+        given = metafunc.config.getoption("--backends"), metafunc.config.getoption("--devices")
+        params += [pytest.param("-".join(place), marks=pytest.mark.gpu) for place in frameworks.places(*given)]
+    metafunc.parametrize("backend", params, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def backend(request):
-    """A backend; the test runs once on each."""
-    return frameworks.load(request.param)
+    """A backend; the test runs once on each. If the parameter names a device, the backend puts arrays there."""
+    name, _, device = request.param.partition("-")
+    found = frameworks.load(name)
+    if not device:
+        yield found
+        return
+    with frameworks.by_default(found, device):
+        yield pg.get_backend(name, device)
 
 
 @pytest.fixture(params=DTYPES, scope="module")

@@ -13,9 +13,11 @@ from hypothesis import given
 import portable_gpt2 as pg
 from portable_gpt2 import gradients
 
+pytestmark = pytest.mark.every_device
+
 
 def bound(q, k, v, mask, backend, **options):
-    return bounds.attention(q, k, v, mask, **options, c=bounds.exp_error(backend.name, q.dtype.name))
+    return bounds.attention(q, k, v, mask, **options, c=bounds.exp_error(backend, q.dtype.name))
 
 
 def normal(random, shape, dtype, width=1.0):
@@ -42,7 +44,7 @@ def test_attention_is_within_its_error_bound(backend, dtype, data):
 def test_attention_weights_are_within_their_error_bound(backend, dtype, data):
     """Catches weights that are not those of attention, of which they are the result for the identity as values."""
     (q, k, _, mask), options = data.draw(operations.attended(dtype))
-    expected = operations.attention_weights_bound(q, k, mask, **options, c=bounds.exp_error(backend.name, dtype))
+    expected = operations.attention_weights_bound(q, k, mask, **options, c=bounds.exp_error(backend, dtype))
     for form, op in bounds.forms(pg.attention_weights, backend).items():
         computed = bounds.compute(op, backend, q, k, mask, **options)
         assert bounds.assert_within(expected, computed, "attention_weights", backend, dtype, form) <= 1

@@ -12,6 +12,8 @@ from hypothesis import given
 
 import portable_gpt2 as pg
 
+pytestmark = pytest.mark.every_device
+
 
 def normal(random, shape, dtype):
     return random.normal(0, 1, shape).astype(bounds.host_dtype(dtype))

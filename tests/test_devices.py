@@ -8,6 +8,7 @@ numbers. Where the frameworks report accelerators, the same tests run on each, m
 import contextlib
 import gc
 
+import frameworks
 import numpy as np
 import pytest
 from plain_gpt2 import on_backend, random_weights, truth_and_error
@@ -23,19 +24,9 @@ CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_vocab=53, n_ctx=80, eos
 WEIGHTS = random_weights(CONFIG)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.n_vocab, (2, 11)).astype(np.int32)
 
-
-def accelerators():
-    return [
-        (name, device)
-        for name in pg.available_backends()
-        if name != "array_api_strict"
-        for device in pg.get_backend(name).devices()
-        if not device.startswith("cpu")
-    ]
-
-
+ACCELERATORS = frameworks.places(",".join(frameworks.OURS))
 PLACES = [pytest.param(*place, id="-".join(place)) for place in SECOND.items()]
-PLACES += [pytest.param(*place, id="-".join(place), marks=pytest.mark.gpu) for place in accelerators()]
+PLACES += [pytest.param(*place, id="-".join(place), marks=pytest.mark.gpu) for place in ACCELERATORS]
 at_every_place = pytest.mark.parametrize(("backend", "device"), PLACES, indirect=["backend"])
 WITH_NUMBERS = [place for place in PLACES if place.id != "torch-meta"]
 
@@ -159,15 +150,6 @@ STRAYS = {
 }
 
 
-def by_default(backend, device):
-    """Return a context in which TensorFlow, which does not follow its inputs, computes on a device."""
-    if backend.name != "tensorflow":
-        return contextlib.nullcontext()
-    import tensorflow as tf
-
-    return tf.device(backend.resolve_device(device))
-
-
 def leaves(tree):
     return [x for path, x in pg.params.flatten(tree)]
 
@@ -219,10 +201,10 @@ def test_the_model_computes_where_its_parameters_are(backend, device):
         model = pg.GPT2(CONFIG, params)
         logits, traced = model.logits(TOKENS), model.trace(TOKENS[0])
         cache = pg.new_cache(params, CONFIG, batch=2, capacity=8)
-        with by_default(backend, device):
+        with frameworks.by_default(backend, device):
             first, cache = pg.gpt2(params, ids[:, :8], CONFIG, cache)
         cache = pg.grow_cache(cache, 11)
-        with by_default(backend, device):
+        with frameworks.by_default(backend, device):
             second, cache = pg.gpt2(params, ids[:, 8:], CONFIG, cache)
 
     assert not strays

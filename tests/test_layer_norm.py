@@ -10,6 +10,8 @@ from hypothesis import given
 
 import portable_gpt2 as pg
 
+pytestmark = pytest.mark.every_device
+
 
 def normal(random, shape, dtype):
     """Return rows of several widths and means, as the residual stream has them, a wide one and one large outlier."""

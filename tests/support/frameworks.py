@@ -4,6 +4,8 @@ A backend of another package is tested as soon as that package is installed, or 
 metadata, as tests/third_party is.
 """
 
+import contextlib
+import functools
 import importlib.metadata
 import os
 
@@ -35,3 +37,33 @@ def load(name):
         report = pytest.fail if name in required else pytest.skip
         report(f"backend {name} is not installed")
     return pg.get_backend(name)
+
+
+@functools.cache
+def places(names, devices=""):
+    """Return the pairs of a backend and a device, of some backends, that the tests of accelerators run on.
+
+    They are the devices that `devices` names, or else all accelerators that the frameworks report.
+
+    Raises
+    ------
+    pytest.UsageError
+        If none of the backends has a device that `devices` names.
+    """
+    has = {name: list(pg.get_backend(name).devices()) for name in pg.available_backends() if name in names.split(",")}
+    wanted = [device for device in devices.split(",") if device]
+    if not wanted:
+        return [(name, device) for name in OURS for device in has.get(name, ()) if not device.startswith("cpu")]
+    if unknown := [device for device in wanted if not any(device in known for known in has.values())]:
+        known = "; ".join(f"{name} has {', '.join(known)}" for name, known in has.items())
+        raise pytest.UsageError(f"--devices: no framework has {', '.join(unknown)}; {known}")
+    return [(name, device) for device in wanted for name, known in has.items() if device in known]
+
+
+def by_default(backend, device):
+    """Return a context in which TensorFlow, which does not follow its inputs, computes on a device."""
+    if backend.name != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.device(backend.resolve_device(device))
