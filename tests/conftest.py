@@ -125,6 +125,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if is_run(item)]
 
 
+@pytest.hookimpl(tryfirst=True)  # a test's name gives the backend before the dtype
 def pytest_generate_tests(metafunc):
     """Run a test that takes the fixture `backend` once on each backend, and on each device if its file asks for it."""
     marks = metafunc.definition.iter_markers("parametrize")
