@@ -4,4 +4,13 @@
 - Two sides of a comparison are measured in turn (`clock`).
 - `model` calls portable_gpt2, `frameworks` calls the bare frameworks, and `peers` calls other libraries.
 - A figure is a `rows.Row`. `bounds` has the targets, and `report` and `plots` write the results.
+- `gpu` checks and measures one accelerator in a single call: ``python -m bench.gpu --help``.
+
+The installed package is measured, not the checkout that this package is run from.
 """
+
+import sys
+from pathlib import Path
+
+_ROOM = Path(__file__).resolve().parents[1]
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _ROOM]

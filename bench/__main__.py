@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import accelerator, compilations, decode, machine, ops, plots, process, throughput
+from . import compilations, decode, machine, ops, plots, process, throughput
 from .report import Report
 from .run import Run
 from .worker import environment
@@ -27,7 +27,6 @@ GROUPS = {
     "compilations": (compilations.plan, compilations.measure),
     "start": (process.plan_start, process.start),
     "memory": (process.plan_memory, process.memory),
-    "accelerator": (accelerator.plan, accelerator.measure),
 }
 
 

@@ -20,7 +20,8 @@ class Bound(NamedTuple):
 
     def __str__(self) -> str:
         times = f"{self.times:.3g} x" if self.times else ""
-        return " + ".join(filter(None, [times, f"{self.plus:g}" if self.plus else ""]))
+        plus = f"{self.plus:.3g}" if self.plus or not self.times else ""
+        return " + ".join(filter(None, [times, plus]))
 
 
 ALL = "numpy jax torch tensorflow"
@@ -51,6 +52,24 @@ BOUNDS = (
     Bound("start", "load and first forward pass", "numpy", plus=1.0),  # seconds
     Bound("start", "the generate command *", "numpy", plus=0.6),
     Bound("start", "import beyond NumPy", "numpy", plus=0.15),  # the limit that the design sets
+    # On a device, whichever it is (`gpu`)
+    Bound("device checks", "bytes of text that differ from NumPy's", ALL, plus=0),
+    Bound("device checks", "tests that fail", ALL, plus=0),
+    Bound("device checks", "error / bound: *", ALL, plus=1),
+    Bound("device checks", "largest error of *", ALL, 1.0),
+    Bound("device checks", "bfloat16 losses of 50 steps against float32's", ALL, plus=2**-8),  # bfloat16's round-off
+    # On one H100, 124M
+    Bound("device speed", "float32 greedy, batch 1", "torch", plus=0.45),  # milliseconds
+    Bound("device speed", "bfloat16 greedy, batch 1", "torch", plus=0.35),
+    Bound("device speed", "float32 greedy, batch 1", "jax", plus=0.60),
+    Bound("device speed", "bfloat16 greedy, batch 1", "jax", plus=0.50),
+    Bound("device speed", "* sampled, batch 1", "jax torch", 1.0, plus=0.1),
+    Bound("device speed", "* greedy, batch 32", "jax torch", 1.3),
+    Bound("device speed", "bfloat16 training, 8 x 1024", "torch", plus=8 * 1024 / 150),  # 150,000 tokens/s
+    Bound("device speed", "bfloat16 training, 32 x 1024", "torch", plus=32 * 1024 / 250),
+    Bound("device speed", "float32 training, * x 1024", "torch", 1.0),  # against transformers
+    Bound("device speed", "* training, * x 1024", "jax", 1.15),  # against PyTorch
+    Bound("device speed", "* training, 8 x 1024: first step", "jax", plus=20),  # seconds
 )
 
 

@@ -23,23 +23,30 @@ def config(name: str) -> Any:
     return pg.GPT2Config(**SHAPES[name])
 
 
+def tensors(name: str) -> dict[str, np.ndarray]:
+    """Return the random float32 weights of one of SHAPES, by path."""
+    from portable_gpt2.params import shapes
+
+    random = np.random.default_rng(0)
+    found = {}
+    for path, shape in shapes(config(name)).items():
+        if path.endswith(("/b", "/g")):
+            found[path] = np.full(shape, float(path.endswith("g")), np.float32)
+        else:
+            found[path] = random.standard_normal(shape, np.float32)
+            found[path] *= 0.02
+    return found
+
+
 def make(name: str, directory: str) -> None:
     """Write a checkpoint of one of SHAPES into a directory.
 
     The shape ``small`` gets a tokenizer, which is trained on the code of portable_gpt2.
     """
     import portable_gpt2 as pg
-    from portable_gpt2.params import nest, shapes
+    from portable_gpt2.params import nest
 
-    random = np.random.default_rng(0)
-    tensors = {}
-    for path, shape in shapes(config(name)).items():
-        if path.endswith(("/b", "/g")):
-            tensors[path] = np.full(shape, float(path.endswith("g")), np.float32)
-        else:
-            tensors[path] = random.standard_normal(shape, np.float32)
-            tensors[path] *= 0.02
-    pg.GPT2(config(name), nest(tensors)).save(directory)
+    pg.GPT2(config(name), nest(tensors(name))).save(directory)
     if name == "small":
         _train_tokenizer(config(name).n_vocab).model.save(directory)
 

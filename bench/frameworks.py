@@ -73,7 +73,7 @@ class Numpy(Framework):
 
     name = "numpy"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         self.modes = {"eager": lambda f: f}
         self.matmul = np.matmul
 
@@ -103,15 +103,21 @@ class Torch(Framework):
 
     name = "torch"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         import torch
 
-        self.torch = torch
+        torch.backends.cudnn.allow_tf32 = False  # as in products, which are computed in float32
+        self.torch, self.device = torch, torch.device(device or "cpu")
         self.modes = {"eager": lambda f: f}
         self.matmul = torch.matmul
 
     def array(self, a: np.ndarray) -> Any:
-        return self.torch.from_numpy(a)
+        return self.torch.from_numpy(a).to(self.device)
+
+    def wait(self, y: Any) -> Any:
+        if self.device.type == "cuda":
+            self.torch.cuda.synchronize(self.device)
+        return y
 
     def softmax(self, x: Any) -> Any:
         return self.torch.softmax(x, -1)
@@ -136,13 +142,14 @@ class Torch(Framework):
 
 
 class Jax(Framework):
-    """JAX, run eagerly or compiled."""
+    """JAX, run eagerly or compiled, on its default device. On a GPU, products are not computed in TF32."""
 
     name = "jax"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         import jax
 
+        jax.config.update("jax_default_matmul_precision", "highest")
         self.jax, self.numpy = jax, jax.numpy
         self.modes = {"eager": lambda f: f, "jit": jax.jit}
         self.matmul = jax.numpy.matmul
@@ -175,7 +182,7 @@ class Tensorflow(Framework):
 
     name = "tensorflow"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         import tensorflow as tf
 
         self.tf = tf
@@ -212,9 +219,9 @@ class Tensorflow(Framework):
 
 
 @functools.cache
-def get(name: str) -> Framework:
-    """Return the framework of that name."""
-    return {each.name: each for each in (Numpy, Torch, Jax, Tensorflow)}[name]()
+def get(name: str, device: str | None = None) -> Framework:
+    """Return the framework of that name. PyTorch's arrays are on the device; the others use their default device."""
+    return {each.name: each for each in (Numpy, Torch, Jax, Tensorflow)}[name](device)
 
 
 def installed(name: str) -> bool:

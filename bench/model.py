@@ -108,23 +108,3 @@ def peak_bytes(backend: str, directory: str, prompt: int, new: int) -> int:
 def _status(entry: str) -> int:
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry))
-
-
-def accelerators(backend: str) -> list[str]:
-    """Return the names of the backend's devices other than CPUs."""
-    return [device for device in pg.get_backend(backend).devices() if device != "cpu" and not device.startswith("cpu:")]
-
-
-def device_bandwidth(backend: str, device: str) -> float:
-    """Return the GB/s at which a device reads 600 MB while the framework sums an array."""
-    owner = pg.get_backend(backend)
-    numbers = np.ones(150_000_000, np.float32)
-    x = owner.from_numpy(numbers, device=device)
-    best, sum_ = np.inf, owner.compile(lambda x: owner.xp.sum(x))
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(8):
-            total = sum_(x)
-        owner.to_numpy(total)
-        best = min(best, (time.perf_counter() - start) / 8)
-    return numbers.nbytes / best / 1e9

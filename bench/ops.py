@@ -4,6 +4,7 @@ The framework's function runs eagerly or compiled, whichever is faster. For the 
 same compiler compiles the portable definition of an op and the framework's own function. The two notebooks of 2019,
 with which the project began, asked two more questions, which other rows answer. Is the built-in softmax faster than its
 written-out definition? Is the matrix product faster than a convolution of width 1?
+`gpu` asks both questions on a GPU as well.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def measure(run: Run, backend: str) -> Iterator[Row]:
                 yield row.failed(str(error))
 
 
-def measure_one(name: str, row: str, quick: bool) -> dict[str, Any]:
-    """Measure one row on one framework. Return the value and the reference, in microseconds."""
+def measure_one(name: str, row: str, quick: bool, device: str | None = None) -> dict[str, Any]:
+    """Measure one row on one framework and device. Return the value and the reference, in microseconds."""
     import portable_gpt2 as pg
 
-    own = frameworks.get(name)
+    own = frameworks.get(name, device)
     title = row.removeprefix(UNDER_JIT).removeprefix(BUILT_IN).removeprefix(PRODUCT)
     question = row.removesuffix(title)
     random = np.random.default_rng(0)

@@ -20,7 +20,6 @@ TITLES = {
     "compilations": "Compilations",
     "start": "Start",
     "memory": "Memory beyond the imported framework",
-    "accelerator": "On an accelerator",
 }
 HEADER = "| backend | row | value | reference | value / reference | target, at most | |\n" + "| --- " * 7 + "|"
 FILE = "README"  # the Markdown file is README.md, because code hosts show it with the folder
@@ -55,7 +54,7 @@ class Report:
             self.planned[row.key] = row
         self.write()
         if len(rows) == 1 and rows[0].value is not None:
-            print("  ", *_cells(rows[0].limited_by(self.bandwidth)), sep="  ", file=sys.stderr, flush=True)
+            print("  ", *cells(rows[0].limited_by(self.bandwidth)), sep="  ", file=sys.stderr, flush=True)
 
     def write(self, seconds: float | None = None) -> None:
         """Write the Markdown and the JSON file. When the run is over, `seconds` is its duration."""
@@ -96,11 +95,12 @@ class Report:
         ]
         lines += ["", f"The run took {seconds / 60:.0f} minutes."] if seconds is not None else []
         for group, rows in groupby(self.rows, lambda row: row.group):
-            lines += ["", f"## {TITLES[group]}", "", HEADER, *(f"| {' | '.join(_cells(row))} |" for row in rows)]
+            lines += ["", f"## {TITLES[group]}", "", HEADER, *(f"| {' | '.join(cells(row))} |" for row in rows)]
         return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
+    """Return the cells of a row of the table."""
     name = row.name + (f" ({row.note})" if row.note else "")
     bound = str(row.bound or "")
     if row.value is None:

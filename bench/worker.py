@@ -47,9 +47,9 @@ class Worker:
         self.process.communicate()
         self.log.close()
 
-    def ask(self, function: str, **arguments: Any) -> Any:
-        """Call a function of this package in the worker and return its result. The call fails after LIMIT seconds."""
-        alarm = threading.Timer(LIMIT, self.process.kill)
+    def ask(self, function: str, *, limit: float = LIMIT, **arguments: Any) -> Any:
+        """Call a function of this package in the worker and return its result. The call fails after `limit` seconds."""
+        alarm = threading.Timer(limit, self.process.kill)
         alarm.start()
         try:
             self.process.stdin.write(json.dumps([function, arguments]) + "\n")

@@ -32,6 +32,9 @@ import checkout
 checkout.refuse_a_stale_copy()
 
 import importlib
+import json
+import pathlib
+import time
 
 import bounds
 import frameworks
@@ -43,6 +46,7 @@ import portable_gpt2 as pg
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 X64 = os.environ.get("JAX_ENABLE_X64") == "1"
+STARTED = time.monotonic()
 
 
 def pytest_addoption(parser):
@@ -51,11 +55,29 @@ def pytest_addoption(parser):
     parser.addoption("--backends", default=names, help=f"{backends} (default: {names})")
     devices = "run the tests of accelerators on these devices, such as cuda:0,cpu:1; by default on every accelerator"
     parser.addoption("--devices", default="", help=devices)
+    parser.addoption("--record", help="a file that gets the results, and the largest error / bound, as JSON")
+    parser.addoption("--seconds", type=float, help="begin no test after this time")
     parser.addoption("--no-skips", action="store_true", help="count a skipped test as a failure")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() > STARTED + seconds:
+        item.session.shouldstop = f"{seconds:g} seconds are over (--seconds)"
 
 
 def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and (file := session.config.getoption("--record")):
+        passed, *broken = (reporter.stats.get(kind, []) for kind in ("passed", "failed", "error"))
+        failed = [report.nodeid for reports in broken for report in reports]
+        results = {
+            "passed": len(passed),
+            "failed": failed,
+            "not_run": session.testscollected - len(passed) - len(failed),
+        }
+        pathlib.Path(file).write_text(json.dumps({**results, "ratios": bounds.recorded()}))
     if reporter is None:  # a worker of pytest-xdist sends its records to the main process
         session.config.workeroutput["bounds"] = bounds.recorded()
     elif session.config.getoption("--no-skips") and reporter.stats.get("skipped"):
@@ -69,6 +91,7 @@ def pytest_testnodedown(node, error):
         bounds.keep(*ratio)
 
 
+hypothesis.settings.register_profile("few", max_examples=10, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("fast", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
@@ -125,20 +148,25 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if is_run(item)]
 
 
-@pytest.hookimpl(tryfirst=True)  # a test's name gives the backend before the dtype
+@pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc):
-    """Run a test that takes the fixture `backend` once on each backend, and on each device if its file asks for it."""
-    marks = metafunc.definition.iter_markers("parametrize")
-    if "backend" not in metafunc.fixturenames or any("backend" in m.args[0] for m in marks):
+    """Run a test of a file that is marked every_device on the devices, too."""
+    is_chosen = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if (
+        is_chosen
+        or "backend" not in metafunc.fixturenames
+        or not metafunc.definition.get_closest_marker("every_device")
+    ):
         return
-    params = list(frameworks.BACKENDS)
-    if metafunc.definition.get_closest_marker("every_device"):
-        given = metafunc.config.getoption("--backends"), metafunc.config.getoption("--devices")
-        params += [pytest.param("-".join(place), marks=pytest.mark.gpu) for place in frameworks.places(*given)]
-    metafunc.parametrize("backend", params, indirect=True, scope="module")
+    option = metafunc.config.getoption
+    places = frameworks.places(option("--backends"), option("--devices"))
+    if places:  # otherwise the fixture's own parameters are used, and the tests have the names that they always have
+        params = [*frameworks.BACKENDS, *(pytest.param("-".join(place), marks=pytest.mark.gpu) for place in places)]
+        each = pytest.mark.parametrize("backend", params, indirect=True, scope="module")
+        metafunc.definition.add_marker(each)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(params=frameworks.BACKENDS, scope="module")
 def backend(request):
     """A backend; the test runs once on each. If the parameter names a device, the backend puts arrays there."""
     name, _, device = request.param.partition("-")

@@ -32,6 +32,12 @@ TOKENS = np.random.default_rng(0).integers(0, 23, (3, 10)).astype(np.int32)
 MASK = np.tril(np.ones((3, 4), np.bool_), 1)
 
 
+def beside(x, a):
+    """Return a NumPy array as an array of the backend of x, on the device of x."""
+    backend = pg.backend_of(x)
+    return backend.from_numpy(a, device=backend.placement(x))
+
+
 def normal(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
@@ -101,8 +107,8 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
     "attention with a mask and a scale": (
         lambda q, k, v: plain_attention(q, k, v, MASK, 0.7),
         [normal(2, 3, 5), normal(2, 4, 5), normal(2, 4, 6)],
-        lambda q, k, v: pg.attention(q, k, v, pg.backend_of(q).from_numpy(MASK), scale=0.7),
-        lambda q, k, v, dy: gradients.attention(q, k, v, pg.backend_of(q).from_numpy(MASK), scale=0.7)[1](dy),
+        lambda q, k, v: pg.attention(q, k, v, beside(q, MASK), scale=0.7),
+        lambda q, k, v, dy: gradients.attention(q, k, v, beside(q, MASK), scale=0.7)[1](dy),
     ),
     **{
         f"causal attention of {m} queries to {n} keys": (
@@ -116,8 +122,8 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
     "embed": (
         lambda w: w[IDS],
         [normal(6, 5)],
-        lambda w: pg.embed(pg.backend_of(w).from_numpy(IDS), w),
-        lambda w, dy: gradients.embed(pg.backend_of(w).from_numpy(IDS), w)[1](dy),
+        lambda w: pg.embed(beside(w, IDS), w),
+        lambda w, dy: gradients.embed(beside(w, IDS), w)[1](dy),
     ),
     "unembed": (
         lambda x, w: x @ w.T,
@@ -128,8 +134,8 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
     "cross_entropy": (
         lambda logits: plain_cross_entropy(logits, IDS),
         [3 * normal(2, 3, 6)],
-        lambda logits: pg.cross_entropy(logits, pg.backend_of(logits).from_numpy(IDS)),
-        lambda logits, dy: gradients.cross_entropy(logits, pg.backend_of(logits).from_numpy(IDS))[1](dy),
+        lambda logits: pg.cross_entropy(logits, beside(logits, IDS)),
+        lambda logits, dy: gradients.cross_entropy(logits, beside(logits, IDS))[1](dy),
     ),
 }
 
