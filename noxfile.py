@@ -109,7 +109,11 @@ def properties(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """Run the tests of accelerators, on every one that the frameworks report. Without an accelerator it fails."""
+    """Run the tests of accelerators, on every one that the frameworks report. Without an accelerator it fails.
+
+    They are all properties of the ops, the gradients, the model and generation, and that nothing is computed elsewhere.
+    ``python -m bench.gpu`` runs them as well, without nox and without a network, and measures the speed.
+    """
     install(session, "all,jax-cuda,tensorflow-cuda", "test")
     run_pytest(session, "-m", "gpu", f"--ignore-glob={PARITY}", "--no-skips")
 

@@ -1,8 +1,11 @@
 """The benchmark's bounds and its reference figures, without a measurement."""
 
 import importlib.util
+import json
 import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +24,11 @@ def bench():
 
 def planned():
     from bench.__main__ import BACKENDS, GROUPS
+    from bench.gpu import jobs
 
-    return [row for plan, _ in GROUPS.values() for backend in BACKENDS for row in plan(backend)]
+    plans = [plan(backend) for plan, _ in GROUPS.values() for backend in BACKENDS]
+    plans += [job.rows for device in ("cuda:0", "cpu") for job in jobs(device, ["torch", "jax"], 0.0)]
+    return [row for rows in plans for row in rows]
 
 
 def report_of(rows, directory):
@@ -102,3 +108,48 @@ def test_the_plot_has_its_line_where_the_table_has_its_limit(tmp_path, monkeypat
     report = report_of(limited_rows([20.0], [66.0], [10.0]), tmp_path)
     plots.draw(report.rows, tmp_path)
     assert lines == [report.rows[1].reference] == [25.0]
+
+
+# One device, in a single call
+
+
+def test_the_table_of_a_device_has_every_row(tmp_path):
+    """Catches a row that is missing, or that says nothing, where the time is over; and a table that is not written."""
+    from bench.gpu import jobs
+
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--seconds", "6", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=DIRECTORY.parent, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    planned_rows = [row for job in jobs("cpu", ["torch", "jax"], 0.0) for row in job.rows]
+    assert [(row["group"], row["row"], row["backend"]) for row in rows] == [row.key for row in planned_rows]
+    assert all((row["value"] is None) == bool(row["not_measured"]) for row in rows)
+    assert all(row["row"] in done.stdout for row in rows)
+
+
+def test_a_text_that_differs_misses_its_target():
+    """Catches a check that passes although the text differs: one byte, one that is missing, and one too many."""
+    from bench.device import differences
+    from bench.gpu import CHECKS, TEXT
+    from bench.rows import Row
+
+    assert differences(b"ROMEO", b"ROMEO") == 0
+    assert [differences(b"ROMEO", other) for other in (b"ROMEo", b"ROME", b"ROMEO.")] == [1, 1, 1]
+    assert Row(CHECKS, "torch", TEXT, "bytes").measured(0).met is True
+    assert Row(CHECKS, "torch", TEXT, "bytes").measured(1).met is False
+
+
+def test_a_job_that_fails_says_why(tmp_path):
+    """Catches a failing row that ends the run, or that keeps the value of another."""
+    from bench.gpu import Job, Table, run
+    from bench.rows import Row
+    from bench.worker import WorkerError
+
+    def broken(ask, values):
+        raise WorkerError("the reason")
+
+    rows = [Row("trial speed", "torch", name, "ms") for name in ("one", "two", "three")]
+    jobs = [Job("a", rows[:2], broken), Job("b", rows[2:], lambda ask, values: [rows[2].measured(1.0)])]
+    table = Table(tmp_path / "gpu.json", "cpu")
+    run(jobs, table, deadline=time.monotonic() + 60, reserved=0.0)
+    assert [(row.value, row.reason) for row in table.rows.values()] == [(None, "the reason")] * 2 + [(1.0, "")]

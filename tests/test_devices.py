@@ -116,9 +116,22 @@ def tensorflow_strays(device):
         op_callbacks.remove_op_callback(look)
 
 
+def computes(function):
+    """Return whether an operation of PyTorch computes: a copy or a view does not.
+
+    A view has the memory of an argument and writes nothing. In inference mode, a copy is one of these, `aten.to`, whose
+    result may be its argument; elsewhere it is `aten._to_copy`.
+    """
+    import torch
+
+    memory = [result.alias_info for result in function._schema.returns]
+    is_view = any(shared is not None and not shared.is_write for shared in memory)
+    return not is_view and function is not torch.ops.aten._to_copy.default
+
+
 @contextlib.contextmanager
 def torch_strays(device):
-    """Collect every operation whose result lies on another device, but for copies from and to the host."""
+    """Collect every operation that computes on another device; copies from and to the host do not."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -127,8 +140,7 @@ def torch_strays(device):
     class Look(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            copies = function in (torch.ops.aten._to_copy.default, torch.ops.aten.lift_fresh.default)
-            if isinstance(result, torch.Tensor) and str(result.device) != device and not copies:
+            if isinstance(result, torch.Tensor) and str(result.device) != device and computes(function):
                 strays.append((str(function), str(result.device)))
             return result
 
@@ -168,6 +180,24 @@ def test_strays_are_seen(backend):
             kept + second
     else:
         assert len(strays) == 1
+
+
+@pytest.mark.parametrize("is_inference", [True, False])
+def test_a_copy_to_the_host_is_no_stray_and_a_computation_there_is(torch, is_inference):
+    """Catches a watch that does not know inference mode, where other operations copy; the CUDA device is a fake."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.inference_mode(is_inference), FakeTensorMode():
+        x = torch.empty(3, device="cuda:0")
+        with torch_strays("cuda:0") as strays:
+            copied = (x + x).detach().cpu().resolve_neg().view(3, 1)
+            x.copy_(copied[:, 0].to("cuda:0"))
+        assert not strays
+        with torch_strays("cuda:0") as strays:
+            copied + copied
+            copied.add_(1)
+            torch.arange(3)
+    assert [name for name, _ in strays] == ["aten.add.Tensor", "aten.add_.Tensor", "aten.arange.default"]
 
 
 @at_every_place
