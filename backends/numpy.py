@@ -12,6 +12,13 @@ from portable_gpt2.backend import Backend, subclass_refusal
 
 _BLOCK = 2**18  # softmax processes this many bytes at a time, so that they stay in the CPU's cache between its passes
 _SHORT = 16  # a softmax over an axis of at most this many elements is computed with that axis first
+_FEW = 64
+"""From 2 to this many rows, a product x w with a w in Fortran order is computed as (w^T x^T)^T.
+
+The products with c_proj of the MLP of the 124M model take 0.68 times as long in this form for 8 rows, 0.73 times for 32
+rows, and 0.93 times for 64 rows on an Intel processor; 0.91 and 0.93 times for 8 and 32 rows with the kernels for an
+AMD Zen. For 512 rows, they take 1.4 times as long.
+"""
 _QUERIES = 64  # attention processes this many queries at a time
 
 
@@ -25,7 +32,11 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
         w = w[0]
     if not _is_wide(x) or not x.size or w.ndim != 2 or w.shape != x.shape[-1:] + b.shape:
         return NotImplemented
-    y = x.reshape(-1, x.shape[-1]) @ w
+    rows = x.reshape(-1, x.shape[-1])
+    if 1 < len(rows) <= _FEW and w.flags.f_contiguous:
+        y = np.ascontiguousarray((w.T @ np.ascontiguousarray(rows.T)).T)
+    else:
+        y = rows @ w
     y += b
     return y.reshape(x.shape[:-1] + b.shape)
 
