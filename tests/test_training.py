@@ -176,6 +176,23 @@ def test_a_step_waits_for_the_device_at_its_end_alone(backend, monkeypatch):
     assert without_peeks == [*["from_numpy"] * 3, "gradient", "gradient", "_add", "_update", *["to_numpy"] * 3]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_reads_no_value_of_the_device(torch, monkeypatch, dtype):
+    """Catches a branch on a loss, a norm or an id, which waits for an accelerator. Tensors on ``meta`` have none."""
+    import portable_gpt2_backends.torch as adapter
+
+    monkeypatch.setattr(adapter, "_is_on_cuda", lambda lists: True)
+    trainer = Trainer(CONFIG, dataclasses.replace(RECIPE, dtype=dtype), "torch")
+    state = trainer.start(pg.init_params(CONFIG, backend="torch"))
+    params, m, v = (map_tree(lambda x: x.to("meta"), tree) for tree in (state.params, *state.moments))
+    tokens = torch.empty((1, 3, CONFIG.n_ctx + 1), dtype=torch.int64, device="meta")
+    assert not trainer._is_handwritten(params["wte"])
+    value, grads = trainer._gradient[False](params, tokens)
+    after, _, norm = trainer._update(params, grads, Moments(m, v), torch.empty(3, device="meta"))
+    assert value.shape == norm.shape == ()
+    assert {path: x.shape for path, x in flatten(after)} == {path: x.shape for path, x in flatten(params)}
+
+
 def test_a_step_is_pytorchs(torch):
     """Holds the whole to torch.optim.AdamW and torch's own clipping."""
     backend, recipe = pg.get_backend("torch"), Recipe(steps=9, warmup=2, learning_rate=0.01)
@@ -395,14 +412,24 @@ def test_bfloat16_has_masters_of_float32(backend):
     """Catches parameters that are trained in 16 bits: what a step adds would be rounded away."""
     if "bfloat16" not in backend.dtypes:
         pytest.xfail("the backend has no bfloat16")
-    recipe = Recipe(dtype="bfloat16", warmup=0, learning_rate=1e-5)
-    state, losses = trajectory(backend, recipe, 2)
-    _, true = trajectory(backend, dataclasses.replace(recipe, dtype="float32"), 2)
+    state, _ = trajectory(backend, Recipe(dtype="bfloat16", warmup=0, learning_rate=1e-5), 2)
     start = pg.init_params(CONFIG, backend=backend, scale_residual=True)
     assert {backend.dtype_names[x.dtype] for _, x in flatten(state.params)} == {"float32"}
     moved = host(backend, state.params)["wte"] - host(backend, start)["wte"]
     assert 1e-6 < np.abs(moved).max() < 1e-4
-    np.testing.assert_allclose(losses, true, rtol=2e-2)
+
+
+def test_the_first_fifty_losses_in_bfloat16_are_near_those_of_float64(backend, true_losses):
+    """Catches a sum, a softmax or a loss that is computed in 16 bits, and gradients that are rounded too often.
+
+    The bound is not derived. It is four times the error of transformers: from the same weights, with the same windows,
+    autocast in bfloat16 and PyTorch's AdamW, its losses differed from these by up to 2.05e-3 (transformers 5.23,
+    PyTorch 2.13, on a CPU).
+    """
+    if "bfloat16" not in backend.dtypes:
+        pytest.xfail("the backend has no bfloat16")
+    _, losses = trajectory(backend, dataclasses.replace(FIFTY, dtype="bfloat16"), 50, text=learnable)
+    np.testing.assert_allclose(losses, true_losses, rtol=0, atol=4 * 2.05e-3)
 
 
 def test_evaluation_is_the_mean_over_all_windows(backend):

@@ -41,7 +41,8 @@ def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, N
     The held-out text is evaluated and a checkpoint is saved before the first step, every ``eval_every`` steps, and at
     the end. A checkpoint is also saved when the iterator is closed, or interrupted by Ctrl-C, between two evaluations.
     A run that is resumed gives the same bits as one that was never interrupted, on the same backend and machine,
-    because the windows of a step depend only on the seed and the step's number.
+    because the windows of a step depend only on the seed and the step's number. On CUDA, PyTorch's fused attention has
+    a deterministic gradient only after ``torch.use_deterministic_algorithms(True)``.
 
     The run is locked until the iterator ends, is closed or is deleted.
 
