@@ -55,8 +55,8 @@ class _Namespace:
         return tf.cumsum(x, axis or 0)
 
     @staticmethod
-    def bitwise_right_shift(x: Any, n: Any, /) -> Any:
-        return tf.bitwise.right_shift(x, tf.cast(n, x.dtype))
+    def bitwise_right_shift(x1: Any, x2: Any, /) -> Any:
+        return tf.bitwise.right_shift(x1, tf.cast(x2, x1.dtype))
 
     @staticmethod
     def mean(x: Any, /, *, axis: _Axis = None, keepdims: bool = False) -> Any:

@@ -647,7 +647,7 @@ class TorchBackend(Backend):
     def fetch(self, x: Any) -> Callable[[], np.ndarray]:
         if not x.is_cuda:
             return super().fetch(x)
-        # The device copies to page-locked memory while it goes on. The event waits for the copy and for nothing after.
+        # The device copies to page-locked memory while the host continues. The event waits only for the copy.
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         host.copy_(x, non_blocking=True)
         copied = torch.cuda.Event()

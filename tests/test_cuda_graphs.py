@@ -4,6 +4,8 @@ driver can record it; the tests marked ``gpu`` show that.
 """
 
 import itertools
+import shutil
+import subprocess
 import warnings
 import weakref
 
@@ -12,6 +14,10 @@ import pytest
 from plain_gpt2 import on_backend, random_weights
 
 import portable_gpt2 as pg
+from portable_gpt2.generation.choice import common_rule
+from portable_gpt2.generation.decoder import Decoder, Generation
+from portable_gpt2.random import gumbel
+from portable_gpt2.sampling import Sampling
 
 torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -107,9 +113,6 @@ OPTIONS = pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 7}], 
 
 def texts(model, prompts, n, **options):
     """Return the tokens that a batch is continued by, padded before."""
-    from portable_gpt2.generation.decoder import Generation
-    from portable_gpt2.sampling import Sampling
-
     sampling = Sampling(**{"seed": 3, **options})
     batch = [Generation(list(prompt), sampling, index) for index, prompt in enumerate(prompts)]
     for _ in model._decoder.stream(batch, n):
@@ -147,6 +150,69 @@ def test_batches_with_padding_are_the_eager_ones(graphs):
         prompts = [list(range(1, 1 + n)) for n in lengths]
         assert texts(model, prompts, 80) == texts(EAGER, prompts, 80)
     assert graphs.made
+
+
+@pytest.mark.parametrize(
+    ("options", "other"),
+    [({"temperature": 0}, {"temperature": 0}), ({"top_k": 5}, {"top_k": 9, "temperature": 0.5})],
+    ids=["greedy", "sampled"],
+)
+def test_a_step_is_one_launch_that_reads_everything_from_its_buffers(graphs, options, other):
+    """Catches a token, a position, a seed or an option that is fixed in the graph, and a result that is not the buffer:
+    it would be copied by another launch.
+    """
+    decoder, eager = new_model()._decoder, EAGER._decoder
+
+    def state_of(decoder, tokens, seed, options):
+        generation = Generation(tokens, Sampling(seed=seed, **options))
+        rule = common_rule([generation.sampling], CONFIG.n_vocab)
+        cache = pg.new_cache(decoder.params, CONFIG, capacity=64)
+        _, cache = decoder.read([tokens[:-1]], cache)
+        return decoder._state([generation], cache, rule, (), None), rule
+
+    state, rule = state_of(decoder, [1, 2, 3], 7, options)
+    run, launched = decoder._run(rule), []
+    for tokens, seed, given in [([1, 2, 3], 7, options), ([5, 6, 7, 8, 9, 9], 2**64 - 9, other), ([4, 4], 7, other)]:
+        expected, _ = state_of(eager, tokens, seed, given)
+        for own, x in zip(tree_leaves(state), tree_leaves(expected), strict=True):
+            if isinstance(own, torch.Tensor):
+                own.copy_(x)
+        for _ in range(3):
+            before = graphs.launched
+            result, after = run(state)
+            launched.append(graphs.launched - before)
+            assert result is after.progress is state.progress
+            found, expected = eager._run(rule)(expected)
+            np.testing.assert_array_equal(result, found)
+    assert launched == [0, *[1] * 8]
+    assert graphs.made == 1
+
+
+def test_the_kernel_of_variates_is_the_hosts_function(tmp_path):
+    """Catches C code that differs from `random.gumbel`. A GPU compiles the same text with its own compiler."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    source, program = tmp_path / "gumbel.cpp", tmp_path / "gumbel"
+    main = """
+        int main() {
+          long long x[4], bits;
+          while (std::scanf("%lld %lld %lld %lld", x, x + 1, x + 2, x + 3) == 4) {
+            bits = gumbel<long long>(x[0], x[1], x[2], x[3]);
+            std::printf("%lld\\n", bits);
+          }
+        }"""
+    source.write_text("#include <cmath>\n#include <cstdio>\nusing std::log;\n" + adapter.GUMBEL + main)
+    subprocess.run([compiler, source, "-o", program], check=True)
+    rng = np.random.default_rng(0)
+    seeds = [0, 1, 2**63, 2**64 - 1, *rng.integers(0, 2**64 - 1, 20, np.uint64).tolist()]
+    draws = [(int(rng.integers(0, 2**31)), seed, seeds[-1 - i]) for i, seed in enumerate(seeds)]
+    given = [(entry, *draw) for draw in draws for entry in range(9)]
+    lines = "\n".join(" ".join(str(x - 2**64 if x >= 2**63 else x) for x in row) for row in given)
+    done = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
+    found = np.asarray(done.stdout.split(), np.int64).view(np.float64).reshape(-1, 9)
+    expected = [gumbel(np.arange(9), 9, *draw) for draw in draws]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
 
 
 def compiled_step():
@@ -211,8 +277,7 @@ def test_a_step_takes_no_number_from_the_host(dtype, padding, monkeypatch):
     monkeypatch.setattr(type(backend), "resolve_device", lambda self, device: torch.device(device))  # allows `meta`
     params = on_backend(backend, WEIGHTS, dtype, device="meta")
     cache = pg.new_cache(params, CONFIG, batch=3, capacity=64, padding=padding)
-    cache = cache._replace(position=torch.zeros((), dtype=torch.int64, device="meta"))
-    tokens = torch.zeros((3, 1), dtype=torch.int32, device="meta")
+    decoder = Decoder(backend, params, CONFIG, torch.device("meta"))
     strays = []
 
     class Look(TorchDispatchMode):
@@ -222,9 +287,13 @@ def test_a_step_takes_no_number_from_the_host(dtype, padding, monkeypatch):
             strays.extend(function for x in found if x.device.type != "meta")
             return result
 
-    with torch.inference_mode(), Look():
-        pg.gpt2(params, tokens, CONFIG, cache)
-    assert not strays
+    for options in ({"temperature": 0}, {"top_k": 5, "top_p": 0.9}):
+        batch = [Generation([1, 2], Sampling(seed=1, **options)) for _ in range(3)]
+        rule = common_rule([generation.sampling for generation in batch], CONFIG.n_vocab)
+        run, state = decoder._run(rule), decoder._state(batch, cache._replace(position=1), rule, (), None)
+        with Look():
+            run(state)
+        assert not strays
 
 
 def test_on_a_cpu_nothing_is_recorded():

@@ -39,7 +39,7 @@ which is an error of less than 2^-35 of the total.
 
 
 class Rule(NamedTuple):
-    """What is fixed when the choice is compiled; options that are not here are data."""
+    """The options that are fixed when the choice is compiled. All other options are data."""
 
     n_candidates: int
     """How many of the largest logits are candidates: 0 for greedy decoding."""
@@ -120,9 +120,9 @@ def choose(backend: Backend, logits: Any, places: Any, draw: Draw, rule: Rule, g
         # reaches it, that one might be the largest on the host.
         certain = xp.where(is_certain, total, -math.inf)
         best = xp.max(certain, axis=-1, keepdims=True)
-        contends = xp.astype(is_kept & (total >= best - TOLERANCE), xp.int32)
-        is_decided = is_finite & (best > -math.inf) & (xp.sum(contends, axis=-1, keepdims=True) == 1)
-        return _decided(xp, ids, certain == best, is_decided)
+        contends = is_kept & (total >= best - TOLERANCE)
+        is_alone = xp.sum(xp.astype(contends, xp.int32), axis=-1, keepdims=True) == 1
+        return _decided(xp, ids, contends, is_finite & is_alone)
 
 
 def _decided(xp: Any, ids: Any, is_chosen: Any, is_decided: Any) -> Any:
@@ -146,19 +146,24 @@ def _filtered(
     ids = xp.astype(ids, xp.int32)
     last = xp.take(values, xp.astype(xp.reshape(top_k, (1,)), xp.int32) - 1, axis=1)
     is_kept = is_certain = values >= last
-    if rule.n_candidates < n_vocab:  # if the last candidate is kept, there may be more logits that equal it
-        is_certain = is_kept & (values[:, -1:] < last)
-    if not rule.is_filtered:
-        return ids, scaled, is_kept, is_certain
+    if rule.is_filtered:
+        is_kept, is_certain = _in_nucleus(xp, scaled, is_kept, top_p)
+        is_kept = is_kept & (scaled >= log_min_p - TOLERANCE)
+        is_certain = is_certain & (scaled >= log_min_p + TOLERANCE)
+    if rule.n_candidates < n_vocab:  # if the last candidate is kept, logits that equal it may be missing
+        is_kept, is_certain = is_kept | (values[:, -1:] >= last), is_certain & (values[:, -1:] < last)
+    return ids, scaled, is_kept, is_certain
+
+
+def _in_nucleus(xp: Any, scaled: Any, is_kept: Any, top_p: Any) -> tuple[Any, Any]:
+    """Return which candidates top-p may keep and which it certainly keeps, from scaled logits in descending order."""
     weights = xp.where(is_kept, xp.exp(scaled), 0.0)
     total = xp.sum(weights, axis=-1, keepdims=True)
     room = top_p * total - (xp.cumulative_sum(weights, axis=-1) - weights)
     # The host sorts equal logits by their ids, and the device in any order. So of equal logits all are certain or none.
     beyond = xp.max(xp.where(room <= TOLERANCE * total, scaled, -math.inf), axis=-1, keepdims=True)
     least = -xp.max(xp.where(room > -TOLERANCE * total, -scaled, -math.inf), axis=-1, keepdims=True)
-    is_kept = is_kept & (scaled >= least) & (scaled >= log_min_p - TOLERANCE)
-    is_certain = is_certain & (scaled > beyond) & (scaled >= log_min_p + TOLERANCE)
-    return ids, scaled, is_kept, is_certain
+    return is_kept & (scaled >= least), is_kept & (scaled > beyond)
 
 
 # Gumbel variates: NumPy's Philox4x64-10 in 64-bit integers, whose products and sums wrap around

@@ -222,22 +222,25 @@ class Decoder:
         self, generations: Sequence[Generation], cache: KVCache, rule: Rule, ends: Collection[int], state: State | None
     ) -> State:
         """Return the state after the host has sampled. A previous state of the same texts is used again."""
-        progress = self._ints(
-            [[generation.tokens[-1] for generation in generations], [cache.position] * len(generations)]
-        )
-        if state is not None:
+        tokens = [generation.tokens[-1] for generation in generations]
+        progress = self._ints([tokens, [cache.position] * len(tokens)])
+        has_ended = self._ints([[int(generation.finished)] for generation in generations])
+        cache, n_cached = cache._replace(position=None), cache.position
+        if state is not None:  # the same memory, so that a recorded graph stays valid
             progress = self.backend.write(state.progress, progress, 0)
-            return state._replace(cache=cache._replace(position=None), progress=progress)
+            return state._replace(
+                cache=cache, progress=progress, has_ended=self.backend.write(state.has_ended, has_ended, 0)
+            )
         samplings, indices = zip(*[(generation.sampling, generation.index) for generation in generations], strict=True)
         options, keys = (self.backend.from_numpy(a, device=self.device) for a in new_draw(samplings, indices, rule))
         n_ends = max(8, 1 << (len(ends) - 1).bit_length())  # few lengths, each of which is compiled
         return State(
-            cache._replace(position=None),
+            cache,
             progress,
-            shifts=self._ints([len(generation.tokens) - cache.position for generation in generations]),
+            shifts=self._ints([len(generation.tokens) - n_cached for generation in generations]),
             limit=self._ints([0]),
             ends=self._ints([[*ends, *[-1] * (n_ends - len(ends))]]),
-            has_ended=self._ints([[int(generation.finished)] for generation in generations]),
+            has_ended=has_ended,
             draw=Draw(options, keys),
         )
 
@@ -256,7 +259,7 @@ class Decoder:
             if n_cached < final - 1:
                 cache = self._with_room(state.cache, n_cached + 1, final)
                 limit = min(self._capacity_of(cache), final - 1)
-                if self._n_steps > 1 and (cache is not state.cache or current is previous is None):
+                if self._n_steps > 1 and (cache is not state.cache or previous is None):
                     state = state._replace(cache=cache, limit=self._ints([limit]))
                 tokens, state = run(state)
                 current = self.backend.fetch(tokens)
