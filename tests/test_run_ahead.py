@@ -63,8 +63,9 @@ def on_device(backend, logits, samplings, places, indices):
     rule = choice.common_rule(samplings, logits.shape[-1])
     arrays = (backend.from_numpy(a) for a in choice.new_draw(samplings, indices, rule))
     given = backend.from_numpy(logits), backend.from_numpy(np.asarray(places, np.int32)[:, None])
-    found = choice.choose(backend, *given, choice.Draw(*arrays), rule, choice.gumbel_on(backend, None))
-    return backend.to_numpy(found)[:, 0]
+    gumbel = choice.gumbel_on(backend, None)
+    chosen = backend.compile(lambda x, places, draw: choice.choose(backend, x, places, draw, rule, gumbel))
+    return backend.to_numpy(chosen(*given, choice.Draw(*arrays)))[:, 0]
 
 
 sampling_options = st.fixed_dictionaries(
