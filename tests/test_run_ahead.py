@@ -200,13 +200,17 @@ def test_a_kernel_of_variates_that_is_wrong_is_not_used(offset):
     ],
     ids=str,
 )
-def test_a_text_is_the_hosts(model, n, options):
+def test_a_text_is_the_hosts(model, n, options, monkeypatch):
     """Catches a stale token fed back, noise of the wrong position, a cache that loses rows where it grows, and an
-    option that is fixed in the compiled loop: the fourth row runs what the second has compiled.
+    option that is fixed in the compiled loop: the fourth row runs what the second has compiled. The host samples the
+    first token only.
     """
     expected = list(HOST.stream_ids([3, 4, 5], max_new_tokens=n, **options))
+    host = []
+    monkeypatch.setattr(decoder, "sample_with", lambda *args: host.append(1) or sample_with(*args))
     assert list(model.stream_ids([3, 4, 5], max_new_tokens=n, **options)) == expected
     assert len(set(expected)) > 3
+    assert len(host) == (n if "repetition_penalty" in options else 1)
 
 
 PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
@@ -254,27 +258,22 @@ def test_a_text_that_is_not_read_to_its_end_leaves_nothing(model):
 def test_what_the_device_leaves_open_the_host_decides(backend, every, monkeypatch):
     """Catches a cache that is rewound by too few tokens, or by too many, and tokens that are lost or doubled there.
 
-    Every token, or every seventh, is declared undecided, with a wrong id.
+    Every token, or every seventh of each text, is declared undecided, with a wrong id.
     """
-    given = []
 
     def choose(backend, logits, places, *args):
-        given.append(1)
-        found = decide(backend, logits, places, *args)
-        is_open = places == (places // every) * every
-        return backend.xp.where(is_open, -2, found)
+        return backend.xp.where(places == (places // every) * every, -2, decide(backend, logits, places, *args))
 
-    decide = choice.choose
+    def sample(sampling, logits, place, seen, index):
+        host.add(place - len(PROMPTS[index]))
+        return sample_with(sampling, logits, place, seen, index)
+
+    decide, host = choice.choose, set()
     monkeypatch.setattr(decoder, "choose", choose)
-    host = []
-    sample = decoder.sample_with
-    monkeypatch.setattr(decoder, "sample_with", lambda *args: host.append(args[2]) or sample(*args))
-    model = ahead(backend)
-    expected = texts(HOST, PROMPTS[:1] * 2, 40, **SAMPLED)
-    host.clear()
-    assert texts(model, PROMPTS[:1] * 2, 40, **SAMPLED) == expected
-    assert sorted({*host}) == [n for n in range(3, 43) if n == 3 or n % every == 0]
-    assert given
+    expected = texts(HOST, PROMPTS, 40, **SAMPLED)
+    monkeypatch.setattr(decoder, "sample_with", sample)
+    assert texts(ahead(backend), PROMPTS, 40, **SAMPLED) == expected
+    assert host == {n for n in range(40) if n == 0 or any((len(prompt) + n) % every == 0 for prompt in PROMPTS)}
 
 
 def test_a_tolerance_beyond_all_sums_leaves_every_token_to_the_host(monkeypatch):
