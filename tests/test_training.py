@@ -138,8 +138,11 @@ def test_a_step_of_all_parameters_at_once_has_the_same_bits(torch, monkeypatch, 
     def steps():
         params, moments = tree(0), Moments(*(map_tree(torch.zeros_like, tree(0)) for _ in "mv"))
         for i in range(3):
-            now = backend.from_numpy(rates(i, recipe), "float32", device)
-            params, moments, norm = update(params, tree(i + 1), moments, now, recipe)
+            now, grads = backend.from_numpy(rates(i, recipe), "float32", device), tree(i + 1)
+            given = [x for each in (params, grads, *moments) for _, x in flatten(each)]
+            before = [x.clone() for x in given]
+            params, moments, norm = update(params, grads, moments, now, recipe)
+            assert all(map(torch.equal, given, before))  # a step changes no argument
         return [*flatten(params), *flatten(moments.m), *flatten(moments.v), ("norm", norm)]
 
     monkeypatch.setattr(adapter, "_is_on_cuda", lambda lists: False)
@@ -171,9 +174,17 @@ def test_a_step_waits_for_the_device_at_its_end_alone(backend, monkeypatch):
         monkeypatch.setattr(trainer, name, watched(name, getattr(trainer, name)))
     for name in ("from_numpy", "to_numpy"):
         monkeypatch.setattr(backend, name, watched(name, getattr(backend, name)))
+    peek = backend.peek
+
+    def unwatched_peek(x):  # it reads ids, and only those that are on the host
+        n, found = len(events), peek(x)
+        del events[n:]
+        return found
+
+    monkeypatch.setattr(backend, "peek", unwatched_peek)
     trainer.step(state, [texts(0), texts(1)])
-    without_peeks = [event for i, event in enumerate(events) if event != "to_numpy" or "_update" in events[:i]]
-    assert without_peeks == [*["from_numpy"] * 3, "gradient", "gradient", "_add", "_update", *["to_numpy"] * 3]
+    events = events[events.index("from_numpy") :]  # before, NumPy's own backend checks the windows
+    assert events == [*["from_numpy"] * 3, "gradient", "gradient", "_add", "_update", *["to_numpy"] * 3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
