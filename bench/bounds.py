@@ -57,7 +57,7 @@ BOUNDS = (
     Bound("device checks", "tests that fail", ALL, plus=0),
     Bound("device checks", "error / bound: *", ALL, plus=1),
     Bound("device checks", "largest error of *", ALL, 1.0),
-    Bound("device checks", "bfloat16 losses of 50 steps against float32's", ALL, plus=2**-8),  # bfloat16's round-off
+    Bound("device checks", "bfloat16 losses of 50 steps against float32's", ALL, 4.0),  # transformers' own error
     # On one H100, 124M
     Bound("device speed", "float32 greedy, batch 1", "torch", plus=0.45),  # milliseconds
     Bound("device speed", "bfloat16 greedy, batch 1", "torch", plus=0.35),

@@ -6,12 +6,13 @@ numbers. Models and trainers are kept between calls.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,10 +264,43 @@ def train(
     return found
 
 
-def loss_difference(backend: str, device: str, shape: str, batch: int, length: int, steps: int) -> float:
-    """Return the largest relative difference of the losses in bfloat16 and in float32, over the first steps."""
-    losses = [train(backend, device, shape, d, batch, length, steps)["losses"] for d in ("float32", "bfloat16")]
-    return max(abs(low / high - 1) for high, low in zip(*losses, strict=True))
+def _learnable(step: int, n_vocab: int, batch: int, length: int) -> np.ndarray:
+    """Return windows of a text in which each token determines the next, so that the loss falls in a few steps."""
+    n = min(n_vocab, 97)
+    first = np.random.default_rng(step).integers(0, n, (batch, 1))
+    return (first + 7 * np.arange(length + 1)) % n
+
+
+def loss_difference(side: str, device: str, shape: str, batch: int, length: int, steps: int) -> float:
+    """Return the largest difference of the losses in bfloat16 and in float32 over the first steps, in nats.
+
+    The side is a backend, or transformers with autocast. Both dtypes begin with the same weights.
+    """
+    from portable_gpt2.training import Recipe, Trainer, learning_rate
+
+    recipe = Recipe(steps=steps, warmup=5, learning_rate=3e-3)
+
+    def ours(dtype: str) -> Iterator[float]:
+        owner, c = pg.get_backend(side, device), checkpoints.config(shape)
+        trainer = Trainer(c, dataclasses.replace(recipe, dtype=dtype), owner)
+        state = trainer.start(pg.init_params(c, seed=0, backend=owner, scale_residual=True))
+        for step in range(steps):
+            state, loss, _ = trainer.step(state, [_learnable(step, c.n_vocab, batch, length)])
+            yield loss
+
+    def theirs(dtype: str) -> Iterator[float]:
+        import torch
+
+        torch.manual_seed(0)
+        model, optimizer = _transformers.__wrapped__(device, shape, dtype, True)
+        for step in range(steps):
+            tokens = torch.from_numpy(_learnable(step, model.config.vocab_size, batch, length)).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            yield _step_of_transformers(model, optimizer, tokens, dtype)
+
+    losses = [list((theirs if side == "transformers" else ours)(dtype)) for dtype in ("float32", "bfloat16")]
+    return max(abs(low - high) for high, low in zip(*losses, strict=True))
 
 
 def peak_gigabytes(backend: str, device: str) -> float | None:
@@ -335,16 +369,23 @@ def peer_train(device: str, shape: str, dtype: str, batch: int, length: int, ste
     found: dict[str, list[float]] = {"seconds": []}
     for _ in range(steps):
         start = time.perf_counter()
-        with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits = model(tokens[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
+        _step_of_transformers(model, optimizer, tokens, dtype)
         found["seconds"].append(time.perf_counter() - start)
     return found
+
+
+def _step_of_transformers(model: Any, optimizer: Any, tokens: Any, dtype: str) -> float:
+    import torch
+
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits = model(tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    value: float = loss.item()
+    return value
 
 
 # Errors

@@ -34,6 +34,7 @@ CHECKS, SPEED, TRIAL = "device checks", "device speed", "trial speed"  # a trial
 NO_TIME = "no time left"
 FOR_TESTS = 0.35  # the part of the time that is reserved for the tests
 LATE = 0.92  # the tests end at this part of the time, so that the last rows still get some
+LOSSES = "bfloat16 losses of 50 steps against float32's"
 TEXT = "bytes of text that differ from NumPy's"
 FAILURES = "tests that fail"
 ERROR = "error / bound: "
@@ -194,6 +195,7 @@ def jobs(device: str, backends: list[str], tests_until: float) -> Iterator[Job]:
                 yield _training(side, device, dtype, batch, length, size, speed)
     for dtype in DTYPES:
         yield _peer(device, dtype, False, size, speed)
+    yield _losses(PEER, device, size)
     for backend in backends:
         yield _losses(backend, device, size)
         yield _functions(backend, device, size)
@@ -322,15 +324,15 @@ def _peer(device: str, dtype: str, static: bool, size: Size, speed: str) -> Job:
     return Job(f"{PEER} {dtype} {kind}", rows, measure)
 
 
-def _losses(backend: str, device: str, size: Size) -> Job:
-    row = Row(CHECKS, backend, "bfloat16 losses of 50 steps against float32's", "relative difference")
+def _losses(side: str, device: str, size: Size) -> Job:
+    row = Row(CHECKS, side, LOSSES, "nats")
 
     def measure(ask: Ask, values: dict[Any, float]) -> list[Row]:
         shape = "small" if device != "cpu" else "tiny"
-        given = {"backend": backend, "device": device, "shape": shape, "batch": 4, "length": 64}
-        return [row.measured(ask("device:loss_difference", **given, steps=50))]
+        given = {"side": side, "device": device, "shape": shape, "batch": 4, "length": 64}
+        return [row.measured(ask("device:loss_difference", **given, steps=50), values.get((PEER, LOSSES)), PEER)]
 
-    return Job(f"{backend} losses", [row], measure)
+    return Job(f"{side} losses", [row], measure)
 
 
 def _functions(backend: str, device: str, size: Size) -> Job:
