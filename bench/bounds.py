@@ -1,4 +1,8 @@
-"""The targets of the benchmark, in one table."""
+"""The targets of the benchmark, in one table.
+
+A target that was met is set to the value reached plus 10%, so that a loss of speed shows. Where values of two
+processors are known, the worse one counts. A target that is missed stays as it was set.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +35,14 @@ BOUNDS = (
     Bound("decode", "* against the limit", "numpy jax", 1.25),
     Bound("decode", "* against the limit", "torch tensorflow", 1.5),
     Bound("decode", "124M against transformers", "numpy torch", 1 / 1.5),
-    Bound("decode", "124M against KerasHub", "jax torch tensorflow", 1 / 1.5),
+    Bound("decode", "124M against KerasHub", "torch", 0.3),
+    Bound("decode", "124M against KerasHub", "tensorflow", 0.656),
+    Bound("decode", "124M against KerasHub", "jax", 1 / 1.5),
     Bound("decode", "sampling against greedy", ALL, 1.0, plus=1.0),  # milliseconds
     # Decode at later positions, and compilations
     Bound("decode", "position 1000 against position 10", ALL, 1.3),
-    Bound("compilations", "a full-length generation", "jax tensorflow", plus=7),
-    Bound("compilations", "prompts of 1 to 1000 tokens, after it", "jax tensorflow", plus=6),
+    Bound("compilations", "a full-length generation", "jax tensorflow", plus=5),
+    Bound("compilations", "prompts of 1 to 1000 tokens, after it", "jax tensorflow", plus=5),
     # Prefill and batches
     Bound("prefill", "512 tokens against all matrix products", "numpy", 1.4),
     Bound("prefill", "512 tokens against all matrix products", "jax torch tensorflow", 1.15),
@@ -49,9 +55,9 @@ BOUNDS = (
     Bound("ops", "the definition under jit, *", "jax torch tensorflow", 1.05, plus=0.5),
     # Memory and start
     Bound("memory", "peak of a generation", ALL, 1.1),
-    Bound("start", "load and first forward pass", "numpy", plus=1.0),  # seconds
+    Bound("start", "load and first forward pass", "numpy", plus=0.63),  # seconds
     Bound("start", "the generate command *", "numpy", plus=0.6),
-    Bound("start", "import beyond NumPy", "numpy", plus=0.15),  # the limit that the design sets
+    Bound("start", "import beyond NumPy", "numpy", plus=0.06),
     # On a device, whichever it is (`gpu`)
     Bound("device checks", "bytes of text that differ from NumPy's", ALL, plus=0),
     Bound("device checks", "tests that fail", ALL, plus=0),
