@@ -102,6 +102,21 @@ def test_a_choice_among_equal_logits_is_the_hosts_or_is_undecided(values, option
         assert sampling.top_k or sampling.top_p
 
 
+def test_of_equal_logits_at_the_threshold_of_top_p_the_host_chooses():
+    """Catches the first of two equal logits in the order of the device: on the host, top-p keeps the smaller id."""
+    logits = np.asarray([[1.0, 1.0] + [-3.0] * 22], np.float32)
+    given = Sampling(top_k=8, top_p=0.3, seed=1)
+    assert on_device(LastFirst(), logits, [given], [0], [0])[0] < 0 == on_host(logits[0], given, 0)
+
+
+def test_options_reach_the_device_with_48_bits():
+    """Catches a temperature that is rounded to float32: about one of 10^7 tokens would differ."""
+    given = Sampling(temperature=1 / 3, top_k=7, top_p=0.9, min_p=0.01, seed=1)
+    options, _ = choice.new_draw([given], [0], choice.Rule(61, True))
+    expected = [1 / 3, 7, 0.9, math.log(0.01)]
+    np.testing.assert_allclose(options.astype(np.float64).sum(axis=0), expected, rtol=2.0**-47)
+
+
 def test_a_choice_is_left_to_the_host_if_more_logits_tie_than_there_are_candidates():
     """Catches a total of top-p without the logits that are missing: one logit has a quarter of the weight of the
     candidates, and less than a quarter of all weights.
