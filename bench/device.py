@@ -133,7 +133,7 @@ def batch_ms(
     backend: str, device: str, shape: str, dtype: str, batch: int, prompt: int, new: int, rounds: int
 ) -> list[float]:
     """Return the milliseconds per step of a batch of texts, which are generated as `complete` does, for each round."""
-    from portable_gpt2.generation import Generation
+    from portable_gpt2.generation.decoder import Generation
     from portable_gpt2.sampling import Sampling
 
     model = _model(backend, device, shape, dtype)

@@ -407,8 +407,7 @@ def _tests(backend: str, device: str, until: float, shares: int) -> Job:
 def _run_tests(backend: str, device: str, seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
     """Run the tests marked gpu of one backend on a device, with one process for each file, some at a time.
 
-    Return what conftest wrote for each file, and the files whose process died. A file without a test for the backend is
-    left out.
+    Return the results that conftest wrote for each file, and the files whose process died.
     """
     files = [file for file in sorted(ROOM.glob("tests/test_*.py")) if "pytest.mark.every_device" in file.read_text()]
     files += [ROOM / "tests" / f"test_{name}.py" for name in ("devices", "cuda_graphs")]

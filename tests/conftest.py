@@ -40,6 +40,7 @@ import bounds
 import frameworks
 import hypothesis
 import layouts
+import processes
 import pytest
 
 import portable_gpt2 as pg
@@ -150,20 +151,34 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc):
-    """Run a test of a file that is marked every_device on the devices, too."""
+    """Run a test that is marked every_device on the devices, too; the mark may name the backends."""
+    marker = metafunc.definition.get_closest_marker("every_device")
     is_chosen = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if (
-        is_chosen
-        or "backend" not in metafunc.fixturenames
-        or not metafunc.definition.get_closest_marker("every_device")
-    ):
+    if marker is None or is_chosen or "backend" not in metafunc.fixturenames:
         return
     option = metafunc.config.getoption
-    places = frameworks.places(option("--backends"), option("--devices"))
-    if places:  # otherwise the fixture's own parameters are used, and the tests have the names that they always have
-        params = [*frameworks.BACKENDS, *(pytest.param("-".join(place), marks=pytest.mark.gpu) for place in places)]
+    names = list(marker.args) or frameworks.BACKENDS
+    places = [place for place in frameworks.places(option("--backends"), option("--devices")) if place[0] in names]
+    if places or marker.args:  # otherwise the parameters are those of the fixture, and the tests have their usual names
+        params = [*names, *(pytest.param("-".join(place), marks=pytest.mark.gpu) for place in places)]
         each = pytest.mark.parametrize("backend", params, indirect=True, scope="module")
         metafunc.definition.add_marker(each)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """On an accelerator, run a test that is marked own_process in another process.
+
+    After a failed assertion of a kernel on CUDA, such as an index out of range, all later calls of the process fail.
+    """
+    if not {"own_process", "gpu"} <= set(pyfuncitem.keywords) or processes.IS_OWN:
+        return None
+    test, option = pyfuncitem.nodeid.partition("[")[0], pyfuncitem.config.getoption
+    options = f"--backends={option('--backends')}", f"--devices={option('--devices')}"
+    failed, said = processes.run_test(test, *options, directory=pyfuncitem.config.rootpath)
+    assert failed is not None, f"the process died: {said}"
+    assert pyfuncitem.nodeid not in failed, said
+    return True
 
 
 @pytest.fixture(params=frameworks.BACKENDS, scope="module")

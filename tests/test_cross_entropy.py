@@ -75,6 +75,7 @@ def test_cross_entropy_over_a_vocabulary_is_within_its_error_bound(backend):
             assert ratio <= 1, f"{form}, about {offset}: the error is {ratio:.3g} times its bound"
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("kind", ["int16", "int32"])
 @pytest.mark.parametrize("target", [-100, -7, 6])
 def test_a_target_that_is_none_is_not_passed_over(backend, dtype, target, kind):

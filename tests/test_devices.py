@@ -7,9 +7,12 @@ numbers. Where the frameworks report accelerators, the same tests run on each, m
 
 import contextlib
 import gc
+import pathlib
 
+import bounds
 import frameworks
 import numpy as np
+import processes
 import pytest
 from plain_gpt2 import on_backend, random_weights, truth_and_error
 
@@ -180,6 +183,51 @@ def test_strays_are_seen(backend):
             kept + second
     else:
         assert len(strays) == 1
+
+
+class Placed:
+    """A backend's name and its device, for the constants, which need no framework."""
+
+    def __init__(self, name, device=None):
+        self.name, self.default_device = name, device
+
+    def devices(self):
+        return {device: device for device in ("cpu", "cpu:1", "cuda:0", "cuda:1")}
+
+
+def test_a_stated_error_belongs_to_a_backend_and_a_kind_of_device():
+    """Catches a constant of another device or backend, which would hide an error or report one that is none."""
+    places = [
+        Placed("torch"),
+        Placed("torch", "cpu"),
+        Placed("torch", "cuda:1"),
+        Placed("jax"),
+        Placed("jax", "cuda:0"),
+    ]
+    assert [bounds.exp_error(place, "float32") for place in places] == [2.0, 2.0, 2.5, 2.0, 2.5]
+    assert [bounds.tanh_error(place, "bfloat16") for place in places] == [2.0, 2.0, 3.0, 8.0, 8.0]
+    assert [bounds.log_error(place, "float32") for place in places] == [2.0, 2.0, 4.0, 4.0, 4.0]
+    assert bounds.exp_error(Placed("torch", "cuda:0"), "float64") == 2.0
+    assert [bounds.place(place) for place in places[1:4]] == ["torch-cpu", "torch-cuda:1", "jax"]
+
+
+def test_the_devices_of_the_tests_are_chosen_by_name():
+    """Catches a device that no framework has, with which no test would run, and meta, which has no values."""
+    assert frameworks.places("numpy,array_api_strict", "device1") == [("array_api_strict", "device1")]
+    assert frameworks.places("numpy,array_api_strict") == []
+    for devices, unknown in (("meta", "meta"), ("device1,cuda:9", "cuda:9")):
+        with pytest.raises(pytest.UsageError, match=f"no framework has {unknown}; numpy has cpu"):
+            frameworks.places("numpy,array_api_strict,torch", devices)
+
+
+def test_the_properties_of_an_op_run_on_the_devices():
+    """Catches a fixture that loses the device on the way: the table of the largest errors names it."""
+    test = "tests/test_gelu.py::test_the_bound_of_gelu_is_tight"
+    options = "--devices=device1", "--backends=array_api_strict"
+    failed, said = processes.run_test(test, *options, directory=pathlib.Path(__file__).parents[1])
+    assert failed == []
+    assert "gelu               array_api_strict-device1" in said
+    assert "2 passed" in said
 
 
 @pytest.mark.parametrize("is_inference", [True, False])

@@ -315,8 +315,8 @@ BAD_CACHES = [
 on_the_host = pytest.mark.parametrize("backend", frameworks.BACKENDS, indirect=True)
 
 
-@on_the_host
 @pytest.mark.parametrize(("options", "error", "message"), BAD_CACHES, ids=[str(o)[:40] for o, *_ in BAD_CACHES])
+@on_the_host
 def test_a_cache_that_cannot_be_made_is_refused(backend, options, error, message):
     """Catches sizes that the framework refuses in words of its own, or that take all of the memory."""
     params = on_backend(backend, random_weights(PLAIN))

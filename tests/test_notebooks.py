@@ -1,7 +1,8 @@
 """The two notebooks of 2019 that this project began as, "Softmax function" and "1D Convolution": all that they print.
 
 They ran TensorFlow 1 in float32. What they print is compared as it is printed; what follows from it, and is not
-printed, is held to its bound.
+printed, is held to its bound. The notebooks' two questions about speed are rows of `bench.ops`. On a GPU they have not
+been measured yet; ``python -m bench.gpu`` measures them there.
 """
 
 import bounds
