@@ -189,10 +189,11 @@ def jobs(device: str, backends: list[str], tests_until: float) -> Iterator[Job]:
     for backend in backends:
         for dtype in DTYPES:
             yield from _decoding(backend, device, dtype, size, speed)
-    for dtype in reversed(DTYPES):
-        for batch, length in size.windows:
-            for side in (PEER, *backends):
-                yield _training(side, device, dtype, batch, length, size, speed)
+    for windows in size.windows:
+        for side in (PEER, *backends):  # a first step of JAX takes longest, so its larger batch comes last
+            for dtype in reversed(DTYPES):
+                if side != "jax" or windows == size.windows[0]:
+                    yield _training(side, device, dtype, *windows, size, speed)
     for dtype in DTYPES:
         yield _peer(device, dtype, False, size, speed)
     yield _losses(PEER, device, size)
@@ -207,6 +208,9 @@ def jobs(device: str, backends: list[str], tests_until: float) -> Iterator[Job]:
             yield _compiled(device, dtype, size, speed)
     for dtype in DTYPES:
         yield _peer(device, dtype, True, size, speed)
+    if "jax" in backends:
+        for dtype in reversed(DTYPES):
+            yield _training("jax", device, dtype, *size.windows[1], size, speed)
 
 
 def _checks(backend: str, device: str, size: Size, speed: str) -> Job:
