@@ -216,7 +216,7 @@ def test_the_devices_of_the_tests_are_chosen_by_name():
     assert frameworks.places("numpy,array_api_strict", "device1") == [("array_api_strict", "device1")]
     assert frameworks.places("numpy,array_api_strict") == []
     for devices, unknown in (("meta", "meta"), ("device1,cuda:9", "cuda:9")):
-        with pytest.raises(pytest.UsageError, match=f"no framework has {unknown}; numpy has cpu"):
+        with pytest.raises(pytest.UsageError, match=f"no framework has {unknown}; .*numpy has cpu"):
             frameworks.places("numpy,array_api_strict,torch", devices)
 
 
