@@ -99,8 +99,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
 def pytest_configure(config):
-    if "tensorflow" in pg.available_backends():
-        import tensorflow as tf  # the CPU can be split only before the first tensor
+    chosen = config.getoption("--backends").split(",")
+    if {"tensorflow", "none"} & set(chosen) and "tensorflow" in pg.available_backends():
+        import tensorflow as tf  # takes seconds; the CPU can be split only before the first tensor
 
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
