@@ -253,7 +253,7 @@ class Decoder:
         last state, whose cache may contain more tokens.
         """
         run, n_cached = self._run(rule), length - 1
-        previous: Callable[[], np.ndarray] | None = None
+        previous: tuple[Callable[[], np.ndarray], int] | None = None
         while previous is not None or n_cached < final - 1:
             current = None
             if n_cached < final - 1:
@@ -262,9 +262,11 @@ class Decoder:
                 if self._n_steps > 1 and (cache is not state.cache or previous is None):
                     state = state._replace(cache=cache, limit=self._ints([limit]))
                 tokens, state = run(state)
-                current = self.backend.fetch(tokens)
-                n_cached = min(n_cached + self._n_steps, limit)
-            for row in previous()[: self._n_steps].tolist() if previous else ():
+                n_new = min(self._n_steps, limit - n_cached)
+                current = self.backend.fetch(tokens), n_new
+                n_cached += n_new
+            rows = [] if previous is None else previous[0]()[: previous[1]].tolist()
+            for row in rows:
                 if min(row) < 0:  # it is undecided, or was not computed
                     return length, state
                 length += 1
