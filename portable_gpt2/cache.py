@@ -97,6 +97,7 @@ def open_layers(
     is_known = isinstance(start, int)
     n_keys = start + seq if is_known else backend.shape(k[0])[-2]
     rows = start + backend.arange(seq, like=tokens)
+    start = start if is_known else rows[0]  # it has the dtype of indices now, so no layer has to convert it
     positions = positions_in_text(rows, padding)
     if not is_known:  # `write` cannot check that the tokens fit, so positions of -1 make `embed` return NaN
         positions = backend.xp.where(start + seq <= n_keys, positions, -1)
