@@ -399,14 +399,15 @@ def _tests(backend: str, device: str, until: float, shares: int) -> Job:
         seconds = left / shares if backend == BACKENDS[0] else left
         if seconds < 20:
             return [row.failed(NO_TIME) for row in rows]
-        found, crashes = _run_tests(backend, device, seconds)
+        found, crashes, late = _run_tests(backend, device, seconds)
         ratios: dict[tuple[str, str], float] = {}
         for each in found:
             for op, _, dtype, ratio in each["ratios"]:
                 ratios[op, dtype] = max(ratio, ratios.get((op, dtype), 0.0))
         failed = [name for each in found for name in each["failed"]] + crashes
         passed, left_out = (sum(each[key] for each in found) for key in ("passed", "not_run"))
-        note = f"{passed} passed, {left_out} not run" + "".join(f"; {name}" for name in failed[:6])
+        note = f"{passed} passed, {left_out} not run" + (f", no time for {', '.join(late)}" if late else "")
+        note += "".join(f"; {name}" for name in failed[:6])
         first = rows[0].measured(len(failed), note=note) if passed else rows[0].failed(f"no test passed: {note}")
         missing = f"no test recorded it ({passed} passed, {left_out} not run)"
         more = [
@@ -418,20 +419,23 @@ def _tests(backend: str, device: str, until: float, shares: int) -> Job:
     return Job("tests", rows, measure)
 
 
-def _run_tests(backend: str, device: str, seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
+def _run_tests(backend: str, device: str, seconds: float) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Run the tests marked gpu of one backend on a device, with one process for each file, some at a time.
 
-    Return the results that conftest wrote for each file, and the files whose process died.
+    Return the results that conftest wrote for each file, the files whose process died, and those without time left.
     """
     files = [file for file in sorted(ROOM.glob("tests/test_*.py")) if "pytest.mark.every_device" in file.read_text()]
     files += [ROOM / "tests" / f"test_{name}.py" for name in ("devices", "cuda_graphs")]
     at_once = max(2, len(os.sched_getaffinity(0)) // 2)
     ends = time.monotonic() + seconds
-    found, crashes = [], []
+    found, crashes, late = [], [], []
     profile = {} if device != "cpu" else {"HYPOTHESIS_PROFILE": "few"}
 
     def one(file: Path) -> None:
         left = ends - time.monotonic()
+        if left < 15:
+            late.append(file.name)
+            return
         with tempfile.TemporaryDirectory() as room:
             record = Path(room, "record.json")
             options = ["-q", "-m", "gpu", f"--devices={device}", f"--backends={backend}", "-p", "no:cacheprovider"]
@@ -448,7 +452,8 @@ def _run_tests(backend: str, device: str, seconds: float) -> tuple[list[dict[str
                 )
                 last = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), done.stderr[-200:])
             except subprocess.TimeoutExpired:
-                last = NO_TIME
+                late.append(file.name)
+                return
             if record.exists():
                 found.append(json.loads(record.read_text()))
             else:
@@ -456,7 +461,7 @@ def _run_tests(backend: str, device: str, seconds: float) -> tuple[list[dict[str
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(one, files))
-    return found, crashes
+    return found, crashes, late
 
 
 if __name__ == "__main__":
