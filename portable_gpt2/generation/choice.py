@@ -109,7 +109,9 @@ def choose(backend: Backend, logits: Any, places: Any, draw: Draw, rule: Rule, g
     if logits.dtype != xp.float32:
         logits = xp.astype(logits, xp.float32)
     largest = xp.max(logits, axis=-1, keepdims=True)
-    is_finite = (largest > -math.inf) & (largest < math.inf)  # it is NaN if any logit is
+    # The sum is NaN if any logit is. The maximum need not be, because XLA may ignore NaN in it (seen in TensorFlow).
+    total = xp.sum(logits, axis=-1, keepdims=True)
+    is_finite = (largest > -math.inf) & (largest < math.inf) & (total == total)
     all_ids = xp.astype(backend.arange(backend.shape(logits)[-1], like=logits), xp.int32)[None, :]
     if not rule.n_candidates:
         return _decided(xp, all_ids, logits == largest, is_finite)
