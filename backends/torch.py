@@ -162,14 +162,19 @@ def _is_converted(w: Any) -> bool:
     return w.is_cpu and not _MULTIPLIED.get(w.dtype, True) and not _is_distributed(w)
 
 
-_COLUMNS = 96
-"""The least number of columns of a 16-bit weight in a block; 96 to 384 columns took equally long."""
+_COLUMNS = 192
+"""The least number of columns of a 16-bit weight in a block. A decode step of the 124M model took 22.6 ms with 96
+columns, 21.1 ms with 128, 20.8 ms with 192, and 22.2 ms with 256."""
 
 
 @functools.lru_cache(maxsize=64)
-def _rows_of_blocks(nx: int, blocks: int) -> Any:
-    """Return the indices of the rows of each block of columns of w [nx, nf], in w.view(nx * blocks, nf // blocks)."""
-    return (torch.arange(nx) * blocks + torch.arange(blocks)[:, None]).int()
+def _rows_of_blocks(nx: int, blocks: int) -> tuple[Any, Any]:
+    """Return the row numbers of each block of columns of w [nx, nf], one block after another, and where each begins.
+
+    A row number is an index into w.view(nx * blocks, nf // blocks).
+    """
+    rows = torch.arange(nx) * blocks + torch.arange(blocks)[:, None]
+    return rows.view(-1).int(), (torch.arange(blocks) * nx).int()
 
 
 def _sum_of_rows(x: Any, w: Any) -> Any:
@@ -191,8 +196,10 @@ def _sum_of_rows(x: Any, w: Any) -> Any:
     blocks = next(nf // n for n in range(min(_COLUMNS, nf), nf + 1) if nf % n == 0)
     if blocks < torch.get_num_threads():
         return None
-    rows = w.view(nx * blocks, nf // blocks)
-    sums = F.embedding_bag(_rows_of_blocks(nx, blocks), rows, mode="sum", per_sample_weights=x.expand(blocks, nx))
+    rows, starts = _rows_of_blocks(nx, blocks)
+    weights = x.expand(blocks, nx).reshape(-1)
+    # The positional arguments are: scale by frequency, the mode (a sum), a sparse gradient.
+    sums, *_ = torch.embedding_bag(w.view(nx * blocks, nf // blocks), rows, starts, False, 0, False, weights)
     return sums.view(1, nf)
 
 
