@@ -111,6 +111,10 @@ def test_a_product_with_a_large_16_bit_weight_is_rounded_once(backend, dtype, mu
                 assert rows > 1 or adapter._sum_of_rows(row, table.mT) is not None
         assert bounds.linear(x, w, b).ratio(backend.to_numpy(y)) <= 1
         assert bounds.linear(x, w).ratio(backend.to_numpy(logits)) <= 1
+    flat = torch.cat([weight.reshape(-1), bias, -bias])  # a bias of the same memory that does not follow the weight
+    with torch.inference_mode():
+        y = pg.conv1d(row, flat[: w.size].view(w.shape), flat[-b.size :])
+    assert bounds.linear(x, w, -b).ratio(backend.to_numpy(y)) <= 1
     assert backend.to_numpy(weight).tobytes() == w.tobytes()
     assert backend.to_numpy(bias).tobytes() == b.tobytes()
     assert backend.join(weight, bias)[0] is weight
