@@ -332,8 +332,9 @@ def attention(
     -------
     float array [*batch, queries, dv]
         Keys that a query does not see have weight 0 exactly. A row is NaN if none of its visible keys has a score above
-        -inf (see `attention_weights`). PyTorch's kernel makes such a row 0 if it is compiled or runs on an accelerator.
-        A hidden key or value that is NaN or infinite, or a hidden score that overflows, may make the row NaN.
+        -inf (see `attention_weights`). PyTorch's kernel for several queries makes such a row 0 if it is compiled or
+        runs on an accelerator. A hidden key or value that is NaN or infinite, or a hidden score that overflows, may
+        make the row NaN.
 
     Raises
     ------

@@ -120,6 +120,23 @@ def test_a_product_with_a_large_16_bit_weight_is_rounded_once(backend, dtype, mu
     assert backend.join(weight, bias)[0] is weight
 
 
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+def test_one_row_as_on_cuda_is_within_its_error_bound(backend, dtype):
+    """Catches a sum over the wrong axis, and products that are rounded to 16 bits before they are summed.
+
+    JAX has other forms of these products for CUDA. Here they run on the CPU.
+    """
+    adapter = sys.modules[type(backend).__module__]
+    random = np.random.default_rng(5)
+    x, w = normal(random, (1, 96), dtype), normal(random, (96, 200), dtype)
+    row = backend.from_numpy(x)
+    layer = adapter._row_times_on_gpu(row, backend.from_numpy(w))
+    logits = adapter._times_row_on_gpu(row, backend.from_numpy(w.T.copy()))[None]
+    for y in (layer, logits):
+        computed = backend.to_numpy(y.astype(row.dtype))
+        assert 0.01 <= bounds.linear_at_random(x, w, np.zeros(200, x.dtype)).ratio(computed) <= 1
+
+
 def test_a_weight_with_a_leading_1_gives_the_same_bits(backend, dtype):
     """Catches a second path for the shape that OpenAI's checkpoints have."""
     random = np.random.default_rng(2)
