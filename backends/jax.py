@@ -143,6 +143,20 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
     return (jnp.reshape(y, (*start, nf)) + b).astype(x.dtype)
 
 
+def _weights(products: Any, mask: Any, scale: Any) -> Any:
+    """Return the softmax of the scores, ``scale * products``, over the keys that the mask shows.
+
+    The difference to the maximum is taken before it is scaled. XLA may fuse a scaled score and the difference into one
+    operation, which does not round the score as the maximum was rounded. All differences may then be far from 0. From
+    scores of 1e9 on, the sum of the exponentials was 0 or infinite, as it is with jax.nn.softmax.
+    """
+    signed = products * jnp.sign(scale)
+    seen = signed if mask is None else jnp.where(mask, signed, -jnp.inf)
+    distances = (signed - jax.lax.stop_gradient(jnp.max(seen, axis=-1, keepdims=True))) * jnp.abs(scale)
+    e = jnp.exp(distances if mask is None else jnp.where(mask, distances, -jnp.inf))
+    return e / jnp.sum(e, axis=-1, keepdims=True)
+
+
 @functools.partial(jax.jit, inline=True)
 def _jit_attend(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
     """Compute attention for one query. The scores are k q^T, because q k^T would transpose the keys in memory.
@@ -150,10 +164,9 @@ def _jit_attend(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any:
     The scores are squeezed to the shape [..., keys], because a softmax over the keys in the shape [..., keys, 1] took
     four times as long.
     """
-    scores = jnp.squeeze(_product(k, jnp.matrix_transpose(q)), axis=-1) * scale
-    if mask is not None:
-        scores = jnp.where(jnp.squeeze(mask, axis=-2), scores, -jnp.inf)
-    return _product(jax.nn.softmax(scores).astype(v.dtype)[..., None, :], v).astype(v.dtype)
+    products = jnp.squeeze(_product(k, jnp.matrix_transpose(q)), axis=-1)
+    weights = _weights(products, None if mask is None else jnp.squeeze(mask, axis=-2), scale)
+    return _product(weights.astype(v.dtype)[..., None, :], v).astype(v.dtype)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -162,10 +175,8 @@ def _jit_attend_in_16_bits(q: Any, k: Any, v: Any, mask: Any, scale: Any) -> Any
 
     The weights are rounded to 16 bits once, as in a fused kernel; docs/numerics.md permits it.
     """
-    scores = _product(q, jnp.matrix_transpose(k)) * scale
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
-    return _product(jax.nn.softmax(scores).astype(v.dtype), v).astype(v.dtype)
+    weights = _weights(_product(q, jnp.matrix_transpose(k)), mask, scale)
+    return _product(weights.astype(v.dtype), v).astype(v.dtype)
 
 
 def _times_transposed(x: Any, w: Any) -> Any:

@@ -141,6 +141,18 @@ def test_attention_to_a_thousand_keys_is_within_its_error_bound(backend, dtype):
         assert bounds.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_with_huge_scores_is_within_its_error_bound(backend, dtype, queries):
+    """Catches a compiler that rounds the scaled score before it takes the maximum, and not before the exponential."""
+    random = np.random.default_rng(7)
+    q, k = (normal(random, (n, 8), dtype, 100.0 if dtype == "float16" else 1e9) for n in (queries, 4))
+    v = normal(random, (4, 2), dtype)
+    expected = bound(q, k, v, None, backend, scale=0.3)
+    for form, op in bounds.forms(pg.attention, backend, scale=0.3).items():
+        computed = bounds.compute(op, backend, q, k, v, scale=0.3)
+        assert bounds.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
+
+
 @pytest.mark.parametrize("offset", [0, 40])
 @pytest.mark.parametrize("kind", ["causal", "padded", "scattered"])
 def test_attention_of_many_queries_is_within_its_error_bound(backend, offset, kind):
