@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ def global_norm(tree: Params) -> Any:
     return xp.sqrt(sum(rest, first))
 
 
-def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe, *, weight_decay: float) -> tuple[Any, Any, Any]:
+def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[Any, Any, Any]:
     """Return a parameter p and its moments m and v after a step with the gradient g.
 
     If eps is 0, an element whose gradient has always been 0 does not change (0 / 0 is taken as 0).
@@ -88,8 +89,8 @@ def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe, *, weight_
     if recipe.eps < _SMALLEST:
         size = xp.where(size == 0, 1.0, size)
     step = (m * bias_m) / size
-    if weight_decay:
-        step = step + weight_decay * p
+    if recipe.weight_decay:
+        step = step + recipe.weight_decay * p
     return p - rate * step, m, v
 
 
@@ -114,12 +115,12 @@ def update(params: Params, grads: Params, moments: Moments, rates: Any, recipe: 
     matrices = [path for path, x in p.items() if len(backend.shape(x)) >= 2]
     vectors = [path for path, x in p.items() if len(backend.shape(x)) < 2]
 
-    def step(p: Any, g: Any, m: Any, v: Any, weight_decay: float) -> tuple[Any, Any, Any]:
-        return adamw(p, g * scale, m, v, rates, recipe, weight_decay=weight_decay)
+    def step(recipe: Recipe, p: Any, g: Any, m: Any, v: Any) -> tuple[Any, Any, Any]:
+        return adamw(p, g * scale, m, v, rates, recipe)
 
-    for paths, weight_decay in ((matrices, recipe.weight_decay), (vectors, 0.0)):
+    for paths, options in ((matrices, recipe), (vectors, replace(recipe, weight_decay=0.0))):
         lists = ([tree[path] for path in paths] for tree in (p, g, m, v))
-        found = backend.for_each(functools.partial(step, weight_decay=weight_decay), *lists)
+        found = backend.for_each(functools.partial(step, options), *lists)
         for path, after in zip(paths, found, strict=True):
             p[path], m[path], v[path] = after
     return nest(p), Moments(nest(m), nest(v)), norm
