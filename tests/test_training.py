@@ -307,21 +307,27 @@ def test_accumulated_batches_are_one(backend):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_batch_in_parts_is_the_same_batch(backend, dtype, monkeypatch):
     """Catches a part left out or counted twice, a sum in the place of a mean, and a backend that cuts another way."""
-    recipe = dataclasses.replace(RECIPE, dtype=dtype, warmup=0, learning_rate=0.01, max_grad_norm=None, eps=1e-3)
+    # With an eps of 1, the step is nearly proportional to the gradient. A small eps would magnify the rounding errors
+    # of gradients that are almost 0.
+    recipe = dataclasses.replace(RECIPE, dtype=dtype, warmup=0, learning_rate=0.01, max_grad_norm=None, eps=1.0)
     turns = []
     do = type(backend).while_loop
     monkeypatch.setattr(type(backend), "while_loop", lambda *args: turns.append(args) or do(*args))
     monkeypatch.setattr(training.trainer, "micro_batch_tokens", lambda backend, x: None)
-    whole, losses = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
+    initial = pg.init_params(CONFIG, backend=backend, dtype=recipe.master_dtype, scale_residual=True)
+    whole, losses = trajectory(backend, recipe, 1, initial, text=lambda i: texts(i, 6))
     assert turns == []
     monkeypatch.setattr(training.trainer, "micro_batch_tokens", lambda backend, x: 2 * CONFIG.n_ctx)
-    parts, mean = trajectory(backend, recipe, 1, text=lambda i: texts(i, 6))
+    parts, mean = trajectory(backend, recipe, 1, initial, text=lambda i: texts(i, 6))
     assert len(turns) == 1
-    tolerance = 1e-6 if dtype == "float32" else 1e-3
-    np.testing.assert_allclose(mean, losses, rtol=10 * tolerance)
-    expected = host(backend, whole.params)
+    # A part that is left out changes an update by a third. Rounding to bfloat16 changes it by a few units of 2^-8.
+    tolerance = 1e-4 if dtype == "float32" else 2.0**-6
+    np.testing.assert_allclose(mean, losses, rtol=tolerance)
+    start, expected = (host(backend, params) for params in (initial, whole.params))
     for path, x in host(backend, parts.params).items():
-        np.testing.assert_allclose(x, expected[path], rtol=0, atol=tolerance)
+        largest = np.max(abs(expected[path] - start[path]))
+        rounding = 2.0**-23 * np.max(abs(start[path]))  # of two parameters to float32
+        np.testing.assert_allclose(x, expected[path], rtol=0, atol=tolerance * largest + rounding)
 
 
 @pytest.mark.parametrize(
