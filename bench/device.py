@@ -21,6 +21,7 @@ import numpy as np
 import portable_gpt2 as pg
 
 from . import checkpoints
+from .clock import in_turn
 from .worker import ROOM
 
 SAMPLED = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 7}
@@ -116,11 +117,21 @@ def text_seconds(
 
 def token_ms(
     backend: str, device: str, shape: str, dtype: str, prompt: int, new: int, rounds: int, sampled: bool = False
-) -> list[float]:
-    """Return the milliseconds per token, for each round: the difference of a long and a short text, in turn."""
-    call = functools.partial(text_seconds, backend, device, shape, dtype, prompt, sampled=sampled)
+) -> dict[str, list[float]]:
+    """Return the seconds of a long and of a short text, in turn; `per_token` computes the milliseconds per token."""
+    return _long_and_short(
+        functools.partial(text_seconds, backend, device, shape, dtype, prompt, sampled=sampled), new, rounds
+    )
+
+
+def _long_and_short(call: Callable[[int], float], new: int, rounds: int) -> dict[str, list[float]]:
     call(1 + new)
-    return [(call(1 + new) - call(1)) / new * 1e3 for _ in range(rounds)]
+    return in_turn(rounds, {"long": lambda: call(1 + new), "short": lambda: call(1)})
+
+
+def per_token(samples: dict[str, list[float]], new: int) -> float:
+    """Return the milliseconds per token. The best long and the best short text count, whichever their rounds."""
+    return (min(samples["long"]) - min(samples["short"])) / new * 1e3
 
 
 def first_token_ms(backend: str, device: str, shape: str, dtype: str, prompt: int, rounds: int) -> list[float]:
@@ -131,8 +142,8 @@ def first_token_ms(backend: str, device: str, shape: str, dtype: str, prompt: in
 
 def batch_ms(
     backend: str, device: str, shape: str, dtype: str, batch: int, prompt: int, new: int, rounds: int
-) -> list[float]:
-    """Return the milliseconds per step of a batch of texts, which are generated as `complete` does, for each round."""
+) -> dict[str, list[float]]:
+    """Return the seconds of long and short texts of a batch, which are generated as `complete` does."""
     from portable_gpt2.generation.decoder import Generation
     from portable_gpt2.sampling import Sampling
 
@@ -145,8 +156,7 @@ def batch_ms(
             pass
         return time.perf_counter() - start
 
-    seconds(1 + new)
-    return [(seconds(1 + new) - seconds(1)) / new * 1e3 for _ in range(rounds)]
+    return _long_and_short(seconds, new, rounds)
 
 
 def profile(backend: str, device: str, shape: str, dtype: str, prompt: int, new: int) -> dict[str, float]:
@@ -166,7 +176,7 @@ def profile(backend: str, device: str, shape: str, dtype: str, prompt: int, new:
         raise RuntimeError("the profiler recorded no kernel")
     found = {"kernels": (long - short) / new}
     if device != "cpu":
-        wall = min(token_ms(backend, device, shape, dtype, prompt, new, 3))
+        wall = per_token(token_ms(backend, device, shape, dtype, prompt, new, 3), new)
         found |= {"device ms": (long_ms - short_ms) / new, "host ms": wall - (long_ms - short_ms) / new}
     return found
 
@@ -361,7 +371,7 @@ def peer_token_ms(
         return time.perf_counter() - start
 
     first = seconds(1 + new)
-    return {"first": first, "ms": [(seconds(1 + new) - seconds(1)) / new * 1e3 for _ in range(rounds)]}
+    return {"first": first, "samples": _long_and_short(seconds, new, rounds)}
 
 
 def peer_train(device: str, shape: str, dtype: str, batch: int, length: int, steps: int) -> dict[str, list[float]]:

@@ -127,7 +127,7 @@ def test_the_table_of_a_device_has_every_row(tmp_path):
     assert all((row["value"] is None) == bool(row["not_measured"]) for row in rows)
     assert "not run" not in {row["not_measured"] for row in rows}
     assert all(row["row"] in done.stdout for row in rows if "error / bound" not in row["row"])
-    assert all(f"| {backend}, {op} | not measured: no time left" in done.stdout for backend, op in wanted)
+    assert all(f"| {backend}, {op} | not measured |" in done.stdout for backend, op in wanted)
 
 
 def test_a_device_is_asked_everything_that_was_promised():
@@ -179,3 +179,10 @@ def test_a_job_that_fails_says_why(tmp_path):
     table = Table(tmp_path / "gpu.json", "cpu")
     run(jobs, table, deadline=time.monotonic() + 60, reserved=0.0)
     assert [(row.value, row.reason) for row in table.rows.values()] == [(None, "the reason")] * 2 + [(1.0, "")]
+
+
+def test_the_time_of_a_token_is_not_that_of_one_round():
+    """Catches a difference of two samples of the same round, which noise makes too small, even negative."""
+    from bench.device import per_token
+
+    assert per_token({"long": [9.0, 5.0, 6.0], "short": [1.0, 8.0, 2.0]}, 4) == 1000.0
