@@ -69,7 +69,7 @@ def test_the_bound_of_attention_is_tight(backend, dtype):
 def test_in_16_bits_weights_are_rounded_at_most_once(backend, dtype, queries, request):
     """Catches exponentials and weights that are both rounded to 16 bits, and scores that are.
 
-    Of two keys, the second has the value 0, so the errors of the two weights cannot compensate each other.
+    There are two keys. The value of the second is 0, so the errors of the two weights cannot compensate each other.
     """
     random = np.random.default_rng(11)
     q, k, v = head(random, (4000,), queries, 2, 1, dtype, width=2.0)

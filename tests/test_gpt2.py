@@ -1,4 +1,4 @@
-"""The GPT2 object: what it loads, accepts, returns and refuses is the same on every backend."""
+"""The GPT2 object loads, accepts, returns and refuses the same on every backend."""
 
 import dataclasses
 import inspect

@@ -53,7 +53,7 @@ class Draw(NamedTuple):
     options: Any
     """float32 [2, 4]: the sums along the first axis are temperature, top_k, top_p and the logarithm of min_p."""
     keys: Any
-    """int32 [batch, 4]: of each text, the upper and the lower half of the seed and of the stream's number."""
+    """int32 [batch, 4]: for each text, the two halves of its seed and the two halves of its stream's number."""
 
 
 def common_rule(samplings: Sequence[Sampling], n_vocab: int) -> Rule | None:

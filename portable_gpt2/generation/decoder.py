@@ -53,7 +53,7 @@ class Generation:
 
 
 class State(NamedTuple):
-    """What stays on the device from one call to the next. The memory is donated to each call."""
+    """The data that stays on the device from one call to the next. Its memory is donated to each call."""
 
     cache: KVCache
     """The cache; its position is None, because it is in `progress`."""
