@@ -203,17 +203,6 @@ def _sum_of_rows(x: Any, w: Any) -> Any:
     return sums.view(1, nf)
 
 
-def _joined(w: Any, b: Any) -> Any:
-    """Return w [nx, nf] and b as one matrix [nx + 1, nf] if b follows w in memory (see `join`), and otherwise None."""
-    if w.dtype in _WIDE or not w.is_cpu or not w.is_contiguous() or not b.is_contiguous():
-        return None
-    if _is_distributed(w) or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        return None
-    if b.untyped_storage().data_ptr() != w.untyped_storage().data_ptr() or b.data_ptr() != w.data_ptr() + w.nbytes:
-        return None
-    return w.as_strided((w.shape[0] + 1, w.shape[1]), w.stride())
-
-
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
     if w.ndim == 3 and w.shape[0] == 1:
         w = w[0]
@@ -235,10 +224,8 @@ def _conv1d(x: Any, w: Any, b: Any) -> Any:
         columns = w.view(nx, blocks, nf // blocks).transpose(0, 1)
         y = torch.baddbmm(b.view(blocks, 1, nf // blocks), rows.expand(blocks, n, nx), columns)
         return y.transpose(0, 1).reshape(*start, nf)
-    if n == 1 and (joined := _joined(w, b)) is not None:  # the bias is one more row, so the result is rounded once
-        y = _sum_of_rows(torch.cat([rows, rows.new_ones(1, 1)], 1), joined)
-        if y is not None:
-            return y.view(*start, nf)
+    if n == 1 and (y := _sum_of_rows(rows, w)) is not None:
+        return (y + b).view(*start, nf)
     if _is_converted(w):
         return torch.addmm(b.float(), rows.float(), w.float()).to(w.dtype).reshape(*start, nf)
     return torch.addmm(b, rows, w).reshape(*start, nf)
@@ -798,16 +785,6 @@ class TorchBackend(Backend):
                 found += zip(*(x.tensors for x in results), strict=True) if several else results.tensors
                 start, n = stop, 0
         return found
-
-    def join(self, w: Any, b: Any) -> tuple[Any, Any]:
-        # See `_sum_of_rows`. A parameter that needs a gradient must stay the same tensor.
-        if w.dtype in _WIDE or not w.is_cpu or w.ndim != 2 or w.requires_grad or b.requires_grad or not _is_plain(w):
-            return w, b
-        with torch.inference_mode():
-            if _is_distributed(w) or _joined(w, b) is not None:
-                return w, b
-        both = torch.cat([w, b[None]])
-        return both[:-1], both[-1]
 
     def relayout(self, path: str, x: Any) -> Any:
         # For small batches, a tall matrix in Fortran order is read at full memory bandwidth. In C order, a decode step

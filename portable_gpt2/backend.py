@@ -22,7 +22,7 @@ class Backend:
     - An adapter must define `name`, `array_types`, `xp`, `dtypes` and `devices`.
     - It may define `kernels`, `compiles_per_shape`, `handwritten_gradient_is_faster`; `refusal`; `resolve_device`,
       `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`, `write`,
-      `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`, `join`; `runs_ahead`,
+      `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`; `runs_ahead`,
       `fetch`, `top_k`, `gumbel`, `permit_64_bits`. Each has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
@@ -299,10 +299,6 @@ class Backend:
     def permit_64_bits(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which the framework does not narrow int64 and float64, even while tracing."""
         return contextlib.nullcontext()
-
-    def join(self, w: Any, b: Any) -> tuple[Any, Any]:
-        """Return the weight and the bias of a linear layer, in memory that lets `conv1d` read them fastest together."""
-        return w, b
 
     # An adapter inherits these.
 

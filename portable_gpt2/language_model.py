@@ -104,7 +104,6 @@ class GPT2:
             )
         backend = backend_of(params["wte"])
         prepared = {path: backend.relayout(path, x) for path, x in flatten(params)}
-        _join(backend, prepared)
         self._assemble(config, nest(prepared), tokenizer)
 
     def _assemble(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None) -> None:
@@ -191,7 +190,6 @@ class GPT2:
         for path in progress(order):
             tensor = cast(path, tensors.pop(path), dtype)
             params[path] = owner.relayout(path, owner.from_numpy(tensor.read(), dtype))
-        _join(owner, params)
         model = cls.__new__(cls)  # the constructor would convert the layout of all parameters at once
         model._assemble(found.config, nest({path: params[path] for path in shapes(found.config)}), found.tokenizer)
         model.source, model.companions = found.source, found.companions
@@ -582,10 +580,3 @@ class GPT2:
     def _prompt_ids(self, prompt: str, allow_special: AllowSpecial) -> list[int]:
         ids = self._encode(prompt, allow_special) or [self._start("the prompt is empty")]
         return checks.token_ids("token ids", ids, self.config.n_vocab).tolist()  # type: ignore[no-any-return]
-
-
-def _join(backend: Backend, params: dict[str, Any]) -> None:
-    """Put each weight and its bias where the backend reads them fastest. The dict holds parameters by path."""
-    for weight in [path for path in params if path.endswith("/w")]:
-        bias = weight[:-1] + "b"
-        params[weight], params[bias] = backend.join(params[weight], params[bias])

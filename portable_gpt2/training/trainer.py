@@ -97,7 +97,10 @@ class Trainer:
         backend.dtype(recipe.dtype)
         self.config, self.recipe, self.backend = config, recipe, backend
         self._loss = backend.compile(self._loss_of)
-        self._gradient = {way: backend.compile(functools.partial(self._gradient_of, way)) for way in (True, False)}
+        self._gradient = {
+            is_handwritten: backend.compile(functools.partial(self._gradient_of, is_handwritten))
+            for is_handwritten in (True, False)
+        }
         self._add = backend.compile(self._sum_of)
         self._update = backend.compile(
             lambda params, grads, moments, rates: update(params, grads, moments, rates, recipe)

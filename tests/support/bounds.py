@@ -264,13 +264,14 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded
     gamma(K + 1) A. Flushing x_k adds an error of s |w_k|, and flushing w_k adds s |x_k|. Flushing a term, a partial sum
     or the result adds s, at most K + 2 times.
 
-    For the 16-bit dtypes, this bound is that of float32, and the result is rounded once, after the bias is added.
+    For the 16-bit dtypes, the product is computed in float32 and may be rounded to 16 bits before the bias is added in
+    float32. The result is rounded to 16 bits.
     """
     dtype = x.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
     w = w.reshape(w.shape[-2:])
     K = x.shape[-1]
-    value = np.matmul(exact(x), exact(w))
+    value = product = np.matmul(exact(x), exact(w))
     absolute_x, absolute_w = _float(abs(exact(x))), _float(abs(exact(w)))
     with np.errstate(over="ignore", invalid="ignore"):
         A = absolute_x @ absolute_w
@@ -280,6 +281,8 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded
         g = gamma(K if b is None else K + 1, u)
         flushed = s * (absolute_x.sum(axis=-1)[..., None] + absolute_w.sum(axis=0) + K + 2)
         error = np.where((1 + g) * A <= largest, g * A + flushed, np.inf)
+    if b is not None and dtype not in ("float64", "float32"):
+        error = (1 + u) * _stored(product, error, dtype).error
     return _stored(value, error, dtype)
 
 
