@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = list(PYPROJECT["project"]["entry-points"]["portable_gpt2.backends"])
 PARITY = "tests/test_parity*.py"  # the tests that need transformers
+KIT = ["--pyargs", "tests", "portable_gpt2.testing"]  # our tests, and those of every backend, of the installed package
 # Framework-independent tests run with NumPy alone, and once more with all frameworks in one process. The tests in these
 # files are about files, texts, sampling and the command, which compute on the host: they run with NumPy alone only.
 NUMPY_ALONE = [
@@ -74,7 +75,7 @@ def tests(session: nox.Session, backend: str) -> None:
     """
     install_only(session, backend, "test")
     backends = "numpy,array_api_strict,none" if backend == "numpy" else backend
-    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", f"--backends={backends}"]
+    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", f"--backend={backends}", *KIT]
     run_pytest(session, *args, x64=backend == "jax", PORTABLE_GPT2_REQUIRE=backends)
 
 
@@ -87,7 +88,7 @@ def equivalence(session: nox.Session) -> None:
     """
     install(session, "all", "test")
     left = [f"--ignore={file}" for file in NUMPY_ALONE]
-    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", *left, "--no-skips", "--backends=none"]
+    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", *left, "--no-skips", "--backend=none"]
     run_pytest(session, *args, x64=True, PORTABLE_GPT2_REQUIRE="all")
 
 
@@ -103,7 +104,7 @@ def parity(session: nox.Session) -> None:
 def properties(session: nox.Session) -> None:
     """Run all tests with 10,000 examples for each property, on all frameworks. This takes hours."""
     install(session, "all", "test")
-    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", "--no-skips"]
+    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", "--no-skips", *KIT]
     run_pytest(session, *args, x64=True, PORTABLE_GPT2_REQUIRE="all", HYPOTHESIS_PROFILE="thorough")
 
 
@@ -115,14 +116,14 @@ def gpu(session: nox.Session) -> None:
     ``python -m bench.gpu`` runs them as well, without nox and without a network, and measures the speed.
     """
     install(session, "all,jax-cuda,tensorflow-cuda", "test")
-    run_pytest(session, "-m", "gpu", f"--ignore-glob={PARITY}", "--no-skips")
+    run_pytest(session, "-m", "gpu", f"--ignore-glob={PARITY}", "--no-skips", *KIT)
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure speed and memory on all frameworks, and compare with other libraries: half an hour on two idle cores.
 
-    The table and the plots are written to docs/benchmarks. With ``--quick``, ``--backends`` or ``--rows`` after ``--``,
+    The table and the plots are written to docs/benchmarks. With ``--quick``, ``--backend`` or ``--rows`` after ``--``,
     they are written to docs/benchmarks/partial.
     """
     install(session, "all", "bench")
@@ -228,7 +229,7 @@ def typing(session: nox.Session) -> None:
 def dev(session: nox.Session) -> None:
     """Make .venv, an environment for development: the package as an editable install, all frameworks, all tools.
 
-    It follows every change of the checkout: ``.venv/bin/pytest tests/test_softmax.py --backends=numpy``.
+    It follows every change of the checkout: ``.venv/bin/pytest tests/test_softmax.py --backend=numpy``.
     """
     session.run(sys.executable, "-m", "venv", ".venv")
     python = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

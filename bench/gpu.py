@@ -440,7 +440,7 @@ def _run_tests(backend: str, device: str, seconds: float) -> tuple[list[dict[str
             return
         with tempfile.TemporaryDirectory() as room:
             record = Path(room, "record.json")
-            options = ["-q", "-m", "gpu", f"--devices={device}", f"--backends={backend}", "-p", "no:cacheprovider"]
+            options = ["-q", "-m", "gpu", f"--device={device}", f"--backend={backend}", "-p", "no:cacheprovider"]
             options += [f"--record={record}", f"--seconds={max(1.0, left - 10)}", *some, str(file)]
             command = [sys.executable, "-P", "-m", "pytest", *options]
             try:

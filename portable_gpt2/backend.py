@@ -15,14 +15,16 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
+from .numerics import Numerics
+
 
 class Backend:
     """An array framework, as the portable code uses it. An adapter is a subclass.
 
     - An adapter must define `name`, `array_types`, `xp`, `dtypes` and `devices`.
-    - It may define `kernels`, `compiles_per_shape`, `handwritten_gradient_is_faster`; `refusal`; `resolve_device`,
-      `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`, `write`,
-      `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`; `runs_ahead`,
+    - It may define `numerics`, `kernels`, `compiles_per_shape`, `handwritten_gradient_is_faster`; `refusal`;
+      `resolve_device`, `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`,
+      `write`, `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`; `runs_ahead`,
       `fetch`, `top_k`, `gumbel`, `permit_64_bits`. Each has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
@@ -65,6 +67,13 @@ class Backend:
         raise NotImplementedError
 
     # An adapter may define these: facts about the framework.
+
+    numerics: ClassVar[Mapping[str, Mapping[str, Numerics]]] = {}
+    """The errors of exp, tanh and log, by kind of device (``cpu``, ``cuda``) and by dtype (float32, float64).
+
+    The bounds on the errors of the ops are derived from them. A function without a stated error is assumed to err by at
+    most 1 ulp.
+    """
 
     kernels: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     """The framework's own implementations of portable ops, by the op's name and with its signature.

@@ -2,22 +2,21 @@
 
 import sys
 
-import bounds
 import hypothesis.strategies as st
 import numpy as np
-import operations
 import pytest
-import strategies
 from hypothesis import given
 
 import portable_gpt2 as pg
 from portable_gpt2 import gradients
+from portable_gpt2.numerics import bounds, stated
+from portable_gpt2.testing import claims, operations, strategies
 
 pytestmark = pytest.mark.every_device
 
 
 def bound(q, k, v, mask, backend, **options):
-    return bounds.attention(q, k, v, mask, **options, c=bounds.exp_error(backend, q.dtype.name))
+    return bounds.attention(q, k, v, mask, **options, numerics=stated(backend, q.dtype.name))
 
 
 def normal(random, shape, dtype, width=1.0):
@@ -35,19 +34,19 @@ def test_attention_is_within_its_error_bound(backend, dtype, data):
     """Catches a missing scale, a mask that leaks, weights rounded twice, and writing into the argument."""
     (q, k, v, mask), options = data.draw(operations.attended(dtype))
     expected = bound(q, k, v, mask, backend, **options)
-    for form, op in bounds.forms(pg.attention, backend).items():
-        computed = bounds.compute(op, backend, q, k, v, mask, **options)
-        assert bounds.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
+    for form, op in claims.forms(pg.attention, backend).items():
+        computed = claims.compute(op, backend, q, k, v, mask, **options)
+        assert claims.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
 
 
 @given(data=st.data())
 def test_attention_weights_are_within_their_error_bound(backend, dtype, data):
     """Catches weights that are not those of attention, of which they are the result for the identity as values."""
     (q, k, _, mask), options = data.draw(operations.attended(dtype))
-    expected = operations.attention_weights_bound(q, k, mask, **options, c=bounds.exp_error(backend, dtype))
-    for form, op in bounds.forms(pg.attention_weights, backend).items():
-        computed = bounds.compute(op, backend, q, k, mask, **options)
-        assert bounds.assert_within(expected, computed, "attention_weights", backend, dtype, form) <= 1
+    expected = operations.attention_weights_bound(q, k, mask, **options, numerics=stated(backend, dtype))
+    for form, op in claims.forms(pg.attention_weights, backend).items():
+        computed = claims.compute(op, backend, q, k, mask, **options)
+        assert claims.assert_within(expected, computed, "attention_weights", backend, dtype, form) <= 1
 
 
 def test_the_bound_of_attention_is_tight(backend, dtype):
@@ -56,9 +55,9 @@ def test_the_bound_of_attention_is_tight(backend, dtype):
     q, k, v = head(random, (2, 3), 6, 10, 8, dtype)
     mask = np.arange(10) <= np.arange(6)[:, None] + 4
     expected = bound(q, k, v, mask, backend)
-    for form, op in bounds.forms(pg.attention, backend, compiled=True).items():
-        ratio = bounds.assert_within(
-            expected, bounds.compute(op, backend, q, k, v, mask), "attention", backend, dtype, form
+    for form, op in claims.forms(pg.attention, backend, compiled=True).items():
+        ratio = claims.assert_within(
+            expected, claims.compute(op, backend, q, k, v, mask), "attention", backend, dtype, form
         )
         least = 0.01 if dtype == bounds.computed_in(dtype) else 0.1
         assert ratio >= least, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
@@ -76,7 +75,7 @@ def test_in_16_bits_weights_are_rounded_at_most_once(backend, dtype, queries, re
     v[:, 0], v[:, 1] = 1 + abs(v[:, 0]), 0
     expected = bound(q, k, v, None, backend)
     for form, op in ways(backend, request).items():
-        ratio = bounds.assert_within(expected, bounds.compute(op, backend, q, k, v), "attention", backend, dtype, form)
+        ratio = claims.assert_within(expected, claims.compute(op, backend, q, k, v), "attention", backend, dtype, form)
         assert ratio >= 0.1, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
 
 
@@ -90,12 +89,12 @@ def test_scores_may_exceed_the_range_of_float16(backend, queries, request):
     expected = bound(q, k, v, None, backend)
     assert (abs(np.matmul(*map(np.float32, (q, k.swapaxes(-1, -2))))).max(axis=-1) > 2e5).any()
     for form, op in ways(backend, request).items():
-        assert expected.ratio(bounds.compute(op, backend, q, k, v)) <= 1, form
+        assert expected.ratio(claims.compute(op, backend, q, k, v)) <= 1, form
 
 
 def ways(backend, request):
     """Return the forms of attention, and for PyTorch also the kernel as it runs on an accelerator."""
-    found = bounds.forms(pg.attention, backend)
+    found = claims.forms(pg.attention, backend)
     return {**found, "accelerated": request.getfixturevalue("accelerated")} if backend.name == "torch" else found
 
 
@@ -125,10 +124,10 @@ def test_one_query_on_an_accelerator_is_within_its_error_bound(backend, dtype, b
         for options in ({}, {"mask": mask}, {"scale": 0.3}, {"mask": mask, "scale": 1.0, "causal": True}):
             mask_, scale = options.pop("mask", None), options.get("scale")
             expected = bound(q, k, v, mask_, backend, scale=scale)
-            computed = bounds.compute(accelerated, backend, q, k, v, mask_, **options)
-            assert bounds.assert_within(expected, computed, "attention", backend, dtype, "accelerated") <= 1
+            computed = claims.compute(accelerated, backend, q, k, v, mask_, **options)
+            assert claims.assert_within(expected, computed, "attention", backend, dtype, "accelerated") <= 1
     mask[...] = False
-    assert np.isnan(bounds.compute(accelerated, backend, q, k, v, mask).astype(np.float32)).all()
+    assert np.isnan(claims.compute(accelerated, backend, q, k, v, mask).astype(np.float32)).all()
 
 
 def test_attention_to_a_thousand_keys_is_within_its_error_bound(backend, dtype):
@@ -138,9 +137,9 @@ def test_attention_to_a_thousand_keys_is_within_its_error_bound(backend, dtype):
     q, k, v = head(random, (1, 2), queries, keys, 8, dtype, width=2.0)
     mask = np.arange(keys) <= np.arange(queries)[:, None] + keys - queries
     expected = bound(q, k, v, mask, backend)
-    for form, op in bounds.forms(pg.attention, backend).items():
-        computed = bounds.compute(op, backend, q, k, v, mask)
-        assert bounds.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
+    for form, op in claims.forms(pg.attention, backend).items():
+        computed = claims.compute(op, backend, q, k, v, mask)
+        assert claims.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -150,9 +149,9 @@ def test_attention_with_huge_scores_is_within_its_error_bound(backend, dtype, qu
     q, k = (normal(random, (n, 8), dtype, 100.0 if dtype == "float16" else 1e9) for n in (queries, 4))
     v = normal(random, (4, 2), dtype)
     expected = bound(q, k, v, None, backend, scale=0.3)
-    for form, op in bounds.forms(pg.attention, backend, scale=0.3).items():
-        computed = bounds.compute(op, backend, q, k, v, scale=0.3)
-        assert bounds.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
+    for form, op in claims.forms(pg.attention, backend, scale=0.3).items():
+        computed = claims.compute(op, backend, q, k, v, scale=0.3)
+        assert claims.assert_within(expected, computed, "attention", backend, dtype, form) <= 1
 
 
 @pytest.mark.parametrize("offset", [0, 40])
@@ -169,8 +168,8 @@ def test_attention_of_many_queries_is_within_its_error_bound(backend, offset, ki
     if kind == "scattered":
         mask = mask & ((random.random((queries, keys)) < 0.1) | (np.arange(keys) == np.arange(queries)[:, None]))
     expected = bound(q, k, v, mask, backend)
-    for form, op in bounds.forms(pg.attention, backend, compiled=False).items():
-        assert expected.ratio(bounds.compute(op, backend, q, k, v, mask)) <= 1, form
+    for form, op in claims.forms(pg.attention, backend, compiled=False).items():
+        assert expected.ratio(claims.compute(op, backend, q, k, v, mask)) <= 1, form
 
 
 @strategies.fewer
@@ -186,9 +185,9 @@ def test_masked_keys_have_no_influence(backend, dtype, data):
     other_k = np.where(unseen, normal(random, k.shape, dtype, 100), k)
     other_v = np.where(unseen, normal(random, v.shape, dtype, 1e4), v)
     error = sum(bound(q, *pair, mask, backend, scale=scale).error for pair in ((k, v), (other_k, other_v)))
-    for form, op in bounds.forms(pg.attention, backend).items():
-        one = bounds.compute(op, backend, q, k, v, mask, scale=scale)
-        other = bounds.compute(op, backend, q, other_k, other_v, mask, scale=scale)
+    for form, op in claims.forms(pg.attention, backend).items():
+        one = claims.compute(op, backend, q, k, v, mask, scale=scale)
+        other = claims.compute(op, backend, q, other_k, other_v, mask, scale=scale)
         with np.errstate(invalid="ignore"):
             ratio = bounds.Bounded(bounds.exact(one), error).ratio(other)
         assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
@@ -216,8 +215,8 @@ def test_results_are_between_the_values_that_are_seen(backend, dtype, data):
     low = np.min(np.where(seen, wide, np.inf), axis=-2) - margin
     high = np.max(np.where(seen, wide, -np.inf), axis=-2) + margin
     promised = np.isfinite(bound(q, k, v, mask, backend, scale=scale).error)
-    for form, op in bounds.forms(pg.attention, backend).items():
-        y = bounds.compute(op, backend, q, k, v, mask, scale=scale).astype(np.float64)
+    for form, op in claims.forms(pg.attention, backend).items():
+        y = claims.compute(op, backend, q, k, v, mask, scale=scale).astype(np.float64)
         assert np.all(((low <= y) & (y <= high))[promised]), f"{form}: {y} is not between {low} and {high}"
 
 
@@ -229,9 +228,9 @@ def test_the_order_of_the_keys_does_not_matter(backend, dtype, data):
     order = np.asarray(data.draw(st.permutations(range(k.shape[-2]))), int)
     other = q, k[..., order, :], v[..., order, :], None if mask is None else mask[..., order]
     error = 2 * bound(q, k, v, mask, backend, scale=scale).error
-    for form, op in bounds.forms(pg.attention, backend).items():
-        straight = bounds.compute(op, backend, q, k, v, mask, scale=scale)
-        permuted = bounds.compute(op, backend, *other, scale=scale)
+    for form, op in claims.forms(pg.attention, backend).items():
+        straight = claims.compute(op, backend, q, k, v, mask, scale=scale)
+        permuted = claims.compute(op, backend, *other, scale=scale)
         with np.errstate(invalid="ignore"):
             ratio = bounds.Bounded(bounds.exact(straight), error).ratio(permuted)
         assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times twice the bound"
@@ -247,8 +246,8 @@ def test_a_query_that_sees_one_key_gives_it_all_its_weight(backend, dtype):
     q, k, _ = head(random, (2,), 7, 7, 8, dtype, width=3.0)
     v = np.broadcast_to(np.eye(7, dtype=k.dtype), (2, 7, 7)).copy()
     mask = np.eye(7, dtype=bool)[random.permutation(7)]
-    for form, op in bounds.forms(pg.attention, backend).items():
-        weights = bounds.compute(op, backend, q, k, v, mask)
+    for form, op in claims.forms(pg.attention, backend).items():
+        weights = claims.compute(op, backend, q, k, v, mask)
         assert not weights[:, ~mask].any(), form
         assert bound(q, k, v, mask, backend).ratio(weights) <= 1, form
 
@@ -261,9 +260,9 @@ def test_the_leading_axes_of_a_mask_broadcast(backend, leading):
     mask = random.random((*leading, 4, 5)) < 0.5
     mask[..., 0] = True
     expected = bound(q, k, v, mask, backend)
-    for form, op in bounds.forms(pg.attention, backend).items():
-        computed = bounds.compute(op, backend, q, k, v, mask)
-        assert bounds.assert_within(expected, computed, "attention", backend, "float32", form) <= 1
+    for form, op in claims.forms(pg.attention, backend).items():
+        computed = claims.compute(op, backend, q, k, v, mask)
+        assert claims.assert_within(expected, computed, "attention", backend, "float32", form) <= 1
 
 
 @strategies.wide_dtypes
@@ -272,7 +271,7 @@ def test_attention_of_ordinary_numbers_raises_no_floating_point_flag(backend, dt
     """Catches warnings that a user could do nothing about, as the smallest number less something could give."""
     q, k, v = head(np.random.default_rng(6), (2,), 5, 5, 8, dtype, width=10.0)
     mask = np.tri(5, dtype=bool)
-    for form in bounds.forms(pg.attention, backend).values():
+    for form in claims.forms(pg.attention, backend).values():
         with np.errstate(all="raise", under="ignore"):
             computed = backend.to_numpy(form(*map(backend.from_numpy, (q, k, v, mask))))
         assert np.isfinite(computed).all()
@@ -305,11 +304,11 @@ def test_a_hidden_key_has_no_weight_though_every_visible_score_overflows(backend
     k[:, 3] = 0  # hidden: its score is 0
     v = np.asarray([[1.0], [2.0], [3.0], [1000.0]], np.float32)[None]
     mask = np.broadcast_to(np.asarray([True, True, True, False]), (queries, 4)).copy()
-    for form, op in bounds.forms(pg.attention, backend, compiled=True).items():
-        y = bounds.compute(op, backend, q, k, v, mask)
+    for form, op in claims.forms(pg.attention, backend, compiled=True).items():
+        y = claims.compute(op, backend, q, k, v, mask)
         assert np.isnan(y).all(), f"{form}: {y}"
-    for form, op in bounds.forms(pg.attention_weights, backend, compiled=True).items():
-        w = bounds.compute(op, backend, q, k, mask)
+    for form, op in claims.forms(pg.attention_weights, backend, compiled=True).items():
+        w = claims.compute(op, backend, q, k, mask)
         assert np.isnan(w).all(), f"{form}: {w}"
 
 
@@ -318,8 +317,8 @@ def test_without_a_mask_a_row_of_overflowed_scores_is_nan(backend, queries):
     """Catches a fused kernel that makes it 0, where the softmax of a row of -inf is NaN."""
     q, k = far(queries, 2, "float32")
     v = np.ones((1, 2, 3), np.float32)
-    for form, op in bounds.forms(pg.attention, backend, compiled=True).items():
-        assert np.isnan(bounds.compute(op, backend, q, k, v)).all(), form
+    for form, op in claims.forms(pg.attention, backend, compiled=True).items():
+        assert np.isnan(claims.compute(op, backend, q, k, v)).all(), form
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -329,10 +328,10 @@ def test_one_visible_score_that_is_finite_takes_all_the_weight(backend, queries)
     k[:, 1], k[:, 3] = 0, 1e-9
     v = np.asarray([[1.0], [2.0], [3.0], [1000.0]], np.float32)[None]
     mask = np.broadcast_to(np.asarray([True, True, True, False]), (queries, 4)).copy()
-    for form, op in bounds.forms(pg.attention, backend, compiled=True).items():
-        assert (bounds.compute(op, backend, q, k, v, mask) == 2).all(), form
-    for form, op in bounds.forms(pg.attention_weights, backend, compiled=True).items():
-        assert (bounds.compute(op, backend, q, k, mask) == [0, 1, 0, 0]).all(), form
+    for form, op in claims.forms(pg.attention, backend, compiled=True).items():
+        assert (claims.compute(op, backend, q, k, v, mask) == 2).all(), form
+    for form, op in claims.forms(pg.attention_weights, backend, compiled=True).items():
+        assert (claims.compute(op, backend, q, k, mask) == [0, 1, 0, 0]).all(), form
 
 
 def test_a_row_that_sees_no_key_is_nan_and_leaves_the_others(backend, dtype):
@@ -341,12 +340,12 @@ def test_a_row_that_sees_no_key_is_nan_and_leaves_the_others(backend, dtype):
     q, k, v = head(random, (2,), 3, 4, 8, dtype)
     mask = np.ones((3, 4), np.bool_)
     mask[1] = False
-    for form, op in bounds.forms(pg.attention, backend).items():
-        y = bounds.compute(op, backend, q, k, v, mask)
+    for form, op in claims.forms(pg.attention, backend).items():
+        y = claims.compute(op, backend, q, k, v, mask)
         assert np.isnan(y[:, 1]).all(), form
         assert np.isfinite(y[:, [0, 2]].astype(np.float32)).all(), form
-    for form, op in bounds.forms(pg.attention_weights, backend).items():
-        w = bounds.compute(op, backend, q, k, mask).astype(np.float32)
+    for form, op in claims.forms(pg.attention_weights, backend).items():
+        w = claims.compute(op, backend, q, k, mask).astype(np.float32)
         assert np.isnan(w[:, 1]).all(), form
         assert np.isfinite(w[:, [0, 2]]).all(), form
 
@@ -356,11 +355,11 @@ def test_values_that_are_zero_stay_so(backend, dtype):
     random = np.random.default_rng(7)
     q, k, v = head(random, (2,), 3, 4, 8, dtype)
     mask = np.arange(4) <= np.arange(3)[:, None]
-    for form, op in bounds.forms(pg.attention, backend).items():
-        assert (bounds.compute(op, backend, q, k, 0 * v, mask) == 0).all(), form
+    for form, op in claims.forms(pg.attention, backend).items():
+        assert (claims.compute(op, backend, q, k, 0 * v, mask) == 0).all(), form
         v[..., 0] = 0
-        y = bounds.compute(op, backend, q, k, v, mask)
-        assert bounds.assert_within(bound(q, k, v, mask, backend), y, "attention", backend, dtype, form) <= 1
+        y = claims.compute(op, backend, q, k, v, mask)
+        assert claims.assert_within(bound(q, k, v, mask, backend), y, "attention", backend, dtype, form) <= 1
 
 
 def test_weights_without_columns_are_equal(backend, dtype):
@@ -369,11 +368,11 @@ def test_weights_without_columns_are_equal(backend, dtype):
     q, k, v = np.ones((2, 3, 0), host), np.ones((2, 4, 0), host), np.broadcast_to(np.arange(4), (2, 4)).astype(host)
     mask = np.arange(4) < 2
     for scale in (None, 0.5):
-        for form, op in bounds.forms(pg.attention, backend).items():
-            y = bounds.compute(op, backend, q, k, v[..., None].copy(), scale=scale)
+        for form, op in claims.forms(pg.attention, backend).items():
+            y = claims.compute(op, backend, q, k, v[..., None].copy(), scale=scale)
             assert (y == 1.5).all(), f"{form}: {y}"
-        for form, op in bounds.forms(pg.attention_weights, backend).items():
-            w = bounds.compute(op, backend, q, k, np.broadcast_to(mask, (3, 4)).copy(), scale=scale)
+        for form, op in claims.forms(pg.attention_weights, backend).items():
+            w = claims.compute(op, backend, q, k, np.broadcast_to(mask, (3, 4)).copy(), scale=scale)
             assert (w == [0.5, 0.5, 0, 0]).all(), f"{form}: {w}"
 
 
@@ -381,8 +380,8 @@ def test_weights_without_columns_are_equal(backend, dtype):
 def test_a_scale_of_zero_makes_the_weights_equal(backend, queries):
     """Catches a scale of 0 that is taken for one that was not given."""
     q, k, v = head(np.random.default_rng(8), (2,), queries, 4, 8, "float32")
-    for op in bounds.forms(pg.attention, backend, compiled=True, scale=0.0).values():
-        y = bounds.compute(op, backend, q, k, v, scale=0.0)
+    for op in claims.forms(pg.attention, backend, compiled=True, scale=0.0).values():
+        y = claims.compute(op, backend, q, k, v, scale=0.0)
         np.testing.assert_allclose(y, np.broadcast_to(v.mean(1, keepdims=True), y.shape), rtol=1e-5, atol=1e-6)
 
 

@@ -2,15 +2,14 @@
 
 import sys
 
-import bounds
 import hypothesis.strategies as st
 import numpy as np
-import operations
 import pytest
-import strategies
 from hypothesis import given
 
 import portable_gpt2 as pg
+from portable_gpt2.numerics import bounds
+from portable_gpt2.testing import claims, operations, strategies
 
 pytestmark = pytest.mark.every_device
 
@@ -24,9 +23,9 @@ def test_conv1d_is_within_its_error_bound(backend, dtype, data):
     """Catches a forgotten bias, a transposed weight, 16-bit or TF32 products, and writing into the argument."""
     x, w, b = data.draw(operations.linear_layers(dtype))
     expected = bounds.linear(x, w, b)
-    for form, op in bounds.forms(pg.conv1d, backend).items():
-        computed = bounds.compute(op, backend, x, w, b)
-        assert bounds.assert_within(expected, computed, "conv1d", backend, dtype, form) <= 1
+    for form, op in claims.forms(pg.conv1d, backend).items():
+        computed = claims.compute(op, backend, x, w, b)
+        assert claims.assert_within(expected, computed, "conv1d", backend, dtype, form) <= 1
 
 
 def test_the_bound_of_conv1d_is_tight(backend, dtype):
@@ -34,8 +33,8 @@ def test_the_bound_of_conv1d_is_tight(backend, dtype):
     random = np.random.default_rng(1)
     x, w, b = normal(random, (40, 12), dtype), normal(random, (12, 20), dtype), normal(random, (20,), dtype)
     expected = bounds.linear(x, w, b)
-    for form, op in bounds.forms(pg.conv1d, backend, compiled=True).items():
-        ratio = bounds.assert_within(expected, bounds.compute(op, backend, x, w, b), "conv1d", backend, dtype, form)
+    for form, op in claims.forms(pg.conv1d, backend, compiled=True).items():
+        ratio = claims.assert_within(expected, claims.compute(op, backend, x, w, b), "conv1d", backend, dtype, form)
         assert ratio >= 0.01, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
 
 
@@ -47,8 +46,8 @@ def test_conv1d_of_random_numbers_errs_as_random_errors_add_up(backend, dtype, d
     x, w = normal(random, (rows, depth), dtype), normal(random, (depth, columns), dtype)
     b = normal(random, (columns,), dtype)
     expected = bounds.linear_at_random(x, w, b)
-    for form, op in bounds.forms(pg.conv1d, backend).items():
-        ratio = expected.ratio(bounds.compute(op, backend, x, w, b))
+    for form, op in claims.forms(pg.conv1d, backend).items():
+        ratio = expected.ratio(claims.compute(op, backend, x, w, b))
         assert 0.01 <= ratio <= 1, f"{form}: the error is {ratio:.3g} times 4 sqrt(K + 1) u Q"
 
 
@@ -134,8 +133,8 @@ def test_a_weight_with_a_leading_1_gives_the_same_bits(backend, dtype):
     """Catches a second path for the shape that OpenAI's checkpoints have."""
     random = np.random.default_rng(2)
     x, w, b = normal(random, (3, 7, 33), dtype), normal(random, (33, 9), dtype), normal(random, (9,), dtype)
-    for form, op in bounds.forms(pg.conv1d, backend).items():
-        plain, leading = bounds.compute(op, backend, x, w, b), bounds.compute(op, backend, x, w[None], b)
+    for form, op in claims.forms(pg.conv1d, backend).items():
+        plain, leading = claims.compute(op, backend, x, w, b), claims.compute(op, backend, x, w[None], b)
         assert plain.tobytes() == leading.tobytes(), form
 
 
@@ -144,10 +143,10 @@ def test_leading_axes_are_rows(backend, batch):
     """Catches leading axes, zero or more, that are mixed up or lost."""
     random = np.random.default_rng(3)
     x, w, b = (normal(random, shape, "float32") for shape in ((*batch, 5), (5, 3), (3,)))
-    for form, op in bounds.forms(pg.conv1d, backend).items():
-        result = bounds.compute(op, backend, x, w, b)
+    for form, op in claims.forms(pg.conv1d, backend).items():
+        result = claims.compute(op, backend, x, w, b)
         assert result.shape == (*batch, 3), form
-        assert result.tobytes() == bounds.compute(op, backend, x.reshape(-1, 5), w, b).tobytes(), form
+        assert result.tobytes() == claims.compute(op, backend, x.reshape(-1, 5), w, b).tobytes(), form
 
 
 def convolve_in_tensorflow(x, w, b):
@@ -180,10 +179,10 @@ def test_conv1d_is_a_convolution_of_width_1(backend, dtype):
     random = np.random.default_rng(4)
     for positions, nx, nf in ((1, 1, 1), (7, 24, 36)):
         x, w, b = (normal(random, shape, dtype) for shape in ((2, positions, nx), (1, nx, nf), (nf,)))
-        convolved = bounds.compute(CONVOLUTIONS[backend.name], backend, x, w, b)
+        convolved = claims.compute(CONVOLUTIONS[backend.name], backend, x, w, b)
         twice = bounds.Bounded(bounds.exact(convolved), 2 * bounds.linear(x, w, b).error)
-        for form, op in bounds.forms(pg.conv1d, backend).items():
-            ratio = twice.ratio(bounds.compute(op, backend, x, w, b))
+        for form, op in claims.forms(pg.conv1d, backend).items():
+            ratio = twice.ratio(claims.compute(op, backend, x, w, b))
             assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
 
 
@@ -193,7 +192,7 @@ def test_conv1d_of_ordinary_numbers_raises_no_floating_point_flag(backend, dtype
     """Catches warnings that a user could do nothing about."""
     random = np.random.default_rng(6)
     layer = [normal(random, shape, dtype) for shape in ((4, 33), (33, 5), (5,))]
-    for form in bounds.forms(pg.conv1d, backend).values():
+    for form in claims.forms(pg.conv1d, backend).values():
         with np.errstate(all="raise", under="ignore"):
             computed = backend.to_numpy(form(*map(backend.from_numpy, layer)))
         assert np.isfinite(computed).all()

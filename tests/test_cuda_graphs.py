@@ -11,13 +11,13 @@ import weakref
 
 import numpy as np
 import pytest
-from plain_gpt2 import on_backend, random_weights
 
 import portable_gpt2 as pg
 from portable_gpt2.generation.choice import common_rule
 from portable_gpt2.generation.decoder import Decoder, Generation
 from portable_gpt2.random import gumbel
 from portable_gpt2.sampling import Sampling
+from portable_gpt2.testing.plain_gpt2 import on_backend, random_weights
 
 torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402

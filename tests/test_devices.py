@@ -8,17 +8,19 @@ numbers. Where the frameworks report accelerators, the same tests run on each, m
 import contextlib
 import gc
 import pathlib
+import types
 
-import bounds
 import frameworks
 import numpy as np
 import processes
 import pytest
-from plain_gpt2 import on_backend, random_weights, truth_and_error
 
 import portable_gpt2 as pg
 from portable_gpt2 import checks
 from portable_gpt2.cli import main
+from portable_gpt2.numerics import Numerics, stated
+from portable_gpt2.testing import claims, plugin
+from portable_gpt2.testing.plain_gpt2 import on_backend, random_weights, truth_and_error
 
 SECOND = {"tensorflow": "cpu:1", "jax": "cpu:1", "torch": "meta", "array_api_strict": "device1"}
 
@@ -27,7 +29,7 @@ CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_vocab=53, n_ctx=80, eos
 WEIGHTS = random_weights(CONFIG)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.n_vocab, (2, 11)).astype(np.int32)
 
-ACCELERATORS = frameworks.places(",".join(frameworks.OURS))
+ACCELERATORS = plugin.devices(frameworks.OURS, "")
 PLACES = [pytest.param(*place, id="-".join(place)) for place in SECOND.items()]
 PLACES += [pytest.param(*place, id="-".join(place), marks=pytest.mark.gpu) for place in ACCELERATORS]
 at_every_place = pytest.mark.parametrize(("backend", "device"), PLACES, indirect=["backend"])
@@ -197,33 +199,32 @@ class Placed:
 
 def test_a_stated_error_belongs_to_a_backend_and_a_kind_of_device():
     """Catches a constant of another device or backend, which would hide an error or report one that is none."""
-    places = [
-        Placed("torch"),
-        Placed("torch", "cpu"),
-        Placed("torch", "cuda:1"),
-        Placed("jax"),
-        Placed("jax", "cuda:0"),
+    of_cpu = Numerics(exp=(2, 1.25), tanh=3)
+    backend = types.SimpleNamespace(numerics={"cpu": {"float32": of_cpu}, "cuda": {"float32": Numerics(log=5)}})
+    assert [stated(backend, "float32", kind) for kind in ("cpu", "tpu", "cuda")] == [of_cpu, of_cpu, Numerics(log=5)]
+    assert stated(backend, "bfloat16", "cpu") == of_cpu
+    assert stated(backend, "float64", "cuda") == Numerics()
+    assert [claims.place(Placed(*place)) for place in (("torch", "cpu"), ("torch", "cuda:1"), ("jax",))] == [
+        "torch-cpu",
+        "torch-cuda:1",
+        "jax",
     ]
-    assert [bounds.exp_error(place, "float32") for place in places] == [2.0, 2.0, 2.5, 2.0, 2.5]
-    assert [bounds.tanh_error(place, "bfloat16") for place in places] == [2.0, 2.0, 3.0, 8.0, 8.0]
-    assert [bounds.log_error(place, "float32") for place in places] == [2.0, 2.0, 4.0, 4.0, 4.0]
-    assert bounds.exp_error(Placed("torch", "cuda:0"), "float64") == 2.0
-    assert [bounds.place(place) for place in places[1:4]] == ["torch-cpu", "torch-cuda:1", "jax"]
 
 
 def test_the_devices_of_the_tests_are_chosen_by_name():
     """Catches a device that no framework has, with which no test would run, and meta, which has no values."""
-    assert frameworks.places("numpy,array_api_strict", "device1") == [("array_api_strict", "device1")]
-    assert frameworks.places("numpy,array_api_strict") == []
+    assert plugin.devices(["numpy", "array_api_strict"], "device1") == [("array_api_strict", "device1")]
+    found = plugin.devices(["numpy", "array_api_strict"], "")
+    assert found == [("array_api_strict", "device1"), ("array_api_strict", "device2")]
     for devices, unknown in (("meta", "meta"), ("device1,cuda:9", "cuda:9")):
         with pytest.raises(pytest.UsageError, match=f"no framework has {unknown}; .*numpy has cpu"):
-            frameworks.places("numpy,array_api_strict,torch", devices)
+            plugin.devices(["numpy", "array_api_strict", "torch"], devices)
 
 
 def test_the_properties_of_an_op_run_on_the_devices():
     """Catches a fixture that loses the device on the way: the table of the largest errors names it."""
     test = "tests/test_gelu.py::test_the_bound_of_gelu_is_tight"
-    options = "--devices=device1", "--backends=array_api_strict"
+    options = "--device=device1", "--backend=array_api_strict"
     failed, said = processes.run_test(test, *options, directory=pathlib.Path(__file__).parents[1])
     assert failed == []
     assert "gelu               array_api_strict-device1" in said

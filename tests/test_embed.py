@@ -1,15 +1,14 @@
 """embed and unembed: rows to the bit, and logits within a derived bound of the exact ones."""
 
-import bounds
 import hypothesis.strategies as st
 import numpy as np
-import operations
 import pytest
-import strategies
-from cases import UNIT
 from hypothesis import given
 
 import portable_gpt2 as pg
+from portable_gpt2.numerics import bounds
+from portable_gpt2.testing import claims, operations, strategies
+from portable_gpt2.testing.cases import UNIT
 
 pytestmark = pytest.mark.every_device
 
@@ -23,8 +22,8 @@ def test_embed_returns_the_rows_of_the_table_to_the_bit(backend, dtype, data):
     """Catches rows of a neighbour, arithmetic on what need only be copied, and writing into the argument."""
     ids, w = data.draw(operations.rows(dtype, strategies.integer_dtypes(backend)))
     expected = np.asarray(w)[ids]
-    for form, op in bounds.forms(pg.embed, backend).items():
-        computed = bounds.compute(op, backend, ids, w)
+    for form, op in claims.forms(pg.embed, backend).items():
+        computed = claims.compute(op, backend, ids, w)
         assert computed.dtype == w.dtype, form
         assert computed.shape == expected.shape, form
         assert computed.tobytes() == expected.tobytes(), f"{form}: {computed} is not {expected}"
@@ -34,8 +33,8 @@ def test_compiled_embed_returns_the_same_bits(backend, dtype):
     """Catches a compiler that gathers by a product with ones and zeros."""
     random = np.random.default_rng(1)
     w, ids = normal(random, (50, 8), dtype), random.integers(0, 50, (3, 4)).astype(np.int32)
-    for form, op in bounds.forms(pg.embed, backend, compiled=True).items():
-        assert bounds.compute(op, backend, ids, w).tobytes() == w[ids].tobytes(), form
+    for form, op in claims.forms(pg.embed, backend, compiled=True).items():
+        assert claims.compute(op, backend, ids, w).tobytes() == w[ids].tobytes(), form
 
 
 @given(data=st.data())
@@ -43,9 +42,9 @@ def test_unembed_is_within_its_error_bound(backend, dtype, data):
     """Catches a table that is not transposed, 16-bit or TF32 products, and writing into the argument."""
     x, w = data.draw(operations.products_with_a_table(dtype))
     expected = bounds.linear(x, w.T)
-    for form, op in bounds.forms(pg.unembed, backend).items():
-        computed = bounds.compute(op, backend, x, w)
-        assert bounds.assert_within(expected, computed, "unembed", backend, dtype, form) <= 1
+    for form, op in claims.forms(pg.unembed, backend).items():
+        computed = claims.compute(op, backend, x, w)
+        assert claims.assert_within(expected, computed, "unembed", backend, dtype, form) <= 1
 
 
 def test_the_bound_of_unembed_is_tight(backend, dtype):
@@ -53,8 +52,8 @@ def test_the_bound_of_unembed_is_tight(backend, dtype):
     random = np.random.default_rng(2)
     x, w = normal(random, (30, 12), dtype), normal(random, (40, 12), dtype)
     expected = bounds.linear(x, w.T)
-    for form, op in bounds.forms(pg.unembed, backend, compiled=True).items():
-        ratio = bounds.assert_within(expected, bounds.compute(op, backend, x, w), "unembed", backend, dtype, form)
+    for form, op in claims.forms(pg.unembed, backend, compiled=True).items():
+        ratio = claims.assert_within(expected, claims.compute(op, backend, x, w), "unembed", backend, dtype, form)
         assert ratio >= 0.01, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
 
 
@@ -63,11 +62,11 @@ def test_a_table_that_was_prepared_means_the_same(backend, dtype):
     random = np.random.default_rng(3)
     x, w, ids = normal(random, (4, 24), dtype), normal(random, (70, 24), dtype), np.asarray([[69, 0], [7, 7]], np.int32)
     table = backend.relayout("wte", backend.from_numpy(w))
-    for form, op in bounds.forms(pg.embed, backend).items():
+    for form, op in claims.forms(pg.embed, backend).items():
         assert backend.to_numpy(op(backend.from_numpy(ids), table)).tobytes() == w[ids].tobytes(), form
-    for form, op in bounds.forms(pg.unembed, backend).items():
+    for form, op in claims.forms(pg.unembed, backend).items():
         computed = backend.to_numpy(op(backend.from_numpy(x), table))
-        assert bounds.assert_within(bounds.linear(x, w.T), computed, "unembed", backend, dtype, form) <= 1
+        assert claims.assert_within(bounds.linear(x, w.T), computed, "unembed", backend, dtype, form) <= 1
 
 
 def test_unembed_is_conv1d_with_the_table_transposed(backend, dtype):
@@ -75,10 +74,10 @@ def test_unembed_is_conv1d_with_the_table_transposed(backend, dtype):
     random = np.random.default_rng(4)
     x, w = normal(random, (2, 3, 16), dtype), normal(random, (9, 16), dtype)
     b = np.zeros(9, w.dtype)
-    layer = bounds.compute(pg.conv1d, backend, x, np.ascontiguousarray(w.T), b)
+    layer = claims.compute(pg.conv1d, backend, x, np.ascontiguousarray(w.T), b)
     error = bounds.linear(x, w.T).error + bounds.linear(x, w.T, b).error
-    for form, op in bounds.forms(pg.unembed, backend).items():
-        ratio = bounds.Bounded(bounds.exact(layer), error).ratio(bounds.compute(op, backend, x, w))
+    for form, op in claims.forms(pg.unembed, backend).items():
+        ratio = bounds.Bounded(bounds.exact(layer), error).ratio(claims.compute(op, backend, x, w))
         assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
 
 

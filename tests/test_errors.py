@@ -12,11 +12,11 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from cases import CASES, FORMS, form_of
 from hypothesis import given
 
 import portable_gpt2 as pg
 from portable_gpt2 import ops
+from portable_gpt2.testing.cases import CASES, FORMS, form_of
 
 OPS = {name: op for name, op in vars(ops).items() if hasattr(op, "reference")}
 each_form = pytest.mark.parametrize("form", FORMS)

@@ -5,13 +5,13 @@ How a token is drawn from logits, and how ids become text, is tested in test_sam
 
 import re
 
-import bounds
 import numpy as np
 import pytest
-from plain_gpt2 import on_backend, plain_gpt2, random_weights, truth_and_error
 
 import portable_gpt2 as pg
 from portable_gpt2.generation import decoder
+from portable_gpt2.testing import claims
+from portable_gpt2.testing.plain_gpt2 import on_backend, plain_gpt2, random_weights, truth_and_error
 
 pytestmark = pytest.mark.every_device
 
@@ -96,7 +96,7 @@ def test_logits_while_generating_are_as_near_to_the_truth_as_a_plain_implementat
     assert list(model.stream_ids(text[:50], max_new_tokens=100)) == text[50:]
 
     ratio = float(abs(np.stack(rows) - truth[0, 49:-1]).max()) / (4 * error)
-    bounds.record("generate", backend, "float32", ratio)
+    claims.record("generate", backend, "float32", ratio)
     assert ratio <= 1
 
 

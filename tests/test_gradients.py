@@ -6,16 +6,15 @@ imaginary part is the derivative without a difference being taken, exact to roun
 
 import inspect
 
-import bounds
 import numpy as np
 import pytest
-import strategies
-from cases import UNIT, assert_agrees
-from plain_gpt2 import on_backend, plain_gpt2, random_weights
 
 import portable_gpt2 as pg
 from portable_gpt2 import gradients
 from portable_gpt2.params import flatten, nest
+from portable_gpt2.testing import claims, strategies
+from portable_gpt2.testing.cases import UNIT, assert_agrees
+from portable_gpt2.testing.plain_gpt2 import on_backend, plain_gpt2, random_weights
 
 pytestmark = pytest.mark.every_device
 
@@ -248,7 +247,7 @@ def test_gradients_of_the_loss_agree_on_every_backend(backend, name):
         assert got.keys() == truth.keys()
         assert float(backend.to_numpy(value)) == pytest.approx(plain_loss(weights, config), rel=64 * UNIT["float32"])
         ratio = max(abs(got[path] - truth[path]).max() for path in truth) / (4 * error)
-        bounds.record("gradient", backend, "float32", float(ratio))
+        claims.record("gradient", backend, "float32", float(ratio))
         assert ratio <= 1, way
 
 

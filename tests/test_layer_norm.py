@@ -1,14 +1,13 @@
 """layer_norm: each result within a derived bound of the exact one, and what follows from mean 0, variance 1."""
 
-import bounds
 import hypothesis.strategies as st
 import numpy as np
-import operations
 import pytest
-import strategies
 from hypothesis import given
 
 import portable_gpt2 as pg
+from portable_gpt2.numerics import bounds
+from portable_gpt2.testing import claims, operations, strategies
 
 pytestmark = pytest.mark.every_device
 
@@ -32,9 +31,9 @@ def test_layer_norm_is_within_its_error_bound(backend, dtype, data):
     x, g, b = data.draw(operations.layers(dtype))
     eps = data.draw(operations.EPS)
     expected = bounds.layer_norm(x, g, b, eps=eps)
-    for form, op in bounds.forms(pg.layer_norm, backend).items():
-        computed = bounds.compute(op, backend, x, g, b, eps=eps)
-        assert bounds.assert_within(expected, computed, "layer_norm", backend, dtype, form) <= 1
+    for form, op in claims.forms(pg.layer_norm, backend).items():
+        computed = claims.compute(op, backend, x, g, b, eps=eps)
+        assert claims.assert_within(expected, computed, "layer_norm", backend, dtype, form) <= 1
 
 
 def test_the_bound_of_layer_norm_is_tight(backend, dtype):
@@ -42,8 +41,8 @@ def test_the_bound_of_layer_norm_is_tight(backend, dtype):
     random = np.random.default_rng(1)
     x, g, b = arguments(random, (40, 12), dtype)
     expected = bounds.layer_norm(x, g, b)
-    for form, op in bounds.forms(pg.layer_norm, backend, compiled=True).items():
-        ratio = bounds.assert_within(expected, bounds.compute(op, backend, x, g, b), "layer_norm", backend, dtype, form)
+    for form, op in claims.forms(pg.layer_norm, backend, compiled=True).items():
+        ratio = claims.assert_within(expected, claims.compute(op, backend, x, g, b), "layer_norm", backend, dtype, form)
         assert ratio >= 0.01, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
 
 
@@ -51,8 +50,8 @@ def test_layer_norm_of_random_numbers_errs_as_random_errors_add_up(backend, dtyp
     """Catches sums in too few bits at GPT-2's width, where the worst case, which grows as n, is loose."""
     x, g, b = arguments(np.random.default_rng(2), (3 if dtype == "float64" else 30, 768), dtype)
     expected = bounds.layer_norm(x, g, b, gamma=bounds.gamma_at_random)
-    for form, op in bounds.forms(pg.layer_norm, backend).items():
-        ratio = expected.ratio(bounds.compute(op, backend, x, g, b))
+    for form, op in claims.forms(pg.layer_norm, backend).items():
+        ratio = expected.ratio(claims.compute(op, backend, x, g, b))
         assert 0.01 <= ratio <= 1, f"{form}: the error is {ratio:.3g} times what random errors add up to"
 
 
@@ -66,8 +65,8 @@ def test_layer_norm_does_not_change_when_a_constant_is_added(backend, dtype, dat
     host = bounds.host_dtype(dtype)
     g, b = np.ones(shape[-1:], host), np.zeros(shape[-1:], host)
     error = sum(bounds.layer_norm(a.astype(host), g, b).error for a in (x, x + constant))
-    for form, op in bounds.forms(pg.layer_norm, backend).items():
-        straight, shifted = (bounds.compute(op, backend, a.astype(host), g, b) for a in (x, x + constant))
+    for form, op in claims.forms(pg.layer_norm, backend).items():
+        straight, shifted = (claims.compute(op, backend, a.astype(host), g, b) for a in (x, x + constant))
         ratio = bounds.Bounded(bounds.exact(straight), error).ratio(shifted)
         assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times the sum of the bounds"
 
@@ -82,8 +81,8 @@ def test_layer_norm_without_gain_and_bias_has_mean_0_and_variance_up_to_1(backen
     g, b = np.ones(shape[-1:], x.dtype), np.zeros(shape[-1:], x.dtype)
     error = bounds.layer_norm(x, g, b).error
     variance = x.astype(np.longdouble).var(axis=-1)
-    for form, op in bounds.forms(pg.layer_norm, backend).items():
-        y = bounds.compute(op, backend, x, g, b).astype(np.longdouble)
+    for form, op in claims.forms(pg.layer_norm, backend).items():
+        y = claims.compute(op, backend, x, g, b).astype(np.longdouble)
         judged = np.isfinite(error).all(axis=-1)
         off = abs(y.mean(axis=-1))[judged] - error.mean(axis=-1)[judged]
         assert np.all(off <= 1e-15), f"{form}: the mean is {off.max(initial=0)} beyond the bound"
@@ -97,8 +96,8 @@ def test_layer_norm_of_one_number_is_the_bias(backend, dtype):
     """Catches a variance over n - 1, which is 0/0 here."""
     host = bounds.host_dtype(dtype)
     x, g, b = np.linspace(-9, 9, 7, dtype=np.float32).astype(host)[:, None], np.full(1, 3, host), np.full(1, 0.25, host)
-    for form, op in bounds.forms(pg.layer_norm, backend).items():
-        assert np.array_equal(bounds.compute(op, backend, x, g, b), np.full((7, 1), 0.25, host)), form
+    for form, op in claims.forms(pg.layer_norm, backend).items():
+        assert np.array_equal(claims.compute(op, backend, x, g, b), np.full((7, 1), 0.25, host)), form
 
 
 @strategies.wide_dtypes
@@ -106,7 +105,7 @@ def test_layer_norm_of_one_number_is_the_bias(backend, dtype):
 def test_layer_norm_of_ordinary_numbers_raises_no_floating_point_flag(backend, dtype):
     """Catches warnings that a user could do nothing about."""
     layer = arguments(np.random.default_rng(4), (16, 33), dtype)
-    for form in bounds.forms(pg.layer_norm, backend).values():
+    for form in claims.forms(pg.layer_norm, backend).values():
         with np.errstate(all="raise", under="ignore"):
             computed = backend.to_numpy(form(*map(backend.from_numpy, layer)))
         assert np.isfinite(computed).all()
@@ -125,8 +124,8 @@ def test_an_eps_of_zero_is_taken(backend):
     """Catches a check that is too strict: numbers that are not all equal have a variance of their own."""
     layer = arguments(np.random.default_rng(6), (3, 8), "float32")
     expected = bounds.layer_norm(*layer, eps=0.0)
-    for form, op in bounds.forms(pg.layer_norm, backend, compiled=True, eps=0.0).items():
-        assert expected.ratio(bounds.compute(op, backend, *layer, eps=0.0)) <= 1, form
+    for form, op in claims.forms(pg.layer_norm, backend, compiled=True, eps=0.0).items():
+        assert expected.ratio(claims.compute(op, backend, *layer, eps=0.0)) <= 1, form
 
 
 @pytest.mark.parametrize("n", [2, 4, 768])
@@ -143,6 +142,6 @@ def test_layer_norm_of_the_largest_numbers_of_its_range(backend, dtype, n):
     g, b = np.ones(n, host), np.zeros(n, host)
     expected = bounds.layer_norm(x, g, b)
     assert np.isfinite(expected.error).all()
-    for form, op in bounds.forms(pg.layer_norm, backend, compiled=True).items():
-        y = bounds.compute(op, backend, x, g, b)
-        assert bounds.assert_within(expected, y, "layer_norm", backend, dtype, form) <= 1
+    for form, op in claims.forms(pg.layer_norm, backend, compiled=True).items():
+        y = claims.compute(op, backend, x, g, b)
+        assert claims.assert_within(expected, y, "layer_norm", backend, dtype, form) <= 1

@@ -11,14 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bounds
 import frameworks
 import numpy as np
 import pytest
-from plain_gpt2 import U, on_backend, plain_gpt2, random_weights, truth_and_error
 from safetensors.numpy import save_file
 
 import portable_gpt2 as pg
+from portable_gpt2.testing import claims
+from portable_gpt2.testing.plain_gpt2 import U, on_backend, plain_gpt2, random_weights, truth_and_error
 
 pytestmark = pytest.mark.every_device
 
@@ -66,7 +66,7 @@ def test_logits_are_as_near_to_the_truth_as_a_plain_implementation_is(backend, c
     logits, cache = pg.gpt2(params, ids, config)
 
     ratio = largest_error(logits, truth) / (4 * error)
-    bounds.record("gpt2", backend, "float32", ratio)
+    claims.record("gpt2", backend, "float32", ratio)
     assert ratio <= 1
     assert cache is None
 
@@ -84,7 +84,7 @@ def test_logits_in_other_dtypes_are_as_exact_as_the_dtype(backend, dtype):
     logits, _ = pg.gpt2(params, ids, PLAIN)
 
     ratio = largest_error(logits, truth) / (4 * error)
-    bounds.record("gpt2", backend, dtype, ratio)
+    claims.record("gpt2", backend, dtype, ratio)
     assert ratio <= 1
     assert backend.dtype_names[logits.dtype] == dtype
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_loads_into_the_model_that_its_names_say(backend, tmp_path)
     model = pg.GPT2.load(tmp_path, backend=backend)
 
     ratio = largest_error(model.logits(tokens), truth) / (4 * error)
-    bounds.record("GPT2.logits", backend, "float32", ratio)
+    claims.record("GPT2.logits", backend, "float32", ratio)
     assert ratio <= 1
 
 
@@ -140,7 +140,7 @@ def test_cached_logits_are_as_near_to_the_truth_as_uncached_ones(backend):
         start += n
 
     ratio = largest_error(np.concatenate(pieces, axis=1), truth) / (4 * error)
-    bounds.record("gpt2 cached", backend, "float32", ratio)
+    claims.record("gpt2 cached", backend, "float32", ratio)
     assert ratio <= 1
     assert cache.position == 9
 
@@ -644,7 +644,7 @@ def test_gradients_are_as_near_to_the_truth_as_those_of_a_plain_implementation(b
         errors[path] = max(errors.get(path, 0), abs(slope - truth))
         yardsticks[path] = max(yardsticks.get(path, 0), abs(plain - truth))
     ratio = max(errors.values()) / (4 * max(yardsticks.values()))
-    bounds.record("gpt2 slope", backend, "float32", ratio)
+    claims.record("gpt2 slope", backend, "float32", ratio)
     assert ratio <= 1, max(errors, key=errors.get)
 
 

@@ -5,11 +5,12 @@ printed, is held to its bound. The notebooks' two questions about speed are rows
 been measured yet; ``python -m bench.gpu`` measures them there.
 """
 
-import bounds
 import numpy as np
 import pytest
 
 import portable_gpt2 as pg
+from portable_gpt2.numerics import bounds, stated
+from portable_gpt2.testing import claims
 
 pytestmark = pytest.mark.every_device
 
@@ -88,7 +89,7 @@ def test_every_step_of_softmax_prints_what_the_notebook_prints(backend, table):
 def test_softmax_prints_what_the_notebook_prints(backend, table):
     """Catches any other function; the exact values and ours each lie within a unit in the last place of the printed."""
     x = backend.from_numpy(np.asarray(table["x"], np.float32))
-    for form in bounds.forms(pg.softmax, backend).values():
+    for form in claims.forms(pg.softmax, backend).values():
         assert_prints(backend.to_numpy(form(x)), table["softmax"], ulps=1)
 
 
@@ -108,9 +109,9 @@ def test_softmax_of_the_larger_tensors(backend, shape):
     t2 = np.random.default_rng(2019).normal(0, 20, (36, 10, 4, 3, 2)).astype(np.float32)
     t = np.asarray(T1, np.float32) if shape == (4, 3, 2) else t2
     assert t.shape == shape
-    bound = bounds.softmax(t, c=bounds.exp_error(backend, "float32"))
-    for name, form in bounds.forms(pg.softmax, backend).items():
-        bounds.assert_within(bound, bounds.compute(form, backend, t), "softmax", backend, "float32", name)
+    bound = bounds.softmax(t, numerics=stated(backend, "float32"))
+    for name, form in claims.forms(pg.softmax, backend).items():
+        claims.assert_within(bound, claims.compute(form, backend, t), "softmax", backend, "float32", name)
 
 
 def test_conv1d_of_the_notebook(backend):
@@ -119,7 +120,7 @@ def test_conv1d_of_the_notebook(backend):
     x.reshape(100, 5)[:10] = CONV_X
     w, b = np.asarray(CONV_W, np.float32), np.zeros(3, np.float32)
     bound = bounds.linear(x, w, b)
-    for name, form in bounds.forms(pg.conv1d, backend).items():
-        result = bounds.compute(form, backend, x, w, b)
+    for name, form in claims.forms(pg.conv1d, backend).items():
+        result = claims.compute(form, backend, x, w, b)
         assert result.shape == (10, 5, 2, 3)
-        bounds.assert_within(bound, result, "conv1d", backend, "float32", name)
+        claims.assert_within(bound, result, "conv1d", backend, "float32", name)

@@ -12,7 +12,6 @@ import json
 import math
 from typing import Any, NamedTuple
 
-import bounds
 import layouts
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ import pytest
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint import convert
 from portable_gpt2.generation import decoder
+from portable_gpt2.testing import claims
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -155,7 +155,7 @@ def test_logits_are_as_near_to_the_truth_as_transformers_own(load, case, backend
     expected = case(name)
     logits = pg.to_numpy(load(name).logits(expected.tokens))
     ratio = float(abs(logits - expected.truth).max()) / (4 * expected.error["float32"])
-    bounds.record("parity", backend, "float32", ratio)
+    claims.record("parity", backend, "float32", ratio)
     assert ratio <= 1
 
 
@@ -166,7 +166,7 @@ def test_logits_in_other_dtypes_are_as_near_to_the_truth_as_transformers_own(cas
     model = pg.GPT2.load(expected.directory, backend=backend, dtype=dtype)
     logits = pg.to_numpy(model.logits(expected.tokens)).astype(np.float64)
     ratio = float(abs(logits - expected.truth).max()) / (4 * expected.error[dtype])
-    bounds.record("parity", backend, dtype, ratio)
+    claims.record("parity", backend, dtype, ratio)
     assert ratio <= 1
 
 
@@ -235,7 +235,7 @@ def test_cached_logits_are_as_near_to_the_truth_as_transformers_uncached_ones(lo
     list(load("plain").stream_ids(text[:prompt], max_new_tokens=150 - prompt))
 
     ratio = float(abs(np.stack(rows) - expected.truth[1, prompt - 1 : -1]).max()) / (4 * expected.error["float32"])
-    bounds.record("parity gen.", backend, "float32", ratio)
+    claims.record("parity gen.", backend, "float32", ratio)
     assert ratio <= 1
 
 
@@ -260,7 +260,7 @@ def test_scores_are_as_near_to_the_truth_as_transformers_own_losses(load, case, 
     error = abs(losses(single, ids) - truth).max()
     score = load("plain").score_ids(ids)
     ratio = float(abs(score.log_probs[1:] - truth).max() / (4 * error))
-    bounds.record("score", backend, "float32", ratio)
+    claims.record("score", backend, "float32", ratio)
     assert ratio <= 1
     with torch.no_grad():
         loss = float(expected.hugging_face(torch.tensor([ids]), labels=torch.tensor([ids])).loss)

@@ -51,6 +51,7 @@ OF_ARRAYS = [
 ]
 # Imports run one way: a module imports modules of its own layer and of those above it in this list, and no others.
 LAYERS = [
+    {"numerics"},
     {"backend", "host", "options", "random", "strict_json"},
     {"registry"},
     {"checks", "config", "files"},
@@ -62,10 +63,12 @@ LAYERS = [
     {"gradients", "generation", "checkpoint", "score"},
     {"training", "language_model", "plot"},
     {"api"},
+    {"__init__"},
+    {"testing"},
     {"cli"},
-    {"__init__", "__main__"},
+    {"__main__"},
 ]
-OF_ADAPTERS = {"backend", "host"}  # the modules that an adapter may import
+OF_ADAPTERS = {"backend", "host", "numerics"}  # the modules that an adapter may import
 OTHER_ADAPTERS = [path for path in files(ADAPTERS) if path.stem not in ("__init__", "numpy", "formats")]
 by_name = {"ids": lambda path: path.stem}
 

@@ -11,13 +11,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import assume, given
-from plain_gpt2 import on_backend, random_weights
 
 import portable_gpt2 as pg
 from portable_gpt2.generation import choice, decoder
 from portable_gpt2.generation.decoder import Generation
 from portable_gpt2.random import gumbel
 from portable_gpt2.sampling import Sampling, sample_with
+from portable_gpt2.testing.plain_gpt2 import on_backend, random_weights
 
 CONFIG = pg.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_vocab=61, n_ctx=150, eos_token_id=None)
 WEIGHTS = random_weights(CONFIG)

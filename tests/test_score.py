@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tiny
 from hypothesis import given
-from plain_gpt2 import on_backend, plain_gpt2, random_weights, truth_and_error
 
 import portable_gpt2 as pg
 from portable_gpt2.score import Score, windows
+from portable_gpt2.testing.plain_gpt2 import on_backend, plain_gpt2, random_weights, truth_and_error
 
 CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=24, n_vocab=61, n_ctx=40, eos_token_id=60)
 WEIGHTS = random_weights(CONFIG)

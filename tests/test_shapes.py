@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
-from cases import CASES, FORMS, form_of
 
 import portable_gpt2 as pg
 from portable_gpt2 import ops
+from portable_gpt2.testing.cases import CASES, FORMS, form_of
 
 TESTS = Path(__file__).parent
 PATH = [TESTS / "support", TESTS / "third_party"]
@@ -31,7 +31,7 @@ def test_every_op_and_the_model_keep_to_their_annotations(backend):
     """Catches a result of another shape than its signature says, and a signature that says what is not so."""
     code = f"""{HOOKED}
 import numpy as np
-from cases import CASES, FORMS, form_of
+from portable_gpt2.testing.cases import CASES, FORMS, form_of
 
 backend = pg.get_backend({backend.name!r})
 for name, case in CASES.items():
@@ -74,7 +74,7 @@ def test_a_wrong_annotation_is_found(tmp_path):
     (tmp_path / "mistaken.py").write_text(mistaken)
     code = f"""{HOOKED}
     import mistaken
-from cases import CASES
+from portable_gpt2.testing.cases import CASES
 
 for case in CASES.values():
     name = case.op.__name__

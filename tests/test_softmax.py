@@ -2,21 +2,20 @@
 
 import functools
 
-import bounds
 import hypothesis.strategies as st
 import numpy as np
-import operations
 import pytest
-import strategies
 from hypothesis import given
 
 import portable_gpt2 as pg
+from portable_gpt2.numerics import bounds, stated
+from portable_gpt2.testing import claims, operations, strategies
 
 pytestmark = pytest.mark.every_device
 
 
 def bound(x, backend, *, axis=-1):
-    return bounds.softmax(x, axis=axis, c=bounds.exp_error(backend, x.dtype.name))
+    return bounds.softmax(x, axis=axis, numerics=stated(backend, x.dtype.name))
 
 
 @given(data=st.data())
@@ -24,9 +23,9 @@ def test_softmax_is_within_its_error_bound(backend, dtype, data):
     """Catches a maximum that is not subtracted, 16-bit sums, a wrong axis, and writing into the argument."""
     x, axis = data.draw(operations.arrays_and_axes(dtype))
     expected = bound(x, backend, axis=axis)
-    for form, op in bounds.forms(pg.softmax, backend).items():
-        computed = bounds.compute(op, backend, x, axis=axis)
-        assert bounds.assert_within(expected, computed, "softmax", backend, dtype, form) <= 1
+    for form, op in claims.forms(pg.softmax, backend).items():
+        computed = claims.compute(op, backend, x, axis=axis)
+        assert claims.assert_within(expected, computed, "softmax", backend, dtype, form) <= 1
 
 
 def test_the_bound_of_softmax_is_tight(backend, dtype):
@@ -35,9 +34,9 @@ def test_the_bound_of_softmax_is_tight(backend, dtype):
     widths = random.choice([1, 10, 60], (16, 1))
     for n in (64, 700):
         x = random.normal(0, widths, (16, n)).astype(bounds.host_dtype(dtype))
-        for form, op in bounds.forms(pg.softmax, backend, compiled=n == 64).items():
-            computed = bounds.compute(op, backend, x)
-            ratio = bounds.assert_within(bound(x, backend), computed, "softmax", backend, dtype, form)
+        for form, op in claims.forms(pg.softmax, backend, compiled=n == 64).items():
+            computed = claims.compute(op, backend, x)
+            ratio = claims.assert_within(bound(x, backend), computed, "softmax", backend, dtype, form)
             assert ratio >= 0.01, f"{form}: the bound is {1 / ratio:.0f} times the worst error"
 
 
@@ -74,14 +73,14 @@ def test_exp_errs_by_no_more_than_is_stated(backend, dtype):
 
     one, keys, values = np.ones((1, 1), host), far[:, None], np.eye(len(far), dtype=host)
     seen = {
-        "exp": error(bounds.compute(backend.xp.exp, backend, anywhere), anywhere),
-        "softmax": error(bounds.compute(pg.softmax, backend, far), far),
-        "softmax over the first axis": error(bounds.compute(pg.softmax, backend, keys, axis=0), keys),
-        "attention": error(bounds.compute(pg.attention, backend, one, keys, values, scale=1.0)[0], far),
+        "exp": error(claims.compute(backend.xp.exp, backend, anywhere), anywhere),
+        "softmax": error(claims.compute(pg.softmax, backend, far), far),
+        "softmax over the first axis": error(claims.compute(pg.softmax, backend, keys, axis=0), keys),
+        "attention": error(claims.compute(pg.attention, backend, one, keys, values, scale=1.0)[0], far),
     }
-    stated = bounds.exp_error(backend, dtype)
-    bounds.record("exp", backend, dtype, max(seen.values()) / stated)
-    assert max(seen.values()) <= stated, f"{seen}, in units of u; stated is {stated}"
+    largest, _ = stated(backend, dtype).exp
+    claims.record("exp", backend, dtype, max(seen.values()) / largest)
+    assert max(seen.values()) <= largest, f"{seen}, in units of u; stated is {largest}"
 
 
 @strategies.fewer
@@ -99,8 +98,8 @@ def test_softmax_sums_to_1(backend, dtype, data):
     allowed = n * (unit + 4 * smallest)
     if dtype != bounds.computed_in(dtype):
         allowed += stored.unit * (1 + allowed) + n * stored.smallest
-    for form, op in bounds.forms(pg.softmax, backend).items():
-        computed = bounds.compute(op, backend, x, axis=axis).astype(np.longdouble)
+    for form, op in claims.forms(pg.softmax, backend).items():
+        computed = claims.compute(op, backend, x, axis=axis).astype(np.longdouble)
         assert np.all((computed >= 0) & (computed <= 1 + unit)), f"{form}: not between 0 and 1"
         sums = computed.sum(axis=axis)
         assert np.all(abs(sums - 1) <= allowed) or not n, f"{form}: a row sums to {sums}, allowed is {allowed}"
@@ -113,9 +112,9 @@ def test_softmax_of_a_permuted_row_is_permuted(backend, dtype, data):
     x = data.draw(strategies.arrays(data.draw(strategies.shapes(least=1)), dtype))
     order = np.asarray(data.draw(st.permutations(range(x.shape[-1]))), int)
     expected = bound(x[..., order], backend)
-    for form, op in bounds.forms(pg.softmax, backend).items():
-        permuted = bounds.compute(op, backend, x[..., order])
-        straight = bounds.compute(op, backend, x)[..., order]
+    for form, op in claims.forms(pg.softmax, backend).items():
+        permuted = claims.compute(op, backend, x[..., order])
+        straight = claims.compute(op, backend, x)[..., order]
         ratio = bounds.Bounded(bounds.exact(straight), 2 * expected.error).ratio(permuted)
         assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times twice the bound"
 
@@ -130,9 +129,9 @@ def test_softmax_does_not_change_when_a_constant_is_added(backend, dtype, data):
     x = random.integers(-64, 65, shape)
     host = bounds.host_dtype(dtype)
     expected = bound(x.astype(host), backend)
-    for form, op in bounds.forms(pg.softmax, backend).items():
-        shifted = bounds.compute(op, backend, (x + constant).astype(host))
-        straight = bounds.compute(op, backend, x.astype(host))
+    for form, op in claims.forms(pg.softmax, backend).items():
+        shifted = claims.compute(op, backend, (x + constant).astype(host))
+        straight = claims.compute(op, backend, x.astype(host))
         ratio = bounds.Bounded(bounds.exact(straight), 2 * expected.error).ratio(shifted)
         assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times twice the bound"
 
@@ -168,10 +167,10 @@ def test_softmax_of_a_row_with_nan_or_inf_or_only_minus_inf_is_nan_as_a_whole(ba
     x = spoiled(np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))), (4, n), kinds, dtype)
     x = x if axis == -1 else np.ascontiguousarray(x.T)
     nan = np.broadcast_to(np.expand_dims([kind in {*UNDEFINED, "only -inf"} for kind in kinds], axis), x.shape)
-    for form, op in bounds.forms(pg.softmax, backend).items():
-        computed = bounds.compute(op, backend, x, axis=axis)
+    for form, op in claims.forms(pg.softmax, backend).items():
+        computed = claims.compute(op, backend, x, axis=axis)
         assert np.array_equal(np.isnan(computed), nan), f"{form} of {x} is {computed}"
-        assert bounds.assert_within(bound(x, backend, axis=axis), computed, "softmax", backend, dtype, form) <= 1
+        assert claims.assert_within(bound(x, backend, axis=axis), computed, "softmax", backend, dtype, form) <= 1
         assert not np.any(computed[(x == -np.inf) & ~nan]), f"{form}: -inf became more than 0"
 
 
@@ -194,14 +193,14 @@ def test_compiled_softmax_keeps_the_rule_for_nan(backend, dtype):
     kinds = KINDS * 3
     x = spoiled(np.random.default_rng(3), (len(kinds), 9), kinds, dtype)
     nan = [kind in {*UNDEFINED, "only -inf"} for kind in kinds]
-    forms = bounds.forms(pg.softmax, backend, compiled=True)
+    forms = claims.forms(pg.softmax, backend, compiled=True)
     if backend.name == "tensorflow":
         import tensorflow as tf
 
         # Grappler leaves small graphs alone, so there is more in this one.
         forms["graph"] = tf.function(lambda x: functools.reduce(tf.maximum, [pg.softmax(x + i) for i in range(6)]))
     for form, op in forms.items():
-        computed = bounds.compute(op, backend, x)
+        computed = claims.compute(op, backend, x)
         assert np.array_equal(np.isnan(computed).all(axis=-1), nan), f"{form}: a row that should be NaN is not"
         assert np.array_equal(np.isnan(computed).any(axis=-1), nan), f"{form}: a row that should not be NaN is"
 
@@ -211,7 +210,7 @@ def test_compiled_softmax_keeps_the_rule_for_nan(backend, dtype):
 def test_softmax_of_ordinary_numbers_raises_no_floating_point_flag(backend, dtype):
     """Catches warnings that a user could do nothing about."""
     x = np.random.default_rng(5).normal(0, 1e4, (16, 32)).astype(dtype)
-    for form in bounds.forms(pg.softmax, backend).values():
+    for form in claims.forms(pg.softmax, backend).values():
         with np.errstate(all="raise", under="ignore"):
             computed = backend.to_numpy(form(backend.from_numpy(x)))
         assert np.isfinite(computed).all()

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from plain_gpt2 import on_backend, random_weights, truth_and_error
 
 import portable_gpt2 as pg
+from portable_gpt2.testing.plain_gpt2 import on_backend, random_weights, truth_and_error
 
 SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 24, "n_vocab": 61, "n_ctx": 40, "eos_token_id": None}
 CONFIG = pg.GPT2Config(**SHAPE, scale_attn_by_inverse_layer_idx=True)  # the weights show which layer's scale they have

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
-from cases import CASES, FORMS, UNIT, assert_agrees, form_of
 
 import portable_gpt2 as pg
+from portable_gpt2.testing.cases import CASES, FORMS, UNIT, assert_agrees, form_of
 
 SUPPORT = Path(__file__).parent / "support"
 every_op = pytest.mark.parametrize("name", CASES)

@@ -4,12 +4,12 @@ import os
 import sys
 
 import torch
-from cases import CASES, FORMS, UNIT, form_of
 from torch.distributed import barrier, destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import portable_gpt2 as pg
+from portable_gpt2.testing.cases import CASES, FORMS, UNIT, form_of
 
 BATCHED = ("x", "q", "k", "v", "ids")
 WHOLE, BATCH = Replicate(), Shard(0)

@@ -8,6 +8,7 @@ import array_api_strict as xp
 import numpy as np
 
 from portable_gpt2.backend import Backend
+from portable_gpt2.numerics import Numerics
 
 _DEVICES = {"cpu": xp.Device("CPU_DEVICE"), "device1": xp.Device("device1"), "device2": xp.Device("device2")}
 
@@ -18,6 +19,7 @@ class StrictBackend(Backend):
     name = "array_api_strict"
     array_types = (type(xp.asarray(0)),)
     xp = xp
+    numerics = {"cpu": {"float32": Numerics(exp=(3.6, 0.0), log=8.0)}}  # as for NumPy, which computes its functions
     dtypes = {"float32": xp.float32, "float64": xp.float64}
 
     def devices(self):

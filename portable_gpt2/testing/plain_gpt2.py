@@ -68,6 +68,7 @@ def random_weights(config, seed=0, spread=1.5):
 
 
 def in_dtype(flat, dtype):
+    """Return the weights in a NumPy dtype."""
     return {path: a.astype(dtype) for path, a in flat.items()}
 
 

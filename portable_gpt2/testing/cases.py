@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from bounds import FORMATS
 
 import portable_gpt2 as pg
+
+from ..numerics.bounds import FORMATS
 
 UNIT = {dtype: format.unit for dtype, format in FORMATS.items()}  # the unit round-off
 

@@ -4,15 +4,16 @@ Each function takes a dtype and returns a strategy for the arrays and the option
 a small set of shapes, which includes shapes with no element and with one. The thorough profile draws any shape.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import bounds
 import hypothesis.strategies as st
 import numpy as np
-import strategies
 
 import portable_gpt2 as pg
+
+from ..numerics import Numerics, bounds, stated
+from . import strategies
 
 Arguments = tuple[tuple[np.ndarray | None, ...], dict[str, Any]]
 
@@ -135,11 +136,11 @@ def logits_and_targets(draw, dtype, kinds):
     return draw(strategies.arrays((*batch, n), dtype)), np.asarray(targets, kind)
 
 
-def attention_weights_bound(q, k, mask=None, *, causal=False, scale=None, c):
+def attention_weights_bound(q, k, mask=None, *, causal=False, scale=None, numerics):
     """Bound the attention weights, which are the result of attention if the values are the identity matrix."""
     keys = k.shape[-2]
     identity = np.broadcast_to(np.eye(keys, dtype=k.dtype), (*k.shape[:-2], keys, keys))
-    return bounds.attention(q, k, identity, mask, causal=causal, scale=scale, c=c, rounds_weights=False)
+    return bounds.attention(q, k, identity, mask, causal=causal, scale=scale, numerics=numerics, rounds_weights=False)
 
 
 class Operation(NamedTuple):
@@ -149,20 +150,21 @@ class Operation(NamedTuple):
     arguments: Callable[[str], st.SearchStrategy[Arguments]]
     """A function of a dtype. It returns a strategy for the arrays and the options of a call."""
     bound: Callable[..., bounds.Bounded]
-    """A function of the arrays, the options and the errors. It returns a `Bounded`."""
-    errors: Mapping[str, Callable[[Any, str], float]] = {}
-    """The functions that the op calls, by the parameter of `bound` for their error: exp, tanh and log."""
+    """A function of the arrays and the options, and of the stated errors if `needs_numerics`."""
+    needs_numerics: bool = False
+    """Whether the op calls exp, tanh or log."""
 
-    def errors_on(self, backends, dtype, arrays, options):
-        """Return the bound on the error for each of some backends, by the backend's name."""
-        found, by_name = {}, {}
-        for backend in backends:
-            errors = {name: error(backend, dtype) for name, error in self.errors.items()}
-            key = tuple(errors.values())  # equal errors have the same bound, which takes milliseconds in float64
-            if key not in found:
-                found[key] = self.bound(*arrays, **options, **errors).error
-            by_name[backend.name] = found[key]
-        return by_name
+    def bounded(self, numerics: Numerics, arrays: Any, options: Any) -> bounds.Bounded:
+        """Return the exact result of a call, and its bound on a backend that states these errors."""
+        given = {"numerics": numerics} if self.needs_numerics else {}
+        return self.bound(*arrays, **options, **given)
+
+    def errors_on(self, backends: Sequence[Any], dtype: str, arrays: Any, options: Any) -> list[np.ndarray]:
+        """Return the bound on the error on each of some backends."""
+        numerics = [stated(backend, dtype) for backend in backends]
+        # Equal errors have the same bound, which takes milliseconds in float64.
+        error = {each: self.bounded(each, arrays, options).error for each in dict.fromkeys(numerics)}
+        return [error[each] for each in numerics]
 
 
 _EVERYWHERE = ("int8", "uint8", "int16", "int32")  # the integer dtypes that every backend has
@@ -172,30 +174,25 @@ OPERATIONS = {
         pg.softmax,
         lambda dtype: arrays_and_axes(dtype).map(lambda a: (a[:1], {"axis": a[1]})),
         bounds.softmax,
-        {"c": bounds.exp_error},
+        needs_numerics=True,
     ),
     "gelu": Operation(
         pg.gelu,
         lambda dtype: strategies.shapes().flatmap(lambda s: strategies.arrays(s, dtype)).map(lambda x: ((x,), {})),
         bounds.gelu,
-        {"c": bounds.tanh_error},
+        needs_numerics=True,
     ),
     "layer_norm": Operation(
         pg.layer_norm,
         lambda dtype: st.tuples(layers(dtype), st.fixed_dictionaries({"eps": EPS})),
         bounds.layer_norm,
     ),
-    "attention": Operation(
-        pg.attention,
-        attended,
-        bounds.attention,
-        {"c": bounds.exp_error},
-    ),
+    "attention": Operation(pg.attention, attended, bounds.attention, needs_numerics=True),
     "attention_weights": Operation(
         pg.attention_weights,
         lambda dtype: attended(dtype).map(lambda a: ((*a[0][:2], a[0][3]), a[1])),
         attention_weights_bound,
-        {"c": bounds.exp_error},
+        needs_numerics=True,
     ),
     "embed": Operation(
         pg.embed,
@@ -211,6 +208,6 @@ OPERATIONS = {
         pg.cross_entropy,
         lambda dtype: logits_and_targets(dtype, _EVERYWHERE).map(lambda a: (a, {})),
         bounds.cross_entropy,
-        {"c": bounds.exp_error, "log": bounds.log_error},
+        needs_numerics=True,
     ),
 }

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import bounds
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -10,15 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ..numerics import bounds
+
 # JAX and TensorFlow compile for each new shape, so a fast run uses only these shapes. A thorough run uses any.
 _SHAPES = [(), (1,), (5,), (0,), (3, 4), (1, 17), (4, 0), (2, 3, 2), (2, 1, 0, 3), (1, 2, 2, 3), (2, 1, 2, 1, 3)]
 _IS_THOROUGH = hypothesis.settings.get_current_profile_name() == "thorough"
 
 # For properties that follow from a bound that has its own test with all examples.
-fewer = hypothesis.settings(max_examples=max(1, hypothesis.settings.default.max_examples * 2 // 5))
-
-# For a test of all backends together. JAX has float64 only in a process with JAX_ENABLE_X64=1.
-SHARED_DTYPES = ["float32", "bfloat16", "float16", pytest.param("float64", marks=pytest.mark.x64)]
+fewer = hypothesis.settings(max_examples=max(1, hypothesis.settings().max_examples * 2 // 5))
 
 # For a test of the dtypes in which ops compute. Arrays of 16-bit dtypes are converted to float32.
 wide_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -5,6 +5,8 @@ largest error that a correct implementation can have. The exact value is compute
 bfloat16 or float16, and in 200 bits by mpmath for arguments of float64. Its own error is less than 1e-5 times the
 bound. The bound is infinite where an intermediate result may overflow, because no accuracy is promised there.
 
+The errors of exp, tanh and log are those that an adapter states (`Numerics`): (c0 + c1 |x|) u is that of exp(x).
+
 Notation: u is the unit round-off. s is the smallest normal number, which bounds the error of flushing a subnormal
 number to zero. gamma(k) = ku / (1 - ku) bounds the relative error of k successive roundings (Higham, "Accuracy and
 Stability of Numerical Algorithms", 2002, lemma 3.1). "To first order" means that products of two errors are neglected;
@@ -15,17 +17,27 @@ Every bound holds for any order of summation, and with or without fused multiply
 bounds and their assumptions, and lists the largest errors that were measured.
 """
 
+from __future__ import annotations
+
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import hypothesis
 import ml_dtypes
 import numpy as np
-from mpmath.ctx_mp import MPContext
 
-_mp = MPContext()
-_mp.prec = 200
+from .errors import Numerics
+
+
+@functools.cache
+def _mp() -> Any:
+    """Return mpmath's functions in 200 bits. Only the bounds for float64 need mpmath."""
+    from mpmath.ctx_mp import MPContext
+
+    context = MPContext()
+    context.prec = 200
+    return context
 
 
 class Format(NamedTuple):
@@ -39,68 +51,9 @@ class Format(NamedTuple):
 FORMATS = {
     "float64": Format(2.0**-53, 2.0**-1022, float(np.finfo(np.float64).max)),
     "float32": Format(2.0**-24, 2.0**-126, float(np.finfo(np.float32).max)),
-    "bfloat16": Format(2.0**-8, 2.0**-126, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
+    "bfloat16": Format(2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127),
     "float16": Format(2.0**-11, 2.0**-14, float(np.finfo(np.float16).max)),
 }
-
-# Bounds on the relative error of exp, tanh and log (from 1 to 1e6), in units of u, for normal results. A bound is twice
-# the error in ulps that the documentation of the function gives. If there is none, it is the largest error over two
-# million points in float32 and twenty thousand in float64, rounded up. A kind of device that a table does not name has
-# the constant of the CPU, and a backend that a table does not name has _ONE_ULP. The tests measure the errors of the
-# namespace's functions again, and those of the kernels through softmax and attention.
-_ONE_ULP = 2.0
-_EXP = {
-    ("numpy", "cpu", "float32"): 3.6,  # 2.1264e-7 in all of float32 (loops_exponent_log.dispatch.c.src); measured: 3.41
-    ("array_api_strict", "cpu", "float32"): 3.6,
-    ("tensorflow", "cpu", "float32"): 7.0,  # measured: 6.42 in tf.nn.softmax (oneDNN), 1.98 in tf.exp
-    ("tensorflow", "cpu", "float64"): 2.5,  # measured: 1.92
-    ("jax", "cpu", "float64"): 2.5,  # measured: 2.20, and 1.52 in float32
-    ("jax", "cuda", "float32"): 2.5,  # measured on one H100: 2.35
-    ("torch", "cuda", "float32"): 2.5,  # measured on one H100: 2.35
-}
-_TANH = {
-    ("tensorflow", "cpu", "float32"): 8.0,  # Eigen's and XLA's rational function: "accurate up to a couple of ulps"
-    ("tensorflow", "cpu", "float64"): 8.0,  # measured: 7.40
-    ("jax", "cpu", "float32"): 8.0,
-    ("jax", "cpu", "float64"): 8.0,  # measured: 6.92
-    ("torch", "cuda", "float32"): 3.0,  # measured on one H100: 2.88
-}
-_LOG = {
-    ("numpy", "cpu", "float32"): 8.0,  # "max ULP error: 3.83" (loops_exponent_log.dispatch.c.src); measured: 3.95
-    ("array_api_strict", "cpu", "float32"): 8.0,
-    ("tensorflow", "cpu", "float32"): 8.0,  # Eigen's rational function; measured: 3.9
-    ("tensorflow", "cpu", "float64"): 4.0,  # measured: 1.83
-    ("jax", "cpu", "float32"): 4.0,  # measured: 2.03
-    ("jax", "cuda", "float32"): 4.0,  # CUDA documents 1 ulp, as for exp, which errs by 2.35 u; not measured yet
-    ("torch", "cuda", "float32"): 4.0,
-}
-
-
-def place(backend: Any) -> str:
-    """Return the name of a backend and of the device that it puts arrays on, if it was given one: ``jax-cuda:0``."""
-    if backend.default_device is None:
-        return str(backend.name)
-    return f"{backend.name}-{next(n for n, device in backend.devices().items() if device == backend.default_device)}"
-
-
-def _stated(table: dict[tuple[str, str, str], float], backend: Any, dtype: str) -> float:
-    name, _, device = place(backend).partition("-")
-    kind = device.partition(":")[0] or "cpu"
-    on_cpu = table.get((name, "cpu", computed_in(dtype)), _ONE_ULP)
-    return table.get((name, kind, computed_in(dtype)), on_cpu)
-
-
-def exp_error(backend: Any, dtype: str) -> float:
-    """Return the bound on the error of exp on a backend's device, in units of u; docs/numerics.md calls it c."""
-    return _stated(_EXP, backend, dtype)
-
-
-def tanh_error(backend: Any, dtype: str) -> float:
-    return _stated(_TANH, backend, dtype)
-
-
-def log_error(backend: Any, dtype: str) -> float:
-    return _stated(_LOG, backend, dtype)
 
 
 class Bounded(NamedTuple):
@@ -127,36 +80,40 @@ def host_dtype(dtype: str) -> np.dtype:
 
 def exact(a: np.ndarray) -> np.ndarray:
     """Return an array in a higher precision: as mpmath numbers for float64, and as float64 for other dtypes."""
-    return _each(_mp.mpf, a) if a.dtype == np.float64 else a.astype(np.float64)
+    wide: np.ndarray = _each(_mp().mpf, a) if a.dtype == np.float64 else a.astype(np.float64)
+    return wide
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return |a - b| as float64, where b is a result of `exact`. It is inf where a is not finite."""
     with np.errstate(invalid="ignore"):
         a = exact(a)
-        return np.nan_to_num(_float(abs(a - b)), nan=np.inf)
+        found: np.ndarray = np.nan_to_num(_float(abs(a - b)), nan=np.inf)
+        return found
 
 
 def quotient(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
     """Return error / bound. It is 0 where the error is 0 or the bound is infinite."""
     judged = (error > 0) & (bound < np.inf)
     with np.errstate(divide="ignore"):
-        return np.divide(error, bound, out=np.zeros(np.shape(error)), where=judged)
+        found: np.ndarray = np.divide(error, bound, out=np.zeros(np.shape(error)), where=judged)
+        return found
 
 
-def _each(f, *arrays):
+def _each(f: Callable[..., Any], *arrays: Any) -> np.ndarray:
     """Apply an mpmath function to each element."""
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.frompyfunc(f, len(arrays), 1)(*arrays), dtype=object)
+        found: np.ndarray = np.asarray(np.frompyfunc(f, len(arrays), 1)(*arrays), dtype=object)
+        return found
 
 
-def _float(a):
+def _float(a: Any) -> np.ndarray:
     return np.asarray(a).astype(np.float64)
 
 
-def _exp(x):
+def _exp(x: np.ndarray) -> np.ndarray:
     # Clipped to save time: exp(-1e5) is already 0 in every format, and mpmath is slow for exp(-1e308).
-    return _each(_mp.exp, np.maximum(x, -_mp.mpf(1e5))) if x.dtype == object else np.exp(x)
+    return _each(_mp().exp, np.maximum(x, -_mp().mpf(1e5))) if x.dtype == object else np.exp(x)
 
 
 def exponential(a: np.ndarray) -> np.ndarray:
@@ -166,7 +123,7 @@ def exponential(a: np.ndarray) -> np.ndarray:
 
 def hyperbolic_tangent(a: np.ndarray) -> np.ndarray:
     """Return tanh in the precision of `exact`."""
-    return _each(_mp.tanh, exact(a)) if a.dtype == np.float64 else np.tanh(exact(a))
+    return _each(_mp().tanh, exact(a)) if a.dtype == np.float64 else np.tanh(exact(a))
 
 
 def logarithm(a: np.ndarray) -> np.ndarray:
@@ -174,15 +131,15 @@ def logarithm(a: np.ndarray) -> np.ndarray:
     return _log(exact(a))
 
 
-def _log(x):
-    return _each(_mp.log, x) if x.dtype == object else np.log(x)
+def _log(x: np.ndarray) -> np.ndarray:
+    return _each(_mp().log, x) if x.dtype == object else np.log(x)
 
 
-def _sqrt(x):
-    return _each(_mp.sqrt, x) if x.dtype == object else np.sqrt(x)
+def _sqrt(x: np.ndarray) -> np.ndarray:
+    return _each(_mp().sqrt, x) if x.dtype == object else np.sqrt(x)
 
 
-def _weighted(weights, x):
+def _weighted(weights: Any, x: Any) -> Any:
     """Multiply weights by x, which may be infinite where a weight is 0; the product is then 0."""
     with np.errstate(over="ignore"):
         return weights * np.minimum(x, 1e300)
@@ -201,7 +158,7 @@ def gamma_at_random(k: int, u: float) -> float:
     sqrt(k) u is 6.9 standard deviations. This bound is only for fixed inputs of mean 0, because the roundings of
     constant inputs all have the same sign.
     """
-    return 4 * k**0.5 * u
+    return 4.0 * math.sqrt(k) * u
 
 
 _UNDERFLOW = {"bfloat16": FORMATS["bfloat16"].smallest, "float16": 2.0**-25}
@@ -224,23 +181,24 @@ def _stored(value: np.ndarray, error: np.ndarray, dtype: str) -> Bounded:
     return Bounded(np.asarray(value), np.where(overflows, np.inf, error))
 
 
-def softmax(x: np.ndarray, *, axis: int = -1, c: float) -> Bounded:
+def softmax(x: np.ndarray, *, axis: int = -1, numerics: Numerics) -> Bounded:
     """Bound each element of softmax, computed by subtracting the maximum and dividing by the sum.
 
     Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and softmax functions", IMA J. Numer. Anal.
     41(4), 2021. With m = max x and d_j = |x_j - m|, to first order:
 
-    - x_j - m has a relative error of u, so its exp has a relative error of u d_j, plus c u for exp itself;
-    - the sum has the weighted mean of these relative errors, sum_k g_k u (d_k + c), plus (n - 1) u for its additions;
+    - x_j - m has a relative error of u, so its exp has a relative error of u d_j, plus u (c0 + c1 d_j) for exp itself;
+    - the sum has the weighted mean of these relative errors, plus (n - 1) u for its additions;
     - the division adds u. The total is
 
-          u g_j (d_j + sum_k g_k d_k + n + 2c) + 4s,
+          u g_j ((1 + c1) (d_j + sum_k g_k d_k) + n + 2 c0) + 4s,
 
     where 4s is for subnormal inputs, exponentials and results. There is no bound for a row that contains NaN or +inf,
     or only -inf.
     """
     dtype = x.dtype.name
     u, s, _ = FORMATS[computed_in(dtype)]
+    c0, c1 = numerics.exp
     if not x.size:
         return _stored(exact(x), np.zeros(x.shape), dtype)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -251,7 +209,8 @@ def softmax(x: np.ndarray, *, axis: int = -1, c: float) -> Bounded:
         e = _exp(-d)
         g = e / e.sum(axis=axis, keepdims=True)
         weights, d = _float(g), _float(d)
-        terms = d + _weighted(weights, d).sum(axis=axis, keepdims=True) + x.shape[axis] + 2 * c
+        mean = _weighted(weights, d).sum(axis=axis, keepdims=True)
+        terms = (1 + c1) * (d + mean) + x.shape[axis] + 2 * c0
         error = np.where(defined, u * _weighted(weights, terms) + 4 * s, np.inf)
     return _stored(g, error, dtype)
 
@@ -301,14 +260,14 @@ def linear_at_random(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Bounded:
     return _stored(linear(x, w, b).value, gamma_at_random(x.shape[-1] + 1, unit) * Q, x.dtype.name)
 
 
-def gelu(x: np.ndarray, *, c: float) -> Bounded:
-    """Bound y = x/2 (1 + tanh(z)), z = z1 + z3, z1 = sqrt(2/pi) x, z3 = sqrt(2/pi) 0.044715 x^3; c is tanh's error.
+def gelu(x: np.ndarray, *, numerics: Numerics) -> Bounded:
+    """Bound y = x/2 (1 + tanh(z)), z = z1 + z3, z1 = sqrt(2/pi) x, z3 = sqrt(2/pi) 0.044715 x^3.
 
     To first order, the error of each step is multiplied by the derivative of y with respect to the result of that step:
 
     - z1 and z3 have the same sign, so nothing cancels. z1 is affected by three roundings (of the sum, the constant and
       its product), and z3 by these and four more (of its constant and three products): e_z = u (3 |z1| + 7 |z3|).
-    - tanh multiplies e_z by its derivative, 1 - tanh(z)^2, and adds an error of c u |tanh(z)|.
+    - tanh multiplies e_z by its derivative, 1 - tanh(z)^2, and adds its own error, c u |tanh(z)|.
     - the sum 1 + tanh(z) and the product with x/2 have one rounding each, relative to the result. The total is
 
           |x|/2 (e_z (1 - tanh(z)^2) + c u |tanh(z)| + 2 u (1 + tanh(z))) + 4s.
@@ -320,8 +279,8 @@ def gelu(x: np.ndarray, *, c: float) -> Bounded:
     dtype = x.dtype.name
     u, s, _ = FORMATS[computed_in(dtype)]
     a = exact(x.reshape(-1))
-    one = _mp.mpf(1) if a.dtype == object else 1.0
-    root = _mp.sqrt(2 / _mp.pi) if a.dtype == object else np.sqrt(2 / np.pi)
+    one = _mp().mpf(1) if a.dtype == object else 1.0
+    root = _mp().sqrt(2 / _mp().pi) if a.dtype == object else np.sqrt(2 / np.pi)
     z1, z3 = root * a, root * a * a * a * 44715 / 10**6
     q = _exp(-2 * abs(z1 + z3))  # (1 - q) / (1 + q) is |tanh(z)|
     half = np.where(a < 0, a * q, a) / (one + q)  # x/2 (1 + tanh(z)) without cancellation
@@ -329,7 +288,7 @@ def gelu(x: np.ndarray, *, c: float) -> Bounded:
     with np.errstate(over="ignore"):
         size = _float(abs(a)) / 2
         e_z = 3 * _float(abs(z1)) + 7 * _float(abs(z3))
-        error = u * size * (_weighted(derivative, e_z) + c * tanh) + 2 * u * _float(abs(half)) + 4 * s
+        error = u * size * (_weighted(derivative, e_z) + numerics.tanh * tanh) + 2 * u * _float(abs(half)) + 4 * s
     return _stored(half.reshape(x.shape), error.reshape(x.shape), dtype)
 
 
@@ -371,7 +330,7 @@ def layer_norm(
     a = exact(x)
     d = a - a.sum(axis=-1, keepdims=True) / n
     variance = (d * d).sum(axis=-1, keepdims=True) / n
-    r = _sqrt(variance + (_mp.mpf(eps) if a.dtype == object else eps))
+    r = _sqrt(variance + (_mp().mpf(eps) if a.dtype == object else eps))
     N = d / r
     y = exact(g) * N + exact(b)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -400,10 +359,10 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
-    c: float,
+    numerics: Numerics,
     rounds_weights: bool = True,
 ) -> Bounded:
-    """Bound y = w v, w = softmax(S) over the n keys, S = scale q k^T; c is exp's error.
+    """Bound y = w v, w = softmax(S) over the n keys, S = scale q k^T.
 
     - A score is a sum of d products, as in `linear` without a bias, times a rounded scale. The scale adds two
       roundings, or four if q and k are each multiplied by a rounded square root of it. With A = |scale| |q| |k|^T, the
@@ -412,8 +371,8 @@ def attention(
       most exp(f_j + L), with L = log(sum_k w_k exp(f_k)).
     - The softmax of the changed scores has the relative error t of `softmax`. The distance of S_j to the maximum is at
       most d_j + f_j + max f. The sum of w_k d_k is the entropy of w plus log(max w), which is at most log(n). So t = u
-      (d_j + f_j + max f + log(n) + n + 2c). A fused kernel divides after the product with v, and has the same number of
-      roundings.
+      ((1 + c1) (d_j + f_j + max f + log(n)) + n + 2 c0). A fused kernel divides after the product with v, and has the
+      same number of roundings.
     - So the error of a weight is at most W_j = w_j (exp(f_j + L + t) - 1) + 4s. It is also at most max(w_j, 1 - w_j) +
       (n + 2) u + 4s, because computed weights are between 0 and 1, up to rounding. A masked weight is exactly 0,
       because exp underflows.
@@ -426,10 +385,11 @@ def attention(
     """
     dtype = q.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
+    c0, c1 = numerics.exp
     d, n = q.shape[-1], k.shape[-2]
     scale = d**-0.5 if scale is None else scale
     a, b, values = exact(q), exact(k), exact(v)
-    scores = np.matmul(a, np.swapaxes(b, -1, -2)) * (_mp.mpf(scale) if a.dtype == object else scale)
+    scores = np.matmul(a, np.swapaxes(b, -1, -2)) * (_mp().mpf(scale) if a.dtype == object else scale)
     seen = np.broadcast_to(True if mask is None else mask, scores.shape)
     if causal:
         seen = seen & np.tri(q.shape[-2], n, n - q.shape[-2], dtype=np.bool_)
@@ -455,7 +415,7 @@ def attention(
             np.log1p((w * np.expm1(np.minimum(f, 1))).sum(axis=-1, keepdims=True)),  # log(1 + x) is x for tiny x
             top + np.log(np.exp(log_w + f - top).sum(axis=-1, keepdims=True)),
         )
-        t = u * (distances + f + f.max(axis=-1, keepdims=True) + np.log(n) + n + 2 * c)
+        t = u * ((1 + c1) * (distances + f + f.max(axis=-1, keepdims=True) + np.log(n)) + n + 2 * c0)
         exponent = f + L + t
         W = np.where(exponent < 1, w * np.expm1(np.minimum(exponent, 1)), np.exp(log_w + exponent) - w)
         W = np.where(seen, np.minimum(W, np.maximum(w, 1 - w) + (n + 2) * u) + 4 * s, 0)
@@ -468,15 +428,13 @@ def attention(
     return _stored(y, error, dtype)
 
 
-def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, c: float, log: float) -> Bounded:
+def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, numerics: Numerics) -> Bounded:
     """Bound the mean over N rows of l = log S + d_t, S = sum_k exp(-d_k), d_k = max x - x_k.
-
-    c is the error of exp, and `log` is that of the logarithm.
 
     Let g be the softmax of a row of n logits. As in `softmax`, to first order:
 
-    - S is at least 1. Its relative error is at most r = u (sum_k g_k d_k + c + n - 1), plus 4s n for subnormal numbers.
-      The absolute error of its logarithm is at most the same, plus log u log S for the function log.
+    - S is at least 1. Its relative error is at most r = u ((1 + c1) sum_k g_k d_k + c0 + n - 1), plus 4s n for
+      subnormal numbers. The absolute error of its logarithm is at most the same, plus c u log S (c: the error of log).
     - The error of d_t is at most u d_t + 4s. The sum of log S and d_t, both positive, adds u l. A kernel may compute
       x_t - m - log S instead, which is the same sum with the opposite sign.
     - The mean has N - 1 additions of positive numbers and a division, or a product with a rounded 1/N. Its error is at
@@ -487,6 +445,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, c: float, log: flo
     """
     dtype = logits.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
+    c0, c1 = numerics.exp
     n = logits.shape[-1]
     rows, targets = exact(logits.reshape(-1, n)), targets.reshape(-1, 1)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -498,81 +457,9 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, c: float, log: flo
         log_S, d_t = _log(S), np.take_along_axis(d, targets, axis=-1)
         value = (log_S + d_t).sum() / len(rows)
         weights = _float(e / S)
-        r = u * (_weighted(weights, _float(d)).sum(axis=-1, keepdims=True) + c + n - 1) + 4 * n * s
-        errors = r + u * (log * _float(log_S) + _float(d_t) + _float(log_S + d_t)) + 4 * s
+        mean = _weighted(weights, _float(d)).sum(axis=-1, keepdims=True)
+        r = u * ((1 + c1) * mean + c0 + n - 1) + 4 * n * s
+        errors = r + u * (numerics.log * _float(log_S) + _float(d_t) + _float(log_S + d_t)) + 4 * s
         error = errors.mean() + gamma(len(rows) + 1, u) * (float(value) + errors.mean()) + s
         in_range = defined and float(value) * len(rows) * (1 + 1e-3) <= largest
     return _stored(np.asarray(value), np.asarray(error if in_range else np.inf), dtype)
-
-
-def compute(op: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **options: Any) -> np.ndarray:
-    """Run an op on NumPy arrays through a backend, and check that the op does not change them."""
-    given = [None if a is None else backend.from_numpy(a) for a in arrays]
-    with np.errstate(all="ignore"):
-        result = backend.to_numpy(op(*given, **options))
-    for a, x in zip(arrays, given, strict=True):
-        assert a is None or backend.to_numpy(x).tobytes() == a.tobytes(), f"{op.__name__} changed its argument"
-    return result
-
-
-def forms(op: Any, backend: Any, *, compiled: bool = False, **options: Any) -> dict[str, Callable[..., Any]]:
-    """Return the ways to run an op, by name: its kernel, its definition, and both compiled if the backend compiles."""
-    found = {"kernel": op, "reference": op.reference}
-    if compiled and backend.compiles_per_shape:
-        for name, form in list(found.items()):
-            found[f"compiled {name}"] = _compiled(form, backend, options)
-    return found
-
-
-def _compiled(form: Callable[..., Any], backend: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    function = backend.compile(lambda arrays: form(*arrays, **options))
-
-    @functools.wraps(form)
-    def call(*arrays: Any, **_: Any) -> Any:
-        return function(arrays)
-
-    return call
-
-
-def assert_within(bounded: Bounded, computed: np.ndarray, op: str, backend: Any, dtype: str, form: str) -> float:
-    """Assert that a result is within its bound. Record error / bound, which hypothesis tries to maximise."""
-    assert computed.dtype == host_dtype(dtype), f"{form} of {op} returned {computed.dtype} for {dtype}"
-    ratio = bounded.ratio(computed)
-    record(op, backend, dtype, ratio)
-    if hypothesis.currently_in_test_context():
-        hypothesis.target(min(ratio, 1e9), label=form)
-    assert ratio <= 1, f"{form} of {op}, {place(backend)}, {dtype}: the error is {ratio:.3g} times its bound"
-    return ratio
-
-
-# The largest ratios so far, for the table at the end of a run.
-
-_WORST: dict[tuple[str, str, str], float] = {}
-
-
-def recorded() -> list[tuple[str, str, str, float]]:
-    """Return the ratios that this process recorded, so that another process can record them."""
-    return [(*key, ratio) for key, ratio in _WORST.items()]
-
-
-def record(op: str, backend: Any, dtype: str, ratio: float) -> None:
-    """Keep the largest ratio of error to bound, for an op on a backend and its device in a dtype."""
-    keep(op, place(backend), dtype, ratio)
-
-
-def keep(op: str, where: str, dtype: str, ratio: float) -> None:
-    """Keep a ratio that another process recorded, if it is the largest."""
-    key = (op, where, dtype)
-    _WORST[key] = max(ratio, _WORST.get(key, 0.0))
-
-
-def table() -> list[str]:
-    """Return the largest recorded ratios of error to bound as a table, with one line for each op and backend."""
-    rows = list(dict.fromkeys((op, backend) for op, backend, _ in sorted(_WORST)))
-    head = f"{'op':<19}{'backend':<18}" + "".join(f"{dtype:>10}" for dtype in FORMATS)
-    cells = [[_WORST.get((*row, dtype)) for dtype in FORMATS] for row in rows]
-    lines = [
-        f"{op:<19}{backend:<18}" + "".join(f"{'' if cell is None else format(cell, '.3g'):>10}" for cell in line)
-        for (op, backend), line in zip(rows, cells, strict=True)
-    ]
-    return [head, *lines] if lines else []

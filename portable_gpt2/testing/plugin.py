@@ -1,0 +1,240 @@
+"""A pytest plugin that runs a test on any backend, in each of its dtypes, on any of its devices.
+
+    pytest --pyargs portable_gpt2.testing --backend mlx
+    pytest --pyargs portable_gpt2.testing --backend torch --device cuda:0 --examples 500
+
+A test that takes the fixture `backend` runs once on each backend. With `dtype`, it runs once in each floating dtype
+that the backend has. Other tests use the fixtures after ``pytest_plugins = ["portable_gpt2.testing.plugin"]`` in their
+``conftest.py``.
+
+Tests in files that are marked ``every_device`` also run on accelerators, where they are marked ``gpu``: on those that
+``--device`` names, or else on every one that the frameworks report.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+import portable_gpt2 as pg
+
+from ..backend import Backend
+from ..numerics import Numerics, stated
+from ..registry import known_backends
+from . import claims
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+BACKENDS = known_backends()
+"""The names of all backends, installed or not."""
+
+GIVEN: dict[str, Backend] = {}
+"""Backends that `check` was given as objects, by name. They need not be registered."""
+
+_REQUIRED = os.environ.get("PORTABLE_GPT2_REQUIRE", "")
+_STARTED = time.monotonic()
+
+for _name, _examples in (("few", 10), ("fast", 50)):
+    hypothesis.settings.register_profile(_name, max_examples=_examples, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Add the options."""
+    group = parser.getgroup("portable_gpt2", "tests of backends of portable_gpt2")
+    names = ",".join(BACKENDS)
+    group.addoption("--backend", default="", help=f"run the tests of these backends (default: all, which are {names})")
+    group.addoption("--device", default="", help="run the tests of accelerators on these devices, such as cuda:0,cpu:1")
+    group.addoption("--examples", type=int, help="the number of examples for each property (default: 50)")
+    group.addoption("--seconds", type=float, help="begin no test after this time")
+    group.addoption("--record", help="a file that gets the results, and the largest error / bound, as JSON")
+
+
+def pytest_configure(config: Any) -> None:
+    """Register the marks, and check the options."""
+    for line in (
+        "gpu: needs an accelerator; runs on every one that the frameworks report, or on those of --device",
+        "every_device(*backends): runs on accelerators as well, marked gpu, if it runs on every backend, or on these",
+        "own_process: on an accelerator, runs in a process of its own, which it may spoil",
+    ):
+        config.addinivalue_line("markers", line)
+    for name in chosen(config):
+        if name not in (*GIVEN, *pg.available_backends(), "none") and config.getoption("--backend"):
+            raise pytest.UsageError(f"--backend: {_absence(name)}")
+    if examples := config.getoption("--examples"):
+        hypothesis.settings.register_profile("given", hypothesis.settings(), max_examples=examples)
+        hypothesis.settings.load_profile("given")
+
+
+def _absence(name: str) -> str:
+    """Return the message of the exception that `get_backend` raises for a name."""
+    try:
+        pg.get_backend(name)
+    except pg.BackendNotInstalled as error:
+        return str(error)
+    return f"{name} is not installed"
+
+
+def chosen(config: Any) -> list[str]:
+    """Return the names of the backends that `--backend` chooses."""
+    return [name for name in config.getoption("--backend").split(",") if name] or BACKENDS
+
+
+def load(name: str) -> Backend:
+    """Return a backend by name, or skip the test.
+
+    The test fails instead if the environment variable PORTABLE_GPT2_REQUIRE, a comma-separated list of backends or
+    ``all``, names a backend that is not installed.
+    """
+    if name in GIVEN:
+        return GIVEN[name]
+    if name not in pg.available_backends():
+        required = BACKENDS if _REQUIRED == "all" else _REQUIRED.split(",")
+        report: Any = pytest.fail if name in required else pytest.skip
+        report(f"backend {name} is not installed")
+    return pg.get_backend(name)
+
+
+def devices(names: list[str], wanted: str) -> list[tuple[str, str]]:
+    """Return the pairs of a backend and a device, of some backends, that the tests of accelerators run on.
+
+    Raises
+    ------
+    pytest.UsageError
+        If none of the backends has a device that `wanted`, a comma-separated list, names.
+    """
+    has = {name: list(load(name).devices()) for name in names if name in GIVEN or name in pg.available_backends()}
+    asked = [device for device in wanted.split(",") if device]
+    if not asked:
+        return [(name, device) for name, known in has.items() for device in known if not device.startswith("cpu")]
+    if unknown := [device for device in asked if not any(device in known for known in has.values())]:
+        here = "; ".join(f"{name} has {', '.join(known)}" for name, known in has.items())
+        raise pytest.UsageError(f"--device: no framework has {', '.join(unknown)}; {here}")
+    return [(name, device) for device in asked for name, known in has.items() if device in known]
+
+
+@functools.cache
+def refusal_of(backend: Backend, dtype: str) -> str | None:
+    """Return why a backend does not compute in a dtype, or None if it does."""
+    import numpy as np
+
+    if dtype not in backend.dtypes:
+        return f"{backend.name} has no {dtype}"
+    try:
+        backend.from_numpy(np.zeros(1), dtype)
+    except TypeError as error:  # JAX has float64 only with JAX_ENABLE_X64=1
+        return str(error)
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: Any) -> None:
+    """Give a test its backends, and its dtypes if it takes the fixture `dtype`."""
+    marks = list(metafunc.definition.iter_markers("parametrize"))
+    is_chosen = any("backend" in mark.args[0] for mark in marks)
+    if "backend" not in metafunc.fixturenames or is_chosen:
+        return
+    names = chosen(metafunc.config)
+    every = metafunc.definition.get_closest_marker("every_device")
+    params: list[Any] = [name for name in names if name in GIVEN or name in BACKENDS]
+    if every is not None:
+        places = devices(
+            [name for name in every.args or params if name in params], metafunc.config.getoption("--device")
+        )
+        params += [pytest.param("-".join(place), marks=pytest.mark.gpu) for place in places]
+    metafunc.parametrize("backend", params, indirect=True, scope="module")
+
+
+def backend_param(item: Any) -> str | None:
+    """Return the name of the backend that a test is parametrized with, without its device, or None."""
+    param = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+    return str(param).partition("-")[0] if param else None
+
+
+def _computes(item: Any) -> bool:
+    """Return whether the backend of a test has its dtype. The backend's framework is imported."""
+    name, dtype = backend_param(item), getattr(getattr(item, "callspec", None), "params", {}).get("dtype")
+    if name is None or dtype not in DTYPES or (name not in GIVEN and name not in pg.available_backends()):
+        return True
+    return refusal_of(load(name), dtype) is None
+
+
+def deselect(config: Any, items: list[Any], is_run: Callable[[Any], bool]) -> None:
+    """Deselect the tests for which a function returns False."""
+    left = [item for item in items if not is_run(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Deselect the tests of backends that `--backend` does not choose, and of dtypes that a backend does not have."""
+    names = {None, *chosen(config)}
+    deselect(config, items, lambda item: backend_param(item) in names and _computes(item))
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """Write the file of `--record`. A worker of pytest-xdist sends its ratios to the main process."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
+        session.config.workeroutput["ratios"] = claims.recorded()
+    elif file := session.config.getoption("--record"):
+        passed, *broken = (reporter.stats.get(kind, []) for kind in ("passed", "failed", "error"))
+        failed = [report.nodeid for reports in broken for report in reports]
+        results = {
+            "passed": len(passed),
+            "failed": failed,
+            "not_run": session.testscollected - len(passed) - len(failed),
+        }
+        Path(file).write_text(json.dumps({**results, "ratios": claims.recorded()}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    """Keep the ratios of a worker of pytest-xdist."""
+    for ratio in getattr(node, "workeroutput", {}).get("ratios", []):
+        claims.keep(*ratio)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: Any) -> None:
+    """Stop the run after the time of `--seconds`."""
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() > _STARTED + seconds:
+        item.session.shouldstop = f"{seconds:g} seconds are over (--seconds)"
+
+
+@pytest.fixture(scope="module")
+def backend(request: Any) -> Backend:
+    """Return a backend; the test runs once on each. If the parameter names a device, it puts arrays there."""
+    name, _, device = request.param.partition("-")
+    found = load(name)
+    return pg.get_backend(found, device) if device else found
+
+
+@pytest.fixture(params=DTYPES, scope="module")
+def dtype(request: Any) -> str:
+    """Return a floating dtype by name; the test runs once in each that the backend has."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def numerics(backend: Backend, dtype: str) -> Numerics:
+    """Return the errors of exp, tanh and log that the backend states for the dtype on its device."""
+    return stated(backend, dtype)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the largest ratios of error to bound."""
+    if lines := claims.table():
+        terminalreporter.section("largest error / bound")
+        terminalreporter.write("\n".join([*lines, ""]))
