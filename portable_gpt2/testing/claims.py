@@ -1,7 +1,11 @@
-"""Run an op on a backend, hold its result to a bound, and record the largest ratio of error to bound."""
+"""Run an op on a backend, hold its result to a bound, and record the largest ratio of error to bound.
+
+A failed claim has its facts, for the report of `portable_gpt2.testing.check`: see `facts`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +13,8 @@ from typing import Any
 import hypothesis
 import numpy as np
 
-from ..numerics.bounds import FORMATS, Bounded, host_dtype
+from ..numerics.bounds import FORMATS, Bounded, distance, host_dtype, quotient
+from . import facts
 
 
 def place(backend: Any) -> str:
@@ -21,9 +26,12 @@ def place(backend: Any) -> str:
 
 def compute(op: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **options: Any) -> np.ndarray:
     """Run an op on NumPy arrays through a backend, and check that the op does not change them."""
+    call = facts.Call(op, backend, arrays, options)
+    facts.keep(call)
     given = [None if a is None else backend.from_numpy(a) for a in arrays]
     with np.errstate(all="ignore"):
         result = backend.to_numpy(op(*given, **options))
+    facts.keep(dataclasses.replace(call, result=result))
     for a, x in zip(arrays, given, strict=True):
         assert a is None or backend.to_numpy(x).tobytes() == a.tobytes(), f"{op.__name__} changed its argument"
     found: np.ndarray = result
@@ -56,8 +64,38 @@ def assert_within(bounded: Bounded, computed: np.ndarray, op: str, backend: Any,
     record(op, backend, dtype, ratio)
     if hypothesis.currently_in_test_context():
         hypothesis.target(min(ratio, 1e9), label=form)
-    assert ratio <= 1, f"{form} of {op}, {place(backend)}, {dtype}: the error is {ratio:.3g} times its bound"
+    if not ratio <= 1:
+        error = distance(computed, bounded.value)
+        index = _worst(quotient(error, bounded.error))
+        x, exact, allowed = (float(a[index]) for a in (computed, bounded.value, bounded.error))
+        raise facts.ClaimError(
+            f"{form} of {op}, {place(backend)}, {dtype}: the error is {ratio:.3g} times its bound",
+            facts.Facts(op, form, dtype, ratio, index, x, exact, allowed, _call_of(computed)),
+        )
     return ratio
+
+
+def assert_same(computed: np.ndarray, expected: np.ndarray, what: str, dtype: str = "", form: str = "") -> None:
+    """Assert that two arrays have the same shape, dtype and bits; NaNs are equal. `what` names the function."""
+    assert computed.shape == expected.shape, f"{what} has shape {computed.shape}, expected {expected.shape}"
+    assert computed.dtype == expected.dtype, f"{what} has dtype {computed.dtype}, expected {expected.dtype}"
+    differs = (computed != expected) & ~((computed != computed) & (expected != expected))
+    if differs.any():
+        index = _worst(differs)
+        x, y = (each[index] for each in (computed, expected))
+        found = facts.Facts(what, form, dtype, None, index, float(x), float(y), 0.0, _call_of(computed))
+        raise facts.ClaimError(f"{what}: element {list(index)} is {x}, expected {y}", found)
+
+
+def _worst(badness: np.ndarray) -> tuple[int, ...]:
+    """Return the index of the largest element."""
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(badness)), badness.shape))
+
+
+def _call_of(computed: np.ndarray) -> facts.Call | None:
+    """Return the last call, if an array is its result."""
+    call = facts.last_call()
+    return call if call is not None and call.result is computed else None
 
 
 # The largest ratios so far, for the table at the end of a run.

@@ -29,7 +29,7 @@ import portable_gpt2 as pg
 from ..backend import Backend
 from ..numerics import Numerics, stated
 from ..registry import known_backends
-from . import claims
+from . import claims, facts
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 BACKENDS = known_backends()
@@ -64,6 +64,7 @@ def pytest_configure(config: Any) -> None:
         "gpu: needs an accelerator; runs on every one that the frameworks report, or on those of --device",
         "every_device(*backends): runs on accelerators as well, marked gpu, if it runs on every backend, or on these",
         "own_process: on an accelerator, runs in a process of its own, which it may spoil",
+        "about(*names): checks these members of Backend or functions of its namespace; a report names them",
     ):
         config.addinivalue_line("markers", line)
     for name in chosen(config):
@@ -202,6 +203,11 @@ def pytest_testnodedown(node: Any, error: Any) -> None:
     """Keep the ratios of a worker of pytest-xdist."""
     for ratio in getattr(node, "workeroutput", {}).get("ratios", []):
         claims.keep(*ratio)
+
+
+def pytest_runtest_setup(item: Any) -> None:
+    """Forget the last call of the test before."""
+    facts.forget()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -13,10 +13,16 @@ from ..numerics import bounds
 
 # JAX and TensorFlow compile for each new shape, so a fast run uses only these shapes. A thorough run uses any.
 _SHAPES = [(), (1,), (5,), (0,), (3, 4), (1, 17), (4, 0), (2, 3, 2), (2, 1, 0, 3), (1, 2, 2, 3), (2, 1, 2, 1, 3)]
-_IS_THOROUGH = hypothesis.settings.get_current_profile_name() == "thorough"
 
-# For properties that follow from a bound that has its own test with all examples.
-fewer = hypothesis.settings(max_examples=max(1, hypothesis.settings().max_examples * 2 // 5))
+
+def _is_thorough() -> bool:
+    return hypothesis.settings.get_current_profile_name() == "thorough"
+
+
+def fewer(test: Any) -> Any:
+    """Run a test with two fifths of the examples: its property follows from a bound that has a test of its own."""
+    return hypothesis.settings(max_examples=max(1, hypothesis.settings().max_examples * 2 // 5))(test)
+
 
 # For a test of the dtypes in which ops compute. Arrays of 16-bit dtypes are converted to float32.
 wide_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -50,7 +56,7 @@ def lengths(few: list[int], *, most: int, least: int = 0) -> st.SearchStrategy[i
 
 def cases(few: list, rest: st.SearchStrategy) -> st.SearchStrategy:
     """Return a strategy for the cases in `few`; in a thorough run, also for those of another strategy."""
-    return st.sampled_from(few) | rest if _IS_THOROUGH else st.sampled_from(few)
+    return st.sampled_from(few) | rest if _is_thorough() else st.sampled_from(few)
 
 
 @st.composite

@@ -1,0 +1,77 @@
+"""The facts of a failed claim, from which a report explains the failure.
+
+A test hands its facts to the report in two ways, and needs no code of its own for either of them:
+
+- `claims.compute` keeps its last call. A failure of any kind, at any later place of the same test, is reported with a
+  script that repeats this call.
+- `claims.assert_within` and `claims.assert_same` raise a `ClaimError`, which has the element, its computed, exact and
+  allowed value, and the ratio of the error to its bound.
+
+A test of a member of `Backend` or of a function of the namespace is marked with its name, so that the report can say
+which function to look at: ``@pytest.mark.about("write")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function of a backend, with NumPy arrays."""
+
+    function: Callable[..., Any]
+    backend: Any
+    arrays: tuple[np.ndarray | None, ...]
+    options: dict[str, Any]
+    result: np.ndarray | None = None
+    """The result on the host; None if the function raised an exception."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One element of a result that is not as claimed."""
+
+    op: str
+    form: str = ""
+    """``kernel``, ``reference``, or one of these with ``compiled`` in front."""
+    dtype: str = ""
+    ratio: float | None = None
+    """The error of the worst element, divided by its bound."""
+    index: tuple[int, ...] | None = None
+    computed: float | None = None
+    exact: float | None = None
+    allowed: float | None = None
+    """The largest permitted error of the element; 0 if every bit must be the same."""
+    call: Call | None = None
+
+
+class ClaimError(AssertionError):
+    """A result is not as claimed. The exception has the facts."""
+
+    def __init__(self, message: str, facts: Facts) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+_LAST: list[Call] = []
+"""The last call in this process, or nothing."""
+
+
+def keep(call: Call) -> None:
+    """Keep a call as the last one."""
+    _LAST[:] = [call]
+
+
+def forget() -> None:
+    """Forget the last call, before another test begins."""
+    _LAST.clear()
+
+
+def last_call() -> Call | None:
+    """Return the last call of `claims.compute`, or None."""
+    return _LAST[0] if _LAST else None
