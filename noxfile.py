@@ -229,7 +229,7 @@ def typing(session: nox.Session) -> None:
 def dev(session: nox.Session) -> None:
     """Make .venv, an environment for development: the package as an editable install, all frameworks, all tools.
 
-    It follows every change of the checkout: ``.venv/bin/pytest tests/test_softmax.py --backend=numpy``.
+    It follows every change of the checkout: ``.venv/bin/pytest tests/test_model.py --backend=numpy``.
     """
     session.run(sys.executable, "-m", "venv", ".venv")
     python = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

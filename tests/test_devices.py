@@ -223,8 +223,8 @@ def test_the_devices_of_the_tests_are_chosen_by_name():
 
 def test_the_properties_of_an_op_run_on_the_devices():
     """Catches a fixture that loses the device on the way: the table of the largest errors names it."""
-    test = "tests/test_gelu.py::test_the_bound_of_gelu_is_tight"
-    options = "--device=device1", "--backend=array_api_strict"
+    test = "portable_gpt2.testing.ops.test_gelu::test_the_bound_of_gelu_is_tight"
+    options = "--device=device1", "--backend=array_api_strict", "--pyargs"
     failed, said = processes.run_test(test, *options, directory=pathlib.Path(__file__).parents[1])
     assert failed == []
     assert "gelu               array_api_strict-device1" in said

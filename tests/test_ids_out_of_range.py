@@ -210,3 +210,19 @@ def test_a_table_without_rows_has_nothing_to_look_up(backend):
         with pytest.raises(ValueError, match="embed: ids"):
             form(ids, table)
         assert tuple(form(ids[:0], table).shape) == (0, 3)
+
+
+@pytest.mark.own_process
+@pytest.mark.every_device
+@pytest.mark.parametrize("kind", ["int16", "int32"])
+@pytest.mark.parametrize("target", [-100, -7, 6])
+def test_a_target_that_is_out_of_range_is_not_left_out(backend, dtype, target, kind):
+    """Catches -100, which torch leaves out of the mean, and an id that is taken modulo the vocabulary's length."""
+    logits = backend.from_numpy(LOGITS, dtype)
+    for op in (pg.cross_entropy, pg.cross_entropy.reference):
+        assert np.isfinite(backend.to_numpy(op(logits, backend.from_numpy(np.asarray([1, 5, 2], kind)))))
+        try:
+            computed = op(logits, backend.from_numpy(np.asarray([1, target, 2], kind)))
+        except Exception:  # an index out of range, whatever the framework calls it
+            continue
+        assert np.isnan(backend.to_numpy(computed)), f"a target of {target} gives {computed}"

@@ -60,12 +60,12 @@ CASES = {
     ),
     "unembed": Case(pg.unembed, {"x": _normal(2, 3, 5), "w": _normal(6, 5)}, {}),
 }
-FORMS = ("kernel", "reference")
+FORMS = ("kernel", "definition")
 
 
 def form_of(op, form):
     """Return the op itself, which runs the kernel of the backend, or the definition of the op."""
-    return {"kernel": op, "reference": op.reference}[form]
+    return {"kernel": op, "definition": op.reference}[form]
 
 
 def assert_agrees(result, expected, dtype):

@@ -1,20 +1,24 @@
-"""Run an op on a backend, hold its result to a bound, and record the largest ratio of error to bound.
+"""Run an op on a backend in each of its forms, hold the results to a bound, and record the largest error / bound.
 
-A failed claim has its facts, for the report of `portable_gpt2.testing.check`: see `facts`.
+A form is a way to run an op: by the backend's kernel, or by the definition in `portable_gpt2.ops`; and either of them
+as it is, or compiled by the backend. A failed claim has its facts, for the report of `portable_gpt2.testing.check`: see
+`facts`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import hypothesis
 import numpy as np
 
-from ..numerics.bounds import FORMATS, Bounded, distance, host_dtype, quotient
+from ..numerics.bounds import FORMATS, Bounded, distance, exact, host_dtype, quotient
 from . import facts
+
+FORMS = ("kernel", "definition", "compiled kernel", "compiled definition")
 
 
 def place(backend: Any) -> str:
@@ -24,55 +28,107 @@ def place(backend: Any) -> str:
     return f"{backend.name}-{next(n for n, device in backend.devices().items() if device == backend.default_device)}"
 
 
-def compute(op: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **options: Any) -> np.ndarray:
-    """Run an op on NumPy arrays through a backend, and check that the op does not change them."""
-    call = facts.Call(op, backend, arrays, options)
+# Forms of an op
+
+
+def has_form(form: str, op: Any, backend: Any) -> bool:
+    """Return whether a backend can run an op in a form: it has a kernel for the op, and it compiles."""
+    is_kernel, is_compiled = form.endswith("kernel"), form.startswith("compiled")
+    return (not is_kernel or op.__name__ in backend.kernels) and (not is_compiled or backend.compiles_per_shape)
+
+
+def in_form(form: str, op: Any, backend: Any, **options: Any) -> Callable[..., Any]:
+    """Return a function of arrays that runs an op in a form, with the options that are given here."""
+    # If there is no kernel, a call of the op runs the definition.
+    function = op.reference if form.endswith("definition") and op.__name__ in backend.kernels else op
+    if form.startswith("compiled"):
+        compiled = backend.compile(lambda arrays: function(*arrays, **options))
+        return functools.wraps(function)(lambda *arrays, **_: compiled(arrays))
+    return functools.partial(function, **options) if options else function  # type: ignore[no-any-return]
+
+
+def compute(function: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **options: Any) -> np.ndarray:
+    """Run a function on NumPy arrays through a backend, and check that the function does not change them."""
+    call = facts.Call(function, backend, arrays, options)
     facts.keep(call)
     given = [None if a is None else backend.from_numpy(a) for a in arrays]
     with np.errstate(all="ignore"):
-        result = backend.to_numpy(op(*given, **options))
+        result = backend.to_numpy(function(*given, **options))
     facts.keep(dataclasses.replace(call, result=result))
     for a, x in zip(arrays, given, strict=True):
-        assert a is None or backend.to_numpy(x).tobytes() == a.tobytes(), f"{op.__name__} changed its argument"
+        assert a is None or backend.to_numpy(x).tobytes() == a.tobytes(), "the function changed its argument"
     found: np.ndarray = result
     return found
 
 
-def forms(op: Any, backend: Any, *, compiled: bool = False, **options: Any) -> dict[str, Callable[..., Any]]:
-    """Return the ways to run an op, by name: its kernel, its definition, and both compiled if the backend compiles."""
-    found = {"kernel": op, "reference": op.reference}
-    if compiled and backend.compiles_per_shape:
-        for name, form in list(found.items()):
-            found[f"compiled {name}"] = _compiled(form, backend, options)
+class Results(dict[str, np.ndarray]):
+    """The results of one call of an op, by form."""
+
+    def __init__(self, op: Any, backend: Any, arrays: tuple[np.ndarray | None, ...], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.op, self.backend, self.arrays, self.options = op, backend, arrays, options
+        self.dtype: str = next(a.dtype.name for a in arrays if a is not None and a.dtype.name in FORMATS)
+        self.calls: dict[str, facts.Call] = {}
+
+    def add(self, form: str, function: Callable[..., Any]) -> None:
+        """Call a function, and keep its result as that of a form."""
+        try:
+            self[form] = compute(function, self.backend, *self.arrays, **self.options)
+        except AssertionError as error:
+            raise AssertionError(f"{form} of {self.op.__name__}: {error}") from None
+        if (call := facts.last_call()) is not None:
+            self.calls[form] = call
+
+
+def results(op: Any, backend: Any, *arrays: np.ndarray | None, compiled: bool = False, **options: Any) -> Results:
+    """Run an op on NumPy arrays in each form that the backend has; in compiled forms only if `compiled` is true."""
+    found = Results(op, backend, arrays, options)
+    for form in FORMS:
+        if form.startswith("compiled") and has_form(form, op, backend) and compiled:
+            found.add(form, in_form(form, op, backend, **options))
+        elif not form.startswith("compiled") and has_form(form, op, backend):
+            found.add(form, in_form(form, op, backend))  # `compute` passes the options, so that a script can show them
     return found
 
 
-def _compiled(form: Callable[..., Any], backend: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    function = backend.compile(lambda arrays: form(*arrays, **options))
-
-    @functools.wraps(form)
-    def call(*arrays: Any, **_: Any) -> Any:
-        return function(arrays)
-
-    return call
+# Claims about results
 
 
-def assert_within(bounded: Bounded, computed: np.ndarray, op: str, backend: Any, dtype: str, form: str) -> float:
-    """Assert that a result is within its bound. Record error / bound, which hypothesis tries to maximise."""
-    assert computed.dtype == host_dtype(dtype), f"{form} of {op} returned {computed.dtype} for {dtype}"
-    ratio = bounded.ratio(computed)
-    record(op, backend, dtype, ratio)
-    if hypothesis.currently_in_test_context():
-        hypothesis.target(min(ratio, 1e9), label=form)
-    if not ratio <= 1:
-        error = distance(computed, bounded.value)
-        index = _worst(quotient(error, bounded.error))
-        x, exact, allowed = (float(a[index]) for a in (computed, bounded.value, bounded.error))
-        raise facts.ClaimError(
-            f"{form} of {op}, {place(backend)}, {dtype}: the error is {ratio:.3g} times its bound",
-            facts.Facts(op, form, dtype, ratio, index, x, exact, allowed, _call_of(computed)),
-        )
-    return ratio
+def assert_within(bounded: Bounded, results: Results) -> dict[str, float]:
+    """Assert that the result of each form is within its bound. Return the largest error / bound of each form.
+
+    The ratios are recorded, and hypothesis tries to maximise them. The error's message has the ratio of every form, and
+    the worst element of the worst form.
+    """
+    op, dtype = results.op.__name__, results.dtype
+    ratios = {}
+    for form, computed in results.items():
+        assert computed.dtype == host_dtype(dtype), f"{form} of {op} returned {computed.dtype} for {dtype}"
+        ratios[form] = bounded.ratio(computed)
+        record(op, results.backend, dtype, ratios[form])
+        if hypothesis.currently_in_test_context():
+            hypothesis.target(min(ratios[form], 1e9), label=form)
+    worst = max(ratios, key=lambda form: ratios[form])
+    if not ratios[worst] <= 1:
+        raise _out_of_bounds(bounded, results, ratios, worst)
+    return ratios
+
+
+def _out_of_bounds(bounded: Bounded, results: Results, ratios: Mapping[str, float], form: str) -> facts.ClaimError:
+    """Return the error of a claim that fails, at least in `form`."""
+    op, computed = results.op.__name__, results[form]
+    index = _worst(quotient(distance(computed, bounded.value), bounded.error))
+    x, true, allowed = (float(a[index]) for a in (computed, bounded.value, bounded.error))
+    others = "".join(
+        f"; {other} {'fails' if ratio > 1 else 'passes'}, with {ratio:.3g} times" for other, ratio in ratios.items()
+    )
+    return facts.ClaimError(
+        f"{form} of {op}, {place(results.backend)}, {results.dtype}: the error is {ratios[form]:.3g} times its bound: "
+        f"element {list(index)} is {x!r}, exactly {true!r}, with an error of up to {allowed:.3g}{others}",
+        facts.Facts(
+            op, form, results.dtype, ratios[form], index, x, true, allowed, results.calls.get(form), dict(ratios)
+        ),
+    )
 
 
 def assert_same(computed: np.ndarray, expected: np.ndarray, what: str, dtype: str = "", form: str = "") -> None:
@@ -96,6 +152,20 @@ def _call_of(computed: np.ndarray) -> facts.Call | None:
     """Return the last call, if an array is its result."""
     call = facts.last_call()
     return call if call is not None and call.result is computed else None
+
+
+def assert_tight(ratios: dict[str, float], least: float = 0.01) -> None:
+    """Assert that the largest error / bound of each form is at least 1/100, so that the bound means something."""
+    for form, ratio in ratios.items():
+        assert ratio >= least, f"{form}: the bound is {1 / ratio if ratio else np.inf:.0f} times the worst error"
+
+
+def assert_agree(one: Any, other: Any, error: np.ndarray, said: str = "the sum of the bounds") -> None:
+    """Assert that two results, by form, differ by at most a sum of two bounds. `said` names it in the message."""
+    for form in one:
+        with np.errstate(invalid="ignore"):
+            ratio = Bounded(exact(one[form]), error).ratio(other[form])
+        assert ratio <= 1, f"{form}: the difference is {ratio:.3g} times {said}"
 
 
 # The largest ratios so far, for the table at the end of a run.

@@ -13,8 +13,8 @@ which function to look at: ``@pytest.mark.about("write")``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class Facts:
 
     op: str
     form: str = ""
-    """``kernel``, ``reference``, or one of these with ``compiled`` in front."""
+    """``kernel``, ``definition``, or one of these with ``compiled`` in front."""
     dtype: str = ""
     ratio: float | None = None
     """The error of the worst element, divided by its bound."""
@@ -48,6 +48,8 @@ class Facts:
     allowed: float | None = None
     """The largest permitted error of the element; 0 if every bit must be the same."""
     call: Call | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    """The largest error / bound of each form in which the op was run."""
 
 
 class ClaimError(AssertionError):

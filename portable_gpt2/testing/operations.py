@@ -4,7 +4,7 @@ Each function takes a dtype and returns a strategy for the arrays and the option
 a small set of shapes, which includes shapes with no element and with one. The thorough profile draws any shape.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
@@ -12,7 +12,7 @@ import numpy as np
 
 import portable_gpt2 as pg
 
-from ..numerics import Numerics, bounds, stated
+from ..numerics import Numerics, bounds
 from . import strategies
 
 Arguments = tuple[tuple[np.ndarray | None, ...], dict[str, Any]]
@@ -158,13 +158,6 @@ class Operation(NamedTuple):
         """Return the exact result of a call, and its bound on a backend that states these errors."""
         given = {"numerics": numerics} if self.needs_numerics else {}
         return self.bound(*arrays, **options, **given)
-
-    def errors_on(self, backends: Sequence[Any], dtype: str, arrays: Any, options: Any) -> list[np.ndarray]:
-        """Return the bound on the error on each of some backends."""
-        numerics = [stated(backend, dtype) for backend in backends]
-        # Equal errors have the same bound, which takes milliseconds in float64.
-        error = {each: self.bounded(each, arrays, options).error for each in dict.fromkeys(numerics)}
-        return [error[each] for each in numerics]
 
 
 _EVERYWHERE = ("int8", "uint8", "int16", "int32")  # the integer dtypes that every backend has

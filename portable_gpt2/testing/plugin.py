@@ -4,7 +4,9 @@
     pytest --pyargs portable_gpt2.testing --backend torch --device cuda:0 --examples 500
 
 A test that takes the fixture `backend` runs once on each backend. With `dtype`, it runs once in each floating dtype
-that the backend has. Other tests use the fixtures after ``pytest_plugins = ["portable_gpt2.testing.plugin"]`` in their
+that the backend has, and with `other_dtype`, once in each pair of them. With `form`, it runs an op by its kernel and by
+its definition, both as they are and compiled, as far as the backend has these forms. `numerics` returns the errors that
+the backend states. Other tests use the fixtures after ``pytest_plugins = ["portable_gpt2.testing.plugin"]`` in their
 ``conftest.py``.
 
 Tests in files that are marked ``every_device`` also run on accelerators, where they are marked ``gpu``: on those that
@@ -26,6 +28,7 @@ import pytest
 
 import portable_gpt2 as pg
 
+from .. import ops
 from ..backend import Backend
 from ..numerics import Numerics, stated
 from ..registry import known_backends
@@ -65,6 +68,7 @@ def pytest_configure(config: Any) -> None:
         "every_device(*backends): runs on accelerators as well, marked gpu, if it runs on every backend, or on these",
         "own_process: on an accelerator, runs in a process of its own, which it may spoil",
         "about(*names): checks these members of Backend or functions of its namespace; a report names them",
+        "op(*names): is about these ops; runs in the form of a kernel only if the backend has a kernel for one of them",
     ):
         config.addinivalue_line("markers", line)
     for name in chosen(config):
@@ -160,12 +164,19 @@ def backend_param(item: Any) -> str | None:
     return str(param).partition("-")[0] if param else None
 
 
-def _computes(item: Any) -> bool:
-    """Return whether the backend of a test has its dtype. The backend's framework is imported."""
-    name, dtype = backend_param(item), getattr(getattr(item, "callspec", None), "params", {}).get("dtype")
-    if name is None or dtype not in DTYPES or (name not in GIVEN and name not in pg.available_backends()):
+def _has_what_it_needs(item: Any) -> bool:
+    """Return whether the backend of a test has its dtypes and its form. The backend's framework is imported."""
+    name, params = backend_param(item), getattr(getattr(item, "callspec", None), "params", {})
+    dtypes = [params[key] for key in ("dtype", "other_dtype") if params.get(key) in DTYPES]
+    form = params.get("form") if params.get("form") in claims.FORMS else None
+    if name is None or not (dtypes or form) or (name not in GIVEN and name not in pg.available_backends()):
         return True
-    return refusal_of(load(name), dtype) is None
+    if len(set(dtypes)) < len(dtypes):
+        return False
+    of = [name for mark in item.iter_markers("op") for name in mark.args] or ops.__all__
+    return all(refusal_of(load(name), dtype) is None for dtype in dtypes) and (
+        form is None or any(claims.has_form(form, getattr(ops, op), load(name)) for op in of)
+    )
 
 
 def deselect(config: Any, items: list[Any], is_run: Callable[[Any], bool]) -> None:
@@ -179,7 +190,7 @@ def deselect(config: Any, items: list[Any], is_run: Callable[[Any], bool]) -> No
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Deselect the tests of backends that `--backend` does not choose, and of dtypes that a backend does not have."""
     names = {None, *chosen(config)}
-    deselect(config, items, lambda item: backend_param(item) in names and _computes(item))
+    deselect(config, items, lambda item: backend_param(item) in names and _has_what_it_needs(item))
 
 
 def pytest_sessionfinish(session: Any) -> None:
@@ -233,10 +244,30 @@ def dtype(request: Any) -> str:
     return name
 
 
-@pytest.fixture
+@pytest.fixture(params=DTYPES, scope="module")
+def other_dtype(request: Any) -> str:
+    """Return a floating dtype other than `dtype` by name; the test runs once in each that the backend has."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
 def numerics(backend: Backend, dtype: str) -> Numerics:
     """Return the errors of exp, tanh and log that the backend states for the dtype on its device."""
     return stated(backend, dtype)
+
+
+@pytest.fixture(params=claims.FORMS, scope="module")
+def form(request: Any, backend: Backend) -> Callable[..., Callable[..., Any]]:
+    """Return a function that takes an op and its options, and returns a function of arrays: the op in one form.
+
+    The forms are those of `claims`. A form that the backend does not have, for an op of the mark ``op``, is left out.
+    """
+    return functools.partial(_in_form, request.param, backend)
+
+
+def _in_form(form: str, backend: Backend, op: Any, **options: Any) -> Callable[..., Any]:
+    return claims.in_form(form, op, backend, **options)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -25,7 +25,8 @@ def fewer(test: Any) -> Any:
 
 
 # For a test of the dtypes in which ops compute. Arrays of 16-bit dtypes are converted to float32.
-wide_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+wide_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"], scope="module")
+narrow_dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16"], scope="module")
 
 LAYOUTS = ["C", "Fortran", "transposed", "strided", "reversed", "read-only"]
 
