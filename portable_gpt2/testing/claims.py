@@ -44,7 +44,7 @@ def in_form(form: str, op: Any, backend: Any, **options: Any) -> Callable[..., A
     if form.startswith("compiled"):
         compiled = backend.compile(lambda arrays: function(*arrays, **options))
         return functools.wraps(function)(lambda *arrays, **_: compiled(arrays))
-    return functools.partial(function, **options) if options else function  # type: ignore[no-any-return]
+    return functools.partial(function, **options) if options else function
 
 
 def compute(function: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **options: Any) -> np.ndarray:
