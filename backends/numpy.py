@@ -183,12 +183,6 @@ class NumpyBackend(Backend):
     def devices(self) -> dict[str, Any]:
         return {"cpu": "cpu"}
 
-    def device(self, x: Any) -> str:
-        return "cpu"
-
-    def put(self, a: np.ndarray, device: Any) -> Any:
-        return a
-
     def peek(self, x: Any) -> np.ndarray:
         return self.to_numpy(x)
 

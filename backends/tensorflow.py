@@ -40,8 +40,14 @@ class _Namespace:
     """The array-API functions that portable code uses, over tf.Tensor."""
 
     float32, float64, int32, int64 = tf.float32, tf.float64, tf.int32, tf.int64
-    exp, log, tanh, sqrt, where, reshape = tf.exp, tf.math.log, tf.tanh, tf.sqrt, tf.where, tf.reshape
+    exp, log, tanh, sqrt, reshape = tf.exp, tf.math.log, tf.tanh, tf.sqrt, tf.reshape
     matrix_transpose = tf.linalg.matrix_transpose
+
+    @staticmethod
+    def where(condition: Any, x1: Any, x2: Any, /) -> Any:
+        if isinstance(x1, int | float):  # in a graph, tf.where would make it float32 or int32
+            x1 = tf.constant(x1, x2.dtype)
+        return tf.where(condition, x1, x2)
 
     @staticmethod
     def max(x: Any, /, *, axis: _Axis = None, keepdims: bool = False) -> Any:

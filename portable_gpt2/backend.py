@@ -28,6 +28,23 @@ class Backend:
       `fetch`, `top_k`, `gumbel`, `permit_64_bits`. Each has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
+    Four rules hold for all members:
+
+    - **Refusals.** A method raises a TypeError if an object has the wrong type or dtype: it is not an array, belongs to
+      another framework, has integers where floats are expected, or has a dtype that the framework lacks or would
+      narrow. It raises a ValueError if a name, a device, a shape or a value is wrong.
+    - **Trees.** A tree is an array, an int or None, or a dict, list, tuple or NamedTuple of trees, to any depth. The
+      keys of a dict are strings. A result has the same containers as the tree that it stands for, and dicts keep the
+      order of their keys or are sorted.
+    - **Devices.** If `devices` has one entry, arrays need no attribute ``device``, and functions of `xp` need no
+      keyword ``device``, because the defaults use neither. With several devices, the defaults use both.
+    - **Lazy arrays.** A framework may compute an array when its values are needed. `to_numpy`, `peek` and `fetch` wait
+      for the values; nothing else may depend on when they are computed. In particular, `write` and donated arguments
+      must not change the values of arrays that were computed from the old ones.
+
+    Token ids and positions arrive as int32 arrays. They are converted to ``xp.int64`` before they are used as indices,
+    which may be a narrower dtype in a framework that has no int64.
+
     Parameters
     ----------
     device : str or the framework's own device object, optional
@@ -57,7 +74,31 @@ class Backend:
     """The classes of this backend's arrays; `refusal` may refuse arrays of a subclass."""
 
     xp: ClassVar[Any]
-    """The array-API namespace. Its functions take and return the framework's own arrays, without a wrapper class."""
+    """The array-API namespace. Its functions take and return the framework's own arrays, without a wrapper class.
+
+    Portable code uses the dtypes ``float32``, ``float64``, ``int32`` and ``int64`` as attributes of the namespace, and
+    only these functions, with these arguments and keywords (a default need not exist):
+
+    - ``exp(x)``, ``log(x)``, ``sqrt(x)``, ``tanh(x)``;
+    - ``max(x, axis=-1, keepdims=True)``, ``mean(x, axis=-1, keepdims=True)``, ``sum(x, axis=-1, keepdims=True)``, also
+      without keywords, and ``sum`` with a tuple of axes; ``cumulative_sum(x, axis=-1)``;
+    - ``matmul(x, y)`` of matrices with the same leading axes, or none; ``matrix_transpose(x)``,
+      ``permute_dims(x, axes)``, ``reshape(x, shape)``, ``concat(arrays, axis=-1)`` of a list or tuple;
+    - ``take(x, indices, axis=0)`` with a vector of int32 or int64, and ``take_along_axis(x, indices, axis=-1)`` with
+      int64; the indices are never negative;
+    - ``where(condition, x, y)``, in which x or y may be a Python number that takes the dtype of the other;
+    - ``astype(x, dtype, copy=False)``, also without the keyword; ``isdtype(dtype, kind)`` with the kinds
+      ``"integral"`` and ``"bool"``, which may raise a TypeError for a dtype that is neither;
+    - ``bitwise_right_shift(x, n)`` of int64 and a Python int.
+
+    The defaults of `put`, `arange`, `zeros` and `top_k` also use ``asarray(a, device=device)``,
+    ``arange(n, device=device)``, ``zeros(shape, dtype=dtype, device=device)`` and ``argsort(x, axis=-1)``.
+
+    Arrays support ``+ - * /``, ``**``, ``-x``, comparisons, ``& |`` of bools, and ``& ^`` of integers. The operands are
+    arrays of one dtype, or a Python number on either side, which does not change the dtype. An index is made of ints,
+    slices, ``None`` and ``...``; an int may be traced. Arithmetic of int64 wraps around. 16-bit arrays are only added,
+    moved, indexed and converted. `portable_gpt2.testing.contract.namespace` has examples of all of these.
+    """
 
     dtypes: ClassVar[Mapping[str, Any]]
     """The framework's floating dtypes by name: float32, and float64, bfloat16 and float16 if it has them."""
@@ -82,6 +123,23 @@ class Backend:
     checked: if the op has only one array, even an integer array reaches the kernel. A kernel returns NotImplemented for
     every shape, dtype or axis that it does not support, valid or not. The op's checks and its portable definition then
     run instead. If a kernel raises an exception, the checks run before the exception is raised again.
+
+    A kernel keeps the promises of the op's docstring and of its definition:
+
+    - It changes none of its arguments. The result has the float dtype of the arguments.
+    - It takes arrays of any memory layout, with zero or more leading axes and with axes of length 0.
+    - Its error is within the bound of the op. A 16-bit result is computed in float32 at least and rounded once; only
+      attention may round its weights as well.
+    - ``conv1d`` returns the same bits if w has the shape [1, nx, nf] in place of [nx, nf], or if all leading axes of x
+      are reshaped into one.
+    - ``softmax`` makes a row that has NaN or +inf, or only -inf, NaN as a whole, and no other row.
+    - ``attention`` gives a hidden key the weight 0. If none of the visible keys of a query has a score above -inf, the
+      row of this query is NaN.
+    - ``embed`` returns the bits of the rows. ``embed`` and ``cross_entropy`` take ids of every integer dtype.
+    - An id that is out of range never stands for another row, as it would if it counted from the end or wrapped
+      around. The result is NaN: in the row of this id (``embed``), or as a whole (``cross_entropy``). If `peek` returns
+      the ids, the kernel returns NotImplemented instead, and the definition raises a ValueError.
+    - A kernel can be compiled and differentiated if the backend can do so.
     """
 
     compiles_per_shape: ClassVar[bool] = False
@@ -131,26 +189,34 @@ class Backend:
 
     def device(self, x: Any) -> str:
         """Return the name of the device of x, as in `devices`."""
-        return next(name for name, device in self.devices().items() if device == x.device)
+        devices = self.devices()
+        return next(name for name, device in devices.items() if len(devices) == 1 or device == x.device)
 
     def placement(self, x: Any) -> Any:
         """Return the framework's device object of x. If x is sharded, return a sharding that replicates an array."""
-        return x.device
+        device, *others = self.devices().values()
+        return x.device if others else device
+
+    def _options(self, device: Any) -> dict[str, Any]:
+        """Return the keyword argument with which functions of `xp` create an array on a device."""
+        return {} if device is None or len(self.devices()) == 1 else {"device": device}
 
     # To and from the host
 
     def put(self, a: np.ndarray, device: Any) -> Any:
         """Convert a NumPy array to an array of this framework on a device.
 
-        The NumPy array has native byte order; the result may share its memory. The device is the framework's own
-        object, or None for the framework's default device.
+        The NumPy array has native byte order; the result may share its memory. It may have any memory layout, negative
+        strides among them, and may be read-only. The device is the framework's own object, or None for the framework's
+        default device.
 
         Raises
         ------
         TypeError
-            If the framework would silently narrow the dtype. The message names the switch that permits the dtype.
+            If the framework lacks the dtype or would silently narrow it. The message names the switch that permits the
+            dtype, if there is one.
         """
-        return self.xp.asarray(a, device=device)
+        return self.xp.asarray(a, **self._options(device))
 
     def to_numpy(self, x: Any) -> np.ndarray:
         """Return x on the host, as a view if possible; bfloat16 becomes the bfloat16 of ml_dtypes."""
@@ -189,14 +255,14 @@ class Backend:
 
         If `like` is sharded over several devices, each of them gets the whole array.
         """
-        return self.xp.arange(n, device=like.device)
+        return self.xp.arange(n, **self._options(self.placement(like)))
 
     def zeros(self, shape: tuple[int, ...], *, like: Any) -> Any:
         """Return zeros of the dtype of `like`, on its device.
 
         If `like` is sharded over several devices, each of them gets the whole array.
         """
-        return self.xp.zeros(shape, dtype=like.dtype, device=like.device)
+        return self.xp.zeros(shape, dtype=like.dtype, **self._options(self.placement(like)))
 
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
         """Return buffer [..., capacity, d] with rows start to start + n - 1 replaced by value [..., n, d].
@@ -348,8 +414,11 @@ class Backend:
         ValueError
             If there is no such dtype or device.
         TypeError
-            If the framework would silently narrow the dtype. The message names the switch that permits the dtype.
+            If a is not a NumPy array, or the framework lacks its dtype or would silently narrow it. The message names
+            the switch that permits the dtype, if there is one.
         """
+        if not isinstance(a, np.ndarray | np.generic):
+            raise TypeError(f"expected a NumPy array, got {type(a).__module__}.{type(a).__qualname__}")
         if dtype is None:
             a = a.astype(a.dtype.newbyteorder("="), copy=False)
         else:

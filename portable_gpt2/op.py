@@ -92,15 +92,16 @@ _PLAIN = (float, int, type(None))
 def _are_alike(signature: Signature, backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether the arguments are arrays of one class, floats of one dtype, and plain Python numbers and bools.
 
-    This fast path takes most calls: `Signature.check_types` would take several times as long.
+    This fast path takes most calls: `Signature.check_types` would take several times as long. Most frameworks have one
+    object per dtype; where each access makes a new one, as in MLX, equal dtypes are different objects.
     """
     kind, dtype = type(args[0]), args[0].dtype
     for x in args:
-        if type(x) is not kind or x.dtype is not dtype:
+        if type(x) is not kind or (x.dtype is not dtype and x.dtype != dtype):
             return False
     for key, x in kwargs.items():
         if key in signature.floats:
-            if type(x) is not kind or x.dtype is not dtype:
+            if type(x) is not kind or (x.dtype is not dtype and x.dtype != dtype):
                 return False
         elif key in signature.booleans:
             if type(x) is not bool:

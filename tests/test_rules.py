@@ -20,6 +20,8 @@ import pytest
 
 import portable_gpt2 as pg
 from portable_gpt2 import ops
+from portable_gpt2.backend import Backend
+from portable_gpt2.testing.contract import namespace
 
 ADAPTERS = "portable_gpt2_backends"
 FRAMEWORKS = set(frameworks.FRAMEWORKS)
@@ -134,6 +136,19 @@ def functions_outside_the_standard(tree):
         of_namespace = isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] == "xp"
         if of_namespace and (node.attr.startswith("_") or not hasattr(array_api_strict, node.attr)):
             yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def uses_of_the_namespace(tree):
+    """Yield the name of each function and dtype that is taken from a namespace, and the keywords if it is called.
+
+    The defaults of `Backend` pass ``device`` in a dict, which counts as that keyword.
+    """
+    calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] == "xp":
+            call = calls.get(id(node))
+            keywords = call and tuple(sorted(keyword.arg or "device" for keyword in call.keywords))
+            yield node.attr, keywords
 
 
 def attributes_of_arrays(tree):
@@ -304,6 +319,39 @@ def test_portable_code_stays_within_the_array_api_standard(path):
 def test_a_function_outside_the_standard_is_found(code):
     """Catches a rule that has gone blind."""
     assert found(functions_outside_the_standard, code)
+
+
+def checked_uses():
+    return {use for text in namespace.EXPRESSIONS for use in found(uses_of_the_namespace, text)}
+
+
+def test_the_kit_checks_every_function_that_portable_code_uses():
+    """Catches a call, or a keyword, that a backend's author can learn of only by an error; and one that is not used."""
+    paths = [path for path in PORTABLE if "testing" not in path.parts]
+    uses, checked = {use for path in paths for use in broken(uses_of_the_namespace, path)}, checked_uses()
+    assert {name for name, _ in uses} == {name for name, _ in checked}
+    assert {use for use in uses - checked if use[1] is not None} == set()
+    assert checked - uses == set()
+
+
+def test_the_documentation_of_xp_lists_what_the_kit_checks():
+    """Catches a docstring that leaves out a function or a keyword, or has one more."""
+    doc = re.search(r'    xp: ClassVar\[Any\]\n    """(.*?)"""', inspect.getsource(Backend), re.DOTALL)[1]
+    listed = {name: set() for name in re.findall(r"``((?:float|int)\d+)``", doc)}
+    for text in re.findall(r"``(\w+\(.*?\))``", doc, re.DOTALL):
+        call = ast.parse(text, mode="eval").body
+        listed[call.func.id] = {keyword.arg for keyword in call.keywords}
+    checked = {}
+    for name, keywords in checked_uses():
+        checked.setdefault(name, set()).update(keywords or ())
+    assert listed == checked
+
+
+def test_a_use_of_the_namespace_is_found():
+    """Catches a rule that has gone blind."""
+    code = "xp.max(backend.xp.exp(x), keepdims=True, axis=1); self.backend.xp.float32; xp.zeros(n, **where)"
+    expected = {("max", ("axis", "keepdims")), ("exp", ()), ("float32", None), ("zeros", ("device",))}
+    assert set(found(uses_of_the_namespace, code)) == expected
 
 
 @pytest.mark.parametrize("path", OF_ARRAYS, **by_name)

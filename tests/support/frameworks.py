@@ -9,6 +9,7 @@ import importlib.metadata
 
 from portable_gpt2.registry import ENTRY_POINTS
 from portable_gpt2.testing.plugin import BACKENDS
+from portable_gpt2.testing.plugin import load as load
 
 _OURS = importlib.metadata.entry_points(group=ENTRY_POINTS)
 OURS = [name for name in BACKENDS if _OURS[name].value.startswith("portable_gpt2_backends.")]
