@@ -1,8 +1,8 @@
 """Options and fixtures of all tests, next to those of `portable_gpt2.testing.plugin`.
 
 If a backend's framework is not installed, its tests are skipped. They fail instead if the environment variable
-PORTABLE_GPT2_REQUIRE, a comma-separated list of backends or ``all``, names that backend. ``none`` stands for the tests
-that do not belong to one backend: ``--backend=numpy,none``.
+PORTABLE_GPT2_REQUIRE, a comma-separated list of backends, names that backend. ``none`` stands for the tests that do not
+belong to one backend: ``--backend=numpy,none``.
 
 JAX computes in float64 only in a process that was started with JAX_ENABLE_X64=1. This setting changes the default
 dtypes of JAX, so it would change what the other tests of JAX check. Therefore a process with this setting runs only the

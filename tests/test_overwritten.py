@@ -34,7 +34,7 @@ print("unchanged")
 
 @pytest.mark.parametrize("how", ["overwritten", "truncated"])
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "OpenAI"])
-@pytest.mark.parametrize("name", frameworks.OURS)
+@pytest.mark.parametrize("name", frameworks.HERE)
 def test_a_model_does_not_change_with_its_file(name, layout, how, tmp_path):
     """Would catch weights that are mapped: other text after the file was overwritten, a SIGBUS after a truncation."""
     for backend in (name, layouts.WRITERS[layout][0]):

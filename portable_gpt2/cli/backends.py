@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
 from typing import Any
 
@@ -30,10 +31,20 @@ def run(arguments: argparse.Namespace) -> int:
                 rows.append((name, "-", f"not installed: {how_to_install(name)}"))
                 continue
             devices = get_backend(name).devices()
-            rows.append((name, str(getattr(sys.modules[name], "__version__", "?")), ", ".join(devices)))
+            rows.append((name, _version(name), ", ".join(devices)))
         except BackendNotInstalled as error:
             rows.append((name, "-", " ".join(str(error).split())))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for first, second, last in rows:
         streams.write(f"{first:{widths[0]}}  {second:{widths[1]}}  {last}\n")
     return 0
+
+
+def _version(module: str) -> str:
+    """Return the version of an imported top-level module; that of its distribution if it does not know its own."""
+    if version := getattr(sys.modules[module], "__version__", None):
+        return str(version)
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:
+        return "?"

@@ -41,7 +41,9 @@ BACKENDS = known_backends()
 GIVEN: dict[str, Backend] = {}
 """Backends that `check` was given as objects, by name. They need not be registered."""
 
-_REQUIRED = os.environ.get("PORTABLE_GPT2_REQUIRE", "")
+REQUIRED = os.environ.get("PORTABLE_GPT2_REQUIRE", "").split(",")
+"""The names of the backends whose tests fail, and are not skipped, if the framework is not installed."""
+
 _STARTED = time.monotonic()
 
 for _name, _examples in (("few", 10), ("fast", 50)):
@@ -96,14 +98,13 @@ def chosen(config: Any) -> list[str]:
 def load(name: str) -> Backend:
     """Return a backend by name, or skip the test.
 
-    The test fails instead if the environment variable PORTABLE_GPT2_REQUIRE, a comma-separated list of backends or
-    ``all``, names a backend that is not installed.
+    The test fails instead if the environment variable PORTABLE_GPT2_REQUIRE, a comma-separated list of backends, names
+    this backend.
     """
     if name in GIVEN:
         return GIVEN[name]
     if name not in pg.available_backends():
-        required = BACKENDS if _REQUIRED == "all" else _REQUIRED.split(",")
-        report: Any = pytest.fail if name in required else pytest.skip
+        report: Any = pytest.fail if name in REQUIRED else pytest.skip
         report(f"backend {name} is not installed")
     return pg.get_backend(name)
 

@@ -7,8 +7,8 @@ metadata, as tests/third_party is.
 import contextlib
 import importlib.metadata
 
-from portable_gpt2.registry import ENTRY_POINTS
-from portable_gpt2.testing.plugin import BACKENDS
+from portable_gpt2.registry import ENTRY_POINTS, available_backends
+from portable_gpt2.testing.plugin import BACKENDS, REQUIRED
 from portable_gpt2.testing.plugin import load as load
 
 _OURS = importlib.metadata.entry_points(group=ENTRY_POINTS)
@@ -17,6 +17,9 @@ OURS = [name for name in BACKENDS if _OURS[name].value.startswith("portable_gpt2
 
 FRAMEWORKS = [name for name in OURS if name != "numpy"]
 """The backends of this project whose framework is an extra of the package."""
+
+HERE = [name for name in OURS if name in available_backends() or name in REQUIRED]
+"""The backends of this project that are installed, or have to be."""
 
 FIXTURES = {"tf" if name == "tensorflow" else name: name for name in FRAMEWORKS}
 """The names of backends, by the name of the fixture that returns the framework's module."""
