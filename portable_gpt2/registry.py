@@ -164,6 +164,38 @@ def use_backend(name: str | Backend, device: Any = None) -> Iterator[Backend]:
         _DEFAULT.reset(token)
 
 
+@contextlib.contextmanager
+def registered(backend: Backend) -> Iterator[Backend]:
+    """Let the ops and `get_backend` find a backend that has no entry point, within a ``with`` block, in all threads.
+
+    The backend takes the place of another one that has its name or its array types.
+
+    Examples
+    --------
+    >>> from portable_gpt2 import get_backend
+    >>> from portable_gpt2.registry import registered
+    >>> from portable_gpt2_backends.numpy import NumpyBackend
+    >>> class Mine(NumpyBackend):
+    ...     name = "mine"
+    >>> with registered(Mine()):
+    ...     get_backend("mine")
+    get_backend('mine')
+    """
+    types, named = dict(_BACKEND_OF_TYPE), _LOADED.get(backend.name)
+    _LOADED[backend.name] = backend
+    _own(backend.array_types, backend)
+    try:
+        yield backend
+    finally:
+        del _LOADED[backend.name]
+        if named is not None:
+            _LOADED[backend.name] = named
+        for kind in [kind for kind, owner in _BACKEND_OF_TYPE.items() if owner is backend]:
+            del _BACKEND_OF_TYPE[kind]
+            if kind in types:
+                _BACKEND_OF_TYPE[kind] = types[kind]
+
+
 def backend_of(x: Any) -> Backend:
     """Return the backend of an array. This function imports no framework.
 

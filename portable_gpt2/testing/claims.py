@@ -7,9 +7,10 @@ as it is, or compiled by the backend. A failed claim has its facts, for the repo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import hypothesis
@@ -17,6 +18,7 @@ import numpy as np
 
 from ..numerics.bounds import FORMATS, Bounded, distance, exact, host_dtype, quotient
 from . import facts
+from .report import Ratio, ratio_table
 
 FORMS = ("kernel", "definition", "compiled kernel", "compiled definition")
 
@@ -41,10 +43,13 @@ def in_form(form: str, op: Any, backend: Any, **options: Any) -> Callable[..., A
     """Return a function of arrays that runs an op in a form, with the options that are given here."""
     # If there is no kernel, a call of the op runs the definition.
     function = op.reference if form.endswith("definition") and op.__name__ in backend.kernels else op
-    if form.startswith("compiled"):
-        compiled = backend.compile(lambda arrays: function(*arrays, **options))
-        return functools.wraps(function)(lambda *arrays, **_: compiled(arrays))
-    return functools.partial(function, **options) if options else function
+    with_options = functools.partial(function, **options) if options else function
+    if not form.startswith("compiled"):
+        return with_options
+    compiled = backend.compile(lambda arrays: with_options(*arrays))
+    call = functools.wraps(function)(lambda *arrays, **_: compiled(arrays))
+    call.__wrapped__ = with_options  # a script that repeats the call needs the options
+    return call
 
 
 def compute(function: Callable[..., Any], backend: Any, *arrays: np.ndarray | None, **options: Any) -> np.ndarray:
@@ -173,6 +178,18 @@ def assert_agree(one: Any, other: Any, error: np.ndarray, said: str = "the sum o
 _WORST: dict[tuple[str, str, str], float] = {}
 
 
+@contextlib.contextmanager
+def recording() -> Iterator[dict[tuple[str, str, str], float]]:
+    """Keep the ratios of a ``with`` block apart, and return them by op, place and dtype."""
+    before = dict(_WORST)
+    _WORST.clear()
+    try:
+        yield _WORST
+    finally:
+        _WORST.clear()
+        _WORST.update(before)
+
+
 def recorded() -> list[tuple[str, str, str, float]]:
     """Return the ratios that this process recorded, so that another process can record them."""
     return [(*key, ratio) for key, ratio in _WORST.items()]
@@ -191,11 +208,4 @@ def keep(op: str, where: str, dtype: str, ratio: float) -> None:
 
 def table() -> list[str]:
     """Return the largest recorded ratios of error to bound as a table, with one line for each op and backend."""
-    rows = list(dict.fromkeys((op, backend) for op, backend, _ in sorted(_WORST)))
-    head = f"{'op':<19}{'backend':<18}" + "".join(f"{dtype:>10}" for dtype in FORMATS)
-    cells = [[_WORST.get((*row, dtype)) for dtype in FORMATS] for row in rows]
-    lines = [
-        f"{op:<19}{backend:<18}" + "".join(f"{'' if cell is None else format(cell, '.3g'):>10}" for cell in line)
-        for (op, backend), line in zip(rows, cells, strict=True)
-    ]
-    return [head, *lines] if lines else []
+    return ratio_table(Ratio(*each) for each in recorded())

@@ -2,6 +2,7 @@
 
     pytest --pyargs portable_gpt2.testing --backend mlx
     pytest --pyargs portable_gpt2.testing --backend torch --device cuda:0 --examples 500
+    pytest --pyargs portable_gpt2.testing --backend mlx --level ops
 
 A test that takes the fixture `backend` runs once on each backend. With `dtype`, it runs once in each floating dtype
 that the backend has, and with `other_dtype`, once in each pair of them. With `form`, it runs an op by its kernel and by
@@ -15,11 +16,12 @@ Tests in files that are marked ``every_device`` also run on accelerators, where 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from ..backend import Backend
 from ..numerics import Numerics, stated
 from ..registry import known_backends
 from . import claims, facts
+from .conformance import LEVELS
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 BACKENDS = known_backends()
@@ -41,15 +44,32 @@ BACKENDS = known_backends()
 GIVEN: dict[str, Backend] = {}
 """Backends that `check` was given as objects, by name. They need not be registered."""
 
+
+@contextlib.contextmanager
+def given(backend: Backend) -> Iterator[None]:
+    """Run the tests of its name on a backend that is an object, within a ``with`` block."""
+    before = dict(GIVEN)
+    GIVEN[backend.name] = backend
+    try:
+        yield
+    finally:
+        GIVEN.clear()
+        GIVEN.update(before)
+
+
 REQUIRED = os.environ.get("PORTABLE_GPT2_REQUIRE", "").split(",")
 """The names of the backends whose tests fail, and are not skipped, if the framework is not installed."""
-
 _STARTED = time.monotonic()
+_KIT = Path(__file__).resolve().parent
 
-for _name, _examples in (("few", 10), ("fast", 50)):
-    hypothesis.settings.register_profile(_name, max_examples=_examples, deadline=None, derandomize=True)
-hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+_LEVEL = pytest.StashKey[str | None]()
+
+PROFILES = {
+    "few": {"max_examples": 10, "derandomize": True},
+    "fast": {"max_examples": 50, "derandomize": True},
+    "thorough": {"max_examples": 10_000},
+}
+"""The settings of hypothesis, by the value of the environment variable HYPOTHESIS_PROFILE."""
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -58,6 +78,7 @@ def pytest_addoption(parser: Any) -> None:
     names = ",".join(BACKENDS)
     group.addoption("--backend", default="", help=f"run the tests of these backends (default: all, which are {names})")
     group.addoption("--device", default="", help="run the tests of accelerators on these devices, such as cuda:0,cpu:1")
+    group.addoption("--level", choices=LEVELS, help="run the tests of every level up to this one, until a level fails")
     group.addoption("--examples", type=int, help="the number of examples for each property (default: 50)")
     group.addoption("--seconds", type=float, help="begin no test after this time")
     group.addoption("--record", help="a file that gets the results, and the largest error / bound, as JSON")
@@ -76,9 +97,25 @@ def pytest_configure(config: Any) -> None:
     for name in chosen(config):
         if name not in (*GIVEN, *pg.available_backends(), "none") and config.getoption("--backend"):
             raise pytest.UsageError(f"--backend: {_absence(name)}")
+    _load_profile(config, os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+def _load_profile(config: Any, name: str) -> None:
+    """Load a profile of hypothesis until the run ends. Its name is not one that others may have registered."""
+    if name not in PROFILES:
+        raise pytest.UsageError(f"HYPOTHESIS_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
+    chosen: dict[str, Any] = {**PROFILES[name], "deadline": None}
     if examples := config.getoption("--examples"):
-        hypothesis.settings.register_profile("given", hypothesis.settings(), max_examples=examples)
-        hypothesis.settings.load_profile("given")
+        chosen["max_examples"] = examples
+    config.add_cleanup(functools.partial(hypothesis.settings.load_profile, current_profile()))
+    hypothesis.settings.register_profile(f"portable_gpt2 {name}", **chosen)
+    hypothesis.settings.load_profile(f"portable_gpt2 {name}")
+
+
+def current_profile() -> str:
+    """Return the name of the current profile of hypothesis."""
+    name: str = hypothesis.settings.get_current_profile_name()
+    return name
 
 
 def _absence(name: str) -> str:
@@ -117,7 +154,7 @@ def devices(names: list[str], wanted: str) -> list[tuple[str, str]]:
     pytest.UsageError
         If none of the backends has a device that `wanted`, a comma-separated list, names.
     """
-    has = {name: list(load(name).devices()) for name in names if name in GIVEN or name in pg.available_backends()}
+    has = {name: _known_devices(name) for name in names if name in GIVEN or name in pg.available_backends()}
     asked = [device for device in wanted.split(",") if device]
     if not asked:
         return [(name, device) for name, known in has.items() for device in known if not device.startswith("cpu")]
@@ -125,6 +162,13 @@ def devices(names: list[str], wanted: str) -> list[tuple[str, str]]:
         here = "; ".join(f"{name} has {', '.join(known)}" for name, known in has.items())
         raise pytest.UsageError(f"--device: no framework has {', '.join(unknown)}; {here}")
     return [(name, device) for device in asked for name, known in has.items() if device in known]
+
+
+def _known_devices(name: str) -> list[str]:
+    """Return the devices of a backend; none if `check` was given one device, which all tests then use."""
+    if name in GIVEN and GIVEN[name].default_device is not None:
+        return []
+    return list(load(name).devices())
 
 
 @functools.cache
@@ -188,18 +232,31 @@ def deselect(config: Any, items: list[Any], is_run: Callable[[Any], bool]) -> No
         items[:] = [item for item in items if item not in set(left)]
 
 
+def level_of(item: Any) -> str | None:
+    """Return the level of a test, or None if the test is not one of the package."""
+    directory = item.path.resolve().parent
+    return directory.name if directory.parent == _KIT else None
+
+
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Deselect the tests of backends that `--backend` does not choose, and of dtypes that a backend does not have."""
+    """Deselect the tests of backends that `--backend` does not choose, and of dtypes that a backend does not have.
+
+    With ``--level``, only tests up to that level are left, in the order of the levels.
+    """
     names = {None, *chosen(config)}
     deselect(config, items, lambda item: backend_param(item) in names and _has_what_it_needs(item))
+    if last := config.getoption("--level"):
+        wanted = LEVELS[: LEVELS.index(last) + 1]
+        deselect(config, items, lambda item: level_of(item) in wanted)
+        items.sort(key=lambda item: wanted.index(level_of(item)))
 
 
 def pytest_sessionfinish(session: Any) -> None:
     """Write the file of `--record`. A worker of pytest-xdist sends its ratios to the main process."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None:
+    if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["ratios"] = claims.recorded()
-    elif file := session.config.getoption("--record"):
+    elif reporter is not None and (file := session.config.getoption("--record")):
         passed, *broken = (reporter.stats.get(kind, []) for kind in ("passed", "failed", "error"))
         failed = [report.nodeid for reports in broken for report in reports]
         results = {
@@ -223,11 +280,17 @@ def pytest_runtest_setup(item: Any) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: Any) -> None:
-    """Stop the run after the time of `--seconds`."""
-    seconds = item.config.getoption("--seconds")
+def pytest_runtest_protocol(item: Any) -> bool | None:
+    """Stop the run after the time of `--seconds`, and with `--level` before the level after one that failed."""
+    session, seconds = item.session, item.config.getoption("--seconds")
+    before = session.stash.get(_LEVEL, None)
+    session.stash[_LEVEL] = level_of(item)
+    if item.config.getoption("--level") and session.testsfailed and level_of(item) != before:
+        session.shouldfail = f"level {before} failed, so the levels after it are not run"
+        return True  # this test is not run
     if seconds is not None and time.monotonic() > _STARTED + seconds:
-        item.session.shouldstop = f"{seconds:g} seconds are over (--seconds)"
+        session.shouldstop = f"{seconds:g} seconds are over (--seconds)"
+    return None
 
 
 @pytest.fixture(scope="module")

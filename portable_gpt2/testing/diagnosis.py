@@ -1,0 +1,355 @@
+"""Find the likely cause of a failure: a table of rules over what passes and what fails.
+
+The first rule that knows a cause names it. The rules read an `Evidence`, which has the facts of the failed test and
+makes experiments when a rule asks for them: the same call in all forms and in another dtype, the errors of exp, tanh
+and log, and each function of the namespace that the definition of the op calls, compared with NumPy's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import numpy as np
+
+import portable_gpt2 as pg
+
+from ..backend import Backend
+from ..numerics import bounds, stated
+from . import claims
+from .facts import Call, Facts
+from .operations import OPERATIONS
+
+_FLOAT32_IN_FLOAT64 = (1e6, 1e10)
+"""The errors of float32 in units of float64's round-off, 2^29 = 5e8, and some room for a small or large number."""
+
+
+class Evidence:
+    """The facts of a failure, and experiments that are made at most once."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        test: str,
+        level: str,
+        dtype: str,
+        about: tuple[str, ...] = (),
+        facts: Facts | None = None,
+        call: Call | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        self.backend, self.test, self.level, self.dtype, self.about = backend, test, level, dtype, about
+        self.facts, self.call, self.error = facts, call, error
+
+    @functools.cached_property
+    def op(self) -> str:
+        """The name of the op that was called last, or an empty text."""
+        if self.call is None:
+            return ""
+        function = self.call.function
+        asked = [function, getattr(function, "__wrapped__", function), getattr(function, "func", function)]
+        ops = {name: getattr(pg, name) for name in OPERATIONS}
+        return next((name for name, op in ops.items() if op in asked or op.reference in asked), "")
+
+    def ratios(self, dtype: str | None = None) -> dict[str, float]:
+        """Return the ratio of the error to the bound for each form of the op, in the dtype of the call or in another.
+
+        A form that raises an exception, or whose result has another shape or dtype, has the ratio inf.
+        """
+        if not self.op or self.call is None:
+            return {}
+        arrays = self.call.arrays
+        if dtype is not None:
+            host = bounds.host_dtype(dtype)
+            arrays = tuple(a.astype(host) if a is not None and _is_float(a) else a for a in arrays)
+        else:
+            dtype = next(a.dtype.name for a in arrays if a is not None and _is_float(a))
+        operation, options = OPERATIONS[self.op], self.call.options
+        bound = operation.bounded(stated(self.backend, dtype), arrays, options)
+        found = {}
+        for form in claims.FORMS:
+            if claims.has_form(form, operation.op, self.backend):
+                try:
+                    function = claims.in_form(form, operation.op, self.backend, **options)
+                    computed = claims.compute(function, self.backend, *arrays)
+                    found[form] = bound.ratio(computed) if computed.dtype == bounds.host_dtype(dtype) else math.inf
+                except Exception:  # of the framework, or an assertion about the shape or a changed argument
+                    found[form] = math.inf
+        return found
+
+    @functools.cached_property
+    def forms(self) -> dict[str, float]:
+        """The ratios of all forms of the call."""
+        return self.ratios()
+
+    @functools.cached_property
+    def wider(self) -> dict[str, float]:
+        """The ratios of all forms of the call in float32."""
+        return self.ratios("float32")
+
+    def fails(self, *forms: str) -> bool:
+        """Return whether all of these forms fail. A form that the backend does not have does not fail."""
+        return all(not self.forms.get(form, 0) <= 1 for form in forms)
+
+    def passes(self, *forms: str) -> bool:
+        """Return whether the call is one of an op, and none of these forms fails."""
+        return bool(self.forms) and all(self.forms.get(form, 0) <= 1 for form in forms)
+
+    @functools.cached_property
+    def units(self) -> float:
+        """The error of the element in units of the round-off of its magnitude, or 0 if it is not known."""
+        if (
+            self.facts is None
+            or not self.facts.exact
+            or self.facts.computed is None
+            or self.dtype not in bounds.FORMATS
+        ):
+            return 0.0
+        error = abs(self.facts.computed - self.facts.exact) / abs(self.facts.exact)
+        return error / bounds.FORMATS[self.dtype].unit
+
+    @functools.cached_property
+    def functions(self) -> dict[str, tuple[float, float]]:
+        """For exp, tanh and log: the largest error up to |x| = 1, and its growth per unit of |x|, in round-offs.
+
+        Only functions that err by more than is stated are here.
+        """
+        dtype = bounds.computed_in(self.dtype or "float32")
+        said, found = stated(self.backend, dtype), {}
+        limits = {"exp": said.exp, "tanh": (said.tanh, 0.0), "log": (said.log, 0.0)}
+        for name, (c0, c1) in limits.items():
+            x, errors = errors_of(name, self.backend, dtype)
+            if np.any(errors > c0 + c1 * abs(x)):
+                found[name] = _line(x, errors)
+        return found
+
+    @functools.cached_property
+    def deviation(self) -> str:
+        """The first function of the namespace, in the definition of the op, whose result is not NumPy's; or empty."""
+        if not self.op or self.call is None:
+            return ""
+        return deviation(self.backend, getattr(pg, self.op).reference, self.call)
+
+
+def _is_float(a: np.ndarray) -> bool:
+    return a.dtype.name in bounds.FORMATS
+
+
+def errors_of(name: str, backend: Backend, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return some numbers, and the errors of exp, tanh or log there in units of the round-off."""
+    random, n = np.random.default_rng(3), 4000 if dtype == "float32" else 300
+    top = 80.0 if dtype == "float32" else 600.0
+    x = {
+        "exp": np.concatenate([random.uniform(-1, 0, n), random.uniform(-top, 0, n)]),
+        "tanh": np.concatenate([random.uniform(-20, 20, n), 10 ** random.uniform(-6, 0, n)]),
+        "log": 10 ** random.uniform(0, 6, n),
+    }[name].astype(dtype)
+    exact = {"exp": bounds.exponential, "tanh": bounds.hyperbolic_tangent, "log": bounds.logarithm}[name](x)
+    computed = claims.compute(getattr(backend.xp, name), backend, x)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        errors = bounds.distance(computed, exact) / abs(exact).astype(np.float64) / bounds.FORMATS[dtype].unit
+    return x.astype(np.float64), np.nan_to_num(errors, nan=0.0, posinf=np.inf)
+
+
+def _line(x: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
+    """Return c0 and c1, both rounded up to quarters, so that no error is larger than c0 + c1 |x|."""
+    near = abs(x) <= 1
+    c0 = math.ceil(4 * float(np.max(errors[near], initial=0))) / 4
+    slopes = (errors[~near] - c0) / abs(x[~near])
+    return c0, max(0.0, math.ceil(4 * float(np.max(slopes, initial=0))) / 4)
+
+
+# Each function of the namespace, compared with NumPy's
+
+_LINEAR = ("matmul", "mean", "sum")
+_COMPARED = (
+    *_LINEAR,
+    *("max", "sqrt", "where", "take", "take_along_axis", "reshape", "matrix_transpose", "astype", "exp", "tanh", "log"),
+)
+
+
+class _Watched:
+    """A namespace that compares the results of its functions with those of NumPy in float64."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._xp, self._backend, self._found = backend.xp, backend, ""
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._xp, name)
+        if name not in _COMPARED:
+            return function
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if not self._found and (why := self._difference(name, result, args, kwargs)):
+                self._found = why
+            return result
+
+        return call
+
+    def _host(self, x: Any) -> Any:
+        return self._backend.to_numpy(x) if isinstance(x, self._backend.array_types) else x
+
+    def _difference(self, name: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        given = [self._host(x) for x in args]
+        if name == "astype":
+            given = given[:1]
+        wide = [a.astype(np.float64) if isinstance(a, np.ndarray) and _is_float(a) else a for a in given]
+        plain = {key: value for key, value in kwargs.items() if key in ("axis", "keepdims")}
+        numpy_one: Any = (lambda x: x) if name == "astype" else getattr(np, name)
+        said = f"xp.{name}({_shapes(given)}{''.join(f', {k}={v}' for k, v in plain.items())})"
+        with np.errstate(all="ignore"):
+            expected = np.asarray(numpy_one(*wide, **plain))
+            size = np.asarray(numpy_one(*map(abs, wide), **plain)) if name in _LINEAR else abs(expected)
+            computed = np.asarray(self._host(result))
+            if computed.shape != expected.shape:
+                return f"{said} has shape {list(computed.shape)}, expected {list(expected.shape)}"
+            format = bounds.FORMATS.get(computed.dtype.name)
+            room = 1e3 * (format.unit * size + format.smallest) if format else 0.0
+            same = (computed == expected) | ((computed != computed) & np.isnan(expected))
+            wrong = ~same & ~(abs(computed.astype(np.float64) - expected) <= room)
+        if not wrong.any():
+            return ""
+        index = tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+        at = f"element {list(index)} of {said}" if index else said
+        return f"{at} is {float(computed[index])!r}, expected {float(expected[index])!r}"
+
+
+def _shapes(given: list[Any]) -> str:
+    """Return the arguments of a call, with the dtype and shape of an array."""
+    return ", ".join(f"{a.dtype.name} {list(a.shape)}" if isinstance(a, np.ndarray) else repr(a) for a in given)
+
+
+def deviation(backend: Backend, function: Callable[..., Any], call: Call) -> str:
+    """Return which function of the namespace is wrong when a function is called; empty if none is."""
+    watched = _Watched(backend)
+    given = [None if a is None else backend.from_numpy(a) for a in call.arrays]
+    owner = pg.backend_of(next(x for x in given if x is not None))
+    with _replaced(owner, "xp", watched), contextlib.suppress(Exception), np.errstate(all="ignore"):
+        function(*given, **call.options)
+    return watched._found
+
+
+@contextlib.contextmanager
+def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Hide an attribute of a class by one of the object, within a ``with`` block."""
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        delattr(thing, name)
+
+
+# The rules, the most specific first. Each returns a diagnosis, or None.
+
+
+def _not_deterministic(found: Evidence) -> str | None:
+    if isinstance(found.error, hypothesis.errors.Flaky):
+        return (
+            "the same input gave another result the second time. Look for memory that is written to after it was "
+            "returned, such as a donated buffer or a shared array."
+        )
+    return None
+
+
+def _float64_in_float32(found: Evidence) -> str | None:
+    low, high = _FLOAT32_IN_FLOAT64
+    if found.dtype != "float64" or not low <= found.units <= high:
+        return None
+    guilty = [name for name, line in found.functions.items() if max(line) >= low]
+    if found.fails("kernel") and found.passes("definition"):
+        guilty = [f"your kernel {found.op}"]
+    names = ", ".join(guilty) or "something"
+    return f"float64 errs by about {found.units:.0e} u: {names} is computed in float32."
+
+
+def _kernel_in_16_bits(found: Evidence) -> str | None:
+    is_narrow = found.dtype in ("bfloat16", "float16")
+    if is_narrow and found.fails("kernel") and found.passes("definition") and found.wider.get("kernel", math.inf) <= 1:
+        return (
+            f"your kernel {found.op} rounds to {found.dtype} more than once. Compute in float32 and round the result, "
+            "or return NotImplemented for this dtype."
+        )
+    return None
+
+
+def _kernel(found: Evidence) -> str | None:
+    if found.fails("kernel") and found.passes("definition"):
+        return f"the definition of {found.op} passes and the kernel fails: look at your kernel {found.op}."
+    return None
+
+
+def _compiled(found: Evidence) -> str | None:
+    if found.passes("kernel", "definition") and any(
+        not ratio <= 1 for form, ratio in found.forms.items() if form.startswith("compiled")
+    ):
+        return f"{found.op} passes, and fails only if it is compiled: look at Backend.compile."
+    return None
+
+
+def _elementary(found: Evidence) -> str | None:
+    """Both forms fail, or a test of exp, tanh or log does, and the function errs by more than is stated."""
+    function = found.call.function if found.call is not None else None
+    asked = [name for name in ("exp", "tanh", "log") if function == getattr(found.backend.xp, name, None)]
+    wrong = {name: line for name, line in found.functions.items() if not asked or name in asked}
+    if not wrong or (not asked and not found.fails("definition")):
+        return None
+    name, (c0, c1) = next(iter(wrong.items()))
+    dtype = bounds.computed_in(found.dtype or "float32")
+    if not max(c0, c1) < 1e4:
+        return f"{name} is wrong: its error in {dtype} is {max(c0, c1):.1e} u."
+    if name == "exp":
+        grows = ", growing with |x|" if c1 else ""
+        size = c0 + 80 * c1
+        return (
+            f"exp errs by up to {size:.3g} u in {dtype}{grows}. If your framework computes exp in this way, state "
+            f"Numerics(exp=({c0}, {c1}))."
+        )
+    advice = f"If your framework computes {name} in this way, state Numerics({name}={c0})."
+    return f"{name} errs by up to {c0:.3g} u in {dtype}. {advice}"
+
+
+def _namespace(found: Evidence) -> str | None:
+    if found.deviation:
+        return f"the definition of {found.op} fails because a function of the namespace does: {found.deviation}."
+    return None
+
+
+def _member(found: Evidence) -> str | None:
+    """Name the members of Backend that a test is about."""
+    if not found.about:
+        return None
+    parts = []
+    for name in found.about:
+        member = inspect.getattr_static(Backend, name, None)
+        doc = inspect.getdoc(member) if callable(member) else ""
+        promise = f" ({doc.splitlines()[0]})" if doc else ""
+        parts.append(f"Backend.{name}{promise}" if member is not None else f"xp.{name}")
+    return f"look at {' and at '.join(parts)}"
+
+
+RULES: tuple[Callable[[Evidence], str | None], ...] = (
+    _not_deterministic,
+    _float64_in_float32,
+    _kernel_in_16_bits,
+    _kernel,
+    _compiled,
+    _elementary,
+    _namespace,
+    _member,
+)
+
+
+def diagnose(found: Evidence) -> str:
+    """Return the likely cause of a failure, or an empty text."""
+    for rule in RULES:
+        with contextlib.suppress(Exception):  # a broken backend may break an experiment, too
+            if cause := rule(found):
+                return cause
+    return ""
