@@ -104,7 +104,7 @@ def _load_profile(config: Any, name: str) -> None:
     """Load a profile of hypothesis until the run ends. Its name is not one that others may have registered."""
     if name not in PROFILES:
         raise pytest.UsageError(f"HYPOTHESIS_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
-    chosen: dict[str, Any] = {**PROFILES[name], "deadline": None}
+    chosen: dict[str, Any] = {**PROFILES[name], "deadline": None, "report_multiple_bugs": False}
     if examples := config.getoption("--examples"):
         chosen["max_examples"] = examples
     config.add_cleanup(functools.partial(hypothesis.settings.load_profile, current_profile()))

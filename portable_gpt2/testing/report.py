@@ -71,7 +71,7 @@ class Failure:
         elif self.catches:
             lines += _wrapped(self.catches)
         if self.script:
-            lines += ["  To reproduce:", "", textwrap.indent(self.script.rstrip(), "      "), ""]
+            lines += ["  To reproduce:", "", textwrap.indent(self.script.rstrip(), "      ")]
         return "\n".join(lines)
 
 
@@ -141,6 +141,13 @@ class Report:
         """Whether every test passed, or failed as expected."""
         return not self.failures
 
+    def _by_cause(self) -> list[list[Failure]]:
+        """Return the failures, those with the same diagnosis together. One that names an element comes first."""
+        groups: dict[str, list[Failure]] = {}
+        for i, failure in enumerate(self.failures):
+            groups.setdefault(failure.diagnosis or str(i), []).append(failure)
+        return [sorted(group, key=lambda failure: failure.index is None) for group in groups.values()]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dicts, lists, texts and numbers."""
         return {**dataclasses.asdict(self), "ok": self.ok}
@@ -150,7 +157,7 @@ class Report:
         return strict_json.line(self.to_dict())
 
     def __str__(self) -> str:
-        parts = ["\n".join(map(str, self.failures))] if self.failures else []
+        parts = [_group(failures) for failures in self._by_cause()]
         parts += [f"{self.backend} on {', '.join(self.devices)}"]
         parts += ["\n".join(map(_level_line, self.levels))]
         if self.ratios:
@@ -163,6 +170,13 @@ class Report:
         verdict = "passes" if self.ok else f"fails {n} test{'s' * (n > 1)}"
         parts.append(f"{self.backend} {verdict}.{f' {self.stopped}' if self.stopped else ''}")
         return "\n\n".join(parts)
+
+
+def _group(failures: list[Failure]) -> str:
+    """Return the text of the first failure, and the names of others that have the same diagnosis."""
+    first, *others = failures
+    names = [f"    {each.test}" for each in others]
+    return "\n".join([str(first), *(["", "  The same diagnosis:", *names] if others else [])])
 
 
 def _level_line(level: Level) -> str:

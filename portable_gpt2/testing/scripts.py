@@ -183,9 +183,16 @@ def of_test(item: Any, backend: Any) -> str:
 
 def _program(imports: list[str], made: str, is_foreign: bool, body: list[str]) -> str:
     """Return a script: imports, the backend, and some lines that use it."""
-    if is_foreign:
-        imports = [*imports, "from portable_gpt2 import testing"]
-    head = [*sorted(imports, key=lambda line: (line.startswith("from"), line)), "", "import portable_gpt2 as pg", ""]
+    ours = ["import portable_gpt2 as pg"] if "pg." in "".join([made, *body]) else []
+    ours += ["from portable_gpt2 import testing"] if is_foreign else []
+    for line in imports:
+        if "portable_gpt2" in line:
+            ours.append(line)
+    others = [line for line in imports if line not in ours]
+    head = [*sorted(others), *([""] if others else []), *sorted(ours, reverse=True), ""]
     if not is_foreign:
         return "\n".join([*head, f"backend = {made}", *body]) + "\n"
-    return "\n".join([*head, f"with testing.registered({made}) as backend:", *(f"    {line}" for line in body)]) + "\n"
+    kind = made.partition("(")[0]
+    note = "" if any(line.endswith(f" import {kind}") for line in imports) else f"  # {kind}: the class of your backend"
+    lines = [f"with testing.registered({made}) as backend:{note}", *(f"    {line}" for line in body)]
+    return "\n".join([*head, *lines]) + "\n"
