@@ -108,7 +108,7 @@ class Observer:
         """Keep an error of pytest or of this plugin."""
         self._problems.append(excinfo.value)
 
-    # What is made of it
+    # The failures, after the run
 
     def raise_problems(self, status: int) -> None:
         """Raise the first exception that is not the failure of a test."""
