@@ -181,15 +181,16 @@ def registered(backend: Backend) -> Iterator[Backend]:
     ...     get_backend("mine")
     get_backend('mine')
     """
-    types, named = dict(_BACKEND_OF_TYPE), _LOADED.get(backend.name)
-    _LOADED[backend.name] = backend
+    name = backend.name
+    types, named = dict(_BACKEND_OF_TYPE), _LOADED.get(name)
+    _LOADED[name] = backend
     _own(backend.array_types, backend)
     try:
         yield backend
     finally:
-        del _LOADED[backend.name]
+        del _LOADED[name]
         if named is not None:
-            _LOADED[backend.name] = named
+            _LOADED[name] = named
         for kind in [kind for kind, owner in _BACKEND_OF_TYPE.items() if owner is backend]:
             del _BACKEND_OF_TYPE[kind]
             if kind in types:

@@ -49,7 +49,7 @@ GIVEN: dict[str, Backend] = {}
 def given(backend: Backend) -> Iterator[None]:
     """Run the tests of its name on a backend that is an object, within a ``with`` block."""
     before = dict(GIVEN)
-    GIVEN[backend.name] = backend
+    GIVEN.update({backend.name: backend})
     try:
         yield
     finally:

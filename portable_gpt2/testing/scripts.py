@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
 import math
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 
 import portable_gpt2 as pg
 
-from ..registry import known_backends
+from ..registry import ENTRY_POINTS
 from .facts import Call, Facts
 
 _MOST = 400  # elements of all arrays that a script may have
@@ -27,19 +28,12 @@ def backend_lines(backend: Any) -> tuple[list[str], str, bool]:
     if backend.default_device is not None:
         name = next(n for n, device in backend.devices().items() if device == backend.default_device)
         device = repr(name)
-    if backend.name in known_backends():
-        point = f"{kind.__module__}:{kind.__qualname__}"
-        if point in _declared():
-            return [], f"pg.get_backend({', '.join(filter(None, [repr(backend.name), device]))})", False
+    declared = {point.value for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    if f"{kind.__module__}:{kind.__qualname__}" in declared:
+        return [], f"pg.get_backend({', '.join(filter(None, [repr(backend.name), device]))})", False
     if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind and kind.__module__ != "__main__":
         return [f"from {kind.__module__} import {kind.__qualname__}"], f"{kind.__qualname__}({device})", True
     return [], f"{kind.__qualname__}({device})", True
-
-
-def _declared() -> set[str]:
-    from ..registry import _entry_points
-
-    return {point.value for point in _entry_points().values()}
 
 
 def expression(function: Callable[..., Any], backend: Any) -> str | None:
