@@ -26,15 +26,22 @@ REQUIRED = ",".join([*ALL, "array_api_strict"])
 PARITY = "tests/test_parity*.py"  # the tests that need transformers
 KIT = ["--pyargs", "tests", "portable_gpt2.testing"]  # our tests, and those of every backend, of the installed package
 # Framework-independent tests run with NumPy alone, and once more with all frameworks in one process. The tests in these
-# files are about files, texts, sampling and the command, which compute on the host: they run with NumPy alone only.
+# files are about source text, arguments, files, texts, sampling and the command: they run with NumPy alone only.
 NUMPY_ALONE = [
     f"tests/test_{name}.py"
     for name in (
-        *("bench", "checkout", "cli_streams", "examples", "files", "kills", "paths"),
-        *("plot", "run_damage", "runs", "sampling", "score", "targets"),
-        *("tokenizer", "tokenizer_files", "training_command", "training_data", "unusable_tokenizers"),
+        *("bench", "checkout", "cli_streams", "contents", "damage", "examples", "files", "hub", "kills", "paths"),
+        *("plot", "rules", "run_damage", "runs", "sampling", "score", "targets"),
+        *("tokenizer", "tokenizer_files", "training_command", "training_data", "unusable_tokenizers", "values"),
     )
 ]
+# The processes of one run share the functions that JAX has compiled.
+COMPILED = tempfile.TemporaryDirectory(prefix="portable-gpt2-jax-")
+JAX_CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 def install(session: nox.Session, extra: str = "", *groups: str) -> None:
@@ -65,6 +72,7 @@ def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) 
     # Most of the time is spent in compilers, which use one core. Each of two processes takes half of the tests; the
     # first to finish takes over tests of the other.
     args = ("-n", "2", "--dist", "worksteal", *args)
+    env = {**JAX_CACHE, **env}
     session.run("pytest", *args, *session.posargs, env=env, success_codes=codes)
     if x64:
         session.run("pytest", *args, *session.posargs, env={**env, "JAX_ENABLE_X64": "1"}, success_codes=codes)
@@ -89,22 +97,16 @@ def tests(session: nox.Session, backend: str) -> None:
 def equivalence(session: nox.Session) -> None:
     """Run the tests that need several frameworks or none, with all frameworks in one process.
 
-    They compare the frameworks with each other, and show that the frameworks do not disturb each other. A skipped test
-    counts as a failure. Tests of one framework run in `tests` alone.
+    They compare the frameworks with each other and with Hugging Face transformers, and show that the frameworks do not
+    disturb each other. A skipped test counts as a failure. Other tests of one framework run in `tests` alone.
     """
-    install(session, "all", "test")
-    left = [f"--ignore={file}" for file in NUMPY_ALONE]
-    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", *left, "--no-skips", "--backend=none"]
-    run_pytest(session, *args, x64=True, PORTABLE_GPT2_REQUIRE=REQUIRED)
-
-
-@nox.session
-def parity(session: nox.Session) -> None:
-    """Compare the whole model, on all frameworks, with Hugging Face transformers."""
     install(session, "all", "test", "parity")
-    paths = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(PARITY))
-    args = ["-m", "not gpu", "--no-skips", f"--backend={REQUIRED},none", *paths]
-    run_pytest(session, *args, x64=True, PORTABLE_GPT2_REQUIRE=REQUIRED)
+    left = [f"--ignore={file}" for file in NUMPY_ALONE]
+    args = ["-m", "not gpu", "--no-skips"]
+    ours = [f"--ignore-glob={PARITY}", *left, "--backend=none"]
+    run_pytest(session, *args, *ours, x64=True, PORTABLE_GPT2_REQUIRE=REQUIRED)
+    transformers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(PARITY))
+    run_pytest(session, *args, f"--backend={REQUIRED},none", *transformers, x64=True, PORTABLE_GPT2_REQUIRE=REQUIRED)
 
 
 @nox.session(default=False)
