@@ -406,29 +406,11 @@ def _step_of_transformers(model: Any, optimizer: Any, tokens: Any, dtype: str) -
 
 def function_errors(backend: str, device: str, points: int) -> dict[str, list[float]]:
     """Return the largest error of exp, tanh and log in float32, in units of u, and the stated one."""
-    from portable_gpt2.numerics import bounds, stated
-    from portable_gpt2.testing import claims
+    from portable_gpt2.numerics import stated
+    from portable_gpt2.testing import measure
 
-    owner, random = pg.get_backend(backend, device), np.random.default_rng(0)
-    n = points // 2
-    given = {
-        "exp": (random.uniform(-86, 0, points), bounds.exponential),
-        "tanh": (
-            np.concatenate([random.uniform(-20, 20, n), 10 ** random.uniform(-6, 0, n)]),
-            bounds.hyperbolic_tangent,
-        ),
-        "log": (
-            np.concatenate([1 + 10 ** random.uniform(-7, 0, n), 10 ** random.uniform(0, 6, n)]),
-            bounds.logarithm,
-        ),
-    }
-    found = {}
+    owner = pg.get_backend(backend, device)
     numerics = stated(owner, "float32")
     largest = {"exp": numerics.exp[0], "tanh": numerics.tanh, "log": numerics.log}
-    for name, (x, exact) in given.items():
-        x = x.astype(np.float32)
-        x = x[x != 1]
-        truth = exact(x)
-        error = bounds.distance(claims.compute(getattr(owner.xp, name), owner, x), truth) / abs(truth)
-        found[name] = [float(error.max()) / bounds.FORMATS["float32"].unit, largest[name]]
-    return found
+    found = {name: measure.measure(owner, "float32", name, points) for name in measure.FUNCTIONS}
+    return {name: [measured.largest, largest[name]] for name, measured in found.items()}
