@@ -218,8 +218,9 @@ def _sample(where: str, x: np.ndarray, compute: Any, function: str, backend: Any
 def _errors(computed: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
     """Return relative errors in units of u."""
     exact = _EXACT[function](x)
-    error: np.ndarray = bounds.distance(computed, exact) / abs(exact).astype(np.float64)
-    return error / bounds.FORMATS[x.dtype.name].unit
+    unit = bounds.FORMATS[x.dtype.name].unit
+    error: np.ndarray = bounds.distance(computed, exact) / abs(exact).astype(np.float64) / unit
+    return error
 
 
 def assert_stated(measured: Measured, numerics: Numerics) -> None:
