@@ -156,8 +156,9 @@ def _points(function: str, dtype: str, n: int) -> np.ndarray:
         x = np.concatenate([random.uniform(-20, 20, n), 10 ** random.uniform(-6, 0, n)])
     else:
         x = np.concatenate([1 + 10 ** random.uniform(np.log10(unit), 0, n), 10 ** random.uniform(0, 6, n)])
-    a = x.astype(dtype)
-    return a[a != 1]  # log(1) is 0, which has no relative error
+    x = x.astype(dtype)
+    found: np.ndarray = x[x != 1]  # log(1) is 0, which has no relative error
+    return found
 
 
 def measure(backend: Any, dtype: str, function: str, points: int | None = None) -> Measured:
