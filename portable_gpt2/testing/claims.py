@@ -125,7 +125,9 @@ def _out_of_bounds(bounded: Bounded, results: Results, ratios: Mapping[str, floa
     index = _worst(quotient(distance(computed, bounded.value), bounded.error))
     x, true, allowed = (float(a[index]) for a in (computed, bounded.value, bounded.error))
     others = "".join(
-        f"; {other} {'fails' if ratio > 1 else 'passes'}, with {ratio:.3g} times" for other, ratio in ratios.items()
+        f"; {other} {'fails' if ratio > 1 else 'passes'}, with {ratio:.3g} times"
+        for other, ratio in ratios.items()
+        if other != form
     )
     return facts.ClaimError(
         f"{form} of {op}, {place(results.backend)}, {results.dtype}: the error is {ratios[form]:.3g} times its bound: "
