@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, BinaryIO, ClassVar
 
 import ml_dtypes
 import numpy as np
 
+from .host import StoredTensor
 from .numerics import Numerics
 
 
@@ -24,8 +26,8 @@ class Backend:
     - An adapter must define `name`, `array_types`, `xp`, `dtypes` and `devices`.
     - It may define `numerics`, `kernels`, `compiles_per_shape`, `handwritten_gradient_is_faster`; `refusal`;
       `resolve_device`, `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`,
-      `write`, `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`; `runs_ahead`,
-      `fetch`, `top_k`, `gumbel`, `permit_64_bits`. Each has a default.
+      `write`, `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`, `write_graph`;
+      `runs_ahead`, `fetch`, `top_k`, `gumbel`, `permit_64_bits`. Each has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
     Four rules hold for all members:
@@ -335,6 +337,29 @@ class Backend:
         parameter's name, such as ``h3/attn/c_attn/w``.
         """
         return x
+
+    def write_graph(
+        self,
+        fn: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+        tensors: Mapping[str, StoredTensor],
+        inputs: Mapping[str, tuple[str, tuple[int | str, ...]]],
+        outputs: Mapping[str, tuple[int | str, ...]],
+        file: BinaryIO,
+        weights: tuple[str, BinaryIO] | None = None,
+        properties: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Write ``fn(tensors, inputs)`` as a graph, which other programs run without Python.
+
+        `fn` takes two dicts of arrays and returns one. The tensors are part of the graph, under their names, and are
+        read one at a time. Each input has a dtype and a shape, and each output a shape. A length that is a name may
+        differ from run to run; the same name means the same length. If `weights` is given, the tensors are written to
+        that file, whose name relative to the graph's file comes first. `properties` describe the graph.
+
+        This method is optional. An adapter that defines it also registers an entry point in the group
+        ``portable_gpt2.graphs``. The entry point's name is the suffix of the files, without the dot. Its value is the
+        name of the backend, in a module that imports no framework.
+        """
+        raise NotImplementedError
 
     # Functions for choosing tokens on the device (see generation/choice.py)
 

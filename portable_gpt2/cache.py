@@ -67,7 +67,7 @@ class LayerCache(NamedTuple):
     k: Any  # [batch, n_head, capacity, head_size]
     v: Any
     start: Any  # the row of the first new token
-    n_keys: Any  # how many rows attention reads
+    n_keys: int | None  # how many rows attention reads; None if it reads all
     mask: Any  # bool [..., seq, n_keys], or None
     causal: bool  # whether there is no mask, because each token sees its own key and all keys before it
 
@@ -103,7 +103,8 @@ def open_layers(
         positions = backend.xp.where(start + seq <= n_keys, positions, -1)
     causal = is_known and padding is None  # the new tokens are the last keys
     mask = None if causal else visible_keys(rows, n_keys, padding)
-    return positions, [LayerCache(k[i], v[i], start, n_keys, mask, causal) for i in range(n_layer)]
+    n_read = n_keys if is_known else None
+    return positions, [LayerCache(k[i], v[i], start, n_read, mask, causal) for i in range(n_layer)]
 
 
 def positions_in_text(rows: Int[Array, "seq"], padding: Int[Array, "batch"] | None) -> Int[Array, "*batch seq"]:

@@ -16,6 +16,7 @@ from .backend import Backend
 from .cache import check_cache_size
 from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
 from .config import GPT2Config
+from .export import export
 from .generation.completion import Completion, Request, batched, complete
 from .generation.decoder import Decoder, Generation, padded_length
 from .generation.detokenizer import StreamingDetokenizer
@@ -216,6 +217,50 @@ class GPT2:
         directory = checks.path("directory", directory)
         tensors = {path: stored(x) for path, x in flatten(self.params)}
         write_checkpoint(directory, self.config, tensors, self.tokenizer, companions=self.companions, force=force)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        what: Literal["logits", "step"] = "logits",
+        dtype: str | None = None,
+        external_data: bool = False,
+        force: bool = False,
+    ) -> None:
+        """Write the model as a graph of ONNX, which runs without Python and without this package.
+
+        The graph takes ``tokens``, int64 [batch, seq], of any batch and length. The parameters are in the graph under
+        their paths, such as ``h0/attn/c_attn/w``. As in `gpt2`, a token id that is out of range makes logits NaN.
+
+        Parameters
+        ----------
+        path : path
+            The file, such as ``gpt2.onnx``. It appears complete or not at all.
+        what : str
+            ``logits``: the graph returns ``logits`` [batch, seq, n_vocab]. ``step``: the graph also takes the state of
+            a cache, which is ``position``, int64 [], and for each layer ``h0/attn/k`` and ``h0/attn/v``, [batch,
+            n_head, capacity, head_size]. It returns ``logits`` [batch, n_vocab] after the last token, and the new state
+            in the same order, with ``next/`` in front of each name. The first state has zeros.
+        dtype : str, optional
+            ``float32``, ``float64`` or ``float16``; the dtype of the parameters unless given. A graph in float16
+            computes each op in float32 and rounds its result.
+        external_data : bool
+            Whether the weights are in a file of their own, ``gpt2.onnx.data``, which must stay next to the graph. This
+            is always so for more than 2 GB.
+        force : bool
+            Whether to replace files that exist.
+
+        Raises
+        ------
+        BackendNotInstalled
+            If ndonnx is not installed. The message says what to install.
+        FileExistsError
+            If the file exists and force is false. Nothing is written.
+        ValueError
+            If the suffix of the file, what or dtype is not known, or a weight is outside the range of the dtype.
+        """
+        tensors = {path: stored(x) for path, x in flatten(self.params)}
+        export(path, self.config, tensors, what=what, dtype=dtype, external_data=external_data, force=force)
 
     def logits(self, token_ids: Any) -> Any:
         """Return the logits of the token that follows each token.

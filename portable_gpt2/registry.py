@@ -60,10 +60,13 @@ def available_backends() -> list[str]:
     return [name for name in known_backends() if _is_importable(name)]
 
 
-def how_to_install(name: str) -> str:
-    """Return the command that installs a known backend's framework, by an extra of this package if there is one."""
+def how_to_install(name: str, extra: str = "") -> str:
+    """Return the command that installs a known backend's framework.
+
+    For a backend of this package, the command names an extra: the given one, or that of the backend's name.
+    """
     ours = _entry_points()[name].value.startswith("portable_gpt2_backends.")
-    return f"pip install 'portable-gpt2[{name}]'" if ours else f"pip install {name}"
+    return f"pip install 'portable-gpt2[{extra or name}]'" if ours else f"pip install {name}"
 
 
 def _is_importable(module: str) -> bool:
