@@ -22,6 +22,13 @@ ADAPTERS = list(PYPROJECT["project"]["entry-points"]["portable_gpt2.backends"])
 NEED_GPU = ["cupy"]  # these cannot compute without an NVIDIA GPU, so continuous integration does not run them
 FRAMEWORKS = [name for name in ADAPTERS if name not in NEED_GPU]
 ALL = ["numpy", "tensorflow", "jax", "torch"]  # NumPy and the frameworks of the extra "all", which run all tests
+# An operation of ndonnx on arrays with values takes a millisecond, so only a part of the kit runs on it.
+PARTS = {
+    "ndonnx": [
+        *("tests/test_export.py", "--examples=5"),
+        *("--pyargs", "portable_gpt2.testing.contract", "portable_gpt2.testing.ops.test_agreement"),
+    ],
+}
 REQUIRED = ",".join([*ALL, "array_api_strict"])
 PARITY = "tests/test_parity*.py"  # the tests that need transformers
 KIT = ["--pyargs", "tests", "portable_gpt2.testing"]  # our tests, and those of every backend, of the installed package
@@ -88,7 +95,7 @@ def tests(session: nox.Session, backend: str) -> None:
     """
     install_only(session, backend, "test")
     backends = "numpy,array_api_strict,none" if backend == "numpy" else backend
-    tests = KIT if backend in ALL else ["--pyargs", "portable_gpt2.testing"]
+    tests = KIT if backend in ALL else PARTS.get(backend, ["--pyargs", "portable_gpt2.testing"])
     args = ["-m", "not gpu", f"--ignore-glob={PARITY}", f"--backend={backends}", *tests]
     run_pytest(session, *args, x64=backend == "jax", PORTABLE_GPT2_REQUIRE=backends)
 

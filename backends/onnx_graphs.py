@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
-import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -13,60 +11,10 @@ import ndonnx as ndx
 import onnx
 import onnxruntime
 import spox
-import spox.opset.ai.onnx.v21 as op
-from spox._future import initializer
 
 from portable_gpt2.host import StoredTensor, float_dtypes
 
-_LENGTHS: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("lengths", default=None)
-"""The unknown lengths of the graph that is being traced, by their names in its inputs, or by the value and the axis."""
-
-
-@functools.cache
-def constant(value: Any, dtype: Any = "int64") -> Any:
-    """Return a number, or a tuple of numbers, as a value in a graph.
-
-    `const` of ONNX's operators would run ONNX Runtime to find the value of each constant. This took half of the time
-    of a trace.
-    """
-    return initializer(value, dtype)
-
-
-def lengths(x: Any) -> tuple[Any, ...]:
-    """Return the shape of an array. A length that is unknown while tracing is a scalar array, the same at each call."""
-    return tuple(_length(x.unwrap_spox(), axis, n) for axis, n in enumerate(x.unwrap_spox().unwrap_tensor().shape))
-
-
-def _length(x: Any, axis: int, length: int | str | None) -> Any:
-    if isinstance(length, int):
-        return length
-    found, key = _LENGTHS.get(), length or (x, axis)
-    if found is None or key not in found:
-        array = ndx.asarray(op.squeeze(op.shape(x, start=axis, end=axis + 1), constant((0,))))
-        if found is None:
-            return array
-        found[key] = array
-    return found[key]
-
-
-def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
-    """Reshape an array. A length that is unknown while tracing is copied from x, or follows from the other lengths.
-
-    ONNX can then infer the other lengths of the result, which it cannot do if the shape is computed.
-    """
-    given, var = lengths(x), x.unwrap_spox()
-    unknown = {i for i, n in enumerate(shape) if not isinstance(n, int)}
-    copied = {i for i in unknown if i < len(given) and shape[i] is given[i]}
-    if 0 in x.shape or len(unknown - copied) > 1:
-        parts = [op.reshape(scalar(n), constant((1,))) for n in shape]
-        return ndx.asarray(op.reshape(var, op.concat(parts, axis=0) if parts else constant(()), allowzero=True))
-    codes = tuple(0 if i in copied else -1 if i in unknown else n for i, n in enumerate(shape))
-    return ndx.asarray(op.reshape(var, constant(codes)))
-
-
-def scalar(n: Any) -> Any:
-    """Return an int or a scalar array as a value in a graph."""
-    return constant(n) if isinstance(n, int) else n.unwrap_spox()
+from .onnx_ops import tracing
 
 
 def flatten(tree: Any, leaves: list[Any]) -> Callable[[Sequence[Any]], Any]:
@@ -86,11 +34,8 @@ def flatten(tree: Any, leaves: list[Any]) -> Callable[[Sequence[Any]], Any]:
 def trace(fn: Callable[[dict[str, Any]], Mapping[str, Any]], inputs: Mapping[str, tuple[Any, Any]]) -> onnx.ModelProto:
     """Return the graph of a function that takes and returns arrays by name. Each input has a dtype and a shape."""
     lazy = {name: ndx.argument(shape=shape, dtype=dtype) for name, (dtype, shape) in inputs.items()}
-    before = _LENGTHS.set({})
-    try:
+    with tracing():
         results = {name: ndx.asarray(y).unwrap_spox() for name, y in fn(lazy).items()}
-    finally:
-        _LENGTHS.reset(before)
     return spox.build({name: x.unwrap_spox() for name, x in lazy.items()}, results)
 
 

@@ -1,4 +1,4 @@
-"""Functions of ndonnx's arrays that are written with ONNX's operators: kernels, and what ndonnx lacks or does slowly."""
+"""Kernels and functions of ndonnx's arrays, written with ONNX's operators."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
     given, var = lengths(x), x.unwrap_spox()
     unknown = {i for i, n in enumerate(shape) if not isinstance(n, int)}
     copied = {i for i in unknown if i < len(given) and shape[i] is given[i]}
-    if 0 in x.shape or len(unknown - copied) > 1:
-        parts = [op.reshape(scalar(n), constant((1,))) for n in shape]
-        return ndx.asarray(op.reshape(var, op.concat(parts, axis=0) if parts else constant(()), allowzero=True))
+    if shape and (0 in x.shape or len(unknown - copied) > 1):
+        computed = op.concat([op.reshape(scalar(n), constant((1,))) for n in shape], axis=0)
+        return ndx.asarray(op.reshape(var, computed, allowzero=True))
     codes = tuple(0 if i in copied else -1 if i in unknown else n for i, n in enumerate(shape))
     return ndx.asarray(op.reshape(var, constant(codes)))
 
@@ -82,7 +82,8 @@ def matmul(a: Any, b: Any) -> Any:
 
 
 def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:
-    return ndx.take(x, ndx.astype(indices, ndx.int64, copy=False), axis=axis)  # ndonnx refuses int32
+    """Take elements along an axis. ndonnx's function refuses indices that are not int64."""
+    return ndx.take(x, ndx.astype(indices, ndx.int64, copy=False), axis=axis)
 
 
 def _kernel(fn: Callable[..., Any]) -> Callable[..., Any]:

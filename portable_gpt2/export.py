@@ -108,20 +108,19 @@ def export(
     file = checks.path("path", path)
     if what not in GRAPHS:
         raise ValueError(f"what is {checks.shown(what)}; expected {' or '.join(map(repr, GRAPHS))}")
+    force, external_data = checks.flag("force", force), checks.flag("external_data", external_data)
     backend = _writer(file)
     dtype = next(iter(tensors.values())).dtype if dtype is None else dtype
     backend.dtype(dtype)
     graph = GRAPHS[what](config, dtype)
-    size = float_dtypes[dtype].itemsize * sum(math.prod(tensor.shape) for tensor in tensors.values())
-    data = (
-        file.with_name(f"{file.name}.data") if checks.flag("external_data", external_data) or size > LARGEST else None
-    )
-    properties = {"producer": "portable_gpt2", "what": what, "config": json.dumps(config.to_dict())}
+    n_bytes = float_dtypes[dtype].itemsize * sum(math.prod(tensor.shape) for tensor in tensors.values())
+    data = file.with_name(f"{file.name}.data") if external_data or n_bytes > LARGEST else None
+    properties = {"what": what, "config": json.dumps(config.to_dict())}
+    written = [file] if data is None else [file, data]
     with contextlib.ExitStack() as stack:
-        written = [file] if data is None else [file, data]
         drafts = [stack.enter_context(replacing(each)) for each in written]
         for each in written:
-            if holds_file(each) and not checks.flag("force", force):
+            if holds_file(each) and not force:
                 raise FileExistsError(f"{each}: exists already; give a new name, or replace this file by force")
         with contextlib.ExitStack() as opened:
             out, *weights = (opened.enter_context(draft.open("wb")) for draft in drafts)
