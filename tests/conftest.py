@@ -111,7 +111,7 @@ def framework(name, backend):
 
     @pytest.fixture(scope="module", name=name)
     def module():
-        frameworks.load(backend)
+        plugin.load(backend)
         return importlib.import_module(backend)
 
     return module
@@ -125,5 +125,5 @@ globals().update({name: framework(name, backend) for name, backend in frameworks
 def layout(request):
     """The name of a checkpoint layout. The test runs once with each layout that an installed framework can write."""
     if backend := layouts.WRITERS[request.param][0]:
-        frameworks.load(backend)
+        plugin.load(backend)
     return request.param

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import frameworks
 import layouts
 import numpy as np
 import processes
@@ -10,6 +9,7 @@ import pytest
 
 import portable_gpt2 as pg
 from portable_gpt2.params import count, shapes
+from portable_gpt2.testing import plugin
 
 CONFIG = pg.GPT2Config(n_layer=12, n_head=8, n_embd=512, n_vocab=32_000, n_ctx=1024, eos_token_id=None)
 SMALL = pg.GPT2Config(n_layer=1, n_head=1, n_embd=64, n_vocab=20_000, n_ctx=8, eos_token_id=None)
@@ -65,7 +65,7 @@ def test_loading_takes_little_more_than_the_weights(name, layout, stored, dtype,
     """Catches weights that are in memory twice: as the file's and the framework's, in two dtypes, in two layouts."""
     for backend in (name, layouts.WRITERS[layout][0]):
         if backend:
-            frameworks.load(backend)
+            plugin.load(backend)
     code = "import sys; sys.argv[1:] = " + repr([*written(layout, stored), name, dtype]) + MEASURE
     peak = 1024 * int(processes.run(code).splitlines()[-1])
     weights = count(CONFIG) * (4 if dtype == "float32" else 2)

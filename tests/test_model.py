@@ -1,8 +1,7 @@
-"""The model as a whole, on every backend, against GPT-2 in plain NumPy (`plain_gpt2`).
+"""The model: what it reads and refuses, its parameters, and the frameworks' own transformations of it.
 
-The bound is the yardstick: a backend's largest error is at most 4 times that of the plain formula in float32. In
-another dtype, the yardstick is scaled by the ratio of the unit round-offs, to which an error is proportional; in
-float64 the truth, which is computed in it too, adds one yardstick of its own.
+`portable_gpt2.testing.model` tests its results, with the same yardstick: a backend's largest error is at most 4 times
+that of the plain formula in float32.
 """
 
 import math
@@ -18,27 +17,9 @@ from safetensors.numpy import save_file
 
 import portable_gpt2 as pg
 from portable_gpt2.testing import claims
-from portable_gpt2.testing.plain_gpt2 import U, on_backend, plain_gpt2, random_weights, truth_and_error
+from portable_gpt2.testing.plain_gpt2 import PLAIN, on_backend, plain_gpt2, random_weights, some_tokens, truth_and_error
 
 pytestmark = pytest.mark.every_device
-
-CONFIGS = {
-    "plain": pg.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_vocab=101, n_ctx=48, eos_token_id=None),
-    "one head": pg.GPT2Config(
-        n_layer=1, n_head=1, n_embd=24, n_vocab=50, n_ctx=33, n_inner=40, layer_norm_epsilon=0.02, eos_token_id=None
-    ),
-    "scores unscaled": pg.GPT2Config(
-        n_layer=2, n_head=2, n_embd=16, n_vocab=70, n_ctx=40, scale_attn_weights=False, eos_token_id=None
-    ),
-    "scaled by layer": pg.GPT2Config(
-        n_layer=3, n_head=3, n_embd=24, n_vocab=64, n_ctx=40, scale_attn_by_inverse_layer_idx=True, eos_token_id=None
-    ),
-}
-PLAIN = CONFIGS["plain"]
-
-
-def some_tokens(config, batch=2, seq=None, seed=1):
-    return np.random.default_rng(seed).integers(0, config.n_vocab, (batch, seq or config.n_ctx)).astype(np.int32)
 
 
 def params_and_tokens(backend, config, tokens, dtype="float32"):
@@ -50,43 +31,7 @@ def largest_error(logits, truth):
     return float(abs(pg.to_numpy(logits).astype(np.float64) - truth).max())
 
 
-# The logits
-
-
-@pytest.mark.parametrize("case", CONFIGS)
-def test_logits_are_as_near_to_the_truth_as_a_plain_implementation_is(backend, case):
-    """Catches any mistake in the mathematics or in the wiring of the model: GELU by erf, another epsilon, a scale, a
-    bias, q, k and v confused, a residual, ln_f or wpe left out, a mask one column off.
-    """
-    config = CONFIGS[case]
-    tokens = some_tokens(config)
-    truth, error = truth_and_error(random_weights(config), tokens, config)
-    params, ids = params_and_tokens(backend, config, tokens)
-
-    logits, cache = pg.gpt2(params, ids, config)
-
-    ratio = largest_error(logits, truth) / (4 * error)
-    claims.record("gpt2", backend, "float32", ratio)
-    assert ratio <= 1
-    assert cache is None
-
-
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_logits_in_other_dtypes_are_as_exact_as_the_dtype(backend, dtype):
-    """Catches a constant or an intermediate result of lower precision in float64, 16-bit arithmetic that accumulates
-    in 16 bits, and a mask or a score that overflows float16.
-    """
-    tokens = some_tokens(PLAIN)
-    truth, error = truth_and_error(random_weights(PLAIN), tokens, PLAIN)
-    error *= U[dtype] / U["float32"] * (1.25 if dtype == "float64" else 1)
-    params, ids = params_and_tokens(backend, PLAIN, tokens, dtype)
-
-    logits, _ = pg.gpt2(params, ids, PLAIN)
-
-    ratio = largest_error(logits, truth) / (4 * error)
-    claims.record("gpt2", backend, dtype, ratio)
-    assert ratio <= 1
-    assert backend.dtype_names[logits.dtype] == dtype
+# From a file
 
 
 def test_a_checkpoint_loads_into_the_model_that_its_names_say(backend, tmp_path):
@@ -124,27 +69,6 @@ def test_a_checkpoint_loads_into_the_model_that_its_names_say(backend, tmp_path)
 # The cache
 
 
-def test_cached_logits_are_as_near_to_the_truth_as_uncached_ones(backend):
-    """Catches a position that is off by one, rows written in the wrong place, keys that are masked or missing: the
-    same texts, read in pieces.
-    """
-    config = CONFIGS["scaled by layer"]
-    tokens = some_tokens(config, seq=9)
-    truth, error = truth_and_error(random_weights(config), tokens, config)
-    params, ids = params_and_tokens(backend, config, tokens)
-
-    cache, pieces, start = pg.new_cache(params, config, batch=2, capacity=9), [], 0
-    for n in (4, 1, 1, 3):
-        logits, cache = pg.gpt2(params, ids[:, start : start + n], config, cache)
-        pieces.append(pg.to_numpy(logits))
-        start += n
-
-    ratio = largest_error(np.concatenate(pieces, axis=1), truth) / (4 * error)
-    claims.record("gpt2 cached", backend, "float32", ratio)
-    assert ratio <= 1
-    assert cache.position == 9
-
-
 def test_a_position_of_numpy_becomes_an_int(backend):
     """Catches a narrow integer that wraps around later, or that a compiler takes for an array."""
     params, ids = params_and_tokens(backend, PLAIN, some_tokens(PLAIN, seq=1))
@@ -153,52 +77,12 @@ def test_a_position_of_numpy_becomes_an_int(backend):
     assert (type(cache.position), cache.position) == (int, 1)
 
 
-def test_a_grown_cache_holds_what_it_held(backend):
-    """Catches rows lost or moved when the buffers are copied into longer ones."""
-    tokens = some_tokens(PLAIN, seq=9)
-    truth, error = truth_and_error(random_weights(PLAIN), tokens, PLAIN)
-    params, ids = params_and_tokens(backend, PLAIN, tokens)
-
-    _, cache = pg.gpt2(params, ids[:, :5], PLAIN, pg.new_cache(params, PLAIN, batch=2, capacity=5))
-    cache = pg.grow_cache(cache, 9)
-    logits, cache = pg.gpt2(params, ids[:, 5:], PLAIN, cache)
-
-    assert cache.position == 9
-    assert backend.shape(cache.v[1]) == (2, 4, 9, 8)
-    assert largest_error(logits, truth[:, 5:]) <= 4 * error
-
-
-def test_new_cache_is_empty_and_of_the_parameters_kind(backend):
-    """Catches another capacity, dtype or number of layers than the model's."""
-    params = on_backend(backend, random_weights(PLAIN))
-    cache = pg.new_cache(params, PLAIN, batch=3)
-    assert (cache.position, cache.padding) == (0, None)
-    assert len(cache.k) == len(cache.v) == 2
-    for buffer in (*cache.k, *cache.v):
-        assert backend.shape(buffer) == (3, 4, 48, 8)
-        assert backend.dtype_names[buffer.dtype] == "float32"
-        assert not pg.to_numpy(buffer).any()
-
-
 @pytest.mark.parametrize("capacity", [0, -1, 49])
 def test_a_cache_that_the_model_cannot_fill_is_refused(backend, capacity):
     """Catches positions beyond wpe, which JAX would clamp."""
     params = on_backend(backend, random_weights(PLAIN))
     with pytest.raises(ValueError, match=rf"capacity is {capacity}; expected an int from 1 to 48 \(n_ctx\)"):
         pg.new_cache(params, PLAIN, capacity=capacity)
-
-
-def test_more_tokens_than_there_is_room_for_are_refused(backend):
-    """Catches a silent clamp at n_ctx or at the end of the cache, where JAX overwrites the last rows."""
-    params, ids = params_and_tokens(backend, PLAIN, some_tokens(PLAIN, seq=49))
-    with pytest.raises(ValueError, match="49 tokens were given; the model has n_ctx = 48"):
-        pg.gpt2(params, ids, PLAIN)
-    _, cache = pg.gpt2(params, ids[:, :3], PLAIN, pg.new_cache(params, PLAIN, batch=2, capacity=4))
-    with pytest.raises(ValueError, match="2 tokens were given at position 3; the cache has room for 4"):
-        pg.gpt2(params, ids[:, :2], PLAIN, cache)
-
-
-# What does not depend on what
 
 
 # What does not fit
@@ -408,8 +292,7 @@ def test_parameters_of_another_model_are_refused(backend, function, case):
 
 def test_a_model_of_two_frameworks_or_dtypes_is_refused(backend):
     """Catches leaves that only some layer refuses, long after the model was made."""
-    config = CONFIGS["plain"]
-    params = on_backend(backend, random_weights(config))
+    config, params = PLAIN, on_backend(backend, random_weights(PLAIN))
     stranger = pg.get_backend("numpy" if backend.name != "numpy" else pg.available_backends()[0])
     if stranger is not backend:
         mixed = {**params, "wpe": on_backend(stranger, random_weights(config))["wpe"]}
@@ -458,34 +341,6 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(sizes, mess
         pg.init_conv1d("c", 10**9, 10**9, backend="numpy")
 
 
-def test_no_token_sees_those_behind_it(backend):
-    """Catches a mask that lets the future through: the logits before a token that changes stay the same to the bit,
-    those from it on do not.
-    """
-    tokens = some_tokens(PLAIN, seq=12)
-    changed = tokens.copy()
-    changed[:, 7] = (tokens[:, 7] + 1) % PLAIN.n_vocab
-    params = on_backend(backend, random_weights(PLAIN))
-
-    before, after = (pg.to_numpy(pg.gpt2(params, backend.from_numpy(t), PLAIN)[0]) for t in (tokens, changed))
-
-    np.testing.assert_array_equal(before[:, :7], after[:, :7])
-    assert (before[:, 7:] != after[:, 7:]).any(axis=-1).all()
-
-
-def test_the_texts_of_a_batch_do_not_see_each_other(backend):
-    """Catches batch and heads confused in a reshape: a text's logits stay the same to the bit when another changes."""
-    tokens = some_tokens(PLAIN, batch=3, seq=12)
-    changed = tokens.copy()
-    changed[1] = some_tokens(PLAIN, batch=1, seq=12, seed=9)
-    params = on_backend(backend, random_weights(PLAIN))
-
-    before, after = (pg.to_numpy(pg.gpt2(params, backend.from_numpy(t), PLAIN)[0]) for t in (tokens, changed))
-
-    np.testing.assert_array_equal(before[[0, 2]], after[[0, 2]])
-    assert (before[1] != after[1]).any()
-
-
 def test_attention_scale_follows_the_configuration():
     """Catches the two switches confused, or the layer counted from 1."""
     switched = {
@@ -521,18 +376,6 @@ def test_nest_undoes_flatten():
 
 
 INITIAL = pg.GPT2Config(n_layer=2, n_head=2, n_embd=64, n_vocab=500, n_ctx=64, eos_token_id=None)
-
-
-def test_the_same_seed_initialises_to_the_same_bits_everywhere(backend, dtype):
-    """Catches a conversion that rounds on the device, and a random stream that is the framework's own."""
-    expected = dict(pg.params.flatten(pg.init_params(INITIAL, seed=3, backend="numpy", dtype=dtype)))
-    found = dict(pg.params.flatten(pg.init_params(INITIAL, seed=3, backend=backend, dtype=dtype)))
-    assert list(found) == list(pg.params.shapes(INITIAL))
-    for path, x in found.items():
-        a = pg.to_numpy(x)
-        assert backend.dtype_names[x.dtype] == dtype, path
-        assert (a.dtype, a.shape) == (expected[path].dtype, pg.params.shapes(INITIAL)[path]), path
-        assert a.tobytes() == expected[path].tobytes(), path
 
 
 def test_initial_values_are_those_of_every_release():

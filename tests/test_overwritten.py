@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from portable_gpt2.checkpoint import read_checkpoint
+from portable_gpt2.testing import plugin
 from portable_gpt2.training import data
 
 SPOIL = """
@@ -39,7 +40,7 @@ def test_a_model_does_not_change_with_its_file(name, layout, how, tmp_path):
     """Would catch weights that are mapped: other text after the file was overwritten, a SIGBUS after a truncation."""
     for backend in (name, layouts.WRITERS[layout][0]):
         if backend:
-            frameworks.load(backend)
+            plugin.load(backend)
     layouts.WRITERS[layout][1](tmp_path / "it", tiny.CONFIG, tiny.weights(seed=1))
     arguments = [str(tmp_path / "it"), name, how]
     assert processes.run(f"import sys; sys.argv[1:] = {arguments!r}{SPOIL}").splitlines()[-1] == "unchanged"

@@ -1,4 +1,7 @@
-"""The model inside: there, small, loaded by name, and the same text on every backend."""
+"""The shipped model: its files, its name, its card, and that it has learnt something.
+
+`portable_gpt2.testing.model` tests that it writes the same text on every backend.
+"""
 
 import json
 import re
@@ -10,13 +13,14 @@ import tiny
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint import SHIPPED
 from portable_gpt2.cli import main
+from portable_gpt2.testing.plain_gpt2 import PASSAGE, PERPLEXITY, SHAKESPEARE, in_dtype, plain_text, truth_and_error
 
 DIRECTORY = SHIPPED / "shakespeare"
 
 
 @pytest.fixture(scope="module")
-def model(backend):
-    return pg.GPT2.load("shakespeare", backend=backend)
+def model():
+    return pg.GPT2.load("shakespeare", backend="numpy")
 
 
 def test_it_is_small_and_in_16_bits():
@@ -29,47 +33,41 @@ def test_it_is_small_and_in_16_bits():
     )
 
 
-ROMEO = {"temperature": 0.8, "seed": 7, "max_new_tokens": 40}
+def test_what_the_kit_expects_of_it_is_what_plain_numpy_computes(model):
+    """Catches a model that was trained again without its texts in `testing`, and texts that rounding errors change.
+
+    Errors of the size that a backend may make are added to the logits of plain NumPy in float64.
+    """
+    config, tokenizer = model.config, model.tokenizer
+    flat = {path: tensor.read() for path, tensor in pg.checkpoint.read_checkpoint("shakespeare").tensors.items()}
+    ids = np.asarray([tokenizer.encode(PASSAGE)])
+    logits, error = truth_and_error(in_dtype(flat, np.float64), ids, config)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    scored = np.take_along_axis(log_probs[0, :-1], ids[0, 1:, None], axis=-1)
+    assert pytest.approx(np.exp(-scored.mean()), rel=1e-7) == PERPLEXITY
+    random = np.random.default_rng(0)
+    for prompt, options, text in SHAKESPEARE:
+        n, sampling = options["max_new_tokens"], {k: x for k, x in options.items() if k != "max_new_tokens"}
+        noise = lambda shape: 4 * error * random.uniform(-1, 1, shape)  # noqa: E731
+        found = plain_text(flat, tokenizer.encode(prompt), n, config, noise=noise, **sampling)
+        assert tokenizer.decode(found) == text
 
 
-@pytest.fixture(scope="module")
-def texts():
-    """What NumPy draws."""
-    numpy = pg.GPT2.load("shakespeare", backend="numpy")
-    return {"sampled": numpy.generate("ROMEO.", **ROMEO), "greedy": numpy.generate("ROMEO.", temperature=0)}
-
-
-def test_every_backend_writes_the_same(model, texts):
-    assert model.generate("ROMEO.", **ROMEO) == texts["sampled"]
-    assert model.generate("ROMEO.", temperature=0) == texts["greedy"]
-
-
-def test_it_writes_verse(texts):
+def test_it_writes_verse():
     """Catches a model that has learnt nothing: lines, words, and Shakespeare's words among them."""
-    assert texts["sampled"].count("\n") >= 3
-    words = re.findall(r"[A-Za-z']+", texts["sampled"])
+    text = SHAKESPEARE[0][-1]
+    assert text.count("\n") >= 3
+    words = re.findall(r"[A-Za-z']+", text)
     assert len(words) > 15
     assert len({"the", "and", "I", "you", "my", "of", "to", "in", "is", "that", "a", "thou"} & set(words)) >= 3
 
 
-PASSAGE = """ROMEO.
-But soft! What light through yonder window breaks?
-It is the east, and Juliet is the sun.
-"""
-
-
 def test_it_finds_shakespeare_likelier_than_the_rest(model):
-    """The whole way to a perplexity, on every backend: lines of verse, and the same words in another order."""
+    """The whole way to a perplexity: lines of verse, and the same words in another order."""
     verse, shuffled = PASSAGE, " ".join(sorted(PASSAGE.split()))
     assert 5 < model.score(verse).perplexity < 100
     assert model.score(shuffled).perplexity > 2 * model.score(verse).perplexity
     assert model.score("生きるべきか死ぬべきか").byte_perplexity > 3 * model.score(verse).byte_perplexity
-
-
-def test_its_perplexity_is_one_number(model):
-    """Every backend says the same of it, to more digits than the card shows."""
-    numpy = pg.GPT2.load("shakespeare", backend="numpy")
-    assert model.score(PASSAGE).perplexity == pytest.approx(numpy.score(PASSAGE).perplexity, rel=1e-5)
 
 
 def test_the_command_uses_it_unless_told_otherwise(capsys, tmp_path, monkeypatch):

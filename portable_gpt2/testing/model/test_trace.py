@@ -1,0 +1,77 @@
+"""Intermediate arrays: each is observed under its name, and observing changes no result."""
+
+import numpy as np
+import pytest
+
+import portable_gpt2 as pg
+from portable_gpt2.testing.plain_gpt2 import on_backend, plain_gpt2, random_weights, truth_and_error, yardstick
+
+pytestmark = pytest.mark.every_device
+
+# With a scale for each layer, the weights show which layer they belong to.
+CONFIG = pg.GPT2Config(
+    n_layer=3, n_head=2, n_embd=24, n_vocab=61, n_ctx=40, scale_attn_by_inverse_layer_idx=True, eos_token_id=None
+)
+WEIGHTS = random_weights(CONFIG)
+IDS = np.random.default_rng(0).integers(0, 61, 17).tolist()
+
+
+@pytest.fixture(scope="module")
+def model(backend):
+    return pg.GPT2(CONFIG, on_backend(backend, WEIGHTS))
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """The intermediate arrays of plain NumPy in float64, by name."""
+    found = {}
+    plain_gpt2(WEIGHTS, np.asarray([IDS]), CONFIG, found.__setitem__)
+    return found
+
+
+def test_names_are_scope_paths_in_the_order_of_computation(model, truth):
+    """Catches a layer that is not observed, or under another's name."""
+    layers = [name for i in range(3) for name in (f"h{i}/attn/weights", f"h{i}/residual")]
+    found = model.trace(IDS)
+    assert list(found) == ["embedding", *layers, "ln_f", "logits"] == list(truth)
+    assert all(pg.backend_of(x) is pg.backend_of(model.params["wte"]) for x in found.values())
+    assert {name: model.backend.shape(x) for name, x in found.items()} == {name: x.shape for name, x in truth.items()}
+
+
+def test_a_trace_is_that_of_a_plain_implementation(model, truth):
+    """Catches a stream that is observed too early or too late, weights that are not those of their layer, and scores
+    instead of weights.
+    """
+    _, error = truth_and_error(WEIGHTS, np.asarray([IDS]), CONFIG)
+    for name, x in model.trace(IDS).items():
+        # No array before the logits errs more than the logits, unless it has larger elements.
+        scale = max(1, abs(truth[name]).max() / abs(truth["logits"]).max())
+        found = model.backend.to_numpy(x)
+        assert abs(found - truth[name]).max() <= yardstick(error, "float32") * scale, name
+        if name.endswith("weights"):
+            np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+            assert (found >= 0).all()
+            assert (np.triu(found, 1) == 0).all()
+
+
+def test_observing_changes_nothing(model):
+    """Catches a model that computes otherwise when it is looked at."""
+    backend = model.backend
+    tokens = backend.from_numpy(np.asarray([IDS], np.int32))
+    plain, _ = pg.gpt2(model.params, tokens, CONFIG)
+    observed, _ = pg.gpt2(model.params, tokens, CONFIG, observe=lambda name, x: None)
+    np.testing.assert_array_equal(backend.to_numpy(plain), backend.to_numpy(observed))
+
+
+def test_attention_weights_are_computed_only_for_an_observer(model, monkeypatch):
+    """Catches scores that are computed twice in every forward pass."""
+    computed = []
+    weights = pg.model.attention_weights
+    monkeypatch.setattr(
+        pg.model, "attention_weights", lambda *x, **options: computed.append(0) or weights(*x, **options)
+    )
+    tokens = model.backend.from_numpy(np.asarray([IDS], np.int32))
+    pg.gpt2(model.params, tokens, CONFIG)
+    assert not computed
+    pg.gpt2(model.params, tokens, CONFIG, observe=lambda name, x: None)
+    assert len(computed) == CONFIG.n_layer

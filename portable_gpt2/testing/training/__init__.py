@@ -1,0 +1,1 @@
+"""Training on a backend: gradients, the optimizer, the losses of a run, and a run that is resumed."""

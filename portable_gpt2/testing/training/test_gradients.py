@@ -1,0 +1,337 @@
+"""Gradients: the hand-written ones on every backend, and the framework's own, against complex steps in float64.
+
+A function that is analytic has, for a step h so small that its square vanishes, f(x + ih) = f(x) + ih f'(x): its
+imaginary part is the derivative without a difference being taken, exact to rounding.
+
+On a backend that compiles, the functions are compiled, as they are in training. Without that, each operation would be
+compiled for itself, which takes several times as long.
+"""
+
+import functools
+import inspect
+
+import numpy as np
+import pytest
+
+import portable_gpt2 as pg
+from portable_gpt2 import gradients
+from portable_gpt2.params import flatten, nest
+from portable_gpt2.testing import claims, strategies
+from portable_gpt2.testing.cases import UNIT, assert_agrees
+from portable_gpt2.testing.plain_gpt2 import on_backend, plain_gpt2, random_weights
+
+pytestmark = pytest.mark.every_device
+
+STEP = 1e-30
+CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=12, n_vocab=23, n_ctx=9, eos_token_id=None)
+CONFIGS = {
+    "as published": CONFIG,  # the embedding matrix has two gradients, which are added
+    # Each option that changes the computation has another value than in the published models.
+    "every option": pg.GPT2Config(
+        n_layer=2,
+        n_head=3,
+        n_embd=12,
+        n_vocab=23,
+        n_ctx=9,
+        n_inner=7,
+        layer_norm_epsilon=0.1,
+        scale_attn_weights=False,
+        scale_attn_by_inverse_layer_idx=True,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+    ),
+}
+TOKENS = np.random.default_rng(0).integers(0, 23, (3, 10)).astype(np.int32)
+MASK = np.tril(np.ones((3, 4), np.bool_), 1)
+
+
+def beside(x, a):
+    """Return a NumPy array as an array of the backend of x, on the device of x."""
+    backend = pg.backend_of(x)
+    return backend.from_numpy(a, device=backend.placement(x))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+# The ops in plain NumPy, of complex numbers: nothing compares but by their real parts.
+
+
+def plain_softmax(x, axis=-1):
+    e = np.exp(x - x.real.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def plain_layer_norm(x, g, b, eps):
+    z = x - x.mean(-1, keepdims=True)
+    return g * z / np.sqrt((z * z).mean(-1, keepdims=True) + eps) + b
+
+
+def plain_attention(q, k, v, mask, scale):
+    scores = q @ np.swapaxes(k, -1, -2) * scale
+    return plain_softmax(np.where(mask, scores, -1e30)) @ v
+
+
+def plain_cross_entropy(logits, targets):
+    p = plain_softmax(logits)
+    return -np.log(np.take_along_axis(p, targets[..., None].astype(np.int64), -1)).mean()
+
+
+IDS = np.asarray([[1, 5, 1], [0, 2, 5]], np.int32)
+OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gradients by argument
+    "conv1d": (
+        lambda x, w, b: x @ w + b,
+        [normal(2, 3, 5), normal(5, 4), normal(4)],
+        pg.conv1d,
+        lambda x, w, b, dy: gradients.conv1d(x, w, b)[1](dy),
+    ),
+    "conv1d of width 1": (
+        lambda x, w, b: x @ w[0] + b,
+        [normal(2, 3, 5), normal(1, 5, 4), normal(4)],
+        pg.conv1d,
+        lambda x, w, b, dy: gradients.conv1d(x, w, b)[1](dy),
+    ),
+    "softmax": (plain_softmax, [normal(2, 3, 5)], pg.softmax, lambda x, dy: gradients.softmax(x)[1](dy)),
+    "softmax over another axis": (
+        lambda x: plain_softmax(x, 1),
+        [normal(2, 3, 5)],
+        lambda x: pg.softmax(x, axis=1),
+        lambda x, dy: gradients.softmax(x, axis=1)[1](dy),
+    ),
+    "gelu": (
+        lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+        [2 * normal(3, 7)],
+        pg.gelu,
+        lambda x, dy: gradients.gelu(x)[1](dy),
+    ),
+    "layer_norm": (
+        lambda x, g, b: plain_layer_norm(x, g, b, 0.1),
+        [normal(2, 3, 5), normal(5), normal(5, seed=1)],
+        lambda x, g, b: pg.layer_norm(x, g, b, eps=0.1),
+        lambda x, g, b, dy: gradients.layer_norm(x, g, b, eps=0.1)[1](dy),
+    ),
+    "attention": (
+        lambda q, k, v: plain_attention(q, k, v, np.True_, 5**-0.5),
+        [normal(2, 3, 5), normal(2, 4, 5), normal(2, 4, 6)],
+        pg.attention,
+        lambda q, k, v, dy: gradients.attention(q, k, v)[1](dy),
+    ),
+    "attention with a mask and a scale": (
+        lambda q, k, v: plain_attention(q, k, v, MASK, 0.7),
+        [normal(2, 3, 5), normal(2, 4, 5), normal(2, 4, 6)],
+        lambda q, k, v: pg.attention(q, k, v, beside(q, MASK), scale=0.7),
+        lambda q, k, v, dy: gradients.attention(q, k, v, beside(q, MASK), scale=0.7)[1](dy),
+    ),
+    **{
+        f"causal attention of {m} queries to {n} keys": (
+            lambda q, k, v, m=m, n=n: plain_attention(q, k, v, np.tri(m, n, n - m, dtype=np.bool_), 0.7),
+            [normal(2, m, 5), normal(2, n, 5, seed=1), normal(2, n, 6)],
+            lambda q, k, v: pg.attention(q, k, v, causal=True, scale=0.7),
+            lambda q, k, v, dy: gradients.attention(q, k, v, causal=True, scale=0.7)[1](dy),
+        )
+        for m, n in ((1, 1), (2, 2), (7, 7), (3, 5))
+    },
+    "embed": (
+        lambda w: w[IDS],
+        [normal(6, 5)],
+        lambda w: pg.embed(beside(w, IDS), w),
+        lambda w, dy: gradients.embed(beside(w, IDS), w)[1](dy),
+    ),
+    "unembed": (
+        lambda x, w: x @ w.T,
+        [normal(2, 3, 5), normal(6, 5)],
+        pg.unembed,
+        lambda x, w, dy: gradients.unembed(x, w)[1](dy),
+    ),
+    "cross_entropy": (
+        lambda logits: plain_cross_entropy(logits, IDS),
+        [3 * normal(2, 3, 6)],
+        lambda logits: pg.cross_entropy(logits, beside(logits, IDS)),
+        lambda logits, dy: gradients.cross_entropy(logits, beside(logits, IDS))[1](dy),
+    ),
+}
+
+
+def complex_steps(f, arrays, cotangent):
+    """Return the gradient of sum(cotangent * f) by each of some arrays, entry by entry."""
+    found = []
+    for n, a in enumerate(arrays):
+        gradient = np.empty(a.shape)
+        for i in np.ndindex(a.shape):
+            moved = [x.astype(complex) for x in arrays]
+            moved[n][i] += STEP * 1j
+            gradient[i] = (cotangent * f(*moved)).sum().imag / STEP
+        found.append(gradient)
+    return found
+
+
+def cotangent_of(f, arrays):
+    return normal(*np.shape(f(*arrays)), seed=9)
+
+
+def compiled(backend, function):
+    """Return a function that is compiled if the backend compiles."""
+    return backend.compile(function) if backend.compiles_per_shape else function
+
+
+@strategies.wide_dtypes
+@pytest.mark.parametrize("name", OPS)
+def test_the_gradient_of_an_op_is_that_of_complex_steps(backend, dtype, name):
+    """Catches a term that is dropped, a sum over the wrong axis, a scale or a maximum forgotten, in the hand-written
+    gradients, and a kernel that the framework differentiates into something else.
+    """
+    plain, arrays, op, hand = OPS[name]
+    cotangent = cotangent_of(plain, arrays)
+    expected = complex_steps(plain, arrays, cotangent)
+    given = [backend.from_numpy(a, dtype) for a in arrays]
+    dy = backend.from_numpy(np.asarray(cotangent), dtype)
+    by_name = compiled(backend, hand)(*given, dy)
+    found = {"by hand": [by_name[name] for name in list(inspect.signature(hand).parameters)[: len(given)]]}
+
+    def pulled(leaves, dy):
+        return backend.xp.sum(op(*leaves) * dy)
+
+    if (own := backend.value_and_grad(pulled)) is not NotImplemented:
+        found["the framework's own"] = compiled(backend, lambda leaves, dy: own(leaves, dy))(given, dy)[1]
+    for way, gradient in found.items():
+        assert len(gradient) == len(arrays), way
+        for got, truth in zip(gradient, expected, strict=True):
+            assert_agrees(backend.to_numpy(got), truth, dtype)
+
+
+# The whole model
+
+
+def plain_loss(weights, config):
+    return plain_cross_entropy(plain_gpt2(weights, TOKENS[:, :-1], config), TOKENS[:, 1:])
+
+
+def some_derivatives(weights, config, each=3):
+    """Return derivatives of the loss by some entries of every parameter, by complex steps."""
+    random, found = np.random.default_rng(1), {}
+    for path, a in weights.items():
+        for _ in range(each):
+            i = tuple(int(random.integers(n)) for n in a.shape)
+            moved = {p: x.astype(complex) for p, x in weights.items()}
+            moved[path][i] += STEP * 1j
+            found[path, i] = plain_loss(moved, config).imag / STEP
+    return found
+
+
+def by_hand(params, tokens, config):
+    value, backward = gradients.loss(params, tokens, config)
+    return value, backward()
+
+
+def arrays_of(backend, tree):
+    return {path: backend.to_numpy(x).astype(np.float64) for path, x in flatten(tree)}
+
+
+@functools.cache
+def truth_and_yardstick(case):
+    """Return the gradient in float64, and the largest error in float32, of the hand-written gradient in NumPy.
+
+    Some derivatives by each parameter are compared with complex steps of plain NumPy.
+    """
+    numpy, config = pg.get_backend("numpy"), CONFIGS[case]
+    weights = random_weights(config)
+    value, tree = by_hand(on_backend(numpy, weights, "float64"), TOKENS, config)
+    truth = arrays_of(numpy, tree)
+    assert float(value) == pytest.approx(plain_loss(weights, config), rel=1e-12)
+    assert {path: a.shape for path, a in truth.items()} == {path: a.shape for path, a in weights.items()}
+    for (path, i), derivative in some_derivatives(weights, config).items():
+        assert truth[path][i] == pytest.approx(derivative, rel=1e-11, abs=1e-13), (path, i)
+    single = arrays_of(numpy, by_hand(on_backend(numpy, weights), TOKENS, config)[1])
+    return truth, max(abs(single[path] - truth[path]).max() for path in truth)
+
+
+def assert_is_the_gradient(backend, found, case, way):
+    """Assert that a loss and its gradient err at most four times as much as NumPy in float32."""
+    truth, error = truth_and_yardstick(case)
+    value, tree = found
+    got = arrays_of(backend, tree)
+    assert got.keys() == truth.keys(), way
+    expected = plain_loss(random_weights(CONFIGS[case]), CONFIGS[case])
+    assert float(backend.to_numpy(value)) == pytest.approx(expected, rel=64 * UNIT["float32"]), way
+    ratio = max(abs(got[path] - truth[path]).max() for path in truth) / (4 * error)
+    claims.record("gradient", backend, "float32", float(ratio))
+    assert ratio <= 1, f"{way}: the largest error is {ratio:.3g} times what is allowed"
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_gradients_of_the_loss_agree_on_every_backend(backend, case):
+    """Catches a gradient that skips a layer, or passes one twice; a framework that differentiates a kernel, a mask or
+    the tied embedding otherwise; and rows of the embedding's gradient that are overwritten where they should be added.
+    """
+    config = CONFIGS[case]
+    given = on_backend(backend, random_weights(config)), backend.from_numpy(TOKENS)
+    by_hand_of = backend.compile(lambda params, tokens: by_hand(params, tokens, config))
+    assert_is_the_gradient(backend, by_hand_of(*given), case, "by hand, compiled")
+    own = backend.value_and_grad(lambda params, tokens: pg.loss(params, tokens, config))
+    if own is not NotImplemented:
+        own_of = backend.compile(lambda params, tokens: own(params, tokens))
+        assert_is_the_gradient(backend, own_of(*given), case, "the framework's own, compiled")
+
+
+def test_gradients_need_not_be_compiled(backend):
+    """Catches a rule or a kernel whose gradient is another one outside of a compiled function."""
+    given = on_backend(backend, random_weights(CONFIG)), backend.from_numpy(TOKENS)
+    assert_is_the_gradient(backend, by_hand(*given, CONFIG), "as published", "by hand")
+    own = backend.value_and_grad(lambda params, tokens: pg.loss(params, tokens, CONFIG))
+    if own is not NotImplemented:
+        assert_is_the_gradient(backend, own(*given), "as published", "the framework's own")
+
+
+def test_the_gradient_by_hand_takes_ids_of_any_integer_dtype(backend):
+    """Catches ids that are compared, or added up by, in a dtype that the framework lacks."""
+    params = on_backend(backend, random_weights(CONFIG))
+    gradient_of = compiled(backend, lambda params, tokens: by_hand(params, tokens, CONFIG))
+    expected, tree = gradient_of(params, backend.from_numpy(TOKENS))
+    truth = arrays_of(backend, tree)
+    for dtype in strategies.integer_dtypes(backend):
+        value, tree = gradient_of(params, backend.from_numpy(TOKENS.astype(dtype)))
+        assert backend.to_numpy(value) == backend.to_numpy(expected), dtype
+        for path, a in arrays_of(backend, tree).items():
+            np.testing.assert_array_equal(a, truth[path], err_msg=f"{path}, {dtype}")
+
+
+def test_a_row_that_is_read_twice_gets_both_gradients(backend):
+    """Catches an assignment instead of a sum; the other rows stay unchanged."""
+    x, rows = normal(5, 3), normal(4, 3)
+    indices = np.asarray([1, 4, 1, 1], np.int32)
+    expected = x.copy()
+    np.add.at(expected, indices, rows)
+    added = backend.index_add(
+        backend.from_numpy(x.copy(), "float32"), backend.from_numpy(indices), backend.from_numpy(rows, "float32")
+    )
+    assert_agrees(backend.to_numpy(added), expected, "float32")
+
+
+# The loss
+
+
+def test_the_loss_is_computed_in_float32_at_least(backend, dtype):
+    """Catches a loss that is rounded to eight bits: it would not move for hundreds of steps."""
+    params, tokens = on_backend(backend, random_weights(CONFIG), dtype), backend.from_numpy(TOKENS)
+    value = backend.to_numpy(pg.loss(params, tokens, CONFIG))
+    logits, _ = pg.gpt2(params, backend.from_numpy(TOKENS[:, :-1]), CONFIG)
+    expected = plain_cross_entropy(backend.to_numpy(logits).astype(np.float64), TOKENS[:, 1:])
+    wide = "float64" if dtype == "float64" else "float32"
+    assert value.dtype == wide
+    assert float(value) == pytest.approx(expected, rel=64 * UNIT[wide])
+
+
+def test_the_loss_predicts_each_token_from_those_before_it(backend):
+    """Catches targets that are off by one: a model that knows what comes next has no loss."""
+    n = 7
+    config = pg.GPT2Config(n_layer=1, n_head=1, n_embd=2 * n, n_vocab=n, n_ctx=6, eos_token_id=None)
+    zero = {path: np.zeros(shape) for path, shape in pg.params.shapes(config).items()}
+    eye = np.eye(n)
+    untied = pg.GPT2Config(**{**vars(config), "tie_word_embeddings": False})
+    zero |= {"wte": np.hstack([eye, -eye]), "ln_f/g": np.full(2 * n, 50.0)}
+    zero["lm_head"] = np.hstack([np.roll(eye, 1, axis=0), -np.roll(eye, 1, axis=0)])  # after i comes i + 1
+    params = nest({path: backend.from_numpy(a, "float32") for path, a in zero.items()})
+    cycle = np.asarray([[0, 1, 2, 3, 4, 5, 6], [5, 6, 0, 1, 2, 3, 4]], np.int32)
+    assert float(backend.to_numpy(pg.loss(params, backend.from_numpy(cycle), untied))) < 1e-6
+    assert float(backend.to_numpy(pg.loss(params, backend.from_numpy(cycle[:, ::-1].copy()), untied))) > 10
