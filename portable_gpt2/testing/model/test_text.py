@@ -152,7 +152,7 @@ def test_logits_while_generating_are_as_near_to_the_truth_as_a_plain_implementat
 
 
 def test_a_text_may_be_read_in_pieces(model, backend):
-    """Catches padding that is written beyond the cache's end, where JAX would move it forward over earlier rows."""
+    """Catches padding that is written beyond the cache's end, or that a framework moves forward over earlier rows."""
     text = some_ids(66, seed=5)
     truth, error = truth_and_error(WEIGHTS, np.asarray([text]), CONFIG)
     cache, start = pg.new_cache(model.params, CONFIG, capacity=66), 0
