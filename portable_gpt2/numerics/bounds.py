@@ -1,9 +1,12 @@
 """The exact result of each op, and a bound on the rounding error of each element. The bounds are derived, not tuned.
 
 Each function takes the NumPy arguments of an op and returns a `Bounded`: the exact value and, for each element, the
-largest error that a correct implementation can have. The exact value is computed in float64 for arguments of float32,
+largest error that a correct implementation can have. The floating-point arguments of a call have one dtype: float32,
+float64, float16, or the bfloat16 of ml_dtypes. The exact value is computed in float64 for arguments of float32,
 bfloat16 or float16, and in 200 bits by mpmath for arguments of float64. Its own error is less than 1e-5 times the
 bound. The bound is infinite where an intermediate result may overflow, because no accuracy is promised there.
+
+Only the bounds for float64 need mpmath. Without it, each of them raises an ImportError.
 
 The errors of exp, tanh and log are those that an adapter states (`Numerics`): (c0 + c1 |x|) u is that of exp(x).
 
@@ -29,19 +32,59 @@ import numpy as np
 
 from .errors import Numerics
 
+__all__ = [
+    "FORMATS",
+    "Bounded",
+    "Format",
+    "attention",
+    "computed_in",
+    "cross_entropy",
+    "distance",
+    "exact",
+    "exponential",
+    "gamma",
+    "gamma_at_random",
+    "gelu",
+    "host_dtype",
+    "hyperbolic_tangent",
+    "layer_norm",
+    "linear",
+    "linear_at_random",
+    "logarithm",
+    "quotient",
+    "softmax",
+]
+
 
 @functools.cache
 def _mp() -> Any:
-    """Return mpmath's functions in 200 bits. Only the bounds for float64 need mpmath."""
-    from mpmath.ctx_mp import MPContext
-
+    """Return mpmath's functions in 200 bits."""
+    try:
+        from mpmath.ctx_mp import MPContext
+    except ImportError:
+        raise ImportError("the bounds for float64 need mpmath: pip install 'portable-gpt2[testing]'") from None
     context = MPContext()
     context.prec = 200
     return context
 
 
 class Format(NamedTuple):
-    """A floating-point format: its unit round-off, its smallest normal number and its largest number."""
+    """A floating-point format.
+
+    Parameters
+    ----------
+    unit : float
+        The unit round-off u.
+    smallest : float
+        The smallest normal number.
+    largest : float
+        The largest number.
+
+    Examples
+    --------
+    >>> FORMATS["float16"]
+    Format(unit=0.00048828125, smallest=6.103515625e-05, largest=65504.0)
+    """
 
     unit: float
     smallest: float
@@ -57,35 +100,73 @@ FORMATS = {
 
 
 class Bounded(NamedTuple):
-    """An exact value and, for each element, a bound on the error of computing it."""
+    """An exact value and, for each element, a bound on the error of computing it.
+
+    Parameters
+    ----------
+    value : array
+        The exact value: float64, or mpmath numbers (dtype object) for arguments of float64.
+    error : float64 array
+        The bound, of the same shape. It is infinite where no accuracy is promised.
+
+    Examples
+    --------
+    >>> bounded = Bounded(np.asarray([1.0, 2.0]), np.asarray([0.5, np.inf]))
+    >>> bounded.ratio(np.asarray([1.25, 3.0], np.float32))
+    0.5
+    """
 
     value: np.ndarray
     error: np.ndarray
 
     def ratio(self, computed: np.ndarray) -> float:
-        """Return the largest ratio of the error of a computed array to the bound."""
+        """Return the largest ratio of the error of a computed array to the bound; 0 for an empty array."""
         assert computed.shape == self.error.shape, f"shape {computed.shape}, expected {self.error.shape}"
         return float(np.max(quotient(distance(computed, self.value), self.error), initial=0))
 
 
 def computed_in(dtype: str) -> str:
-    """Return the dtype that an op computes in, which is float32 for the 16-bit dtypes."""
+    """Return the dtype that an op computes in, which is float32 for the 16-bit dtypes.
+
+    Examples
+    --------
+    >>> computed_in("bfloat16")
+    'float32'
+    """
     return "float64" if dtype == "float64" else "float32"
 
 
 def host_dtype(dtype: str) -> np.dtype:
-    """Return the NumPy dtype of a name; bfloat16 is that of ml_dtypes."""
+    """Return the NumPy dtype of a name; bfloat16 is that of ml_dtypes.
+
+    Examples
+    --------
+    >>> host_dtype("bfloat16").itemsize
+    2
+    """
     return np.dtype(getattr(ml_dtypes, dtype, dtype))
 
 
 def exact(a: np.ndarray) -> np.ndarray:
-    """Return an array in a higher precision: as mpmath numbers for float64, and as float64 for other dtypes."""
+    """Return an array in a higher precision: as mpmath numbers for float64, and as float64 for other dtypes.
+
+    Examples
+    --------
+    >>> exact(np.asarray([0.5], np.float32)).dtype
+    dtype('float64')
+    """
     wide: np.ndarray = _each(_mp().mpf, a) if a.dtype == np.float64 else a.astype(np.float64)
     return wide
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return |a - b| as float64, where b is a result of `exact`. It is inf where a is not finite."""
+    """Return |a - b| as float64, where b is a result of `exact`. It is inf where a is not finite.
+
+    Examples
+    --------
+    >>> distance(np.asarray([1, np.nan], np.float32), np.asarray([0.75, 1.0]))
+    array([0.25,  inf])
+    """
     with np.errstate(invalid="ignore"):
         a = exact(a)
         found: np.ndarray = np.nan_to_num(_float(abs(a - b)), nan=np.inf)
@@ -93,7 +174,13 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def quotient(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
-    """Return error / bound. It is 0 where the error is 0 or the bound is infinite."""
+    """Return error / bound. It is 0 where the error is 0 or the bound is infinite.
+
+    Examples
+    --------
+    >>> quotient(np.asarray([1.0, 0.0, 1.0]), np.asarray([2.0, 0.0, np.inf]))
+    array([0.5, 0. , 0. ])
+    """
     judged = (error > 0) & (bound < np.inf)
     with np.errstate(divide="ignore"):
         found: np.ndarray = np.divide(error, bound, out=np.zeros(np.shape(error)), where=judged)
@@ -117,17 +204,35 @@ def _exp(x: np.ndarray) -> np.ndarray:
 
 
 def exponential(a: np.ndarray) -> np.ndarray:
-    """Return exp in the precision of `exact`."""
+    """Return exp in the precision of `exact`.
+
+    Examples
+    --------
+    >>> exponential(np.ones(1, np.float32)).dtype
+    dtype('float64')
+    """
     return _exp(exact(a))
 
 
 def hyperbolic_tangent(a: np.ndarray) -> np.ndarray:
-    """Return tanh in the precision of `exact`."""
+    """Return tanh in the precision of `exact`.
+
+    Examples
+    --------
+    >>> hyperbolic_tangent(np.ones(1, np.float32)).dtype
+    dtype('float64')
+    """
     return _each(_mp().tanh, exact(a)) if a.dtype == np.float64 else np.tanh(exact(a))
 
 
 def logarithm(a: np.ndarray) -> np.ndarray:
-    """Return log in the precision of `exact`."""
+    """Return log in the precision of `exact`.
+
+    Examples
+    --------
+    >>> logarithm(np.ones(1, np.float32)).dtype
+    dtype('float64')
+    """
     return _log(exact(a))
 
 
@@ -146,7 +251,13 @@ def _weighted(weights: Any, x: Any) -> Any:
 
 
 def gamma(k: int, u: float) -> float:
-    """Return the bound on the relative error of k successive roundings in the worst case."""
+    """Return k u / (1 - k u), the bound on the relative error of k successive roundings in the worst case.
+
+    Examples
+    --------
+    >>> gamma(3, 2.0**-24) / 2.0**-24 > 3
+    True
+    """
     return k * u / (1 - k * u)
 
 
@@ -157,6 +268,11 @@ def gamma_at_random(k: int, u: float) -> float:
     normal variable exceeds 4 standard deviations once in 16,000 times. For errors that are uniform between -u and u, 4
     sqrt(k) u is 6.9 standard deviations. This bound is only for fixed inputs of mean 0, because the roundings of
     constant inputs all have the same sign.
+
+    Examples
+    --------
+    >>> gamma_at_random(100, 2.0**-24) == 40 * 2.0**-24
+    True
     """
     return 4.0 * math.sqrt(k) * u
 
@@ -195,6 +311,29 @@ def softmax(x: np.ndarray, *, axis: int = -1, numerics: Numerics) -> Bounded:
 
     where 4s is for subnormal inputs, exponentials and results. There is no bound for a row that contains NaN or +inf,
     or only -inf.
+
+    Parameters
+    ----------
+    x : float array
+        At least one axis.
+    axis : int
+        The axis that sums to 1.
+    numerics : Numerics
+        The errors of exp, tanh and log that the backend states (`portable_gpt2.numerics.stated`).
+
+    Returns
+    -------
+    Bounded
+        The shape of x.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> x = np.asarray([1.0, 2.0, 3.0], np.float32)
+    >>> softmax(x, numerics=Numerics()).ratio(pg.softmax(x)) < 1
+    True
+    >>> softmax(x, numerics=Numerics()).error / 2.0**-24 < 11  # in units of u
+    array([ True,  True,  True])
     """
     dtype = x.dtype.name
     u, s, _ = FORMATS[computed_in(dtype)]
@@ -225,6 +364,27 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded
 
     For the 16-bit dtypes, the product is computed in float32 and may be rounded to 16 bits before the bias is added in
     float32. The result is rounded to 16 bits.
+
+    Parameters
+    ----------
+    x : float array [*batch, K]
+        Zero or more leading axes.
+    w : float array [K, columns] or [1, K, columns]
+        The weight.
+    b : float array [columns], optional
+        The bias.
+
+    Returns
+    -------
+    Bounded
+        The shape is [*batch, columns].
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> x, w, b = np.ones((2, 3), np.float32), np.full((3, 4), 0.1, np.float32), np.zeros(4, np.float32)
+    >>> linear(x, w, b).ratio(pg.conv1d(x, w, b)) < 1
+    True
     """
     dtype = x.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
@@ -253,6 +413,22 @@ def linear_at_random(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Bounded:
     products, which together add u^2 Q^2, have a variance of at most (K + 1) u^2 Q^2. `gamma_at_random` explains the
     factor 4. Q is a 2-norm, and is smaller than the 1-norm A of `linear` by a factor of about sqrt(K). So this bound is
     stricter than 4 sqrt(K + 1) u A.
+
+    Parameters
+    ----------
+    x, w, b
+        As for `linear`; random numbers of mean 0.
+
+    Returns
+    -------
+    Bounded
+        The shape is [*batch, columns].
+
+    Examples
+    --------
+    >>> x, w, b = (np.random.default_rng(0).normal(0, 1, shape).astype(np.float32) for shape in ((8, 768), (768, 2), 2))
+    >>> bool(np.median(linear(x, w, b).error / linear_at_random(x, w, b).error) > 100)  # the worst case is far away
+    True
     """
     unit = FORMATS[computed_in(x.dtype.name)].unit
     squares = [a.astype(np.float64) ** 2 for a in (x, w, b)]
@@ -275,6 +451,25 @@ def gelu(x: np.ndarray, *, numerics: Numerics) -> Bounded:
     For negative x, the second term may be larger than y, because 1 + tanh(z) cancels. This cancellation is inherent in
     this form of GELU. Where x^3 overflows, tanh is exactly 1 or -1, and the bound still holds. The 4s is for flushing x
     (the derivative is less than 1.13), z, tanh(z) where x is small, and y.
+
+    Parameters
+    ----------
+    x : float array
+        Any shape.
+    numerics : Numerics
+        The errors of exp, tanh and log that the backend states (`portable_gpt2.numerics.stated`).
+
+    Returns
+    -------
+    Bounded
+        The shape of x.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> x = np.linspace(-3, 3, 7, dtype=np.float32)
+    >>> gelu(x, numerics=Numerics()).ratio(pg.gelu(x)) < 1
+    True
     """
     dtype = x.dtype.name
     u, s, _ = FORMATS[computed_in(dtype)]
@@ -321,6 +516,30 @@ def layer_norm(
 
     The bound is infinite where R >= r: there the deviations are smaller than the error of the mean, and no digit of y
     is correct.
+
+    Parameters
+    ----------
+    x : float array [*batch, n]
+        Zero or more leading axes.
+    g, b : float array [n]
+        Gain and bias.
+    eps : float
+        The number that is added to the variance.
+    gamma : function
+        The bound on k successive roundings, as a function of k and u: `gamma`, or `gamma_at_random` for fixed random
+        inputs.
+
+    Returns
+    -------
+    Bounded
+        The shape of x.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> x, g, b = np.asarray([1, 2, 4], np.float32), np.ones(3, np.float32), np.zeros(3, np.float32)
+    >>> layer_norm(x, g, b).ratio(pg.layer_norm(x, g, b)) < 1
+    True
     """
     dtype = x.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
@@ -381,7 +600,38 @@ def attention(
           sum_j W_j |v_j| + gamma(n + 1) sum_j (w_j + W_j) |v_j| + s (n + 3).
 
     There is a bound only if all scores, including masked ones, are below a quarter of the largest number, and sum |v|
-    is below the largest number.
+    is below half of the largest number.
+
+    Parameters
+    ----------
+    q : float array [*batch, queries, d]
+        The queries.
+    k : float array [*batch, keys, d]
+        The keys.
+    v : float array [*batch, keys, dv]
+        The values.
+    mask : bool array [..., queries, keys], optional
+        True where a query sees a key; its leading axes broadcast. Every query must see at least one key.
+    causal : bool
+        Whether a query sees only its own key and the keys before it, as for `portable_gpt2.attention`.
+    scale : float, optional
+        The factor of the dot products; 1/sqrt(d) unless given.
+    numerics : Numerics
+        The errors of exp, tanh and log that the backend states (`portable_gpt2.numerics.stated`).
+    rounds_weights : bool
+        Whether the weights may be rounded to 16 bits before they are multiplied by 16-bit values.
+
+    Returns
+    -------
+    Bounded
+        The shape is [*batch, queries, dv].
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> q, k, v = (np.random.default_rng(i).normal(0, 1, (2, 4)).astype(np.float32) for i in range(3))
+    >>> attention(q, k, v, causal=True, numerics=Numerics(exp=(3.6, 0.0))).ratio(pg.attention(q, k, v, causal=True)) < 1
+    True
     """
     dtype = q.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
@@ -442,6 +692,27 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, numerics: Numerics
 
     There is no bound if a row contains NaN or +inf, contains only -inf, or has -inf at its target, or if a sum
     overflows.
+
+    Parameters
+    ----------
+    logits : float array [*batch, n]
+        The logits.
+    targets : int array [*batch]
+        Ids from 0 to n - 1.
+    numerics : Numerics
+        The errors of exp, tanh and log that the backend states (`portable_gpt2.numerics.stated`).
+
+    Returns
+    -------
+    Bounded
+        The shape is [].
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> logits, targets = np.asarray([[1, 2, 3], [0, 0, 9]], np.float32), np.asarray([0, 2])
+    >>> cross_entropy(logits, targets, numerics=Numerics(log=8.0)).ratio(pg.cross_entropy(logits, targets)) < 1
+    True
     """
     dtype = logits.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]

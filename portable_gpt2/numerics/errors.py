@@ -51,6 +51,25 @@ def stated(backend: Any, dtype: str, kind: str | None = None) -> Numerics:
     The kind, such as ``cuda``, is that of the device on which the backend creates arrays unless it is given. A kind for
     which the adapter states nothing has the errors of its CPU. If it states nothing for the dtype, the errors are the
     default of `Numerics`.
+
+    Parameters
+    ----------
+    backend : Backend
+        The backend.
+    dtype : str
+        The name of a floating dtype. bfloat16 and float16 have the errors of float32, in which they are computed.
+    kind : str, optional
+        The kind of device.
+
+    Returns
+    -------
+    Numerics
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> stated(pg.get_backend("numpy"), "bfloat16")
+    Numerics(exp=(3.6, 0.0), tanh=2.0, log=8.0)
     """
     computed = "float64" if dtype == "float64" else "float32"
     if kind is None:

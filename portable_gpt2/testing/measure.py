@@ -94,8 +94,9 @@ class Measured:
             be stated then, because the results do not have the precision of the dtype.
         """
         if self.largest > _IMPRECISE:
-            # exp(-200) is 0 in float32, with an error of 1 / u. The error near 0 shows the precision.
-            near = max(float(np.max(sample.error[abs(sample.x) <= 1], initial=0)) for sample in self.samples)
+            # In float32, exp(-200) is 0 and log(1 + 1e-9) is log(1). Elsewhere the error shows the precision.
+            at = [sample.x >= 2 if self.function == "log" else abs(sample.x) <= 1 for sample in self.samples]
+            near = max(float(np.max(s.error[chosen], initial=0)) for s, chosen in zip(self.samples, at, strict=True))
             said = (
                 f"{self.function} of {self.dtype} errs by {near or self.largest:.2g} u on {claims.place(self.backend)}"
             )
