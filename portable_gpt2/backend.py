@@ -296,9 +296,10 @@ class Backend:
         """Return ``functools.partial(fn, *bound)``, compiled if the framework's eager code is slow.
 
         The bound arguments are trees of arrays that do not change. The other arguments are trees of arrays and Python
-        ints; a new value of an int does not cause another compilation. Arrays that the function creates are on the
-        device of the given arrays. After the call, do not use the arguments that are named in `donate`: their memory
-        may have been reused.
+        ints. Their values must not be baked in: an int may become an array of integers in the function, and then does
+        not cause another compilation when its value changes. Arrays that the function creates are on the device of the
+        given arrays. The result is a tree, too. After the call, do not use the arguments that are named in `donate`:
+        their memory may have been reused. No other argument changes.
         """
         return functools.partial(fn, *bound)
 
@@ -315,7 +316,8 @@ class Backend:
         """Return the state, a tree of arrays and ints, after ``state = body(state)`` as long as the condition is true.
 
         In a compiled function, an adapter need not unroll the loop: iterations then use the same memory, and the state
-        is traced.
+        is traced. The default is a loop in Python, whose condition must not depend on traced arrays. A condition that
+        depends on them occurs only if `runs_ahead` is true and `compiles_per_shape` as well.
         """
         while condition(state):
             state = body(state)

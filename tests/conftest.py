@@ -33,7 +33,6 @@ import importlib
 
 import frameworks
 import layouts
-import processes
 import pytest
 
 import portable_gpt2 as pg
@@ -81,22 +80,6 @@ def pytest_collection_modifyitems(config, items):
         return is_x64 == X64 and backend_of(item) in backends
 
     plugin.deselect(config, items, is_run)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem):
-    """On an accelerator, run a test that is marked own_process in another process.
-
-    After a failed assertion of a kernel on CUDA, such as an index out of range, all later calls of the process fail.
-    """
-    if not {"own_process", "gpu"} <= set(pyfuncitem.keywords) or processes.IS_OWN:
-        return None
-    test, option = pyfuncitem.nodeid.partition("[")[0], pyfuncitem.config.getoption
-    options = f"--backend={option('--backend')}", f"--device={option('--device')}"
-    failed, said = processes.run_test(test, *options, directory=pyfuncitem.config.rootpath)
-    assert failed is not None, f"the process died: {said}"
-    assert pyfuncitem.nodeid not in failed, said
-    return True
 
 
 @pytest.fixture(scope="module")

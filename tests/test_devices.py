@@ -12,14 +12,13 @@ import types
 
 import frameworks
 import numpy as np
-import processes
 import pytest
 
 import portable_gpt2 as pg
 from portable_gpt2 import checks
 from portable_gpt2.cli import main
 from portable_gpt2.numerics import Numerics, stated
-from portable_gpt2.testing import claims, plugin
+from portable_gpt2.testing import claims, own_process, plugin
 from portable_gpt2.testing.plain_gpt2 import on_backend, random_weights, truth_and_error
 
 SECOND = {"tensorflow": "cpu:1", "jax": "cpu:1", "torch": "meta", "array_api_strict": "device1"}
@@ -225,7 +224,7 @@ def test_the_properties_of_an_op_run_on_the_devices():
     """Catches a fixture that loses the device on the way: the table of the largest errors names it."""
     test = "portable_gpt2.testing.ops.test_gelu::test_the_bound_of_gelu_is_tight"
     options = "--device=device1", "--backend=array_api_strict", "--pyargs"
-    failed, said = processes.run_test(test, *options, directory=pathlib.Path(__file__).parents[1])
+    failed, said = own_process.run_test(test, *options, directory=pathlib.Path(__file__).parents[1])
     assert failed == []
     assert "gelu               array_api_strict-device1" in said
     assert "2 passed" in said

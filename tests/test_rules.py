@@ -19,7 +19,6 @@ import processes
 import pytest
 
 import portable_gpt2 as pg
-from portable_gpt2 import ops
 from portable_gpt2.backend import Backend
 from portable_gpt2.testing.contract import namespace
 
@@ -416,19 +415,6 @@ def test_no_module_has_the_name_of_something_else():
         public = getattr(package, "__all__", vars(package))
         taken = [each for each in modules & {*public} if not inspect.ismodule(getattr(package, each))]
         assert taken == [], name
-
-
-def parameters(fn):
-    return [(p.name, p.kind, p.default) for p in inspect.signature(fn).parameters.values()]
-
-
-def test_kernels_are_named_after_ops_and_take_what_they_take(backend):
-    """Catches a misspelt kernel, which would never run; one of a block or the model; a default that differs."""
-    known = {name: op for name, op in vars(ops).items() if hasattr(op, "reference")}
-    assert {"conv1d", "softmax"} <= set(known)
-    assert set(backend.kernels) <= set(known)
-    for name, kernel in backend.kernels.items():
-        assert parameters(kernel) == parameters(known[name]), name
 
 
 # Laziness, in processes of its own

@@ -34,7 +34,7 @@ from .. import ops
 from ..backend import Backend
 from ..numerics import Numerics, stated
 from ..registry import known_backends
-from . import claims, facts
+from . import claims, facts, own_process
 from .conformance import LEVELS
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -291,6 +291,25 @@ def pytest_runtest_protocol(item: Any) -> bool | None:
     if seconds is not None and time.monotonic() > _STARTED + seconds:
         session.shouldstop = f"{seconds:g} seconds are over (--seconds)"
     return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: Any) -> bool | None:
+    """On an accelerator, run a test that is marked own_process in another process.
+
+    A backend that was given as an object is not known there, so its tests run in this process.
+    """
+    keywords, name = set(pyfuncitem.keywords), backend_param(pyfuncitem)
+    if not {"own_process", "gpu"} <= keywords or own_process.IS_OWN or name in GIVEN:
+        return None
+    test, option = f"{pyfuncitem.path}::{pyfuncitem.originalname}", pyfuncitem.config.getoption
+    options = [f"--backend={option('--backend')}", f"--device={option('--device')}"]
+    if pyfuncitem.config.inipath:  # the file is not searched for in the directory of an installed test
+        options += ["-c", str(pyfuncitem.config.inipath), f"--rootdir={pyfuncitem.config.rootpath}"]
+    failed, said = own_process.run_test(test, *options, directory=pyfuncitem.config.rootpath)
+    assert failed is not None, f"the process died: {said}"
+    assert pyfuncitem.name not in [other.rpartition("::")[2] for other in failed], said
+    return True
 
 
 @pytest.fixture(scope="module")

@@ -31,17 +31,18 @@ narrow_dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16"], scope=
 LAYOUTS = ["C", "Fortran", "transposed", "strided", "reversed", "read-only"]
 
 
+def takes(backend: Any, dtype: str) -> bool:
+    """Return whether a backend has a dtype. JAX has int64 and float64 only with JAX_ENABLE_X64=1."""
+    try:
+        backend.from_numpy(np.zeros(1, bounds.host_dtype(dtype)))
+    except TypeError:
+        return False
+    return True
+
+
 def integer_dtypes(backend: Any) -> list[str]:
-    """Return the integer dtypes that a backend has. JAX has int64 only with JAX_ENABLE_X64=1."""
-
-    def takes(dtype: str) -> bool:
-        try:
-            backend.from_numpy(np.zeros(1, dtype))
-        except TypeError:
-            return False
-        return True
-
-    return [dtype for dtype in ("int8", "uint8", "int16", "int32", "int64") if takes(dtype)]
+    """Return the integer dtypes that a backend has."""
+    return [dtype for dtype in ("int8", "uint8", "int16", "int32", "int64") if takes(backend, dtype)]
 
 
 def shapes(*, least: int = 0, most: int = 5) -> st.SearchStrategy[tuple[int, ...]]:

@@ -7,6 +7,7 @@ import pytest
 import portable_gpt2 as pg
 from portable_gpt2 import ops
 from portable_gpt2.numerics.bounds import host_dtype
+from portable_gpt2.testing.strategies import takes
 
 FLOATS = ("float32", "float64", "bfloat16", "float16")
 OTHERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -57,12 +58,11 @@ def test_arrays_come_back_with_their_bits(backend, kind):
     """
     for layout, a in layouts(host_dtype(kind)).items():
         before = a.tobytes()
-        try:
-            x = backend.from_numpy(a)
-        except TypeError as error:
-            assert kind not in REQUIRED, f"every backend needs {kind}: {error}"
-            assert kind in str(error), f"the message does not name {kind}: {error}"
+        if kind not in REQUIRED and not takes(backend, kind):
+            with pytest.raises(TypeError, match=kind):
+                backend.from_numpy(a)
             continue
+        x = backend.from_numpy(a)
         back = backend.to_numpy(x)
         assert type(pg.backend_of(x)) is type(backend), layout
         assert type(back) is np.ndarray, f"{layout}: a {type(back).__name__}"
