@@ -32,7 +32,9 @@ def check(
     *,
     level: str = "training",
     device: str | None = None,
+    only: str = "",
     examples: int | None = None,
+    max_failures: int | None = None,
     expected_failures: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -51,8 +53,13 @@ def check(
         ``training`` (gradients, losses, and runs that are resumed).
     device : str, optional
         The device to check; unless given, the default device, and the properties of the ops on each accelerator.
+    only : str
+        Run only the tests whose name, file or level contains this text; ``or``, ``and`` and ``not`` combine texts, as
+        in the option ``-k`` of pytest.
     examples : int, optional
         The number of examples for each property; 50 unless given.
+    max_failures : int, optional
+        The number of failures after which the run ends; unless given, all tests of a level run.
     expected_failures : mapping from str to str, optional
         The reasons of failures that are known, by the name of the test, with or without its parameters in brackets. A
         test that is expected to fail and passes counts as a failure.
@@ -84,10 +91,13 @@ def check(
     found = get_backend(backend, device)
     with registered(found), _hypothesis_unchanged(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _run(found, level, examples, dict(expected_failures or {}), progress or (lambda *_: None))
+        options = ["-k", only] if only else []
+        options += [f"--examples={examples}"] if examples else []
+        options += [f"--maxfail={max_failures}"] if max_failures else []
+        return _run(found, level, options, dict(expected_failures or {}), progress or (lambda *_: None))
 
 
-def _run(backend: Backend, level: str, examples: int | None, expected: dict[str, str], progress: Progress) -> Report:
+def _run(backend: Backend, level: str, options: list[str], expected: dict[str, str], progress: Progress) -> Report:
     """Run pytest in this process, independently of the configuration and the working directory of the caller."""
     import pytest
 
@@ -103,7 +113,7 @@ def _run(backend: Backend, level: str, examples: int | None, expected: dict[str,
         empty.write_text("[pytest]\n")
         args = [f"--config-file={empty}", f"--rootdir={room}", "--noconftest", "--import-mode=importlib"]
         args += ["--capture=sys", *(f"-pno:{name}" for name in _LEFT_OUT)]
-        args += [f"--backend={backend.name}", f"--level={level}", *([f"--examples={examples}"] if examples else [])]
+        args += [f"--backend={backend.name}", f"--level={level}", *options]
         # With expected failures, the tests of all levels are collected, so that an unknown name can be told.
         directories = [_KIT / name for name in (LEVELS if expected else names)]
         args += [str(directory) for directory in directories if directory.is_dir()]

@@ -11,8 +11,9 @@ import contextlib
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis
 import numpy as np
@@ -29,23 +30,60 @@ _FLOAT32_IN_FLOAT64 = (1e6, 1e10)
 """The errors of float32 in units of float64's round-off, 2^29 = 5e8, and some room for a small or large number."""
 
 
+class Result(NamedTuple):
+    """A test that ran: its name, its parameters, the members of `Backend` that it is about, and whether it passed."""
+
+    test: str
+    params: dict[str, Any]
+    about: frozenset[str]
+    passed: bool
+
+    @property
+    def function(self) -> str:
+        """The name without the parameters."""
+        return self.test.partition("[")[0]
+
+
 class Evidence:
-    """The facts of a failure, and experiments that are made at most once."""
+    """The facts of a failure and the results of all tests, and experiments, which are made at most once.
+
+    The result of the test that failed is the last one of `results` at the time when the evidence is created.
+    """
 
     def __init__(
         self,
         backend: Backend,
+        results: list[Result],
         *,
-        test: str,
-        level: str,
-        dtype: str,
-        about: tuple[str, ...] = (),
+        dtype: str = "",
         facts: Facts | None = None,
         call: Call | None = None,
         error: BaseException | None = None,
+        message: str = "",
     ) -> None:
-        self.backend, self.test, self.level, self.dtype, self.about = backend, test, level, dtype, about
-        self.facts, self.call, self.error = facts, call, error
+        self.backend, self.results, self.result = backend, results, results[-1]
+        self.dtype, self.facts, self.call, self.error, self.message = dtype, facts, call, error, message
+
+    def differs_by(self, name: str) -> set[bool]:
+        """Return whether the same test passed or failed with another value of one parameter only."""
+        mine = {**self.result.params, name: None}
+        return {
+            each.passed
+            for each in self.results
+            if each.function == self.result.function
+            and each.params.get(name) != self.result.params.get(name)
+            and {**each.params, name: None} == mine
+        }
+
+    @functools.cached_property
+    def suspects(self) -> frozenset[str]:
+        """The members of `Backend` that the test is about, without those that have tests of their own, which pass."""
+        passed: dict[str, bool] = {}
+        for each in self.results:
+            if len(each.about) == 1:
+                (name,) = each.about
+                passed[name] = passed.get(name, True) and each.passed
+        return frozenset(name for name in self.result.about if not passed.get(name)) or self.result.about
 
     @functools.cached_property
     def op(self) -> str:
@@ -330,27 +368,69 @@ def _namespace(found: Evidence) -> str | None:
     return None
 
 
-def _member(found: Evidence) -> str | None:
-    """Name the members of Backend that a test is about."""
-    if not found.about:
+def _of_the_namespace(found: Evidence) -> str | None:
+    """Name the functions that every expression with a wrong value calls (testing/contract/test_namespace.py)."""
+    wrong = [line for line in found.message.splitlines() if re.match(r".* (is|raised|has shape) ", line)]
+    called = [set(re.findall(r"xp\.(\w+)\(", line.partition(" is ")[0])) for line in wrong]
+    if "namespace" not in found.result.test or not called or not all(called):
         return None
+    common = set.intersection(*called) or set.union(*called)
+    names = " and ".join(f"xp.{name}" for name in sorted(common))
+    return f"look at {names}, which every expression with a wrong value calls. The first one: {wrong[0]}."
+
+
+def _device(found: Evidence) -> str | None:
+    _, _, device = str(found.result.params.get("backend", "")).partition("-")
+    if device and found.differs_by("backend") == {True}:
+        return f"the result is right on the default device and wrong on {device}: a device is dropped on the way."
+    return None
+
+
+def _changed_argument(found: Evidence) -> str | None:
+    if "changed its argument" in found.message:
+        return f"{found.op or 'the function'} writes into the memory of its argument: look at your kernel {found.op}."
+    return None
+
+
+def _only_compiled(found: Evidence) -> str | None:
+    """Name `compile` if a test fails in its compiled form, and passes as it is."""
+    for name, value in found.result.params.items():
+        is_compiled = (value is True and "compiled" in name) or "compiled" in str(getattr(value, "__name__", value))
+        if is_compiled and True in found.differs_by(name):
+            return "the same test passes without compilation: look at Backend.compile."
+    return None
+
+
+def _only_the_kernel(found: Evidence) -> str | None:
+    """Name the kernel if a test fails with the kernel, and passes with the definition."""
+    if "kernel" in str(found.result.params.get("form", "")) and found.differs_by("form") == {True}:
+        return f"the same test passes with the definition: look at your kernel {found.op}".rstrip() + "."
+    return None
+
+
+def _member(found: Evidence) -> str | None:
+    """Name the members of Backend that a test is about, with the first sentence of what they promise."""
     parts = []
-    for name in found.about:
-        member = inspect.getattr_static(Backend, name, None)
-        doc = inspect.getdoc(member) if callable(member) else ""
-        promise = f" ({doc.splitlines()[0]})" if doc else ""
-        parts.append(f"Backend.{name}{promise}" if member is not None else f"xp.{name}")
-    return f"look at {' and at '.join(parts)}"
+    for name in sorted(found.suspects):
+        doc = inspect.getdoc(getattr(Backend, name, None)) or ""
+        promise = " ".join(doc.partition("\n\n")[0].split())
+        parts.append(f"Backend.{name} ({promise})" if promise else f"Backend.{name}")
+    return f"look at {' and at '.join(parts)}" if parts else None
 
 
 RULES: tuple[Callable[[Evidence], str | None], ...] = (
     _not_deterministic,
+    _device,
+    _changed_argument,
+    _of_the_namespace,
     _float64_in_float32,
     _kernel_in_16_bits,
     _kernel,
     _compiled,
     _elementary,
     _namespace,
+    _only_compiled,
+    _only_the_kernel,
     _member,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,12 +17,14 @@ import pytest
 
 from ..backend import Backend
 from . import facts, plugin, scripts
-from .diagnosis import Evidence, diagnose
+from .conformance import LEVELS
+from .diagnosis import Evidence, Result, diagnose
 from .report import Failure, Level
 
-_MOST = 20
+_MOST = 100
 """Diagnoses per report. A backend that is broken everywhere needs no more of them, and each takes a moment."""
 _OF_FACTS = ("ratio", "index", "computed", "exact", "allowed")
+_IN_EVERY_TEST = {"from_numpy", "to_numpy", "device", "dtype"}
 
 
 class Observer:
@@ -35,6 +38,7 @@ class Observer:
         self._failures: list[tuple[Failure, Evidence, Any]] = []
         self._problems: list[BaseException] = []
         self._level_of: dict[str, str] = {}
+        self._results: list[Result] = []
         self._done: set[str] = set()
 
     # What pytest reports
@@ -75,6 +79,8 @@ class Observer:
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
         """Keep the facts of a failure, as long as the exception and the last call are known."""
         report = yield
+        if report.failed or call.when == "call":
+            self._results.append(Result(_name(item), _params(item), _members(item), not report.failed))
         if report.failed:
             self._failures.append(self._failure(item, call.excinfo and call.excinfo.value, report))
         elif call.when == "call" and "backend" in item.funcargs:
@@ -101,8 +107,9 @@ class Observer:
             self._progress(name, len(self._done), len(self._level_of))
 
     def pytest_keyboard_interrupt(self, excinfo: Any) -> None:
-        """Keep Ctrl-C, which pytest would end with."""
-        self._problems.insert(0, KeyboardInterrupt())
+        """Keep Ctrl-C, with which pytest would end. Its own interruptions, after an error in a file, are a subclass."""
+        if excinfo.type is KeyboardInterrupt:
+            self._problems.insert(0, KeyboardInterrupt())
 
     def pytest_internalerror(self, excinfo: Any) -> None:
         """Keep an error of pytest or of this plugin."""
@@ -132,10 +139,9 @@ class Observer:
         dtype = _dtype(item)
         known = getattr(_first(error), "facts", None)
         call = (known and known.call) or facts.last_call()
-        about = tuple(name for mark in item.iter_markers("about") for name in mark.args)
         level = plugin.level_of(item) or ""
         evidence = Evidence(
-            backend, test=item.name, level=level, dtype=dtype, about=about, facts=known, call=call, error=error
+            backend, self._results, dtype=dtype, facts=known, call=call, error=error, message=_message(error, report)
         )
         failure = Failure(
             test=_name(item),
@@ -144,7 +150,7 @@ class Observer:
             device=_device(backend),
             dtype=dtype,
             op=known.op if known else evidence.op,
-            form=known.form if known else str(_params(item).get("form", "")),
+            form=known.form if known else _form(item),
             catches=(inspect.getdoc(item.obj) or "").partition("\n\n")[0],
             message=_message(error, report),
             **(
@@ -160,6 +166,26 @@ def _params(item: Any) -> dict[str, Any]:
     """Return the parameters of a test by name."""
     found: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     return found
+
+
+def _members(item: Any) -> frozenset[str]:
+    """Return the members of Backend that a test of the contract is about: those that it names, or else those it uses.
+
+    A test names them by the mark ``about``.
+    """
+    if marked := frozenset(name for mark in item.iter_markers("about") for name in mark.args):
+        return marked
+    if plugin.level_of(item) != LEVELS[0]:
+        return frozenset()
+    members = {name for name, member in vars(Backend).items() if callable(member) and not name.startswith("_")}
+    used = set(re.findall(r"\bbackend\.(\w+)\(", inspect.getsource(item.function)))
+    return frozenset(used & members - _IN_EVERY_TEST or used & members)
+
+
+def _form(item: Any) -> str:
+    """Return the parameter `form` of a test, or an empty text."""
+    found = _params(item).get("form", "")
+    return found if isinstance(found, str) else str(getattr(found, "__name__", ""))
 
 
 def _dtype(item: Any) -> str:
@@ -192,7 +218,8 @@ def _message(error: BaseException | None, report: Any) -> str:
     if error is None:
         return str(report.longreprtext)
     if isinstance(error, AssertionError):
-        return str(error) or "the assertion failed"
+        said, _, explained = str(error).partition("\nassert ")  # an assertion with a message needs no explanation
+        return said.partition("\n +")[0] or explained or "the assertion failed"
     where, frame = "", error.__traceback__
     while frame is not None:
         where, frame = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}", frame.tb_next

@@ -56,6 +56,11 @@ class Failure:
     script: str = ""
     """Code that reproduces the failure, to paste into a Python interpreter."""
 
+    @property
+    def file(self) -> str:
+        """The file of the test."""
+        return self.test.partition("::")[0]
+
     def __str__(self) -> str:
         where = ", ".join(each for each in (self.backend, self.device, self.dtype, self.form, self.op) if each)
         lines = [f"{self.test}", f"  {where}"]
@@ -144,9 +149,16 @@ class Report:
     def _by_cause(self) -> list[list[Failure]]:
         """Return the failures, those with the same diagnosis together. One that names an element comes first."""
         groups: dict[str, list[Failure]] = {}
-        for i, failure in enumerate(self.failures):
-            groups.setdefault(failure.diagnosis or str(i), []).append(failure)
-        return [sorted(group, key=lambda failure: failure.index is None) for group in groups.values()]
+        causes: dict[str, set[str]] = {}
+        for failure in self.failures:
+            if failure.diagnosis:
+                causes.setdefault(failure.file, set()).add(failure.diagnosis)
+        for failure in self.failures:
+            of_file = causes.get(failure.file, {failure.test})
+            # A failure without a diagnosis probably has the cause of the others in its file, if they have only one.
+            key = failure.diagnosis or (next(iter(of_file)) if len(of_file) == 1 else failure.test)
+            groups.setdefault(key, []).append(failure)
+        return [sorted(group, key=lambda each: (not each.diagnosis, each.index is None)) for group in groups.values()]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dicts, lists, texts and numbers."""
@@ -176,7 +188,7 @@ def _group(failures: list[Failure]) -> str:
     """Return the text of the first failure, and the names of others that have the same diagnosis."""
     first, *others = failures
     names = [f"    {each.test}" for each in others]
-    return "\n".join([str(first), *(["", "  The same diagnosis:", *names] if others else [])])
+    return "\n".join([str(first), *(["", "  Probably the same cause:", *names] if others else [])])
 
 
 def _level_line(level: Level) -> str:
@@ -198,7 +210,7 @@ def ratio_table(ratios: Iterable[Ratio]) -> list[str]:
 
 
 def _indented(text: str) -> list[str]:
-    return textwrap.indent(text.strip(), "  ").splitlines()[:12]
+    return [f"  {textwrap.shorten(line, 300)}" for line in text.strip().splitlines()[:12]]
 
 
 def _wrapped(text: str) -> list[str]:
