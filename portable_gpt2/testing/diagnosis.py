@@ -22,7 +22,7 @@ import portable_gpt2 as pg
 
 from ..backend import Backend
 from ..numerics import bounds, stated
-from . import claims
+from . import claims, measure
 from .facts import Call, Facts
 from .operations import OPERATIONS
 
@@ -75,6 +75,11 @@ class Evidence:
             and {**each.params, name: None} == mine
         }
 
+    @property
+    def level(self) -> str:
+        """The level of the test."""
+        return self.result.test.partition("/")[0]
+
     @functools.cached_property
     def suspects(self) -> frozenset[str]:
         """The members of `Backend` that the test is about, without those that have tests of their own, which pass."""
@@ -108,18 +113,31 @@ class Evidence:
             arrays = tuple(a.astype(host) if a is not None and _is_float(a) else a for a in arrays)
         else:
             dtype = next(a.dtype.name for a in arrays if a is not None and _is_float(a))
-        operation, options = OPERATIONS[self.op], self.call.options
-        bound = operation.bounded(stated(self.backend, dtype), arrays, options)
+        bound = OPERATIONS[self.op].bounded(stated(self.backend, dtype), arrays, self.call.options)
         found = {}
         for form in claims.FORMS:
-            if claims.has_form(form, operation.op, self.backend):
-                try:
-                    function = claims.in_form(form, operation.op, self.backend, **options)
-                    computed = claims.compute(function, self.backend, *arrays)
-                    found[form] = bound.ratio(computed) if computed.dtype == bounds.host_dtype(dtype) else math.inf
-                except Exception:  # of the framework, or an assertion about the shape or a changed argument
-                    found[form] = math.inf
+            if claims.has_form(form, getattr(pg, self.op), self.backend):
+                y = self._run(form, arrays)
+                is_right = y is not None and y.dtype == bounds.host_dtype(dtype) and y.shape == bound.error.shape
+                found[form] = bound.ratio(y) if y is not None and is_right else math.inf
         return found
+
+    def _run(self, form: str, arrays: tuple[np.ndarray | None, ...]) -> np.ndarray | None:
+        """Return the result of the op in a form, or None if it raises an exception."""
+        assert self.call is not None
+        function = claims.in_form(form, getattr(pg, self.op), self.backend, **self.call.options)
+        try:
+            return claims.compute(function, self.backend, *(a if a is None else a.copy() for a in arrays))
+        except Exception:  # of the framework, or an argument that was changed
+            return None
+
+    @functools.cached_property
+    def computed(self) -> dict[str, np.ndarray]:
+        """The results of the op in the call's dtype by the kernel and by the definition, as far as there are any."""
+        if not self.op or self.call is None:
+            return {}
+        found = {form: self._run(form, self.call.arrays) for form in ("kernel", "definition")}
+        return {form: y for form, y in found.items() if y is not None}
 
     @functools.cached_property
     def forms(self) -> dict[str, float]:
@@ -161,20 +179,13 @@ class Evidence:
         is_tiny, is_huge = abs(found.exact) < 1e-37, abs(found.exact) > 1e38
         return (is_tiny and found.computed == 0) or (is_huge and not math.isfinite(found.computed))
 
-    @functools.cached_property
-    def functions(self) -> dict[str, tuple[float, float]]:
-        """For exp, tanh and log: the largest error up to |x| = 1, and its growth per unit of |x|, in round-offs.
-
-        Only functions that err by more than is stated are here.
-        """
+    def measured(self, name: str) -> measure.Measured | None:
+        """Return the errors of exp, tanh or log if they are larger than the adapter states; else None."""
         dtype = bounds.computed_in(self.dtype or "float32")
-        said, found = stated(self.backend, dtype), {}
-        limits = {"exp": said.exp, "tanh": (said.tanh, 0.0), "log": (said.log, 0.0)}
-        for name, (c0, c1) in limits.items():
-            x, errors = errors_of(name, self.backend, dtype)
-            if np.any(errors > c0 + c1 * abs(x)):
-                found[name] = _line(x, errors)
-        return found
+        # Of an op that fails, fewer points than in the tests of the functions show which function it is.
+        points = None if self.level == "constants" else 4000 if dtype == "float32" else 200
+        found = _measured(self.backend, dtype, name, points)
+        return None if found.ratio(stated(self.backend, dtype)) <= 1 else found
 
     @functools.cached_property
     def deviation(self) -> str:
@@ -188,28 +199,14 @@ def _is_float(a: np.ndarray) -> bool:
     return a.dtype.name in bounds.FORMATS
 
 
-def errors_of(name: str, backend: Backend, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return some numbers, and the errors of exp, tanh or log there in units of the round-off."""
-    random, n = np.random.default_rng(3), 4000 if dtype == "float32" else 300
-    top = 80.0 if dtype == "float32" else 600.0
-    x = {
-        "exp": np.concatenate([random.uniform(-1, 0, n), random.uniform(-top, 0, n)]),
-        "tanh": np.concatenate([random.uniform(-20, 20, n), 10 ** random.uniform(-6, 0, n)]),
-        "log": 10 ** random.uniform(0, 6, n),
-    }[name].astype(dtype)
-    exact = {"exp": bounds.exponential, "tanh": bounds.hyperbolic_tangent, "log": bounds.logarithm}[name](x)
-    computed = claims.compute(getattr(backend.xp, name), backend, x)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        errors = bounds.distance(computed, exact) / abs(exact).astype(np.float64) / bounds.FORMATS[dtype].unit
-    return x.astype(np.float64), np.nan_to_num(errors, nan=0.0, posinf=np.inf)
+@functools.lru_cache(maxsize=64)
+def _measured(backend: Backend, dtype: str, name: str, points: int | None) -> measure.Measured:
+    return measure.measure(backend, dtype, name, points)
 
 
-def _line(x: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
-    """Return c0 and c1, both rounded up to quarters, so that no error is larger than c0 + c1 |x|."""
-    near = abs(x) <= 1
-    c0 = math.ceil(4 * float(np.max(errors[near], initial=0))) / 4
-    slopes = (errors[~near] - c0) / abs(x[~near])
-    return c0, max(0.0, math.ceil(4 * float(np.max(slopes, initial=0))) / 4)
+@functools.lru_cache(maxsize=8)
+def _line(backend: Backend) -> str:
+    return measure.line(backend)
 
 
 # Each function of the namespace, compared with NumPy's
@@ -309,7 +306,7 @@ def _float64_in_float32(found: Evidence) -> str | None:
     low, high = _FLOAT32_IN_FLOAT64
     if found.dtype != "float64" or not (low <= found.units <= high or found.is_beyond_float32):
         return None
-    guilty = [name for name, line in found.functions.items() if max(line) >= low]
+    guilty = [name for name in measure.FUNCTIONS if (errors := found.measured(name)) and errors.largest >= low]
     if found.fails("kernel") and found.passes("definition"):
         guilty = [f"your kernel {found.op}"]
     names = ", ".join(guilty) or "something"
@@ -324,6 +321,20 @@ def _kernel_in_16_bits(found: Evidence) -> str | None:
             "or return NotImplemented for this dtype."
         )
     return None
+
+
+def _kernel_of_nan(found: Evidence) -> str | None:
+    """Name the kernel if it has NaNs at other places than the definition has."""
+    places = {form: np.isnan(y.astype(np.float64)) for form, y in found.computed.items()}
+    if not {"kernel", "definition"} <= places.keys():
+        return None
+    kernel, definition = places["kernel"], places["definition"]
+    if kernel.shape == definition.shape and np.array_equal(kernel, definition):
+        return None
+    return (
+        f"your kernel {found.op} and the definition are NaN at different places. A result of the kernel is NaN exactly "
+        "where that of the definition is."
+    )
 
 
 def _kernel(found: Evidence) -> str | None:
@@ -341,25 +352,23 @@ def _compiled(found: Evidence) -> str | None:
 
 
 def _elementary(found: Evidence) -> str | None:
-    """Both forms fail, or a test of exp, tanh or log does, and the function errs by more than is stated."""
-    function = found.call.function if found.call is not None else None
-    asked = [name for name in ("exp", "tanh", "log") if function == getattr(found.backend.xp, name, None)]
-    wrong = {name: line for name, line in found.functions.items() if not asked or name in asked}
-    if not wrong or (not asked and not found.fails("definition")):
+    """Name exp, tanh or log if it errs by more than is stated, and if no form of the op passes that calls it."""
+    asked = [name for name in measure.FUNCTIONS if name in found.result.about]
+    if not asked and not found.fails("definition"):
         return None
-    name, (c0, c1) = next(iter(wrong.items()))
-    dtype = bounds.computed_in(found.dtype or "float32")
-    if not max(c0, c1) < 1e4:
-        return f"{name} is wrong: its error in {dtype} is {max(c0, c1):.1e} u."
-    if name == "exp":
-        grows = ", growing with |x|" if c1 else ""
-        size = c0 + 80 * c1
-        return (
-            f"exp errs by up to {size:.3g} u in {dtype}{grows}. If your framework computes exp in this way, state "
-            f"Numerics(exp=({c0}, {c1}))."
-        )
-    advice = f"If your framework computes {name} in this way, state Numerics({name}={c0})."
-    return f"{name} errs by up to {c0:.3g} u in {dtype}. {advice}"
+    measured = next(filter(None, map(found.measured, asked or measure.FUNCTIONS)), None)
+    if measured is None:
+        return None
+    name, numerics = measured.function, stated(found.backend, measured.dtype)
+    try:
+        suggested = measured.suggest(numerics)
+    except ValueError as error:
+        return f"{error}."
+    grows = ", growing with |x|" if name == "exp" and suggested.exp[1] else ""
+    return (
+        f"{name} errs by up to {measured.largest:.3g} u in {measured.dtype}{grows}. If your framework computes {name} "
+        f"in this way, state in the adapter: {_line(found.backend)}."
+    )
 
 
 def _namespace(found: Evidence) -> str | None:
@@ -426,6 +435,7 @@ RULES: tuple[Callable[[Evidence], str | None], ...] = (
     _float64_in_float32,
     _kernel_in_16_bits,
     _kernel,
+    _kernel_of_nan,
     _compiled,
     _elementary,
     _namespace,

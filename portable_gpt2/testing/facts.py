@@ -61,19 +61,19 @@ class ClaimError(AssertionError):
 
 
 _LAST: list[Call] = []
-"""The last call in this process, or nothing."""
+"""The last calls in this test: one for each backend, the latest at the end."""
 
 
 def keep(call: Call) -> None:
-    """Keep a call as the last one."""
-    _LAST[:] = [call]
+    """Keep a call as the last one of its backend."""
+    _LAST[:] = [*(each for each in _LAST if each.backend is not call.backend), call]
 
 
 def forget() -> None:
-    """Forget the last call, before another test begins."""
+    """Forget the last calls, before another test begins."""
     _LAST.clear()
 
 
-def last_call() -> Call | None:
-    """Return the last call of `claims.compute`, or None."""
-    return _LAST[0] if _LAST else None
+def last_call(backend: Any = None) -> Call | None:
+    """Return the last call of `claims.compute`, on any backend or on one, or None."""
+    return next((call for call in reversed(_LAST) if backend is None or call.backend is backend), None)

@@ -24,7 +24,7 @@ from .report import Failure, Level
 _MOST = 100
 """Diagnoses per report. A backend that is broken everywhere needs no more of them, and each takes a moment."""
 _OF_FACTS = ("ratio", "index", "computed", "exact", "allowed")
-_IN_EVERY_TEST = {"from_numpy", "to_numpy", "device", "dtype"}
+_IN_EVERY_TEST = {"put", "to_numpy", "device", "dtype", "shape"}
 
 
 class Observer:
@@ -126,6 +126,8 @@ class Observer:
 
     def explained(self) -> Iterator[Failure]:
         """Yield the failures, with a script and a diagnosis."""
+        # A function of the namespace that is wrong makes other tests fail, so its own tests come first.
+        self._failures.sort(key=lambda each: (LEVELS.index(each[0].level), "namespace" not in each[0].test))
         for i, (failure, evidence, test_script) in enumerate(self._failures):
             script = test_script
             call = evidence.call
@@ -138,7 +140,7 @@ class Observer:
         backend = item.funcargs.get("backend", self._backend)
         dtype = _dtype(item)
         known = getattr(_first(error), "facts", None)
-        call = (known and known.call) or facts.last_call()
+        call = (known and known.call) or facts.last_call(backend)
         level = plugin.level_of(item) or ""
         evidence = Evidence(
             backend, self._results, dtype=dtype, facts=known, call=call, error=error, message=_message(error, report)
@@ -178,8 +180,19 @@ def _members(item: Any) -> frozenset[str]:
     if plugin.level_of(item) != LEVELS[0]:
         return frozenset()
     members = {name for name, member in vars(Backend).items() if callable(member) and not name.startswith("_")}
-    used = set(re.findall(r"\bbackend\.(\w+)\(", inspect.getsource(item.function)))
-    return frozenset(used & members - _IN_EVERY_TEST or used & members)
+    names = {"put" if name == "from_numpy" else name for name in _called(item.function, set()) & members}
+    return frozenset(names - _IN_EVERY_TEST or names - {"shape"})
+
+
+def _called(function: Any, seen: set[Any]) -> set[str]:
+    """Return the attributes of ``backend`` that a function uses, or a function of its module that it calls."""
+    seen.add(function)
+    found = set(re.findall(r"\bbackend\.(\w+)", inspect.getsource(function)))
+    for name in function.__code__.co_names:
+        other = function.__globals__.get(name)
+        if inspect.isfunction(other) and other.__module__ == function.__module__ and other not in seen:
+            found |= _called(other, seen)
+    return found
 
 
 def _form(item: Any) -> str:

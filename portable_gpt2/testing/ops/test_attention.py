@@ -105,6 +105,12 @@ def test_attention_of_many_queries_is_within_its_error_bound(backend, offset, ki
     judge(backend, q, k, v, mask)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(3, 3), (2, 5), (1, 4)])
+def test_a_causal_query_sees_its_own_key_and_those_before_it(backend, queries, keys):
+    """Catches a mask that is one off, and a cache, with more keys than queries, for which the mask is left out."""
+    judge(backend, *head(np.random.default_rng(8), (2,), queries, keys, 4, "float32"), causal=True)
+
+
 @strategies.fewer
 @given(data=st.data())
 def test_masked_keys_have_no_influence(backend, dtype, numerics, data):
