@@ -182,7 +182,7 @@ class Evidence:
     def measured(self, name: str) -> measure.Measured | None:
         """Return the errors of exp, tanh or log if they are larger than the adapter states; else None."""
         dtype = bounds.computed_in(self.dtype or "float32")
-        # Of an op that fails, fewer points than in the tests of the functions show which function it is.
+        # Fewer points than in the tests of the functions show which function an op fails by.
         points = None if self.level == "constants" else 4000 if dtype == "float32" else 200
         found = _measured(self.backend, dtype, name, points)
         return None if found.ratio(stated(self.backend, dtype)) <= 1 else found
