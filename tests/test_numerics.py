@@ -9,8 +9,10 @@ import processes
 import pytest
 
 import portable_gpt2 as pg
+from portable_gpt2 import ops
 from portable_gpt2.numerics import Numerics, bounds
 from portable_gpt2.testing import claims, measure
+from portable_gpt2.testing.operations import OPERATIONS
 
 U = bounds.FORMATS["float32"].unit
 SLOPE = Numerics(exp=(2.0, 1.25))
@@ -168,3 +170,8 @@ def test_a_failed_claim_shows_every_form():
         claims.assert_within(bounds.softmax(a, numerics=Numerics(exp=(3.6, 0.0))), results)
     assert e.value.facts.form == "kernel"
     assert e.value.facts.ratios.keys() == {"kernel", "definition"}
+
+
+def test_every_op_has_a_bound_and_is_compared_with_numpy():
+    """Catches an op that is added and not tested on the backends."""
+    assert {operation.op for operation in OPERATIONS.values()} == {getattr(ops, name) for name in ops.__all__}

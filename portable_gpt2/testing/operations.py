@@ -4,7 +4,7 @@ Each function takes a dtype and returns a strategy for the arrays and the option
 a small set of shapes, which includes shapes with no element and with one. The thorough profile draws any shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
@@ -12,8 +12,8 @@ import numpy as np
 
 import portable_gpt2 as pg
 
-from ..numerics import Numerics, bounds
-from . import strategies
+from ..numerics import Numerics, bounds, stated
+from . import claims, strategies
 
 Arguments = tuple[tuple[np.ndarray | None, ...], dict[str, Any]]
 
@@ -147,8 +147,9 @@ class Operation(NamedTuple):
     """An op, with the strategy and the bound that are used to test it on any backend."""
 
     op: Any
-    arguments: Callable[[str], st.SearchStrategy[Arguments]]
-    """A function of a dtype. It returns a strategy for the arrays and the options of a call."""
+    arguments: Callable[[str, Sequence[str]], st.SearchStrategy[Arguments]]
+    """A function of a floating dtype and of the dtypes of ids. It returns a strategy for arrays and options of a call.
+    """
     bound: Callable[..., bounds.Bounded]
     """A function of the arrays and the options, and of the stated errors if `needs_numerics`."""
     needs_numerics: bool = False
@@ -159,47 +160,63 @@ class Operation(NamedTuple):
         given = {"numerics": numerics} if self.needs_numerics else {}
         return self.bound(*arrays, **options, **given)
 
+    def check(self, backend: Any, dtype: str, data: Any) -> None:
+        """Check that one call, drawn from `data`, is within its bound in each form, and agrees with NumPy.
 
-_EVERYWHERE = ("int8", "uint8", "int16", "int32")  # the integer dtypes that every backend has
+        NumPy runs the definition. The two results may differ by the sum of their bounds. By the triangle inequality,
+        any two backends that are within their bounds do.
+        """
+        arrays, options = data.draw(self.arguments(dtype, strategies.integer_dtypes(backend)))
+        numpy = pg.get_backend("numpy")
+        numerics, of_numpy = stated(backend, dtype), stated(numpy, dtype)
+        bounded = self.bounded(numerics, arrays, options)
+        expected = claims.compute(self.op.reference, numpy, *arrays, **options)
+        results = claims.results(self.op, backend, *arrays, **options)  # the last call, which a report repeats
+        claims.assert_within(bounded, results)
+        # Equal errors have the same bound, which takes milliseconds in float64.
+        other = bounded if numerics == of_numpy else self.bounded(of_numpy, arrays, options)
+        claims.assert_agree(dict.fromkeys(results, expected), results, bounded.error + other.error)
+
+
 OPERATIONS = {
-    "conv1d": Operation(pg.conv1d, lambda dtype: linear_layers(dtype).map(lambda a: (a, {})), bounds.linear),
+    "conv1d": Operation(pg.conv1d, lambda dtype, ids: linear_layers(dtype).map(lambda a: (a, {})), bounds.linear),
     "softmax": Operation(
         pg.softmax,
-        lambda dtype: arrays_and_axes(dtype).map(lambda a: (a[:1], {"axis": a[1]})),
+        lambda dtype, ids: arrays_and_axes(dtype).map(lambda a: (a[:1], {"axis": a[1]})),
         bounds.softmax,
         needs_numerics=True,
     ),
     "gelu": Operation(
         pg.gelu,
-        lambda dtype: strategies.shapes().flatmap(lambda s: strategies.arrays(s, dtype)).map(lambda x: ((x,), {})),
+        lambda dtype, ids: strategies.shapes().flatmap(lambda s: strategies.arrays(s, dtype)).map(lambda x: ((x,), {})),
         bounds.gelu,
         needs_numerics=True,
     ),
     "layer_norm": Operation(
         pg.layer_norm,
-        lambda dtype: st.tuples(layers(dtype), st.fixed_dictionaries({"eps": EPS})),
+        lambda dtype, ids: st.tuples(layers(dtype), st.fixed_dictionaries({"eps": EPS})),
         bounds.layer_norm,
     ),
-    "attention": Operation(pg.attention, attended, bounds.attention, needs_numerics=True),
+    "attention": Operation(pg.attention, lambda dtype, ids: attended(dtype), bounds.attention, needs_numerics=True),
     "attention_weights": Operation(
         pg.attention_weights,
-        lambda dtype: attended(dtype).map(lambda a: ((*a[0][:2], a[0][3]), a[1])),
+        lambda dtype, ids: attended(dtype).map(lambda a: ((*a[0][:2], a[0][3]), a[1])),
         attention_weights_bound,
         needs_numerics=True,
     ),
     "embed": Operation(
         pg.embed,
-        lambda dtype: rows(dtype, _EVERYWHERE).map(lambda a: (a, {})),
+        lambda dtype, ids: rows(dtype, ids).map(lambda a: (a, {})),
         lambda ids, w: bounds.Bounded(bounds.exact(w[ids]), np.zeros(w[ids].shape)),
     ),
     "unembed": Operation(
         pg.unembed,
-        lambda dtype: products_with_a_table(dtype).map(lambda a: (a, {})),
+        lambda dtype, ids: products_with_a_table(dtype).map(lambda a: (a, {})),
         lambda x, w: bounds.linear(x, w.T),
     ),
     "cross_entropy": Operation(
         pg.cross_entropy,
-        lambda dtype: logits_and_targets(dtype, _EVERYWHERE).map(lambda a: (a, {})),
+        lambda dtype, ids: logits_and_targets(dtype, ids).map(lambda a: (a, {})),
         bounds.cross_entropy,
         needs_numerics=True,
     ),

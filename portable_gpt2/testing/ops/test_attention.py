@@ -9,6 +9,7 @@ import portable_gpt2 as pg
 from portable_gpt2 import gradients
 from portable_gpt2.numerics import bounds, stated
 from portable_gpt2.testing import claims, operations, strategies
+from portable_gpt2.testing.operations import OPERATIONS
 
 pytestmark = [pytest.mark.every_device, pytest.mark.op("attention")]
 
@@ -31,18 +32,15 @@ def judge(backend, q, k, v, mask=None, *, compiled=False, **options):
 
 
 @given(data=st.data())
-def test_attention_is_within_its_error_bound(backend, dtype, data):
+def test_attention_is_within_its_error_bound_and_agrees_with_numpy(backend, dtype, data):
     """Catches a missing scale, a mask that leaks, weights rounded twice, and writing into the argument."""
-    arrays, options = data.draw(operations.attended(dtype))
-    judge(backend, *arrays, **options)
+    OPERATIONS["attention"].check(backend, dtype, data)
 
 
 @given(data=st.data())
-def test_attention_weights_are_within_their_error_bound(backend, dtype, numerics, data):
+def test_attention_weights_are_within_their_error_bound_and_agree_with_numpy(backend, dtype, data):
     """Catches weights that are not those of attention, of which they are the result for the identity as values."""
-    (q, k, _, mask), options = data.draw(operations.attended(dtype))
-    expected = operations.attention_weights_bound(q, k, mask, **options, numerics=numerics)
-    claims.assert_within(expected, claims.results(pg.attention_weights, backend, q, k, mask, **options))
+    OPERATIONS["attention_weights"].check(backend, dtype, data)
 
 
 def test_the_bound_of_attention_is_tight(backend, dtype):

@@ -7,7 +7,8 @@ from hypothesis import given
 
 import portable_gpt2 as pg
 from portable_gpt2.numerics import bounds
-from portable_gpt2.testing import claims, operations
+from portable_gpt2.testing import claims
+from portable_gpt2.testing.operations import OPERATIONS
 
 pytestmark = [pytest.mark.every_device, pytest.mark.op("conv1d")]
 
@@ -17,10 +18,9 @@ def normal(random, shape, dtype):
 
 
 @given(data=st.data())
-def test_conv1d_is_within_its_error_bound(backend, dtype, data):
+def test_conv1d_is_within_its_error_bound_and_agrees_with_numpy(backend, dtype, data):
     """Catches a forgotten bias, a transposed weight, 16-bit or TF32 products, and writing into the argument."""
-    layer = data.draw(operations.linear_layers(dtype))
-    claims.assert_within(bounds.linear(*layer), claims.results(pg.conv1d, backend, *layer))
+    OPERATIONS["conv1d"].check(backend, dtype, data)
 
 
 def test_the_bound_of_conv1d_is_tight(backend, dtype):

@@ -7,7 +7,8 @@ from hypothesis import given
 
 import portable_gpt2 as pg
 from portable_gpt2.numerics import bounds
-from portable_gpt2.testing import claims, operations, strategies
+from portable_gpt2.testing import claims, strategies
+from portable_gpt2.testing.operations import OPERATIONS
 
 pytestmark = [pytest.mark.every_device, pytest.mark.op("layer_norm")]
 
@@ -27,12 +28,9 @@ def arguments(random, shape, dtype):
 
 
 @given(data=st.data())
-def test_layer_norm_is_within_its_error_bound(backend, dtype, data):
+def test_layer_norm_is_within_its_error_bound_and_agrees_with_numpy(backend, dtype, data):
     """Catches an eps of 1e-3, a variance in one pass or over n - 1, sums in 16 bits, and writing into the argument."""
-    x, g, b = data.draw(operations.layers(dtype))
-    eps = data.draw(operations.EPS)
-    results = claims.results(pg.layer_norm, backend, x, g, b, eps=eps)
-    claims.assert_within(bounds.layer_norm(x, g, b, eps=eps), results)
+    OPERATIONS["layer_norm"].check(backend, dtype, data)
 
 
 def test_the_bound_of_layer_norm_is_tight(backend, dtype):
