@@ -43,9 +43,15 @@ def in_form(form: str, op: Any, backend: Any, **options: Any) -> Callable[..., A
     """Return a function of arrays that runs an op in a form, with the options that are given here."""
     # If there is no kernel, a call of the op runs the definition.
     function = op.reference if form.endswith("definition") and op.__name__ in backend.kernels else op
-    with_options = functools.partial(function, **options) if options else function
-    if not form.startswith("compiled"):
-        return with_options
+    if form.startswith("compiled"):
+        return _compiled(function, backend, tuple(options.items()))
+    return functools.partial(function, **options) if options else function
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], backend: Any, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """Compile an op or its definition with some options, once: another call with the same shapes then takes no time."""
+    with_options = functools.partial(function, **dict(options)) if options else function
     compiled = backend.compile(lambda arrays: with_options(*arrays))
     call = functools.wraps(function)(lambda *arrays, **_: compiled(arrays))
     call.__wrapped__ = with_options  # a script that repeats the call needs the options
