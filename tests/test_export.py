@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +237,21 @@ def test_a_weight_that_cannot_be_written_leaves_no_file(external_data, tmp_path)
     with pytest.raises(ValueError, match=r"ln_f/b holds values beyond the range of float16"):
         model.export(tmp_path / "new.onnx", **options)
     assert os.listdir(tmp_path) == []
+
+
+def test_an_old_graph_is_never_next_to_new_weights(tmp_path, monkeypatch):
+    """Catches two renamings after which, if the second one fails, a graph reads the weights of another model."""
+    numpy_model().export(tmp_path / "gpt2.onnx", external_data=True)
+
+    def replace(draft, target, rename=Path.replace):
+        if target.name == "gpt2.onnx":
+            raise OSError("the power failed")
+        return rename(draft, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OSError, match="the power failed"):
+        numpy_model(seed=1).export(tmp_path / "gpt2.onnx", external_data=True, force=True)
+    assert os.listdir(tmp_path) == ["gpt2.onnx.data"]
 
 
 @pytest.mark.parametrize(
