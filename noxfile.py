@@ -30,6 +30,7 @@ PARTS = {
     ],
 }
 REQUIRED = ",".join([*ALL, "array_api_strict"])
+SUITE = "55fcc60179efa2680ddd6cd926ddf17b83530e2b"  # of April 2026; its expected failures are in tests/conformance
 PARITY = "tests/test_parity*.py"  # the tests that need transformers
 KIT = ["--pyargs", "tests", "portable_gpt2.testing"]  # our tests, and those of every backend, of the installed package
 # Framework-independent tests run with NumPy alone, and once more with all frameworks in one process. The tests in these
@@ -193,15 +194,15 @@ def train_shakespeare(session: nox.Session) -> None:
 @nox.session(default=False)
 @nox.parametrize("backend", FRAMEWORKS, ids=FRAMEWORKS)
 def conformance(session: nox.Session, backend: str) -> None:
-    """Run the official array API tests for the functions that portable code calls.
+    """Run the official array API tests for the functions that portable code calls, in two versions of the standard.
 
-    CHECKOUT in ``nox -s conformance -- CHECKOUT`` is a checkout of data-apis/array-api-tests.
+    CHECKOUT in ``nox -s conformance -- CHECKOUT`` is a checkout of data-apis/array-api-tests at SUITE.
     """
     suite = Path(session.posargs[0] if session.posargs else "").absolute()
     if not (suite / "array_api_tests").is_dir() or not (suite / "array-api" / "spec").is_dir():
         session.error(
             f"{suite} is not a checkout of data-apis/array-api-tests with its submodule array-api; clone it with "
-            "git clone --recurse-submodules and run nox -s conformance -- CHECKOUT"
+            f"git clone --recurse-submodules, check out {SUITE[:12]}, and run nox -s conformance -- CHECKOUT"
         )
     install_only(session, backend, "conformance")
     support = ROOT / "tests" / "conformance"
@@ -209,7 +210,6 @@ def conformance(session: nox.Session, backend: str) -> None:
         "PYTHONPATH": str(support),
         "PORTABLE_GPT2_BACKEND": backend,
         "ARRAY_API_TESTS_MODULE": "adapter_namespace",
-        "ARRAY_API_TESTS_VERSION": "2024.12",
         "JAX_ENABLE_X64": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
@@ -220,7 +220,9 @@ def conformance(session: nox.Session, backend: str) -> None:
     left = "--ignore=array_api_tests/test_inspection_functions.py"  # its import needs __array_namespace_info__
     xfails = f"--xfails-file={support / backend}.xfails.txt"
     plugin = ["-p", "conformance_plugin"]
-    session.run("pytest", *plugin, "array_api_tests", left, xfails, *options, *session.posargs[1:], env=env)
+    for version in ("2024.12", "2025.12"):
+        dated = {**env, "ARRAY_API_TESTS_VERSION": version}
+        session.run("pytest", *plugin, "array_api_tests", left, xfails, *options, *session.posargs[1:], env=dated)
 
 
 @nox.session
