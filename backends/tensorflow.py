@@ -100,10 +100,6 @@ class _Namespace:
         return tf.cast(x, dtype)
 
     @staticmethod
-    def finfo(dtype: Any) -> Any:
-        return np.finfo(dtype.as_numpy_dtype)
-
-    @staticmethod
     def isdtype(dtype: Any, kind: str) -> bool:
         if kind == "bool":
             return bool(dtype.is_bool)

@@ -47,7 +47,7 @@ class _Namespace:
     """The array-API functions that portable code uses, over torch.Tensor."""
 
     float32, float64, int32, int64 = torch.float32, torch.float64, torch.int32, torch.int64
-    exp, log, tanh, sqrt, matmul, finfo = torch.exp, torch.log, torch.tanh, torch.sqrt, torch.matmul, torch.finfo
+    exp, log, tanh, sqrt, matmul = torch.exp, torch.log, torch.tanh, torch.sqrt, torch.matmul
     where, reshape, arange, zeros = torch.where, torch.reshape, torch.arange, torch.zeros
     bitwise_right_shift = torch.bitwise_right_shift
 
