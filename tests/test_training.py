@@ -194,7 +194,7 @@ def trajectory(backend, recipe, steps, params=None, text=texts):
 def test_the_losses_that_the_kit_expects_are_those_of_float64():
     """Catches losses in `testing` that are out of date: they are those of the hand-written gradients in NumPy."""
     recipe = dataclasses.replace(steps.FIFTY, dtype="float64")
-    _, losses = steps.trajectory(pg.get_backend("numpy"), recipe, 50, text=steps.learnable)
+    _, losses = steps.trajectory(pg.get_backend("numpy"), recipe, 50, text=steps.learnable, config=steps.CONFIG)
     np.testing.assert_allclose(losses, steps.TRUE_LOSSES, rtol=0, atol=1e-6)
 
 

@@ -15,6 +15,7 @@ from portable_gpt2.training import Recipe, Run, Trainer, train
 pytestmark = pytest.mark.every_device
 
 CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_vocab=384, n_ctx=16, eos_token_id=0)
+SMALL = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=61, n_ctx=16, eos_token_id=None)
 RECIPE = Recipe(steps=6, batch_size=3, warmup=2, learning_rate=3e-3, eval_every=4, seed=5)
 FIFTY = Recipe(steps=50, batch_size=8, warmup=5, learning_rate=1e-2)
 
@@ -34,8 +35,8 @@ def host(backend, tree):
     return {path: backend.to_numpy(x) for path, x in flatten(tree)}
 
 
-def texts(index, batch_size=3, seq=CONFIG.n_ctx + 1):
-    return np.random.default_rng([9, index]).integers(0, CONFIG.n_vocab, (batch_size, seq)).astype(np.int32)
+def texts(index, batch_size=3, seq=SMALL.n_ctx + 1):
+    return np.random.default_rng([9, index]).integers(0, SMALL.n_vocab, (batch_size, seq)).astype(np.int32)
 
 
 def learnable(index, batch_size=8):
@@ -45,11 +46,11 @@ def learnable(index, batch_size=8):
     return ((start + 7 * np.arange(CONFIG.n_ctx + 1)) % 97).astype(np.int32)
 
 
-def trajectory(backend, recipe, steps, params=None, text=texts):
+def trajectory(backend, recipe, steps, params=None, text=texts, config=SMALL):
     """Take some steps. Return the state after them, and the losses."""
-    trainer, n = Trainer(CONFIG, recipe, backend), recipe.gradient_accumulation_steps
+    trainer, n = Trainer(config, recipe, backend), recipe.gradient_accumulation_steps
     if params is None:
-        params = pg.init_params(CONFIG, backend=backend, dtype=recipe.master_dtype, scale_residual=True)
+        params = pg.init_params(config, backend=backend, dtype=recipe.master_dtype, scale_residual=True)
     state, losses = trainer.start(params), []
     for i in range(steps):
         state, loss, _ = trainer.step(state, [text(n * i + j) for j in range(n)])
@@ -69,7 +70,7 @@ def test_the_first_fifty_losses_are_those_of_float64(backend, is_handwritten, mo
     monkeypatch.setattr(training.trainer, "_is_on_cpu", lambda backend, x: True)  # elsewhere it is never handwritten
     if not is_handwritten and backend.value_and_grad(abs) is NotImplemented:
         return  # the only gradient is the hand-written one
-    _, losses = trajectory(backend, FIFTY, 50, text=learnable)
+    _, losses = trajectory(backend, FIFTY, 50, text=learnable, config=CONFIG)
     assert TRUE_LOSSES[-1] < 0.8 * TRUE_LOSSES[0]
     np.testing.assert_allclose(losses, TRUE_LOSSES, rtol=1e-4)
 
@@ -83,7 +84,7 @@ def test_the_first_fifty_losses_in_16_bits_are_near_those_of_float64(backend, dt
     autocast in bfloat16 and PyTorch's AdamW, its losses differed from these by up to 2.05e-3 (transformers 5.23,
     PyTorch 2.13, on a CPU).
     """
-    state, losses = trajectory(backend, dataclasses.replace(FIFTY, dtype=dtype), 50, text=learnable)
+    state, losses = trajectory(backend, dataclasses.replace(FIFTY, dtype=dtype), 50, text=learnable, config=CONFIG)
     np.testing.assert_allclose(losses, TRUE_LOSSES, rtol=0, atol=4 * 2.05e-3)
     assert {backend.dtype_names[x.dtype] for _, x in flatten(state.params)} == {"float32"}
 
@@ -112,10 +113,10 @@ def test_a_batch_in_parts_is_the_same_batch(backend, dtype, monkeypatch):
     do = type(backend).while_loop
     monkeypatch.setattr(type(backend), "while_loop", lambda *args: turns.append(args) or do(*args))
     monkeypatch.setattr(training.trainer, "micro_batch_tokens", lambda backend, x: None)
-    initial = pg.init_params(CONFIG, backend=backend, dtype=recipe.master_dtype, scale_residual=True)
+    initial = pg.init_params(SMALL, backend=backend, dtype=recipe.master_dtype, scale_residual=True)
     whole, losses = trajectory(backend, recipe, 1, initial, text=lambda i: texts(i, 6))
     assert turns == []
-    monkeypatch.setattr(training.trainer, "micro_batch_tokens", lambda backend, x: 2 * CONFIG.n_ctx)
+    monkeypatch.setattr(training.trainer, "micro_batch_tokens", lambda backend, x: 2 * SMALL.n_ctx)
     parts, mean = trajectory(backend, recipe, 1, initial, text=lambda i: texts(i, 6))
     assert len(turns) == 1
     # A part that is left out changes an update by a third. Rounding to bfloat16 changes it by a few units of 2^-8.
@@ -130,8 +131,8 @@ def test_a_batch_in_parts_is_the_same_batch(backend, dtype, monkeypatch):
 
 def test_a_state_is_as_it_was_after_a_step(backend):
     """Catches a step that writes into the parameters that it was given: an interrupted one would lose them."""
-    trainer = Trainer(CONFIG, RECIPE, backend)
-    state = trainer.start(pg.init_params(CONFIG, backend=backend))
+    trainer = Trainer(SMALL, RECIPE, backend)
+    state = trainer.start(pg.init_params(SMALL, backend=backend))
     before = {path: x.copy() for path, x in host(backend, state.params).items()}
     after, _, _ = trainer.step(state, [texts(0)])
     assert all(np.array_equal(x, before[path]) for path, x in host(backend, state.params).items())
@@ -141,9 +142,9 @@ def test_a_state_is_as_it_was_after_a_step(backend):
 
 def test_evaluation_is_the_mean_over_all_windows(backend):
     """Catches a last batch that is smaller and counts as much."""
-    params = pg.init_params(CONFIG, backend=backend)
+    params = pg.init_params(SMALL, backend=backend)
     found = texts(0, 7)
-    trainer = Trainer(CONFIG, RECIPE, backend)
+    trainer = Trainer(SMALL, RECIPE, backend)
     each = [trainer.evaluate(params, found[i : i + 1]) for i in range(7)]
     assert trainer.evaluate(params, found) == pytest.approx(np.mean(each), rel=1e-6)
     spread = trainer.evaluate(params, found[:3]) - trainer.evaluate(params, found[6:])
@@ -157,8 +158,8 @@ def test_evaluation_is_the_mean_over_all_windows(backend):
 def test_without_an_eps_a_parameter_that_had_no_gradient_stays(backend, eps):
     """Catches 0 / 0: in a row of wte that no window has, in positions after the context, as eps is 0 in float32."""
     recipe = dataclasses.replace(RECIPE, eps=eps, warmup=0, weight_decay=0.0)
-    trainer = Trainer(CONFIG, recipe, backend)
-    state = trainer.start(pg.init_params(CONFIG, backend=backend))
+    trainer = Trainer(SMALL, recipe, backend)
+    state = trainer.start(pg.init_params(SMALL, backend=backend))
     before = host(backend, state.params)["wpe"].copy()
     for i in range(2):
         state, loss, norm = trainer.step(state, [texts(i, seq=5)])
@@ -175,7 +176,7 @@ def test_without_an_eps_a_parameter_that_had_no_gradient_stays(backend, eps):
 
 def write_ids(file):
     """Write a text of 900 ids, of which 200 are held out."""
-    file.write_bytes(np.random.default_rng(2).integers(0, CONFIG.n_vocab, 900).astype("<u2").tobytes())
+    file.write_bytes(np.random.default_rng(2).integers(0, SMALL.n_vocab, 900).astype("<u2").tobytes())
     return 700
 
 
@@ -195,16 +196,16 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bits(backend, tmp_path):
     """Catches a bit of the state that a checkpoint changes, kernels whose results differ from one call to the next, and
     a state that a compiled step keeps.
     """
-    trainer = Trainer(CONFIG, RECIPE, backend)
-    whole, run = (Run.create(tmp_path / name, RECIPE, CONFIG, None, write_ids) for name in ("whole", "run"))
-    for _ in train(whole, trainer, trainer.start(pg.init_params(CONFIG, seed=5, backend=backend))):
+    trainer = Trainer(SMALL, RECIPE, backend)
+    whole, run = (Run.create(tmp_path / name, RECIPE, SMALL, None, write_ids) for name in ("whole", "run"))
+    for _ in train(whole, trainer, trainer.start(pg.init_params(SMALL, seed=5, backend=backend))):
         pass
-    reports = train(run, trainer, trainer.start(pg.init_params(CONFIG, seed=5, backend=backend)))
+    reports = train(run, trainer, trainer.start(pg.init_params(SMALL, seed=5, backend=backend)))
     assert [next(reports).step for _ in range(4)] == [0, 1, 2, 3]
     reports.close()  # saves a checkpoint
     again = Run.open(tmp_path / "run")
     assert again.last["step"] == 3
-    for _ in train(again, Trainer(CONFIG, RECIPE, backend), again.restore(backend)):
+    for _ in train(again, Trainer(SMALL, RECIPE, backend), again.restore(backend)):
         pass
     assert metrics(again) == metrics(whole)
     assert files(tmp_path / "run") == files(tmp_path / "whole")
@@ -213,7 +214,7 @@ def test_a_run_that_is_interrupted_ends_in_the_same_bits(backend, tmp_path):
 def test_a_step_that_diverges_is_reported(backend, tmp_path):
     """Catches an overflow that a framework reports as an exception of its own, or hides."""
     recipe = dataclasses.replace(RECIPE, learning_rate=1e30, max_grad_norm=None, warmup=0)
-    run, trainer = Run.create(tmp_path / "run", recipe, CONFIG, None, write_ids), Trainer(CONFIG, recipe, backend)
+    run, trainer = Run.create(tmp_path / "run", recipe, SMALL, None, write_ids), Trainer(SMALL, recipe, backend)
     with pytest.raises(training.Diverged, match=r"step [1-6] diverged"):
-        list(train(run, trainer, trainer.start(pg.init_params(CONFIG, backend=backend))))
+        list(train(run, trainer, trainer.start(pg.init_params(SMALL, backend=backend))))
     assert Run.open(tmp_path / "run").last["step"] == 0
