@@ -1,5 +1,6 @@
-"""What the hand-written gradients refuse, and gradients of nothing. The gradients themselves are tested by
-`portable_gpt2.testing.training`.
+"""The hand-written gradient in float64, against complex steps, and what the gradients refuse.
+
+`portable_gpt2.testing.training` tests the gradients on every backend.
 """
 
 import numpy as np
@@ -7,6 +8,34 @@ import pytest
 
 import portable_gpt2 as pg
 from portable_gpt2 import gradients
+from portable_gpt2.params import flatten
+from portable_gpt2.testing.plain_gpt2 import on_backend, random_weights
+from portable_gpt2.testing.training.test_gradients import CONFIGS, STEP, TOKENS, plain_loss
+
+
+def some_derivatives(weights, config, each=3):
+    """Return derivatives of the loss by some entries of every parameter, by complex steps."""
+    random, found = np.random.default_rng(1), {}
+    for path, a in weights.items():
+        for _ in range(each):
+            i = tuple(int(random.integers(n)) for n in a.shape)
+            moved = {p: x.astype(complex) for p, x in weights.items()}
+            moved[path][i] += STEP * 1j
+            found[path, i] = plain_loss(moved, config).imag / STEP
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_gradient_of_the_loss_is_that_of_complex_steps(name):
+    """Catches a gradient that skips a layer, or passes one twice: the hand-written gradient, NumPy, float64."""
+    config, backend = CONFIGS[name], pg.get_backend("numpy")
+    weights = random_weights(config)
+    value, backward = gradients.loss(on_backend(backend, weights, "float64"), backend.from_numpy(TOKENS), config)
+    assert float(value) == pytest.approx(plain_loss(weights, config), rel=1e-12)
+    found = dict(flatten(backward()))
+    assert {path: a.shape for path, a in found.items()} == {path: a.shape for path, a in weights.items()}
+    for (path, i), derivative in some_derivatives(weights, config).items():
+        assert found[path][i] == pytest.approx(derivative, rel=1e-11, abs=1e-13), (path, i)
 
 
 def test_a_gradient_refuses_what_its_op_refuses(backend):
