@@ -20,7 +20,7 @@ from portable_gpt2.tokenizer import Tokenizer
 from portable_gpt2.training import Diverged, Recipe, Run, Trainer, learning_rate, train
 from portable_gpt2.training.optimizer import Moments, rates, update
 
-CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_vocab=384, n_ctx=16, eos_token_id=0)
+CONFIG = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=384, n_ctx=16, eos_token_id=0)
 RECIPE = Recipe(steps=6, batch_size=3, warmup=2, learning_rate=3e-3, eval_every=4, seed=5)
 
 
@@ -254,9 +254,11 @@ def test_what_is_no_batch_of_windows_is_refused(backend, text, kind, message):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int64"])
-def test_windows_may_be_of_any_integer_dtype(backend, dtype):
-    """Catches ids that are compared, or looked up, in a dtype that the framework lacks."""
+def test_windows_may_be_of_any_integer_dtype(dtype):
+    """Catches windows that reach the device in another dtype than int32, which a framework may lack."""
+    backend = pg.get_backend("numpy")
     learner = Trainer(CONFIG, RECIPE, backend)
+    assert learner._windows(texts(0, 2).astype(dtype)).dtype == np.int32
     state, text = learner.start(pg.init_params(CONFIG, backend=backend)), texts(0, 2)
     assert learner.step(state, [text.astype(dtype)])[1] == learner.step(state, [text.astype(np.int32)])[1]
     assert learner.evaluate(state.params, text.astype(dtype)) == learner.evaluate(state.params, text.astype(np.int32))
@@ -340,8 +342,9 @@ def test_the_names_in_the_files_of_a_run_are_pinned():
 
 def test_residual_products_begin_smaller(backend):
     """Catches other parameters scaled, or these by another factor."""
-    plain = host(backend, pg.init_params(CONFIG, seed=1, backend=backend))
-    scaled = host(backend, pg.init_params(CONFIG, seed=1, backend=backend, scale_residual=True))
+    config = dataclasses.replace(CONFIG, n_layer=2)
+    plain = host(backend, pg.init_params(config, seed=1, backend=backend))
+    scaled = host(backend, pg.init_params(config, seed=1, backend=backend, scale_residual=True))
     for path, x in plain.items():
         factor = 0.5 if path.endswith("c_proj/w") else 1.0  # 1 / sqrt(2 x 2 layers)
         np.testing.assert_allclose(scaled[path], factor * x, rtol=1e-7)
@@ -401,8 +404,9 @@ def test_each_step_reads_windows_of_its_own(tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ended_after", [0, 1, 3, 4])
-def test_a_run_that_is_interrupted_ends_in_the_same_bits(backend, tokenizer, tmp_path, ended_after):
+def test_a_run_that_is_interrupted_ends_in_the_same_bits(tokenizer, tmp_path, ended_after):
     """Catches state that is not saved, a step that is taken twice or not at all, windows that depend on the past."""
+    backend = pg.get_backend("numpy")
     whole, trainer, state = begin(tmp_path / "whole", backend, tokenizer)
     reports = list(train(whole, trainer, state))
     assert [report.step for report in reports] == list(range(RECIPE.steps + 1))
@@ -504,8 +508,18 @@ DIVERGING = {
 
 @pytest.mark.parametrize("held_out", [True, False], ids=["held-out text", "no held-out text"])
 @pytest.mark.parametrize("kind", DIVERGING)
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(backend, tokenizer, tmp_path, kind, held_out):
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tokenizer, tmp_path, kind, held_out):
     """Catches parameters that are NaN, or so large that the logits are, published in the place of a good model."""
+    assert_diverges(pg.get_backend("numpy"), tokenizer, tmp_path, kind, held_out)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DIVERGING if kind.endswith("beyond float32")])
+def test_an_option_beyond_float32_diverges_on_every_backend(backend, tokenizer, tmp_path, kind):
+    """Catches a framework's own error about a number that it cannot convert to float32."""
+    assert_diverges(backend, tokenizer, tmp_path, kind, held_out=True)
+
+
+def assert_diverges(backend, tokenizer, tmp_path, kind, held_out):
     recipe = dataclasses.replace(RECIPE, **{"warmup": 0, **DIVERGING[kind]})
     write = write_ids if held_out else lambda file: write_ids(file) + 200
     run, trainer, state = begin(tmp_path / "run", backend, tokenizer, recipe, write)
@@ -524,8 +538,9 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(backend, tokenizer, 
 
 @pytest.mark.parametrize("leaf", ["params", "m", "v"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_state_that_is_not_finite_is_not_saved(backend, tokenizer, tmp_path, leaf, value):
+def test_a_state_that_is_not_finite_is_not_saved(tokenizer, tmp_path, leaf, value):
     """Catches a NaN that the loss does not show: in a position that is not trained, or in a moment."""
+    backend = pg.get_backend("numpy")
     run, trainer, state = begin(tmp_path / "run", backend, tokenizer)
     reports = train(run, trainer, state)
     next(reports)
