@@ -48,7 +48,10 @@ class NdonnxBackend(Backend):
         return {"cpu": ndx.__array_namespace_info__().default_device()}
 
     def put(self, a: np.ndarray, device: Any) -> Any:
-        return ndx.asarray(initializer(a))
+        try:
+            return ndx.asarray(initializer(a))
+        except ValueError as error:  # ndonnx has no bfloat16
+            raise TypeError(f"backend 'ndonnx' has no arrays of {a.dtype}: {error}") from None
 
     def to_numpy(self, x: Any) -> np.ndarray:
         values: np.ndarray = x.unwrap_numpy()

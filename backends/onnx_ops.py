@@ -71,8 +71,10 @@ def reshape(x: Any, shape: tuple[Any, ...]) -> Any:
 
 
 def scalar(n: Any) -> Any:
-    """Return an int or a scalar array as a value in a graph."""
-    return constant(n) if isinstance(n, int) else n.unwrap_spox()
+    """Return an int or a scalar array as an int64 value in a graph."""
+    if isinstance(n, int):
+        return constant(n)
+    return (n if n.dtype == ndx.int64 else ndx.astype(n, ndx.int64)).unwrap_spox()
 
 
 def matmul(a: Any, b: Any) -> Any:
