@@ -39,10 +39,12 @@ class Backend:
       keys of a dict are strings. A result has the same containers as the tree that it stands for, and dicts keep the
       order of their keys or are sorted.
     - **Devices.** If `devices` has one entry, arrays need no attribute ``device``, and functions of `xp` need no
-      keyword ``device``, because the defaults use neither. With several devices, the defaults use both.
+      keyword ``device``, because the defaults use neither. With several devices, the defaults use both. Operators and
+      functions of `xp` may compute on the framework's default device, as TensorFlow's do outside of compiled functions;
+      a method that creates or writes arrays, and a compiled function, must not.
     - **Lazy arrays.** A framework may compute an array when its values are needed. `to_numpy`, `peek` and `fetch` wait
-      for the values; nothing else may depend on when they are computed. In particular, `write` and donated arguments
-      must not change the values of arrays that were computed from the old ones.
+      for the values. A result is computed from the values that its arguments have when the function is called, even
+      if `write` or a compiled function uses their memory again before the result is needed.
 
     Token ids and positions arrive as int32 arrays. They are converted to ``xp.int64`` before they are used as indices,
     which may be a narrower dtype in a framework that has no int64.

@@ -17,7 +17,7 @@ from hypothesis import given
 import portable_gpt2 as pg
 from portable_gpt2 import ops
 from portable_gpt2.testing.cases import CASES, FORMS, form_of
-from portable_gpt2.testing.strategies import takes
+from portable_gpt2.testing.strategies import fewer, takes
 
 OPS = {name: op for name, op in vars(ops).items() if hasattr(op, "reference")}
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -242,6 +242,7 @@ def outcome(backend, call):
         return type(error), str(error)
 
 
+@fewer
 @given(drawn=nearly_right())
 def test_a_kernel_refuses_what_the_definition_refuses(backend, drawn):
     """Catches a kernel that takes what the checks would have refused: it runs before them."""
