@@ -36,7 +36,7 @@ def add_to(commands: Any) -> None:
         help="device to check: cpu, cuda, cuda:1 ... (default: the framework's own choice, and the ops on every "
         "accelerator)",
     )
-    add("--only", default="", metavar="TEXT", help="run only the tests whose name, file or level contains this text")
+    add("--only", metavar="TEXT", help="run only the tests whose name, file or level contains this text")
     add("--examples", type=at_least(1), metavar="N", help="number of examples for each property (default: 50)")
     add("--json", metavar="FILE", help="write the report into this file as well, as one JSON object")
     parser.set_defaults(run=run)
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.backend,
             level=arguments.level,
             device=arguments.device,
-            only=arguments.only,
+            only=arguments.only or "",
             examples=arguments.examples,
             progress=progress,
         )
