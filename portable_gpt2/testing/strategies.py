@@ -1,5 +1,6 @@
 """Strategies for arrays with any number of axes, including empty axes, any magnitude, and any memory layout."""
 
+import functools
 from typing import Any
 
 import hypothesis
@@ -40,6 +41,7 @@ def takes(backend: Any, dtype: str) -> bool:
     return True
 
 
+@functools.cache
 def integer_dtypes(backend: Any) -> list[str]:
     """Return the integer dtypes that a backend has."""
     return [dtype for dtype in ("int8", "uint8", "int16", "int32", "int64") if takes(backend, dtype)]

@@ -85,6 +85,14 @@ def test_layer_norm_without_gain_and_bias_has_mean_0_and_variance_up_to_1(backen
         assert np.all(off <= 1e-15), f"{form}: the variance is {off.max(initial=0)} beyond the bound"
 
 
+def test_layer_norm_of_numbers_far_from_0_is_within_its_error_bound(backend, dtype):
+    """Catches a variance in one pass, mean(x^2) - mean(x)^2, whose error is that of the squares."""
+    host = bounds.host_dtype(dtype)
+    x = np.random.default_rng(7).normal(300, 1, (20, 12)).astype(host)
+    g, b = np.ones(12, host), np.zeros(12, host)
+    claims.assert_within(bounds.layer_norm(x, g, b), claims.results(pg.layer_norm, backend, x, g, b))
+
+
 def test_layer_norm_of_one_number_is_the_bias(backend, dtype):
     """Catches a variance over n - 1, which is 0/0 here."""
     host = bounds.host_dtype(dtype)
