@@ -155,6 +155,8 @@ def test_a_file_in_float64_computes_in_float64(tmp_path):
 @pytest.mark.parametrize("why", ["asked for", "large"])
 def test_weights_can_be_in_a_file_of_their_own(why, tmp_path, monkeypatch):
     """Catches a wrong offset, a file that is not found from another directory, and one above the limit of ONNX."""
+    import onnx
+
     if why == "large":
         monkeypatch.setattr(exporting, "LARGEST", 1000)
     model, file = numpy_model(), tmp_path / "model" / "gpt2.onnx"
@@ -162,6 +164,10 @@ def test_weights_can_be_in_a_file_of_their_own(why, tmp_path, monkeypatch):
     model.export(file, external_data=why == "asked for")
     assert sorted(os.listdir(file.parent)) == ["gpt2.onnx", "gpt2.onnx.data"]
     assert file.stat().st_size < 50_000
+    stored = onnx.load(file, load_external_data=False).graph.initializer
+    offsets = [int(entry.value) for x in stored for entry in x.external_data if entry.key == "offset"]
+    assert len(offsets) == len(shapes(tiny.CONFIG))
+    assert not any(offset % 4096 for offset in offsets)  # so that the file can be mapped into memory
     (tmp_path / "model").rename(tmp_path / "moved")
     tokens = tokens_of(2, 9)
     (logits,) = session_of(tmp_path / "moved" / "gpt2.onnx").run(None, {"tokens": tokens})
@@ -205,6 +211,28 @@ def test_the_backend_of_the_model_does_not_matter(tmp_path, ndonnx):
     model.export(tmp_path / "ndonnx.onnx")
     assert (tmp_path / "numpy.onnx").read_bytes() == (tmp_path / "ndonnx.onnx").read_bytes()
     assert error(pg.to_numpy(model.logits(tokens)), numpy_model().logits(tokens)) < 1e-4
+
+
+def test_lengths_that_are_unknown_are_copied_computed_or_follow_from_the_others(tmp_path, ndonnx):
+    """Catches a reshape that copies a length from the wrong axis; the model's own reshapes need only copies."""
+    backend = pg.get_backend("ndonnx")
+
+    def fn(tensors, inputs):
+        x, reshape = inputs["x"], backend.xp.reshape
+        m, n, d = backend.shape(x)
+        return {
+            "merged": reshape(x, (m * n, d)),
+            "swapped": reshape(x, (n, m, d)),
+            "split": reshape(x, (m, n, d // 2, 2)),
+        }
+
+    shapes = {"merged": ("rows", 4), "swapped": ("n", "m", 4), "split": ("m", "n", 2, 2)}
+    with (tmp_path / "shapes.onnx").open("wb") as file:
+        backend.write_graph(fn, {}, {"x": ("float32", ("m", "n", 4))}, shapes, file)
+    x = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
+    found = session_of(tmp_path / "shapes.onnx").run(None, {"x": x})
+    for computed, shape in zip(found, ((15, 4), (5, 3, 4), (3, 5, 2, 2)), strict=True):
+        np.testing.assert_array_equal(computed, x.reshape(shape))
 
 
 # Errors
