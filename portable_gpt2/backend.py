@@ -46,8 +46,9 @@ class Backend:
       for the values. A result is computed from the values that its arguments have when the function is called, even
       if `write` or a compiled function uses their memory again before the result is needed.
 
-    Token ids and positions arrive as int32 arrays. They are converted to ``xp.int64`` before they are used as indices,
-    which may be a narrower dtype in a framework that has no int64.
+    Token ids that portable code makes are int32 arrays; ops take ids of every integer dtype. Ids and positions are
+    converted to ``xp.int64`` before they are used as indices, which may be a narrower dtype in a framework that has no
+    int64.
 
     Parameters
     ----------
