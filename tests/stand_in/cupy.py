@@ -25,6 +25,9 @@ class _Device:
     def __eq__(self, other):
         return isinstance(other, _Device)
 
+    def __repr__(self):
+        return f"<CUDA Device {self.id}>"
+
     __hash__ = object.__hash__
 
 
@@ -58,10 +61,13 @@ class ndarray:
     def __len__(self):
         return len(self._a)
 
+    def __int__(self):
+        return int(self._a)
+
     def __index__(self):
         raise AssertionError("the host waits for the device")
 
-    __bool__ = __int__ = __float__ = __index__
+    __bool__ = __index__
 
     def get(self, stream=None, order="C", out=None, blocking=True):
         if out is None:
@@ -108,7 +114,23 @@ def _on_arrays(function):
     return call
 
 
-for _name in ["add", "sub", "mul", "truediv", "pow", "and", "or", "xor", "lt", "le", "gt", "ge", "eq", "ne"]:
+for _name in [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+]:
     _function = getattr(operator, f"{_name}_" if _name in ("and", "or") else _name)
     setattr(ndarray, f"__{_name}__", _on_arrays(_function))
     if _name not in ("lt", "le", "gt", "ge", "eq", "ne"):
