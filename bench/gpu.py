@@ -11,6 +11,7 @@ so. With ``--device cpu``, small models are used, so that the whole table takes 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -419,11 +420,15 @@ def _tests(backend: str, device: str, until: float, shares: int) -> Job:
 
 
 def _run_tests(backend: str, device: str, seconds: float) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Run the tests marked gpu of one backend on a device, with one process for each file, some at a time.
+    """Run the tests of the kit and of ours that are marked gpu, of one backend on a device: a process for each file.
 
     Return the results that conftest wrote for each file, the files whose process died, and those without time left.
     """
-    files = [file for file in sorted(ROOM.glob("tests/test_*.py")) if "pytest.mark.every_device" in file.read_text()]
+    spec = importlib.util.find_spec("portable_gpt2.testing")
+    assert spec is not None
+    kit = [file for place in spec.submodule_search_locations or [] for file in Path(place).glob("*/test_*.py")]
+    of_both = sorted(kit) + sorted(ROOM.glob("tests/test_*.py"))
+    files = [file for file in of_both if "pytest.mark.every_device" in file.read_text()]
     files += [ROOM / "tests" / f"test_{name}.py" for name in ("devices", "cuda_graphs")]
     at_once = max(2, len(os.sched_getaffinity(0)) // 2)
     ends = time.monotonic() + seconds
@@ -441,6 +446,7 @@ def _run_tests(backend: str, device: str, seconds: float) -> tuple[list[dict[str
         with tempfile.TemporaryDirectory() as room:
             record = Path(room, "record.json")
             options = ["-q", "-m", "gpu", f"--device={device}", f"--backend={backend}", "-p", "no:cacheprovider"]
+            options += ["-c", str(ROOM / "pyproject.toml")]  # the files of the kit are outside of the checkout
             options += [f"--record={record}", f"--seconds={max(1.0, left - 10)}", *some, str(file)]
             command = [sys.executable, "-P", "-m", "pytest", *options]
             try:

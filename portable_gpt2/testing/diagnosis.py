@@ -417,6 +417,27 @@ def _only_the_kernel(found: Evidence) -> str | None:
     return None
 
 
+def _model(found: Evidence) -> str | None:
+    """Say which part of the model fails, from the files of the tests that fail."""
+    if found.level != "model" or found.result.about:
+        return None
+    failed = {each.test.partition("::")[0] for each in found.results if not each.passed}
+    ran = {each.test.partition("::")[0] for each in found.results}
+    if "model/test_logits.py" in failed:
+        return (
+            "each op passes alone, and the logits of the model are wrong: look for a kernel that is wrong for the "
+            "shapes or the memory layouts of the model, and at Backend.split."
+        )
+    if "model/test_cache.py" in failed:
+        return "a single pass is right and a cached one is not: look at Backend.write and at Backend.compile."
+    if "model/test_logits.py" in ran:
+        return (
+            "the logits of `gpt2` are right, and those of the class GPT2 are not: look at Backend.relayout, which only "
+            "GPT2 calls, and at Backend.compile, Backend.top_k and Backend.fetch."
+        )
+    return None
+
+
 def _member(found: Evidence) -> str | None:
     """Name the members of Backend that a test is about, with the first sentence of what they promise."""
     parts = []
@@ -441,6 +462,7 @@ RULES: tuple[Callable[[Evidence], str | None], ...] = (
     _namespace,
     _only_compiled,
     _only_the_kernel,
+    _model,
     _member,
 )
 

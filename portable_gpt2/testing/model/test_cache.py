@@ -57,6 +57,7 @@ def assert_cached_logits_are_near(backend, dtype, form, pieces):
     assert ratio <= 1
 
 
+@pytest.mark.about("write", "compile")
 def test_cached_logits_are_as_near_to_the_truth_as_uncached_ones(backend, dtype):
     """Catches a position that is off by one, or that is fixed when the step is compiled; rows that are written in the
     wrong place, or into memory that is no longer the cache's; and keys that are masked or missing.
@@ -64,11 +65,13 @@ def test_cached_logits_are_as_near_to_the_truth_as_uncached_ones(backend, dtype)
     assert_cached_logits_are_near(backend, dtype, "compiled", (4, 1, 1, 1, 2))
 
 
+@pytest.mark.about("write")
 def test_a_step_need_not_be_compiled(backend):
     """Catches the same where a framework runs each operation by itself: attention then reads only the rows so far."""
     assert_cached_logits_are_near(backend, "float32", "eager", (4, 1, 4))
 
 
+@pytest.mark.about("zeros", "write")
 def test_a_grown_cache_holds_what_it_held(backend):
     """Catches rows lost or moved when the buffers are copied into longer ones."""
     flat, tokens = random_weights(PLAIN), some_tokens(PLAIN, seq=9)

@@ -302,6 +302,7 @@ def test_the_rules_take_ids_of_any_integer_dtype(backend):
             np.testing.assert_array_equal(x, y, err_msg=dtype)
 
 
+@pytest.mark.about("index_add")
 def test_a_row_that_is_read_twice_gets_both_gradients(backend):
     """Catches an assignment instead of a sum; the other rows stay unchanged."""
     x, rows = normal(5, 3), normal(4, 3)

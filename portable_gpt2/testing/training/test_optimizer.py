@@ -84,6 +84,7 @@ def test_a_step_is_adamw(backend, dtype, scale, changed):
     )
 
 
+@pytest.mark.about("for_each")
 @pytest.mark.parametrize(
     "changed",
     [{}, {"eps": 0.0, "weight_decay": 0.0}, {"max_grad_norm": None, "gradient_accumulation_steps": 3}],

@@ -103,6 +103,7 @@ def test_accumulated_batches_are_one(backend, dtype):
         np.testing.assert_allclose(x, expected[path], rtol=0, atol=tolerance)
 
 
+@pytest.mark.about("while_loop")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_batch_in_parts_is_the_same_batch(backend, dtype, monkeypatch):
     """Catches a `while_loop` that leaves a micro-batch out or counts one twice, and a sum in the place of a mean."""
