@@ -345,9 +345,11 @@ def test_a_defect_is_found_and_explained(name):
 def test_a_script_repeats_the_failure(capsys):
     """Catches a script that lacks an import, a digit, an option or the memory layout of the input."""
     backend = broken("gelu by erf")
-    report = testing.check(backend, level="ops", only="gelu and error_bound", examples=3)
+    report = testing.check(backend, level="ops", only="gelu", examples=3)
     assert report.failures
-    for failure in report.failures:
+    measured = [failure for failure in report.failures if failure.index is not None]
+    assert measured
+    for failure in measured:
         exec(failure.script, {"Broken": lambda: backend})
         assert float(capsys.readouterr().out) == failure.computed
         assert failure.ratio > 1
@@ -356,7 +358,7 @@ def test_a_script_repeats_the_failure(capsys):
     text = str(report)
     assert "Largest error / bound" in text
     assert text.count("To reproduce") < len(report.failures)  # failures with the same cause are shown once
-    assert json.loads(report.to_json())["failures"][0]["index"] == list(report.failures[0].index)
+    assert json.loads(report.to_json())["failures"][0]["test"] == report.failures[0].test
 
 
 def test_a_layout_is_written_as_it_is():
@@ -372,7 +374,7 @@ def test_a_layout_is_written_as_it_is():
         found = scope["found"]
         assert found.dtype == x.dtype
         assert np.array_equal(found.astype("f4"), x.astype("f4"), equal_nan=True)
-        assert [n > 0 for n in found.strides] == [n > 0 for n in x.strides]
+        assert not x.size or [n > 0 for n in found.strides] == [n > 0 for n in x.strides]
         assert found.flags.writeable == x.flags.writeable
         assert found.flags.c_contiguous == x.flags.c_contiguous
 
@@ -428,10 +430,11 @@ def test_checking_leaves_the_process_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     monkeypatch.chdir(tmp_path)
     before = state()
-    for _ in range(2):
-        for backend, is_right in (("numpy", True), (OwnBackend(), True), (broken("split in reverse"), False)):
-            assert testing.check(backend, level="ops", only="split or gelu", examples=2).ok is is_right
-            assert state() == before
+    numpy = pg.get_backend("numpy")
+    for backend, is_right in ((numpy, True), (broken("split in reverse"), False), (OwnBackend(), True), (numpy, True)):
+        only = "split or gelu_of_x" if backend is numpy else "split"
+        assert testing.check(backend, level="ops", only=only, examples=2).ok is is_right
+        assert state() == before
     with pytest.raises(TypeError, match="expected an array"):
         pg.softmax(Array([1.0]))
 

@@ -128,9 +128,14 @@ def _run(backend: Backend, level: str, options: list[str], expected: dict[str, s
         found = tuple(Ratio(*key, ratio) for key, ratio in sorted(ratios.items()))
     ran = tuple(observer.levels[name] for name in names if name in observer.levels)
     left = names[names.index(ran[-1].name) + 1 :] if ran else ()
-    stopped = f"Level {ran[-1].name} failed, so {' and '.join(left)} did not run." if left and failures else ""
+    stopped = f"Level {ran[-1].name} failed, so {_listed(left)} did not run." if left and failures else ""
     skipped = tuple(Skipped(reason, n) for reason, n in observer.skipped.most_common())
     return Report(backend.name, tuple(observer.devices), ran, failures, found, skipped, stopped)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _require(*modules: str) -> None:

@@ -108,8 +108,9 @@ def _load_profile(config: Any, name: str) -> None:
     if examples := config.getoption("--examples"):
         chosen["max_examples"] = examples
     config.add_cleanup(functools.partial(hypothesis.settings.load_profile, current_profile()))
-    hypothesis.settings.register_profile(f"portable_gpt2 {name}", **chosen)
-    hypothesis.settings.load_profile(f"portable_gpt2 {name}")
+    full_name = f"portable_gpt2, {chosen['max_examples']} examples, {name}"
+    hypothesis.settings.register_profile(full_name, **chosen)
+    hypothesis.settings.load_profile(full_name)
 
 
 def current_profile() -> str:
