@@ -44,8 +44,8 @@ def assert_near(logits, truth, allowed, name, backend, dtype):
 def test_logits_are_as_near_to_the_truth_as_a_plain_implementation_is(backend, dtype, form, monkeypatch):
     """Catches any mistake in the mathematics or in the wiring of the model: GELU by erf, another epsilon, a scale, a
     bias, q, k and v confused, a residual, ln_f or wpe left out, a mask one column off; in float64, a constant or an
-    intermediate result of lower precision; in 16 bits, sums in 16 bits, and a mask or a score that overflows; if the
-    function is compiled, ids of the first call that are used in the second.
+    intermediate result of lower precision; in 16 bits, a mask or a score that overflows; if the function is compiled,
+    ids of the first call that are used in the second.
     """
     flat = random_weights(PLAIN)
     logits_of = form_of_model(backend, form, on_backend(backend, flat, dtype), PLAIN, monkeypatch)
