@@ -89,7 +89,7 @@ def check(
     if level not in LEVELS:
         raise ValueError(f"there is no level {level!r}; the levels are {', '.join(LEVELS)}")
     found = get_backend(backend, device)
-    with registered(found), _hypothesis_unchanged(), warnings.catch_warnings():
+    with registered(found), _temporary_hypothesis_directory(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         options = ["-k", only] if only else []
         options += [f"--examples={examples}"] if examples else []
@@ -147,19 +147,16 @@ def _require(*modules: str) -> None:
 
 
 @contextlib.contextmanager
-def _hypothesis_unchanged() -> Iterator[None]:
-    """Keep the caller's profile and directory of hypothesis; in the block, hypothesis writes to a temporary one."""
-    import hypothesis
+def _temporary_hypothesis_directory() -> Iterator[None]:
+    """Keep the caller's directory of hypothesis, which writes to a temporary one here. The plugin keeps its profile."""
     from hypothesis import configuration
 
-    profile = hypothesis.settings.get_current_profile_name()
     directory = getattr(configuration, "__hypothesis_home_directory", None)
     with tempfile.TemporaryDirectory() as room:
         configuration.set_hypothesis_home_dir(room)
         try:
             yield
         finally:
-            hypothesis.settings.load_profile(profile)
             configuration.set_hypothesis_home_dir(directory)
 
 
