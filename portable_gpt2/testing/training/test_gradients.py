@@ -299,7 +299,8 @@ def test_the_rules_take_ids_of_any_integer_dtype(backend):
     expected = found("int32")
     for dtype in strategies.integer_dtypes(backend):
         for x, y in zip(found(dtype), expected, strict=True):
-            np.testing.assert_array_equal(x, y, err_msg=dtype)
+            # A kernel may not take a dtype, and the definition then gives other last bits.
+            assert_agrees(x, y.astype(np.float64), "float32")
 
 
 @pytest.mark.about("index_add")
