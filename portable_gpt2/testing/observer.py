@@ -83,7 +83,7 @@ class Observer:
             self._results.append(Result(_name(item), _params(item), _members(item), not report.failed))
         if report.failed:
             self._failures.append(self._failure(item, call.excinfo and call.excinfo.value, report))
-        elif call.when == "call" and "backend" in item.funcargs:
+        if call.when == "call" and "backend" in item.funcargs:
             self.devices[_device(item.funcargs["backend"])] = None
         return report
 
