@@ -259,8 +259,9 @@ class GPT2:
         ValueError
             If the suffix of the file, what or dtype is not known, or a weight is outside the range of the dtype.
         """
-        tensors = {path: stored(x) for path, x in flatten(self.params)}
-        export(path, self.config, tensors, what=what, dtype=dtype, external_data=external_data, force=force)
+        file = checks.path("path", path)
+        tensors = {name: stored(x) for name, x in flatten(self.params)}
+        export(file, self.config, tensors, what=what, dtype=dtype, external_data=external_data, force=force)
 
     def logits(self, token_ids: Any) -> Any:
         """Return the logits of the token that follows each token.

@@ -28,6 +28,8 @@ PUBLIC |= {"draw_grid": plot.draw_grid}
 RECORDS = {"Completion", "Score", "Backend", "training.Run", "training.State", "training.Report", "Tokenizer"}
 OTHERS = {
     "allow_special": "True or names: tests/test_tokenizer.py",
+    "GPT2.export.external_data": "tests/test_export.py",
+    "GPT2.export.force": "tests/test_export.py",
     "GPT2.save.force": "tests/test_checkpoint.py",
     "GPT2.trace.text": "ids: tests/test_gpt2.py",
     "training.write_tokens.n_vocab": "tests/test_training_data.py",
