@@ -289,6 +289,9 @@ class TensorflowBackend(Backend):
     def device(self, x: Any) -> str:
         return _device_name(x.device)
 
+    def placement(self, x: Any) -> Any:
+        return x.device or None  # a tracer has no device; arrays that a traced function creates are where it runs
+
     def while_loop(self, condition: Callable[[Any], Any], body: Callable[[Any], Any], state: Any) -> Any:
         # Python's loop would be unrolled in the graph, which takes longer to trace with each iteration. A variable is
         # not passed through the loop, which would copy it: the body writes to the variable itself.

@@ -198,7 +198,10 @@ class Backend:
         return next(name for name, device in devices.items() if len(devices) == 1 or device == x.device)
 
     def placement(self, x: Any) -> Any:
-        """Return the framework's device object of x. If x is sharded, return a sharding that replicates an array."""
+        """Return the framework's device object of x. If x is sharded, return a sharding that replicates an array.
+
+        `from_numpy` takes the result as a device, even if x is traced; then it may be None.
+        """
         device, *others = self.devices().values()
         return x.device if others else device
 
