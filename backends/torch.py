@@ -658,6 +658,9 @@ class TorchBackend(Backend):
     def device(self, x: Any) -> str:
         return str(x.device)
 
+    def placement(self, x: Any) -> Any:
+        return x.device  # even without an accelerator, x may be on ``meta``
+
     def put(self, a: np.ndarray, device: Any) -> Any:
         a = np.asarray(a)
         if not a.flags.writeable or any(stride < 0 for stride in a.strides):  # torch.from_numpy accepts neither
