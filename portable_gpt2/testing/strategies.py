@@ -17,7 +17,8 @@ _SHAPES = [(), (1,), (5,), (0,), (3, 4), (1, 17), (4, 0), (2, 3, 2), (2, 1, 0, 3
 
 
 def _is_thorough() -> bool:
-    return hypothesis.settings.get_current_profile_name().endswith("thorough")
+    profile: str = hypothesis.settings.get_current_profile_name()
+    return profile.endswith("thorough")
 
 
 def fewer(test: Any) -> Any:
