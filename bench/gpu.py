@@ -171,9 +171,9 @@ def run(plan: list[Job], table: Table, deadline: float, reserved: float) -> None
                 continue
             until = time.monotonic() + left
 
-            def ask(function: str, until: float = until, name: str = job.worker, **arguments: Any) -> Any:
-                worker = workers[name] if name in workers else workers.setdefault(name, Worker())
-                return worker.ask(function, limit=max(0.1, until - time.monotonic()), **arguments)
+            def ask(function: str, _until: float = until, _name: str = job.worker, **arguments: Any) -> Any:
+                worker = workers[_name] if _name in workers else workers.setdefault(_name, Worker())
+                return worker.ask(function, limit=max(0.1, _until - time.monotonic()), **arguments)
 
             try:
                 measured = job.measure(ask, table.values())
