@@ -32,8 +32,8 @@ def tracing() -> Iterator[None]:
 def constant(value: Any, dtype: Any = "int64") -> Any:
     """Return a number, or a tuple of numbers, as a value in a graph.
 
-    `const` of ONNX's operators would run ONNX Runtime to find the value of each constant. This took half of the time
-    of a trace.
+    `const` of ONNX's operators would run ONNX Runtime to find the value of each constant, which took half of the time
+    that tracing took.
     """
     return initializer(value, dtype)
 

@@ -135,7 +135,7 @@ class Backend:
     - It takes arrays of any memory layout, with zero or more leading axes and with axes of length 0.
     - Its error is within the bound of the op. A 16-bit result is computed in float32 at least and rounded once; only
       attention may round its weights as well.
-    - ``conv1d`` returns the same bits if w has the shape [1, nx, nf] in place of [nx, nf], or if all leading axes of x
+    - ``conv1d`` returns the same bits if w has the shape [1, nx, nf] instead of [nx, nf], or if all leading axes of x
       are reshaped into one.
     - ``softmax`` makes a row that has NaN or +inf, or only -inf, NaN as a whole, and no other row.
     - ``attention`` gives a hidden key the weight 0. If none of the visible keys of a query has a score above -inf, the

@@ -426,7 +426,7 @@ def state():
 
 
 def test_checking_leaves_the_process_as_it_was(tmp_path, monkeypatch):
-    """Catches a configuration of the caller that is read, and a setting, a module or a file that is left behind."""
+    """Catches a configuration of the caller that is read, and a setting, a module or a file that stays afterwards."""
     pg.softmax(np.ones(3))  # NumPy's array types are known
     (tmp_path / "conftest.py").write_text("raise RuntimeError('this file is not for the kit')")
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option")

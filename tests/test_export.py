@@ -294,7 +294,7 @@ def test_an_old_graph_is_never_next_to_new_weights(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_arguments_are_explained(name, options, message, tmp_path):
-    """Catches an error from the inside of a framework, and a file that is left behind."""
+    """Catches an error from the inside of a framework, and a file that remains after it."""
     with pytest.raises(ValueError, match=message):
         numpy_model().export(tmp_path / name, **options)
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,4 @@
-"""The model: what it reads and refuses, its parameters, and the frameworks' own transformations of it.
+"""The model: its valid and invalid arguments, its parameters, and how frameworks transform it.
 
 `portable_gpt2.testing.model` tests its results, with the same yardstick: a backend's largest error is at most 4 times
 that of the plain formula in float32.

@@ -172,7 +172,7 @@ class Evidence:
 
     @property
     def is_beyond_float32(self) -> bool:
-        """Whether the element is 0 or infinite, as it would be in float32, where the exact value is not."""
+        """Whether float64 lost an element that float32 cannot hold: it became 0 or infinite, and is neither."""
         found = self.facts
         if found is None or not found.exact or found.computed is None:
             return False

@@ -22,7 +22,7 @@ def array(backend, *numbers, dtype=np.float32):
 
 
 def values(backend, tree):
-    """Return a tree with lists of numbers in place of its arrays; an int stays an int."""
+    """Return a tree with each array replaced by a list of numbers; an int stays an int."""
     if isinstance(tree, dict):
         return {name: values(backend, x) for name, x in sorted(tree.items())}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):

@@ -68,7 +68,7 @@ def test_logits_follow_the_configuration(backend, case, monkeypatch):
     assert_near(logits, truth, yardstick(error, "float32"), "gpt2", backend, "float32")
 
 
-def test_no_token_sees_those_behind_it(backend):
+def test_no_token_sees_later_tokens(backend):
     """Catches a mask that lets the future through: the logits before a token that changes stay the same to the bit,
     those from it on do not.
     """

@@ -45,7 +45,7 @@ TOKENS = np.random.default_rng(0).integers(0, 23, (3, 10)).astype(np.int32)
 MASK = np.tril(np.ones((3, 4), np.bool_), 1)
 
 
-def beside(x, a):
+def on_device_of(x, a):
     """Return a NumPy array as an array of the backend of x, on the device of x."""
     backend = pg.backend_of(x)
     return backend.from_numpy(a, device=backend.placement(x))
@@ -120,8 +120,8 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
     "attention with a mask and a scale": (
         lambda q, k, v: plain_attention(q, k, v, MASK, 0.7),
         [normal(2, 3, 5), normal(2, 4, 5), normal(2, 4, 6)],
-        lambda q, k, v: pg.attention(q, k, v, beside(q, MASK), scale=0.7),
-        lambda q, k, v, dy: gradients.attention(q, k, v, beside(q, MASK), scale=0.7)[1](dy),
+        lambda q, k, v: pg.attention(q, k, v, on_device_of(q, MASK), scale=0.7),
+        lambda q, k, v, dy: gradients.attention(q, k, v, on_device_of(q, MASK), scale=0.7)[1](dy),
     ),
     **{
         f"causal attention of {m} queries to {n} keys": (
@@ -135,8 +135,8 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
     "embed": (
         lambda w: w[IDS],
         [normal(6, 5)],
-        lambda w: pg.embed(beside(w, IDS), w),
-        lambda w, dy: gradients.embed(beside(w, IDS), w)[1](dy),
+        lambda w: pg.embed(on_device_of(w, IDS), w),
+        lambda w, dy: gradients.embed(on_device_of(w, IDS), w)[1](dy),
     ),
     "unembed": (
         lambda x, w: x @ w.T,
@@ -147,8 +147,8 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
     "cross_entropy": (
         lambda logits: plain_cross_entropy(logits, IDS),
         [3 * normal(2, 3, 6)],
-        lambda logits: pg.cross_entropy(logits, beside(logits, IDS)),
-        lambda logits, dy: gradients.cross_entropy(logits, beside(logits, IDS))[1](dy),
+        lambda logits: pg.cross_entropy(logits, on_device_of(logits, IDS)),
+        lambda logits, dy: gradients.cross_entropy(logits, on_device_of(logits, IDS))[1](dy),
     ),
 }
 
