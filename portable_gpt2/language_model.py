@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import os
 import sys
@@ -21,7 +22,7 @@ from .generation.completion import Completion, Request, batched, complete
 from .generation.decoder import Decoder, Generation, padded_length
 from .generation.detokenizer import StreamingDetokenizer
 from .generation.stop_strings import StopStrings
-from .model import gpt2
+from .model import gpt2, observed_names
 from .params import Params, check_device, check_memory, check_params, flatten, nest, shapes
 from .registry import backend_of, get_backend
 from .sampling import Sampling, SamplingOptions
@@ -117,13 +118,7 @@ class GPT2:
         self._device = self.backend.resolve_device(self.backend.placement(params["wte"]))
         self._decoder = Decoder(self.backend, self.params, config, self._device)
         self._logits = self.backend.compile(lambda params, tokens: gpt2(params, tokens, config)[0], self.params)
-
-        def observed(params: Params, tokens: Any) -> dict[str, Any]:
-            found: dict[str, Any] = {}
-            gpt2(params, tokens, config, observe=found.__setitem__)
-            return found
-
-        self._observed = self.backend.compile(observed, self.params)
+        self._traced: dict[tuple[str, ...], Callable[..., dict[str, Any]]] = {}  # by the names that are kept
 
     def __repr__(self) -> str:
         c = self.config
@@ -550,13 +545,18 @@ class GPT2:
         found = log_probs(logits_of, start + tokens, n_ctx, stride)[len(start) :]
         return Score(tokens, found, sum(n for n, p in zip(lengths, found, strict=True) if not np.isnan(p)))
 
-    def trace(self, text: str | Sequence[int], *, allow_special: AllowSpecial = False) -> dict[str, Any]:
-        """Return the intermediate results of the model for one text, by scope path.
+    def trace(
+        self, text: str | Sequence[int], *, names: Iterable[str] = ("*",), allow_special: AllowSpecial = False
+    ) -> dict[str, Any]:
+        """Return the results of the ops of the model for one text, by scope path.
 
         Parameters
         ----------
         text : str or ints
             A text, or token ids [seq].
+        names : strs
+            The names of the results, which may be patterns such as ``*/attn/weights`` (see `fnmatch`). Only these
+            results are kept in memory.
         allow_special : bool or collection of str
             See `GenerationOptions`.
 
@@ -566,9 +566,13 @@ class GPT2:
             Arrays of the model's backend, on its device, in the order of computation. The shape is [1, seq, n_embd]
             unless another is given:
 
-            - ``embedding``;
-            - for each layer ``h3/attn/weights`` [1, n_head, seq, seq], the weight of each key (column) for each query
-              (row), and ``h3/residual``, the output of the layer;
+            - ``embedding``, the sum of the rows of wte and wpe;
+            - for each layer: ``h3/ln_1``; ``h3/attn/c_attn`` [1, seq, 3 n_embd]; ``h3/attn/q``, ``h3/attn/k`` and
+              ``h3/attn/v`` [1, n_head, seq, d]; ``h3/attn/scores`` and ``h3/attn/weights`` [1, n_head, seq, seq], the
+              score and the weight of each key (column) for each query (row); ``h3/attn/attention`` [1, n_head, seq, d],
+              the averages of the values; ``h3/attn/c_proj``; ``h3/attn/residual``, the sum of the input of the layer
+              and ``h3/attn/c_proj``; ``h3/ln_2``; ``h3/mlp/c_fc`` and ``h3/mlp/gelu`` [1, seq, n_inner];
+              ``h3/mlp/c_proj``; ``h3/residual``, the output of the layer;
             - ``ln_f``;
             - ``logits`` [1, seq, n_vocab].
 
@@ -576,20 +580,41 @@ class GPT2:
         ------
         TypeError, ValueError
             As for `logits`.
+        ValueError
+            If a pattern matches no name. The message lists the names.
 
         Examples
         --------
         >>> import portable_gpt2 as pg
         >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=8, eos_token_id=None)
         >>> model = pg.GPT2(config, pg.init_params(config, backend="numpy"))
-        >>> {name: x.shape for name, x in model.trace([1, 2, 3]).items()}["h0/attn/weights"]
-        (1, 2, 3, 3)
+        >>> {name: x.shape for name, x in model.trace([1, 2, 3], names=["*/weights"]).items()}
+        {'h0/attn/weights': (1, 2, 3, 3)}
         """
         ids = self._encode(text, allow_special) if isinstance(text, str) else text
         tokens = checks.token_ids("token ids", ids, self.config.n_vocab)[None]
         checks.positions(tokens.shape[1], self.config.n_ctx)
-        found: dict[str, Any] = self._observed(self.backend.from_numpy(tokens, device=self._device))
-        return found
+        kept = self._names(names)
+        if kept not in self._traced:
+
+            def traced(params: Params, tokens: Any) -> dict[str, Any]:
+                found: dict[str, Any] = {}
+                gpt2(params, tokens, self.config, observe=found.__setitem__)
+                return {name: found[name] for name in kept}
+
+            self._traced[kept] = self.backend.compile(traced, self.params)
+        found = self._traced[kept](self.backend.from_numpy(tokens, device=self._device))
+        return {name: found[name] for name in kept}  # a compiled function may sort the names
+
+    def _names(self, patterns: Iterable[str]) -> tuple[str, ...]:
+        """Return the names of the results that match any of the patterns, in the order of computation."""
+        patterns = checks.several("names", patterns, "names or patterns")
+        known = observed_names(self.config)
+        for pattern in patterns:
+            if not fnmatch.filter(known, pattern):
+                listed = ", ".join(name for name in known if "/" not in name or name.startswith("h0/"))
+                raise ValueError(f"no result is called {checks.shown(pattern)}; the names are {listed}, and so on")
+        return tuple(name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

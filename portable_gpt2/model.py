@@ -1,8 +1,8 @@
 """GPT-2 as pure functions of parameters and arrays, in order of dependency.
 
 Parameters are a nested dict, and each function takes its own sub-tree: ``mlp(x, **params["h0"]["mlp"])``. Attention
-reads and extends a `KVCache`. A function that takes `observe` calls it with the name and the value of intermediate
-arrays, such as ``observe("h3/attn/weights", weights)``.
+reads and extends a `KVCache`. A function that takes `observe` passes the result of each op through it, such as
+``observe("ln_1", x)``, which returns x.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from . import checks
 from .cache import KVCache, LayerCache, check_cache, open_layers
 from .config import GPT2Config
-from .ops import attention, attention_weights, conv1d, cross_entropy, embed, gelu, is_empty, layer_norm, unembed
+from .ops import (
+    attention,
+    attention_scores,
+    attention_weights,
+    conv1d,
+    cross_entropy,
+    embed,
+    gelu,
+    is_empty,
+    layer_norm,
+    unembed,
+)
 from .params import Params, check_config, check_params, place
 from .registry import backend_of
 
@@ -23,16 +34,46 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # as in ops.py
 
     Array = Any
 
-Observe = Callable[[str, Any], None]
+Observe = Callable[[str, Any], Any]
 
 
-def ignore(name: str, x: Any) -> None:
-    """Observe nothing: the default of `observe`."""
+def ignore(name: str, x: Any) -> Any:
+    """Observe nothing, and return x: the default of `observe`."""
+    return x
 
 
-def scoped(observe: Observe, scope: str) -> Observe:
-    """Return an observer that puts a scope in front of each name."""
-    return ignore if observe is ignore else lambda name, x: observe(f"{scope}/{name}", x)
+def scoped(observe: Observe, scope: str = "") -> Observe:
+    """Return an observer that puts a scope in front of each name, and returns the array that it was given."""
+    if observe is ignore:
+        return ignore
+
+    def observed(name: str, x: Any) -> Any:
+        observe(f"{scope}{name}", x)
+        return x
+
+    return observed
+
+
+_IN_A_LAYER = (
+    "ln_1",
+    *(f"attn/{name}" for name in ("c_attn", "q", "k", "v", "scores", "weights", "attention", "c_proj", "residual")),
+    "ln_2",
+    *(f"mlp/{name}" for name in ("c_fc", "gelu", "c_proj")),
+    "residual",
+)
+
+
+def observed_names(config: GPT2Config) -> list[str]:
+    """Return the names of all results that `gpt2` observes, in the order of computation.
+
+    Examples
+    --------
+    >>> config = GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
+    >>> observed_names(config)[:4]
+    ['embedding', 'h0/ln_1', 'h0/attn/c_attn', 'h0/attn/q']
+    """
+    layers = [f"h{i}/{name}" for i in range(config.n_layer) for name in _IN_A_LAYER]
+    return ["embedding", *layers, "ln_f", "logits"]
 
 
 def split_heads(x: Float[Array, "batch seq n"], n_head: int) -> Float[Array, "batch heads seq d"]:
@@ -60,19 +101,25 @@ def attn(
     observe: Observe = ignore,
 ) -> tuple[Float[Array, "batch seq n"], LayerCache]:
     """Causal multi-head self-attention over cached and new keys."""
+    c = observe("c_attn", conv1d(x, **c_attn))
     # Split q, k and v before reshaping into heads, because a sharded axis could not be split afterwards.
-    q, k, v = (split_heads(c, n_head) for c in backend_of(x).split(conv1d(x, **c_attn), 3))
+    q, k, v = (split_heads(part, n_head) for part in backend_of(c).split(c, 3))
     k, v, layer = layer.update(k, v)
-    # Kernels do not return the weights, and observing must not change a result, so the weights are computed separately.
+    q, k, v = observe("q", q), observe("k", k), observe("v", v)
+    # Kernels return neither scores nor weights. Observing must not change a result, so they are computed separately.
     if observe is not ignore:
-        observe("attn/weights", attention_weights(q, k, mask=layer.mask, causal=layer.causal, scale=scale))
-    a = attention(q, k, v, mask=layer.mask, causal=layer.causal, scale=scale)
-    return conv1d(merge_heads(a), **c_proj), layer
+        observe("scores", attention_scores(q, k, mask=layer.mask, causal=layer.causal, scale=scale))
+        observe("weights", attention_weights(q, k, mask=layer.mask, causal=layer.causal, scale=scale))
+    a = observe("attention", attention(q, k, v, mask=layer.mask, causal=layer.causal, scale=scale))
+    return observe("c_proj", conv1d(merge_heads(a), **c_proj)), layer
 
 
-def mlp(x: Float[Array, "batch seq n"], c_fc: Params, c_proj: Params) -> Float[Array, "batch seq n"]:
+def mlp(
+    x: Float[Array, "batch seq n"], c_fc: Params, c_proj: Params, *, observe: Observe = ignore
+) -> Float[Array, "batch seq n"]:
     """Feed-forward network: expand to n_hidden, GELU, project back."""
-    return conv1d(gelu(conv1d(x, **c_fc)), **c_proj)
+    h = observe("gelu", gelu(observe("c_fc", conv1d(x, **c_fc))))
+    return observe("c_proj", conv1d(h, **c_proj))
 
 
 def block(
@@ -86,10 +133,13 @@ def block(
     observe: Observe = ignore,
 ) -> tuple[Float[Array, "batch seq n"], LayerCache]:
     """Pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
-    h = layer_norm(x, **params["ln_1"], eps=eps)
-    a, layer = attn(h, **params["attn"], n_head=n_head, scale=scale, layer=layer, observe=observe)
-    x = x + a
-    return x + mlp(layer_norm(x, **params["ln_2"], eps=eps), **params["mlp"]), layer
+    h = observe("ln_1", layer_norm(x, **params["ln_1"], eps=eps))
+    a, layer = attn(
+        h, **params["attn"], n_head=n_head, scale=scale, layer=layer, observe=scoped(observe, "attn/")
+    )
+    x = observe("attn/residual", x + a)
+    h = observe("ln_2", layer_norm(x, **params["ln_2"], eps=eps))
+    return observe("residual", x + mlp(h, **params["mlp"], observe=scoped(observe, "mlp/"))), layer
 
 
 def transformer(
@@ -103,7 +153,7 @@ def transformer(
     check_inputs(params, tokens, config)
     cache = None if cache is None else check_cache(cache, tokens, params, config)
     try:
-        return _transformer(params, tokens, config, cache, observe)
+        return _transformer(params, tokens, config, cache, scoped(observe))
     except Exception:  # raise a clearer error if the parameters are wrong, or devices differ
         check_params(params, config)
         check_places(params=params["wte"], tokens=tokens, cache=None if cache is None else cache.k[0])
@@ -115,8 +165,7 @@ def _transformer(
 ) -> tuple[Any, KVCache | None]:
     eps = config.layer_norm_epsilon
     positions, layers = open_layers(tokens, config.n_layer, cache)
-    x = embed(tokens, params["wte"]) + embed(positions, params["wpe"])
-    observe("embedding", x)
+    x = observe("embedding", embed(tokens, params["wte"]) + embed(positions, params["wpe"]))
     for i in range(config.n_layer):
         x, layers[i] = block(
             x,
@@ -125,11 +174,9 @@ def _transformer(
             scale=config.attention_scale(i),
             eps=eps,
             layer=layers[i],
-            observe=scoped(observe, f"h{i}"),
+            observe=scoped(observe, f"h{i}/"),
         )
-        observe(f"h{i}/residual", x)
-    x = layer_norm(x, **params["ln_f"], eps=eps)
-    observe("ln_f", x)
+    x = observe("ln_f", layer_norm(x, **params["ln_f"], eps=eps))
     return x, None if cache is None else cache.extended(layers, backend_of(tokens).shape(tokens)[1])
 
 
@@ -161,9 +208,8 @@ def gpt2(
     cache : KVCache, optional
         An empty cache from `new_cache`, or the cache that was returned for the preceding tokens of the same texts.
     observe : callable, optional
-        Called as ``observe(name, array)`` with the intermediate arrays: ``embedding``, [batch, seq, n_embd]; for each
-        layer ``h3/attn/weights``, [batch, n_head, seq, keys], and ``h3/residual``, the residual stream after the
-        layer, [batch, seq, n_embd]; ``ln_f``; ``logits``. In a compiled function the arrays are tracers.
+        Called as ``observe(name, array)`` with the result of each op, in the order of computation; `GPT2.trace` lists
+        the names. In a compiled function the arrays are tracers.
 
     Returns
     -------

@@ -24,6 +24,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # importing jaxtyping takes lon
 
 __all__ = [
     "attention",
+    "attention_scores",
     "attention_weights",
     "conv1d",
     "cross_entropy",
@@ -239,6 +240,63 @@ def causal_mask(queries: Any, keys: Any, like: Any) -> Any:
 
 
 @op
+def attention_scores(
+    q: Float[Array, "*batch queries d"],
+    k: Float[Array, "*batch keys d"],
+    mask: Bool[Array, "*#batch queries keys"] | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Array, "*batch queries keys"]:
+    """Return the scaled dot products of queries and keys. The score of a key that a query does not see is -inf.
+
+    Parameters
+    ----------
+    q, k, mask, causal, scale
+        As for `attention`.
+
+    Returns
+    -------
+    float array [*batch, queries, keys]
+
+    Raises
+    ------
+    ValueError
+        If there are queries and no keys, causal is true and there are fewer keys than queries, or scale is not finite.
+
+    Notes
+    -----
+    OpenAI's code adds -1e10 to a hidden score instead. This would overflow in float16, and would not hide a key if a
+    visible score is -inf.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> q = np.ones((2, 4))
+    >>> pg.attention_scores(q, q, causal=True)
+    array([[  2., -inf],
+           [  2.,   2.]])
+    """
+    backend = backend_of(q)
+    xp = backend.xp
+    *_, queries, d = backend.shape(q)
+    if _is_zero(backend.shape(k)[-2]) and not _is_zero(queries):
+        raise ValueError("attention: there are no keys; every query must see at least one")
+    if scale is None:
+        scale = (max(d, 1) if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
+    elif not math.isfinite(scale):
+        raise ValueError(f"attention: scale is {scale}; expected a finite number")
+    scores = xp.matmul(q, xp.matrix_transpose(k)) * scale
+    if causal:
+        earlier = causal_mask(queries, backend.shape(k)[-2], like=q)
+        mask = earlier if mask is None else mask & earlier
+    if mask is not None:
+        scores = xp.where(mask, scores, -math.inf)
+    return scores
+
+
+@op
 def attention_weights(
     q: Float[Array, "*batch queries d"],
     k: Float[Array, "*batch keys d"],
@@ -265,11 +323,6 @@ def attention_weights(
     ValueError
         If there are queries and no keys, causal is true and there are fewer keys than queries, or scale is not finite.
 
-    Notes
-    -----
-    Hidden scores are replaced by -inf. OpenAI's code adds -1e10 to them instead. This would overflow in float16, and
-    would not hide a key if a visible score is -inf.
-
     Examples
     --------
     >>> import numpy as np
@@ -279,22 +332,7 @@ def attention_weights(
     array([[1. , 0. ],
            [0.5, 0.5]])
     """
-    backend = backend_of(q)
-    xp = backend.xp
-    *_, queries, d = backend.shape(q)
-    if _is_zero(backend.shape(k)[-2]) and not _is_zero(queries):
-        raise ValueError("attention: there are no keys; every query must see at least one")
-    if scale is None:
-        scale = (max(d, 1) if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"attention: scale is {scale}; expected a finite number")
-    scores = xp.matmul(q, xp.matrix_transpose(k)) * scale
-    if causal:
-        earlier = causal_mask(queries, backend.shape(k)[-2], like=q)
-        mask = earlier if mask is None else mask & earlier
-    if mask is not None:
-        scores = xp.where(mask, scores, -math.inf)
-    return softmax(scores)
+    return softmax(attention_scores(q, k, mask=mask, causal=causal, scale=scale))
 
 
 @op

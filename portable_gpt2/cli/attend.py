@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     layers = _indices("layer", arguments.layer, model.config.n_layer)
     heads = _indices("head", arguments.head, model.config.n_head)
     special = allow_special(arguments)
-    traced = model.trace(arguments.text, allow_special=special)
+    traced = model.trace(arguments.text, names=["*/attn/weights"], allow_special=special)
     maps = {f"layer {i}, head {j}": to_numpy(traced[f"h{i}/attn/weights"])[0, j] for i in layers for j in heads}
     if len(maps) == 1:
         assert model.tokenizer is not None  # if the model has no tokenizer, `trace` has refused the text

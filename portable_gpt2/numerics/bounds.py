@@ -37,6 +37,7 @@ __all__ = [
     "Bounded",
     "Format",
     "attention",
+    "attention_scores",
     "computed_in",
     "cross_entropy",
     "distance",
@@ -160,16 +161,16 @@ def exact(a: np.ndarray) -> np.ndarray:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return |a - b| as float64, where b is a result of `exact`. It is inf where a is not finite.
+    """Return |a - b| as float64, where b is a result of `exact`. It is 0 for equal infinities, and inf where a is NaN.
 
     Examples
     --------
-    >>> distance(np.asarray([1, np.nan], np.float32), np.asarray([0.75, 1.0]))
-    array([0.25,  inf])
+    >>> distance(np.asarray([1, np.nan, -np.inf], np.float32), np.asarray([0.75, 1.0, -np.inf]))
+    array([0.25,  inf, 0.  ])
     """
     with np.errstate(invalid="ignore"):
         a = exact(a)
-        found: np.ndarray = np.nan_to_num(_float(abs(a - b)), nan=np.inf)
+        found: np.ndarray = np.where(a == b, 0.0, np.nan_to_num(_float(abs(a - b)), nan=np.inf))
         return found
 
 
@@ -570,6 +571,67 @@ def layer_norm(
     return _stored(y, error, dtype)
 
 
+def attention_scores(
+    q: np.ndarray,
+    k: np.ndarray,
+    mask: np.ndarray | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Bounded:
+    """Bound S = scale q k^T. A hidden score is -inf exactly.
+
+    A score is a sum of d products, as in `linear` without a bias, times a rounded scale. The scale adds two roundings,
+    or four if q and k are each multiplied by a rounded square root of it. So with A = |scale| |q| |k|^T, the error of a
+    score is at most gamma(d + 4) A + s (|scale| (sum |q| + sum |k| + d) + 3). There is a bound only if max(1, |scale|)
+    |q| |k|^T is below a quarter of the largest number.
+
+    Parameters
+    ----------
+    q, k, mask, causal, scale
+        As for `attention`.
+
+    Returns
+    -------
+    Bounded
+        The shape is [*batch, queries, keys].
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> q, k = (np.random.default_rng(i).normal(0, 1, (2, 4)).astype(np.float32) for i in range(2))
+    >>> attention_scores(q, k, causal=True).ratio(pg.attention_scores(q, k, causal=True)) < 1
+    True
+    """
+    dtype = q.dtype.name
+    largest = FORMATS[computed_in(dtype)].largest
+    scores, seen, products, f, scale = _scores(q, k, mask, causal, scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.where(max(1, abs(scale)) * products <= largest / 4, f, np.inf)
+    stored = _stored(scores, error, dtype)
+    return Bounded(np.where(seen, stored.value, -np.inf), np.where(seen, stored.error, 0))
+
+
+def _scores(
+    q: np.ndarray, k: np.ndarray, mask: np.ndarray | None, causal: bool, scale: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
+    """Return the exact scores, which of them are seen, |q| |k|^T, the error of a score, and the scale."""
+    u, s, _ = FORMATS[computed_in(q.dtype.name)]
+    d, n = q.shape[-1], k.shape[-2]
+    scale = max(d, 1) ** -0.5 if scale is None else scale
+    a, b = exact(q), exact(k)
+    scores = np.matmul(a, np.swapaxes(b, -1, -2)) * (_mp().mpf(scale) if a.dtype == object else scale)
+    seen = np.broadcast_to(True if mask is None else mask, scores.shape)
+    if causal:
+        seen = seen & np.tri(q.shape[-2], n, n - q.shape[-2], dtype=np.bool_)
+    with np.errstate(over="ignore", invalid="ignore"):
+        size_q, size_k = _float(abs(a)), _float(abs(b))
+        products = size_q @ np.swapaxes(size_k, -1, -2)
+        sums = size_q.sum(axis=-1)[..., :, None] + size_k.sum(axis=-1)[..., None, :]
+        f = gamma(d + 4, u) * abs(scale) * products + s * (abs(scale) * (sums + d) + 3)
+    return scores, seen, products, f, scale
+
+
 def attention(
     q: np.ndarray,
     k: np.ndarray,
@@ -583,9 +645,7 @@ def attention(
 ) -> Bounded:
     """Bound y = w v, w = softmax(S) over the n keys, S = scale q k^T.
 
-    - A score is a sum of d products, as in `linear` without a bias, times a rounded scale. The scale adds two
-      roundings, or four if q and k are each multiplied by a rounded square root of it. With A = |scale| |q| |k|^T, the
-      error of a score is at most f = gamma(d + 4) A + s (|scale| (sum |q| + sum |k| + d) + 3).
+    - The error of a score is at most f, the bound of `attention_scores`.
     - If the scores change by at most f_j, then the weight w_j = exp(S_j) / sum_k exp(S_k) changes by a factor of at
       most exp(f_j + L), with L = log(sum_k w_k exp(f_k)).
     - The softmax of the changed scores has the relative error t of `softmax`. The distance of S_j to the maximum is at
@@ -636,13 +696,8 @@ def attention(
     dtype = q.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
     c0, c1 = numerics.exp
-    d, n = q.shape[-1], k.shape[-2]
-    scale = d**-0.5 if scale is None else scale
-    a, b, values = exact(q), exact(k), exact(v)
-    scores = np.matmul(a, np.swapaxes(b, -1, -2)) * (_mp().mpf(scale) if a.dtype == object else scale)
-    seen = np.broadcast_to(True if mask is None else mask, scores.shape)
-    if causal:
-        seen = seen & np.tri(q.shape[-2], n, n - q.shape[-2], dtype=np.bool_)
+    n, values = k.shape[-2], exact(v)
+    scores, seen, products, f, scale = _scores(q, k, mask, causal, scale)
     if not scores.size or not v.size:
         y = np.matmul(scores, values)
         return _stored(y, np.zeros(y.shape), dtype)
@@ -652,10 +707,7 @@ def attention(
     weights = e / e.sum(axis=-1, keepdims=True)
     y = np.matmul(weights, values)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        size_q, size_k, size_v = _float(abs(a)), _float(abs(b)), _float(abs(values))
-        products = size_q @ np.swapaxes(size_k, -1, -2)
-        sums = size_q.sum(axis=-1)[..., :, None] + size_k.sum(axis=-1)[..., None, :]
-        f = gamma(d + 4, u) * abs(scale) * products + s * (abs(scale) * (sums + d) + 3)
+        size_v = _float(abs(values))
         f = np.where(seen, f, 0)
         w, distances = _float(weights), np.where(seen, _float(distances), 0)
         log_w = np.where(seen, -distances - np.log(_float(e).sum(axis=-1, keepdims=True)), -np.inf)

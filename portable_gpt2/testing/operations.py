@@ -198,6 +198,11 @@ OPERATIONS = {
         bounds.layer_norm,
     ),
     "attention": Operation(pg.attention, lambda dtype, ids: attended(dtype), bounds.attention, needs_numerics=True),
+    "attention_scores": Operation(
+        pg.attention_scores,
+        lambda dtype, ids: attended(dtype).map(lambda a: ((*a[0][:2], a[0][3]), a[1])),
+        bounds.attention_scores,
+    ),
     "attention_weights": Operation(
         pg.attention_weights,
         lambda dtype, ids: attended(dtype).map(lambda a: ((*a[0][:2], a[0][3]), a[1])),

@@ -20,41 +20,44 @@ def plain_gpt2(flat, tokens, config, observe=lambda name, x: None):
     `observe` is called with the name and the value of each intermediate array that `GPT2.trace` returns.
     """
 
+    def seen(name, x):
+        observe(name, x)
+        return x
+
     def norm(x, scope):
         d = x - x.mean(-1, keepdims=True)
         variance = (d * d).mean(-1, keepdims=True)
-        return flat[f"{scope}/g"] * d / np.sqrt(variance + config.layer_norm_epsilon) + flat[f"{scope}/b"]
+        return seen(scope, flat[f"{scope}/g"] * d / np.sqrt(variance + config.layer_norm_epsilon) + flat[f"{scope}/b"])
 
     def linear(x, scope):
-        return x @ flat[f"{scope}/w"] + flat[f"{scope}/b"]
+        return seen(scope, x @ flat[f"{scope}/w"] + flat[f"{scope}/b"])
 
     seq, width = tokens.shape[1], config.n_embd // config.n_head
-    seen = np.tril(np.ones((seq, seq), bool))
-    x = flat["wte"][tokens] + flat["wpe"][:seq]
-    observe("embedding", x)
+    visible = np.tril(np.ones((seq, seq), bool))
+    x = seen("embedding", flat["wte"][tokens] + flat["wpe"][:seq])
     for i in range(config.n_layer):
-        q, k, v = np.split(linear(norm(x, f"h{i}/ln_1"), f"h{i}/attn/c_attn"), 3, axis=-1)
+        qkv = np.split(linear(norm(x, f"h{i}/ln_1"), f"h{i}/attn/c_attn"), 3, axis=-1)
+        q, k, v = (np.stack(np.split(part, config.n_head, axis=-1), axis=1) for part in qkv)
+        for name, part in zip("qkv", (q, k, v), strict=True):
+            seen(f"h{i}/attn/{name}", part)
         divisor = (math.sqrt(width) if config.scale_attn_weights else 1) * (
             i + 1 if config.scale_attn_by_inverse_layer_idx else 1
         )
-        heads, weights = [], []
-        for columns in (slice(h * width, (h + 1) * width) for h in range(config.n_head)):
-            scores = q[..., columns] @ np.swapaxes(k[..., columns], -1, -2) / divisor
-            top = np.where(seen, scores.real, -np.inf).max(-1, keepdims=True)
-            e = np.where(seen, np.exp(np.where(seen, scores - top, 0)), 0)
+        heads, scores, weights = [], [], []
+        for head in range(config.n_head):
+            scores.append(q[:, head] @ np.swapaxes(k[:, head], -1, -2) / divisor)
+            top = np.where(visible, scores[-1].real, -np.inf).max(-1, keepdims=True)
+            e = np.where(visible, np.exp(np.where(visible, scores[-1] - top, 0)), 0)
             weights.append(e / e.sum(-1, keepdims=True))
-            heads.append(weights[-1] @ v[..., columns])
-        observe(f"h{i}/attn/weights", np.stack(weights, axis=1))
-        x = x + linear(np.concatenate(heads, -1), f"h{i}/attn/c_proj")
+            heads.append(weights[-1] @ v[:, head])
+        seen(f"h{i}/attn/scores", np.where(visible, np.stack(scores, axis=1), -np.inf))
+        seen(f"h{i}/attn/weights", np.stack(weights, axis=1))
+        seen(f"h{i}/attn/attention", np.stack(heads, axis=1))
+        x = seen(f"h{i}/attn/residual", x + linear(np.concatenate(heads, -1), f"h{i}/attn/c_proj"))
         h = linear(norm(x, f"h{i}/ln_2"), f"h{i}/mlp/c_fc")
-        h = h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h * h * h))) / 2
-        x = x + linear(h, f"h{i}/mlp/c_proj")
-        observe(f"h{i}/residual", x)
-    x = norm(x, "ln_f")
-    observe("ln_f", x)
-    logits = x @ flat.get("lm_head", flat["wte"]).T
-    observe("logits", logits)
-    return logits
+        h = seen(f"h{i}/mlp/gelu", h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h * h * h))) / 2)
+        x = seen(f"h{i}/residual", x + linear(h, f"h{i}/mlp/c_proj"))
+    return seen("logits", norm(x, "ln_f") @ flat.get("lm_head", flat["wte"]).T)
 
 
 def plain_text(flat, prompt, n, config, *, dtype=np.float64, noise=None, index=0, **options):

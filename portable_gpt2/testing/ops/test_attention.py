@@ -38,6 +38,12 @@ def test_attention_is_within_its_error_bound_and_agrees_with_numpy(backend, dtyp
 
 
 @given(data=st.data())
+def test_attention_scores_are_within_their_error_bound_and_agree_with_numpy(backend, dtype, data):
+    """Catches a hidden score that is not -inf, and a scale that is forgotten."""
+    OPERATIONS["attention_scores"].check(backend, dtype, data)
+
+
+@given(data=st.data())
 def test_attention_weights_are_within_their_error_bound_and_agree_with_numpy(backend, dtype, data):
     """Catches weights that are not those of attention, of which they are the result for the identity as values."""
     OPERATIONS["attention_weights"].check(backend, dtype, data)

@@ -41,6 +41,7 @@ def test_ops_take_any_number_of_leading_axes(backend, form, batch):
         "gelu": ((put(*batch),), batch),
         "layer_norm": ((x, put(5), put(5)), (*batch, 5)),
         "attention": ((q, k, v, mask), (*batch, 4, 2)),
+        "attention_scores": ((q, k, mask), (*batch, 4, 7)),
         "attention_weights": ((q, k, mask), (*batch, 4, 7)),
         "embed": ((ids, table), (*batch, 5)),
         "cross_entropy": ((put(*batch, 6), ids), ()),
