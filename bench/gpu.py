@@ -41,7 +41,18 @@ TEXT = "bytes of text that differ from NumPy's"
 FAILURES = "tests that fail"
 ERROR = "error / bound: "
 # What the tests record for every dtype, and what they record for float32.
-OPS = ("conv1d", "softmax", "gelu", "layer_norm", "attention", "attention_weights", "unembed", "cross_entropy", "gpt2")
+OPS = (
+    "conv1d",
+    "softmax",
+    "gelu",
+    "layer_norm",
+    "attention",
+    "attention_scores",
+    "attention_weights",
+    "unembed",
+    "cross_entropy",
+    "gpt2",
+)
 FUNCTIONS = ("exp", "tanh", "log", "gradient")
 RECORDED_IN = ("float32", "bfloat16", "float16")
 RECORDED = [(op, dtype) for op in OPS for dtype in RECORDED_IN] + [(op, "float32") for op in FUNCTIONS]

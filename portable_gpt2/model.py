@@ -134,9 +134,7 @@ def block(
 ) -> tuple[Float[Array, "batch seq n"], LayerCache]:
     """Pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
     h = observe("ln_1", layer_norm(x, **params["ln_1"], eps=eps))
-    a, layer = attn(
-        h, **params["attn"], n_head=n_head, scale=scale, layer=layer, observe=scoped(observe, "attn/")
-    )
+    a, layer = attn(h, **params["attn"], n_head=n_head, scale=scale, layer=layer, observe=scoped(observe, "attn/"))
     x = observe("attn/residual", x + a)
     h = observe("ln_2", layer_norm(x, **params["ln_2"], eps=eps))
     return observe("residual", x + mlp(h, **params["mlp"], observe=scoped(observe, "mlp/"))), layer

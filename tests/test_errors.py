@@ -92,6 +92,7 @@ def test_arrays_that_no_op_computes_with_are_refused_in_our_words(backend):
             "conv1d": lambda x=x: pg.conv1d(w, x, v),
             "layer_norm": lambda x=x: pg.layer_norm(x, v, v),
             "attention": lambda x=x: pg.attention(x, x, x),
+            "attention_scores": lambda x=x: pg.attention_scores(x, x),
             "attention_weights": lambda x=x: pg.attention_weights(x, x),
             "unembed": lambda x=x: pg.unembed(x, w),
             "embed": lambda x=x: pg.embed(x, w),

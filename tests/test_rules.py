@@ -73,6 +73,7 @@ LAYERS = [
     {"model"},
     {"gradients", "generation", "checkpoint", "score", "export"},
     {"training", "language_model", "plot"},
+    {"comparison"},
     {"api"},
     {"__init__"},
     {"testing"},

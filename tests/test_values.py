@@ -88,6 +88,7 @@ CALLS = {  # how to call with a value of the parameter, by the callable; and a v
     "GPT2Config": lambda m, **x: pg.GPT2Config(**{**SIZES, **x}),
     "GPT2Config.attention_scale": lambda m, **x: CONFIG.attention_scale(**x),
     "attention": lambda m, **x: pg.attention(X, X, X, **x),
+    "attention_scores": lambda m, **x: pg.attention_scores(X, X, **x),
     "attention_weights": lambda m, **x: pg.attention_weights(X, X, **x),
     "layer_norm": lambda m, **x: pg.layer_norm(X, X[0], X[0], **x),
     "softmax": lambda m, **x: pg.softmax(X, **x),

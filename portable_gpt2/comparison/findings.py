@@ -25,7 +25,7 @@ class WeightFinding(NamedTuple):
 
 
 class OpFinding(NamedTuple):
-    """The judgement on one result: was it computed from its inputs within the bound of the op?
+    """The judgement on one result: whether it was computed from its inputs within the bound of the op.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ class Comparison:
     Parameters
     ----------
     a, b : str
-        What was compared: a is the reference, and b is judged.
+        The two sides. The first is the reference, and the second is judged.
     tokens : list of int
         The token ids that both read.
     verdict : str

@@ -41,4 +41,4 @@ class Trace:
     dtype: str = "float32"
     config: GPT2Config | None = None
     weights: Mapping[str, StoredTensor] = field(default_factory=lambda: MappingProxyType({}))
-    numerics: Numerics = Numerics()
+    numerics: Numerics = field(default_factory=Numerics)

@@ -94,6 +94,9 @@ SHAPES = {
     "k_is_a_vector": Bad("attention", [f(3, 5), f(5), f(5)], ["k has shape [5]", "[*batch, keys, d]"]),
     "v_is_a_vector": Bad("attention", [f(3, 5), f(4, 5), f(5)], ["v has shape [5]", "[*batch, keys, dv]"]),
     "q_is_a_scalar": Bad("attention", [f(), f(), f()], ["q has shape []", "[*batch, queries, d]"]),
+    "scores_of_another_size": Bad(
+        "attention_scores", [f(2, 3, 5), f(2, 3, 4)], ["k has shape [2, 3, 4]", "d = 5 from q"]
+    ),
     "weights_of_another_size": Bad(
         "attention_weights", [f(2, 3, 5), f(2, 3, 4)], ["k has shape [2, 3, 4]", "d = 5 from q"]
     ),
