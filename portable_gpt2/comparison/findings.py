@@ -35,8 +35,8 @@ class OpFinding(NamedTuple):
         The operation that computes it, such as ``layer_norm``.
     ratio : float
         The largest ratio of the error to the bound; above 1, the op is not the one that GPT-2 defines.
-    index : tuple of int
-        The element with this ratio.
+    element : tuple of int
+        The index of the element with this ratio.
     computed, exact, permitted : float
         This element, its exact value for the inputs in the trace, and the largest error that is permitted.
     guess : str
@@ -47,7 +47,7 @@ class OpFinding(NamedTuple):
     name: str
     op: str
     ratio: float
-    index: tuple[int, ...]
+    element: tuple[int, ...]
     computed: float
     exact: float
     permitted: float
