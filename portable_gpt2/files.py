@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,25 @@ def holds_file(file: Path) -> bool:
             raise FileNotFoundError(f"{file}: a symbolic link to {os.readlink(file)}, where there is no file") from None
         return False
     return True
+
+
+def check_writable(file: Path) -> None:
+    """Refuse a file that could not be written, before anything is computed.
+
+    Raises
+    ------
+    OSError
+        If there is no such directory (FileNotFoundError), the directory cannot be written to, or the file is a
+        directory.
+    """
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent}: no such directory")
+    if file.is_dir():
+        raise IsADirectoryError(f"{file}: is a directory; expected the name of a file")
+    try:
+        tempfile.TemporaryDirectory(prefix=".try-", dir=file.parent).cleanup()
+    except OSError as error:
+        raise OSError(f"{file.parent}: cannot be written to: {error.strerror}") from error
 
 
 class Locked(OSError):

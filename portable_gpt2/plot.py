@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import checks
-from .files import replacing
+from .files import check_writable, replacing
 
 _PANEL = 2.2  # inches: the size of a plot in a grid
 _LABELLED = 60  # the largest number of tokens whose labels fit on an axis
@@ -112,20 +111,12 @@ def check_file(file: str | os.PathLike[str]) -> None:
     ValueError
         If the name does not end in a format of matplotlib.
     OSError
-        If there is no such directory (FileNotFoundError), the directory cannot be written to, or the file is a
-        directory.
+        As for `files.check_writable`.
     """
     file, formats = checks.path("file", file), _figure(1, 1).canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in formats:
         raise ValueError(f"{file}: the name must end in a format of matplotlib: {', '.join(sorted(formats))}")
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"{file.parent}: no such directory")
-    if file.is_dir():
-        raise IsADirectoryError(f"{file}: is a directory; expected the name of a file")
-    try:
-        tempfile.TemporaryDirectory(prefix=".plot-", dir=file.parent).cleanup()
-    except OSError as error:
-        raise OSError(f"{file.parent}: cannot be written to: {error.strerror}") from error
+    check_writable(file)
 
 
 def save(figure: Any, file: str | os.PathLike[str]) -> None:

@@ -44,7 +44,7 @@ def line(value: Any) -> str:
     >>> strict_json.line({"loss": 2.5, "norm": float("inf")})
     '{"loss": 2.5, "norm": null}\n'
     """
-    return json.dumps(_finite(value), allow_nan=False) + "\n"
+    return json.dumps(finite(value), allow_nan=False) + "\n"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,11 +63,12 @@ def _int(digits: str) -> int:
     return int(digits)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a value with None for each float that is not finite, and a list for each tuple."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return value

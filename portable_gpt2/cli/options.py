@@ -156,6 +156,13 @@ def add_backend(group: argparse._ActionsContainer) -> None:
     add("--device", help="device of the framework: cpu, cuda, cuda:1 ... (default: the framework's own choice)")
 
 
+def add_computation(command: argparse.ArgumentParser) -> None:
+    """Add the options that choose a backend, a device and a dtype."""
+    add_backend(command)
+    text = "dtype of the computation: float32, float64, bfloat16 or float16 (default: float32)"
+    command.add_argument("--dtype", help=text)
+
+
 def add_model(command: argparse.ArgumentParser) -> None:
     """Add the options that choose a model."""
     add = command.add_argument
@@ -166,8 +173,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
         help="directory of a checkpoint, or the name of a model of the Hugging Face hub, such as gpt2 (default: "
         "shakespeare, a small model that comes with this package)",
     )
-    add_backend(command)
-    add("--dtype", help="dtype of the computation: float32, float64, bfloat16 or float16 (default: float32)")
+    add_computation(command)
 
 
 def load(arguments: argparse.Namespace) -> GPT2:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import sys
 import warnings
 from typing import Any, BinaryIO
@@ -72,6 +73,21 @@ def write(text: str) -> None:
         if sys.stdout is sys.__stdout__:
             _to_null(_STDOUT)  # because the interpreter writes the rest of the buffer when it ends
         raise LostOutput(error.errno, f"cannot write to stdout: {error.strerror}") from error
+
+
+def is_coloured() -> bool:
+    """Return whether text on stdout may have colours: it is a terminal that has them, and NO_COLOR is not set.
+
+    See https://no-color.org.
+    """
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and _STDOUT not in _closed and sys.stdout.isatty()
+
+
+def width() -> int:
+    """Return the number of characters of a line on stdout: the width of the terminal from 60 to 120, or else 80."""
+    is_terminal = _STDOUT not in _closed and sys.stdout.isatty()
+    return min(max(shutil.get_terminal_size().columns, 60), 120) if is_terminal else 80
 
 
 def say(message: str) -> None:

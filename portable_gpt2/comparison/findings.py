@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
+
+from ..strict_json import finite
 
 
 class WeightFinding(NamedTuple):
@@ -53,6 +55,11 @@ class OpFinding(NamedTuple):
     permitted: float
     guess: str = ""
 
+    @property
+    def within(self) -> bool:
+        """Whether the error is within its bound. A ratio of NaN is not."""
+        return bool(self.ratio <= 1)
+
 
 class Growth(NamedTuple):
     """How far two traces are apart at one result.
@@ -83,11 +90,14 @@ class LogitsFinding(NamedTuple):
         The largest Kullback-Leibler divergence of the next token's distribution over the positions, in nats.
     first : int or None
         The first position at which the most likely next token differs.
+    greedy : pair of int, optional
+        The most likely next tokens of a and of b at this position.
     """
 
     largest: float
     divergence: float
     first: int | None
+    greedy: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +140,36 @@ class Comparison:
     @property
     def culprit(self) -> OpFinding | None:
         """The first result beyond its bound."""
-        return next((found for found in self.ops if not found.ratio <= 1), None)
+        return next((found for found in self.ops if not found.within), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the findings as dicts, lists, strings and numbers."""
-        raise NotImplementedError
+        """Return the findings as dicts, lists, strings and numbers.
+
+        The keys are the fields. ``culprit`` is added, the name of the first result beyond its bound or None, and
+        ``within`` for each op. A number that is NaN or infinite is None, because JSON has neither.
+
+        Returns
+        -------
+        dict
+
+        Examples
+        --------
+        >>> from portable_gpt2.comparison.findings import Comparison, OpFinding
+        >>> op = OpFinding("h0/ln_1", "layer_norm", float("inf"), (0, 1, 2), 0.5, 0.25, 0.0)
+        >>> found = Comparison("a", "b", [1, 2], "h0/ln_1 is wrong.", False, None, [op], [], None, []).as_json()
+        >>> found["culprit"], found["ops"][0]["ratio"], found["ops"][0]["within"]
+        ('h0/ln_1', None, False)
+        """
+        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        found["weights"] = None if self.weights is None else [each._asdict() for each in self.weights]
+        found["ops"] = [each._asdict() | {"within": each.within} for each in self.ops]
+        found["growth"] = [each._asdict() for each in self.growth]
+        found["logits"] = None if self.logits is None else self.logits._asdict()
+        found["culprit"] = None if self.culprit is None else self.culprit.name
+        json: dict[str, Any] = finite(found)
+        return json
+
+    def __str__(self) -> str:
+        from .report import report
+
+        return report(self)
