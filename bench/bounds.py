@@ -57,7 +57,7 @@ BOUNDS = (
     Bound("memory", "peak of a generation", ALL, 1.1),
     Bound("start", "load and first forward pass", "numpy", plus=0.63),  # seconds
     Bound("start", "the generate command *", "numpy", plus=0.6),
-    Bound("start", "import beyond NumPy", "numpy", plus=0.06),
+    Bound("start", "import beyond NumPy", "numpy", plus=0.002),
     # On a device, whichever it is (`gpu`)
     Bound("device checks", "bytes of text that differ from NumPy's", ALL, plus=0),
     Bound("device checks", "tests that fail", ALL, plus=0),
