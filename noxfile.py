@@ -38,7 +38,15 @@ NUMPY_ALONE = [
     for name in (
         *("add_a_backend", "bench", "check", "checkout", "cli_streams", "contents", "cupy", "damage", "examples"),
         *("files", "hub", "kills", "paths", "plot", "rules", "run_damage", "runs", "sampling", "score", "targets"),
-        *("tokenizer", "tokenizer_files", "training_command", "training_data", "unusable_tokenizers", "values"),
+        *(
+            "tokenizer",
+            "tokenizer_files",
+            "traces",
+            "training_command",
+            "training_data",
+            "unusable_tokenizers",
+            "values",
+        ),
     )
 ]
 # The processes of one run share the functions that JAX has compiled.

@@ -4,6 +4,8 @@ from . import ops, registry
 from .backend import Backend
 from .cache import KVCache, grow_cache, new_cache
 from .checkpoint import CheckpointError
+from .comparison.sides import probe
+from .comparison.trace import Trace
 from .config import GPT2Config
 from .generation.completion import Completion
 from .language_model import GPT2
@@ -24,6 +26,7 @@ __all__ = [
     "KVCache",
     "Score",
     "Tokenizer",
+    "Trace",
     "available_backends",
     "backend_of",
     "get_backend",
@@ -33,6 +36,7 @@ __all__ = [
     "init_params",
     "loss",
     "new_cache",
+    "probe",
     "to_numpy",
     "use_backend",
 ]

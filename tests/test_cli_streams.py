@@ -28,6 +28,7 @@ COMMANDS = {  # the arguments, and whether the command writes text to stdout
     "score": ("score data.txt --model it", True),
     "score -": ("score - --model it", True),
     "attend": ("attend To --model it -o OUT.png", False),
+    "trace": ("trace To --model it -o OUT.npz", False),
     "convert": ("convert it OUT", False),
     "train": (f"{TRAIN} --out OUT", False),
     "--help": ("generate --help", True),
@@ -126,6 +127,8 @@ def test_each_stream_may_be_closed_full_or_broken(room, name, monkeypatch):
                 assert found.replace(out, "") == text.replace(results[healthy][0], ""), where
             if name == "attend":
                 assert (room / f"{out}.png").read_bytes().startswith(b"\x89PNG"), where
+            if name == "trace":
+                assert pg.Trace.load(room / f"{out}.npz").tokens.size, where
             if name in ("convert", "train"):
                 assert pg.GPT2.load(room / out).tokenizer is not None, where
             if name == "train":

@@ -84,7 +84,7 @@ def arguments():
                 yield command, sub, action
 
 
-TEXTS = {("generate", "prompt"), ("attend", "text")}
+TEXTS = {("generate", "prompt"), ("attend", "text"), ("trace", "text")}
 
 
 @pytest.mark.parametrize(

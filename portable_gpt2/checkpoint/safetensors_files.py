@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -60,19 +61,24 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def write_safetensors(
-    file: Path, tensors: Mapping[str, StoredTensor], progress: Callable[[Iterable[str]], Iterable[str]] = iter
+    file: Path,
+    tensors: Mapping[str, StoredTensor],
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
-    """Write tensors by name. Each tensor is read just before it is written.
+    """Write tensors, of float dtypes or int64, by name. Each tensor is read just before it is written.
 
-    The writer of the safetensors package would need all tensors in memory.
+    The writer of the safetensors package would need all tensors in memory. The default of `metadata` is the entry
+    without which transformers refuses a file.
     """
+    dtypes = {name: np.dtype(float_dtypes.get(tensor.dtype, tensor.dtype)) for name, tensor in tensors.items()}
     # The widest dtypes come first, as in files of the safetensors package, so that every tensor is aligned.
-    names = sorted(tensors, key=lambda name: -float_dtypes[tensors[name].dtype].itemsize)
-    codes, end = {name: code for code, name in _NAMES.items()}, 0
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this entry
+    names = sorted(tensors, key=lambda name: -dtypes[name].itemsize)
+    codes, end = {"int64": "I64", **{name: code for code, name in _NAMES.items()}}, 0
+    header: dict[str, dict] = {"__metadata__": dict(metadata)}
     for name in names:
         shape, dtype, _ = tensors[name]
-        start, end = end, end + math.prod(shape) * float_dtypes[dtype].itemsize
+        start, end = end, end + math.prod(shape) * dtypes[name].itemsize
         header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

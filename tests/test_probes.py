@@ -1,0 +1,156 @@
+"""Probes of PyTorch models: every result that is reported is the one that the model computed.
+
+tests/test_parity_probes.py probes the models of transformers and of KerasHub.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import portable_gpt2 as pg
+from portable_gpt2.comparison.sides import open_side
+from portable_gpt2.model import observed_names
+from portable_gpt2.numerics import stated
+from portable_gpt2.testing.plain_gpt2 import in_dtype, plain_gpt2, random_weights, some_tokens
+
+CONFIG = pg.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_vocab=101, n_ctx=16, eos_token_id=None)
+UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, n_inner=40)
+TOKENS = some_tokens(CONFIG, 1, 12).astype(np.int64)
+UNSEEN = {f"h{i}/attn/{name}" for i in range(2) for name in ("scores", "weights")}
+
+
+def observed(weights, config, tokens=TOKENS):
+    """Return all results of plain NumPy."""
+    found = {}
+    plain_gpt2(weights, tokens, config, observe=found.__setitem__)
+    return found
+
+
+def assert_right(trace, weights, config):
+    """Check that each result errs at most 4 times as much as the same formula in NumPy's float32."""
+    truth, single = observed(weights, config), observed(in_dtype(weights, np.float32), config)
+    for name, x in trace.arrays.items():
+        with np.errstate(invalid="ignore"):  # scores of -inf
+            allowed = np.nanmax(abs(single[name] - truth[name]))
+            error = np.where(x == truth[name], 0, abs(x - truth[name])).max()
+        assert error <= 4 * allowed, name
+
+
+@pytest.fixture(scope="module")
+def ports(torch):
+    """The ports, which import PyTorch."""
+    import ports
+
+    return ports
+
+
+@pytest.fixture
+def nano(ports):
+    return ports.fill(ports.GPT(CONFIG), in_dtype(random_weights(CONFIG), np.float32))
+
+
+def test_a_port_with_nanogpt_s_names_is_traced_without_further_ado(nano, torch):
+    """Catches a result under another's name, an input that is taken for an output, and heads that are split wrongly."""
+    weights = random_weights(CONFIG)
+    trace = open_side(nano).run(TOKENS)
+    assert list(trace.arrays) == [name for name in observed_names(CONFIG) if name not in UNSEEN]
+    assert_right(trace, weights, CONFIG)
+    assert trace.source == "ports's GPT on torch, cpu, float32"
+    assert (trace.dtype, dataclasses.replace(trace.config, eos_token_id=None)) == ("float32", CONFIG)
+    assert trace.numerics == stated(pg.get_backend("torch"), "float32")
+    assert trace.weights.keys() == weights.keys()
+    for path, a in weights.items():
+        np.testing.assert_array_equal(trace.weights[path].read(), a, err_msg=path)
+        assert trace.weights[path].shape == a.shape
+
+
+def test_nothing_of_the_model_is_changed(nano, torch):
+    """Catches a hook that stays, also after an error, and a parameter, a mode or a random state that changes."""
+    before = {name: x.clone() for name, x in nano.state_dict().items()}
+    with torch.no_grad():
+        logits = nano(torch.from_numpy(TOKENS))[0]
+    state = torch.get_rng_state()
+    side = pg.probe(nano)
+    side.run(TOKENS)
+    with pytest.raises(IndexError):
+        side.run(np.full((1, 3), 1000))  # not in the vocabulary
+    assert not any(module._forward_hooks for module in nano.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(x, before[name]) for name, x in nano.state_dict().items())
+    assert not any(x.grad is not None for x in nano.parameters())
+    with torch.no_grad():
+        assert torch.equal(nano(torch.from_numpy(TOKENS))[0], logits)
+
+
+def test_a_model_without_biases_has_biases_of_zero(ports):
+    """Catches parameters that are left out, so that an op of the model cannot be judged."""
+    weights = {path: a * (not path.endswith("/b")) for path, a in random_weights(CONFIG).items()}
+    trace = open_side(ports.fill(ports.GPT(CONFIG, bias=False), in_dtype(weights, np.float32))).run(TOKENS)
+    assert_right(trace, weights, CONFIG)
+    for path, a in weights.items():
+        np.testing.assert_array_equal(trace.weights[path].read(), a, err_msg=path)
+
+
+def test_a_port_with_names_of_its_own_is_traced_by_them(ports):
+    """Catches a dict that is half read, q, k and v that are not joined, and results that the model overwrites later."""
+    weights = random_weights(UNTIED)
+    model = ports.fill(ports.Port(UNTIED), in_dtype(weights, np.float32), ports.PORT_NAMES)
+    trace = pg.probe(model, ports.PORT_NAMES, config=UNTIED).run(TOKENS)
+    assert list(trace.arrays) == [name for name in observed_names(CONFIG) if name not in UNSEEN]
+    assert_right(trace, weights, UNTIED)
+    assert trace.config == UNTIED
+    assert trace.weights.keys() == weights.keys()
+    for path, a in weights.items():
+        np.testing.assert_array_equal(trace.weights[path].read(), a, err_msg=path)
+
+    heads = ("attn/q", "attn/k", "attn/v", "attn/attention")
+    unknown = pg.probe(model, ports.PORT_NAMES).run(TOKENS)
+    assert unknown.config is None
+    assert unknown.arrays.keys() == {name for name in trace.arrays if not name.endswith(heads)}
+
+
+def test_a_port_s_mistake_is_in_the_trace(ports, torch):
+    """Catches a trace that has what the model should have computed, and not what it did."""
+    model = ports.fill(ports.GPT(CONFIG), in_dtype(random_weights(CONFIG), np.float32))
+    expected = open_side(model).run(TOKENS)
+    model.transformer.h[1].ln_2.eps = 0.5
+    found = open_side(model).run(TOKENS)
+    names = list(expected.arrays)
+    differ = [name for name in names if not np.array_equal(found.arrays[name], expected.arrays[name])]
+    assert differ == names[names.index("h1/ln_2") :]
+
+
+def test_a_model_in_other_dtypes_is_traced(nano, torch):
+    """Catches bfloat16, which NumPy lacks, and a dtype that is not that of the computation."""
+    for dtype in ("bfloat16", "float64"):
+        trace = open_side(nano.to(getattr(torch, dtype))).run(TOKENS)
+        assert trace.dtype == dtype
+        assert {x.dtype.name for x in trace.arrays.values()} == {dtype}
+        assert trace.weights["wte"].dtype == dtype
+
+
+def test_a_model_that_cannot_be_traced_is_refused(nano, ports, torch):
+    """Catches results with dropout in them, and a name that is misspelt and then simply missing."""
+    with pytest.raises(
+        ValueError, match=r"GPT is in training mode, in which dropout changes the results; call eval\(\)"
+    ):
+        open_side(nano.train()).run(TOKENS)
+    nano.eval().transformer.h[1].attn.train()
+    with pytest.raises(ValueError, match="is in training mode"):
+        open_side(nano).run(TOKENS)
+    nano.eval()
+    port = ports.Port(CONFIG).eval()
+    for model, names, why in [
+        (port, None, r"the modules of Port do not have GPT-2's names, such as h\.0\.ln_1; give our name for each"),
+        (port, {"norm1": "ln_f"}, r"the model has no module 'norm1'; the nearest names are norm, layers\.1\.norm1, "),
+        (port, {"norm": "lnf"}, r"'lnf' is neither wte, wpe, h\{\}/attn nor the name of a result, such as h\{\}/ln_1"),
+        (nano, {"transformer.h.{}.ln_1": "h{}/ln_1", "transformer.drop": "embedding", "lm_head": "logits"}, None),
+        (nano, {"transformer.h": "h0/ln_1"}, "the model computed without calling its modules for h0/ln_1; if it is"),
+    ]:
+        if why is None:
+            found = pg.probe(model, names).run(TOKENS).arrays
+            assert list(found) == ["embedding", "h0/ln_1", "h0/residual", "h1/ln_1", "logits"]
+        else:
+            with pytest.raises(ValueError, match=why):
+                pg.probe(model, names).run(TOKENS)
