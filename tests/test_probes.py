@@ -149,7 +149,7 @@ def test_a_model_that_cannot_be_traced_is_refused(nano, ports, torch):
 
 
 def test_some_names_give_some_results(nano, torch):
-    """Catches logits of the last position alone that are taken for those of all: only ln_f's output gives the others."""
+    """Catches logits of the last position that are taken for those of all; the output of ln_f gives the others."""
     names = {"transformer.h.{}.ln_1": "h{}/ln_1", "transformer.drop": "embedding", "lm_head": "logits"}
     found = pg.probe(nano, names).run(TOKENS).arrays
     assert list(found) == ["embedding", "h0/ln_1", "h0/residual", "h1/ln_1"]
