@@ -14,7 +14,7 @@ Notation: u is the unit round-off. s is the smallest normal number, which bounds
 number to zero. gamma(k) = ku / (1 - ku) bounds the relative error of k successive roundings (Higham, "Accuracy and
 Stability of Numerical Algorithms", 2002, lemma 3.1). "To first order" means that products of two errors are neglected;
 they are below 1e-4 times the bound. A result that is stored in 16 bits is computed in float32 and rounded once: see
-`_stored`.
+`stored`.
 
 Every bound holds for any order of summation, and with or without fused multiply-add. docs/numerics.md explains the
 bounds and their assumptions, and lists the largest errors that were measured.
@@ -36,8 +36,10 @@ __all__ = [
     "FORMATS",
     "Bounded",
     "Format",
+    "add",
     "attention",
     "attention_scores",
+    "attention_weights",
     "computed_in",
     "cross_entropy",
     "distance",
@@ -45,6 +47,7 @@ __all__ = [
     "exponential",
     "gamma",
     "gamma_at_random",
+    "gamma_probable",
     "gelu",
     "host_dtype",
     "hyperbolic_tangent",
@@ -54,6 +57,7 @@ __all__ = [
     "logarithm",
     "quotient",
     "softmax",
+    "stored",
 ]
 
 
@@ -278,17 +282,55 @@ def gamma_at_random(k: int, u: float) -> float:
     return 4.0 * math.sqrt(k) * u
 
 
+def gamma_probable(k: int, u: float) -> float:
+    """Return the smaller of `gamma` and 8 sqrt(k) u, a bound on k successive roundings that holds in practice.
+
+    If the relative errors of the roundings are independent and have mean 0, the product of k factors 1 + delta differs
+    from 1 by at most 8 sqrt(k) u, to first order, with a probability of at least 1 - 2 exp(-32) = 1 - 3e-14 (Higham
+    and Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41(5), 2019, theorem 2.4).
+    Nothing is assumed about the numbers that are added. That roundings are independent is a model. It is wrong for sums
+    of many equal numbers.
+
+    Examples
+    --------
+    >>> gamma_probable(10, 2.0**-24) == gamma(10, 2.0**-24)
+    True
+    >>> gamma_probable(10000, 2.0**-24) == 800 * 2.0**-24
+    True
+    """
+    return min(gamma(k, u), 8.0 * math.sqrt(k) * u)
+
+
 _UNDERFLOW = {"bfloat16": FORMATS["bfloat16"].smallest, "float16": 2.0**-25}
-"""The largest absolute error of rounding a small float32 number to 16 bits (see `_stored`)."""
+"""The largest absolute error of rounding a small float32 number to 16 bits (see `stored`)."""
 
 
-def _stored(value: np.ndarray, error: np.ndarray, dtype: str) -> Bounded:
+def stored(value: np.ndarray, error: np.ndarray, dtype: str) -> Bounded:
     """Return the bound after a computed result was rounded to the dtype that it is stored in.
 
     The computed y^ satisfies |y^ - y| <= B. It is stored as fl(y^), with |fl(y^) - y^| <= u |y^| <= u (|y| + B). The
     total error is therefore at most u |y| + (1 + u) B. bfloat16 has the exponents of float32, so its subnormal numbers
     may be flushed. The subnormal numbers of float16 are normal in float32, and the conversion rounds them to nearest,
     which adds half of the smallest one, 2^-25.
+
+    Parameters
+    ----------
+    value : array
+        The exact value, as in `Bounded`.
+    error : float array
+        The bound of the error of the computed result, before it is stored.
+    dtype : str
+        The dtype that the result is stored in.
+
+    Returns
+    -------
+    Bounded
+        The bound is infinite where the result may overflow.
+
+    Examples
+    --------
+    >>> stored(np.asarray([1.0]), np.asarray([0.0]), "bfloat16").error == 2.0**-8 + FORMATS["bfloat16"].smallest
+    array([ True])
     """
     if dtype not in ("float64", "float32"):
         u = FORMATS[dtype].unit
@@ -340,7 +382,7 @@ def softmax(x: np.ndarray, *, axis: int = -1, numerics: Numerics) -> Bounded:
     u, s, _ = FORMATS[computed_in(dtype)]
     c0, c1 = numerics.exp
     if not x.size:
-        return _stored(exact(x), np.zeros(x.shape), dtype)
+        return stored(exact(x), np.zeros(x.shape), dtype)
     with np.errstate(invalid="ignore", over="ignore"):
         a = exact(x)
         m = a.max(axis=axis, keepdims=True)
@@ -352,10 +394,16 @@ def softmax(x: np.ndarray, *, axis: int = -1, numerics: Numerics) -> Bounded:
         mean = _weighted(weights, d).sum(axis=axis, keepdims=True)
         terms = (1 + c1) * (d + mean) + x.shape[axis] + 2 * c0
         error = np.where(defined, u * _weighted(weights, terms) + 4 * s, np.inf)
-    return _stored(g, error, dtype)
+    return stored(g, error, dtype)
 
 
-def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded:
+def linear(
+    x: np.ndarray,
+    w: np.ndarray,
+    b: np.ndarray | None = None,
+    *,
+    gamma: Callable[[int, float], float] = gamma,
+) -> Bounded:
     """Bound y = x w + b, where each element is a sum of K products.
 
     Each product x_k w_k passes through at most K + 1 roundings: its own, those of K - 1 additions, and that of adding
@@ -374,6 +422,8 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded
         The weight.
     b : float array [columns], optional
         The bias.
+    gamma : function
+        The bound on k successive roundings, as a function of k and u: `gamma`, or `gamma_probable`.
 
     Returns
     -------
@@ -402,8 +452,8 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> Bounded
         flushed = s * (absolute_x.sum(axis=-1)[..., None] + absolute_w.sum(axis=0) + K + 2)
         error = np.where((1 + g) * A <= largest, g * A + flushed, np.inf)
     if b is not None and dtype not in ("float64", "float32"):
-        error = (1 + u) * _stored(product, error, dtype).error
-    return _stored(value, error, dtype)
+        error = (1 + u) * stored(product, error, dtype).error
+    return stored(value, error, dtype)
 
 
 def linear_at_random(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Bounded:
@@ -434,7 +484,33 @@ def linear_at_random(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Bounded:
     unit = FORMATS[computed_in(x.dtype.name)].unit
     squares = [a.astype(np.float64) ** 2 for a in (x, w, b)]
     Q = np.sqrt(squares[0] @ squares[1] + squares[2])
-    return _stored(linear(x, w, b).value, gamma_at_random(x.shape[-1] + 1, unit) * Q, x.dtype.name)
+    return stored(linear(x, w, b).value, gamma_at_random(x.shape[-1] + 1, unit) * Q, x.dtype.name)
+
+
+def add(a: np.ndarray, b: np.ndarray) -> Bounded:
+    """Bound y = a + b, which has one rounding: u |y|, plus 3s for flushing a, b or y.
+
+    Parameters
+    ----------
+    a, b : float array
+        Arrays of the same shape.
+
+    Returns
+    -------
+    Bounded
+        The shape of a.
+
+    Examples
+    --------
+    >>> a, b = np.asarray([1.0, 2.0], np.float32), np.asarray([0.1, 0.2], np.float32)
+    >>> add(a, b).ratio(a + b) <= 1
+    True
+    """
+    dtype = a.dtype.name
+    u, s, _ = FORMATS[computed_in(dtype)]
+    y = exact(a) + exact(b)
+    with np.errstate(invalid="ignore"):
+        return stored(y, u * _float(abs(y)) + 3 * s, dtype)
 
 
 def gelu(x: np.ndarray, *, numerics: Numerics) -> Bounded:
@@ -485,7 +561,7 @@ def gelu(x: np.ndarray, *, numerics: Numerics) -> Bounded:
         size = _float(abs(a)) / 2
         e_z = 3 * _float(abs(z1)) + 7 * _float(abs(z3))
         error = u * size * (_weighted(derivative, e_z) + numerics.tanh * tanh) + 2 * u * _float(abs(half)) + 4 * s
-    return _stored(half.reshape(x.shape), error.reshape(x.shape), dtype)
+    return stored(half.reshape(x.shape), error.reshape(x.shape), dtype)
 
 
 def layer_norm(
@@ -493,7 +569,7 @@ def layer_norm(
     g: np.ndarray,
     b: np.ndarray,
     *,
-    eps: float = 1e-5,
+    eps: Any = 1e-5,
     gamma: Callable[[int, float], float] = gamma,
 ) -> Bounded:
     """Bound y = g N + b, N = d / r, d = x - mean(x), r = sqrt(mean(d^2) + eps), computed in two passes.
@@ -527,8 +603,8 @@ def layer_norm(
     eps : float
         The number that is added to the variance.
     gamma : function
-        The bound on k successive roundings, as a function of k and u: `gamma`, or `gamma_at_random` for fixed random
-        inputs.
+        The bound on k successive roundings, as a function of k and u: `gamma`, `gamma_probable`, or `gamma_at_random`
+        for fixed random inputs.
 
     Returns
     -------
@@ -546,7 +622,7 @@ def layer_norm(
     u, s, largest = FORMATS[computed_in(dtype)]
     n = x.shape[-1]
     if not x.size:
-        return _stored(exact(x), np.zeros(x.shape), dtype)
+        return stored(exact(x), np.zeros(x.shape), dtype)
     a = exact(x)
     d = a - a.sum(axis=-1, keepdims=True) / n
     variance = (d * d).sum(axis=-1, keepdims=True) / n
@@ -568,7 +644,7 @@ def layer_norm(
         in_range = in_range & (sums * (1 + 2 * n * u) <= largest) & (r > R)
         in_range = in_range & (g * (N + E) + b <= largest / 2)
         error = np.where(in_range, error, np.inf)
-    return _stored(y, error, dtype)
+    return stored(y, error, dtype)
 
 
 def attention_scores(
@@ -608,8 +684,8 @@ def attention_scores(
     scores, seen, products, f, scale = _scores(q, k, mask, causal, scale)
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.where(max(1, abs(scale)) * products <= largest / 4, f, np.inf)
-    stored = _stored(scores, error, dtype)
-    return Bounded(np.where(seen, stored.value, -np.inf), np.where(seen, stored.error, 0))
+    found = stored(scores, error, dtype)
+    return Bounded(np.where(seen, found.value, -np.inf), np.where(seen, found.error, 0))
 
 
 def _scores(
@@ -695,19 +771,70 @@ def attention(
     """
     dtype = q.dtype.name
     u, s, largest = FORMATS[computed_in(dtype)]
-    c0, c1 = numerics.exp
     n, values = k.shape[-2], exact(v)
+    weights, W, in_range, seen = _weights(q, k, mask, causal, scale, numerics)
+    y = np.matmul(weights, values)
+    if not weights.size or not v.size:
+        return stored(y, np.zeros(y.shape), dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        size_v, w = _float(abs(values)), _float(weights)
+        if dtype in _UNDERFLOW and rounds_weights:
+            W = np.where(seen, W + FORMATS[dtype].unit * (w + W) + _UNDERFLOW[dtype], 0)
+        error = W @ size_v + gamma(n + 1, u) * ((w + W) @ size_v) + s * (n + 3)
+        in_range = in_range & (size_v.sum(axis=-2, keepdims=True) <= largest / 2)
+        error = np.where(in_range, error, np.inf)
+    return stored(y, error, dtype)
+
+
+def attention_weights(
+    q: np.ndarray,
+    k: np.ndarray,
+    mask: np.ndarray | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    numerics: Numerics,
+) -> Bounded:
+    """Bound w = softmax(scale q k^T) over the n keys by W, which `attention` derives. A hidden weight is 0 exactly.
+
+    Parameters
+    ----------
+    q, k, mask, causal, scale, numerics
+        As for `attention`.
+
+    Returns
+    -------
+    Bounded
+        The shape is [*batch, queries, keys].
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> q, k = (np.random.default_rng(i).normal(0, 1, (2, 4)).astype(np.float32) for i in range(2))
+    >>> expected = attention_weights(q, k, causal=True, numerics=Numerics(exp=(3.6, 0.0)))
+    >>> expected.ratio(pg.attention_weights(q, k, causal=True)) < 1
+    True
+    """
+    weights, W, in_range, seen = _weights(q, k, mask, causal, scale, numerics)
+    found = stored(weights, np.where(in_range, W, np.inf), q.dtype.name)
+    return Bounded(found.value, np.where(seen | ~in_range, found.error, 0))
+
+
+def _weights(
+    q: np.ndarray, k: np.ndarray, mask: np.ndarray | None, causal: bool, scale: float | None, numerics: Numerics
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the exact weights, their errors W, whether W holds for a query, and which keys are seen."""
+    u, s, largest = FORMATS[computed_in(q.dtype.name)]
+    c0, c1 = numerics.exp
+    n = k.shape[-2]
     scores, seen, products, f, scale = _scores(q, k, mask, causal, scale)
-    if not scores.size or not v.size:
-        y = np.matmul(scores, values)
-        return _stored(y, np.zeros(y.shape), dtype)
+    if not scores.size:
+        return scores, np.zeros(scores.shape), np.ones((*scores.shape[:-1], 1), np.bool_), seen
     lowest = scores.min()
     distances = np.where(seen, scores, lowest).max(axis=-1, keepdims=True) - scores
     e = np.where(seen, _exp(-np.where(seen, distances, 0)), 0 * lowest)
     weights = e / e.sum(axis=-1, keepdims=True)
-    y = np.matmul(weights, values)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        size_v = _float(abs(values))
         f = np.where(seen, f, 0)
         w, distances = _float(weights), np.where(seen, _float(distances), 0)
         log_w = np.where(seen, -distances - np.log(_float(e).sum(axis=-1, keepdims=True)), -np.inf)
@@ -721,13 +848,8 @@ def attention(
         exponent = f + L + t
         W = np.where(exponent < 1, w * np.expm1(np.minimum(exponent, 1)), np.exp(log_w + exponent) - w)
         W = np.where(seen, np.minimum(W, np.maximum(w, 1 - w) + (n + 2) * u) + 4 * s, 0)
-        if dtype in _UNDERFLOW and rounds_weights:
-            W = np.where(seen, W + FORMATS[dtype].unit * (w + W) + _UNDERFLOW[dtype], 0)
-        error = W @ size_v + gamma(n + 1, u) * ((w + W) @ size_v) + s * (n + 3)
         in_range = max(1, abs(scale)) * products.max(axis=-1, keepdims=True) <= largest / 4
-        in_range = in_range & (size_v.sum(axis=-2, keepdims=True) <= largest / 2)
-        error = np.where(in_range, error, np.inf)
-    return _stored(y, error, dtype)
+    return weights, W, in_range, seen
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, numerics: Numerics) -> Bounded:
@@ -785,4 +907,4 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, numerics: Numerics
         errors = r + u * (numerics.log * _float(log_S) + _float(d_t) + _float(log_S + d_t)) + 4 * s
         error = errors.mean() + gamma(len(rows) + 1, u) * (float(value) + errors.mean()) + s
         in_range = defined and float(value) * len(rows) * (1 + 1e-3) <= largest
-    return _stored(np.asarray(value), np.asarray(error if in_range else np.inf), dtype)
+    return stored(np.asarray(value), np.asarray(error if in_range else np.inf), dtype)

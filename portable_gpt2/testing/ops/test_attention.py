@@ -45,7 +45,7 @@ def test_attention_scores_are_within_their_error_bound_and_agree_with_numpy(back
 
 @given(data=st.data())
 def test_attention_weights_are_within_their_error_bound_and_agree_with_numpy(backend, dtype, data):
-    """Catches weights that are not those of attention, of which they are the result for the identity as values."""
+    """Catches weights of hidden keys that are not 0, a missing scale, and a softmax in 16 bits."""
     OPERATIONS["attention_weights"].check(backend, dtype, data)
 
 

@@ -1,0 +1,252 @@
+"""Where do two models part? The weights, each op in isolation, and the growth of the difference."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import stored
+from ..checks import positions, token_ids
+from ..config import GPT2Config
+from ..host import StoredTensor
+from ..language_model import GPT2
+from ..numerics import stated
+from ..params import flatten
+from .findings import Comparison, LogitsFinding, OpFinding, WeightFinding
+from .growth import growth, of_logits
+from .guesses import Case, explain
+from .steps import call, judge, results, shape, steps, weights_of, with_infinite_scores
+from .trace import Trace
+
+_SEARCHES = 12
+"""The number of results for which all guesses are tried. Later results only try the guesses that explained others."""
+
+_OPTIONAL = ("q", "k", "v", "scores", "weights")
+"""Results that need not be judged: the others follow from each other without them."""
+
+
+def compare(a: GPT2 | Trace, b: GPT2 | Trace, text: str | Sequence[int] | None = None) -> Comparison:
+    """Find where two models part.
+
+    The comparison has three levels. First, the weights of the two models are compared. Then each result of b is
+    compared with the exact result of its op on b's own inputs: an error above the op's bound is not caused by rounding,
+    and the first such result is where b departs from the definition. Last, the growth of the difference from layer to
+    layer is compared with the difference that rounding can be expected to cause.
+
+    Parameters
+    ----------
+    a : GPT2 or Trace
+        The reference. Its configuration says what b should compute.
+    b : GPT2 or Trace
+        The model that is judged. If its weights are not known, it is judged with those of a.
+    text : str or ints, optional
+        The text, or its token ids [seq]. If a or b is a `Trace`, its tokens are used unless a text is given, and must
+        otherwise be equal to the text's.
+
+    Returns
+    -------
+    Comparison
+        The verdict in one sentence, and the findings of each level. In float64, where the exact result is slow to
+        compute, a selection of each result's elements is judged.
+
+    Raises
+    ------
+    ValueError
+        If the two do not have the same shape or did not read the same tokens, or the configuration or the weights are
+        known of neither.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
+    >>> model = pg.GPT2(config, pg.init_params(config, backend="numpy"))
+    >>> compare(model, model, [1, 2, 3]).equal
+    True
+    """
+    a, b = _traces(a, b, text)
+    config = a.config or b.config
+    if config is None:
+        raise ValueError("neither side has a configuration, which says how many heads there are; give one of them one")
+    _check(a, b, config)
+    weights = weights_of(a.weights, b.weights)
+    known = bool(a.weights) and bool(b.weights)
+    found = differences(a.weights, b.weights) if known else None
+    ops, missing = judged(b, config, weights)
+    names = [step.name for step in steps(config)]
+    grown = growth(a, b, config, a.weights or b.weights, names)
+    both = "logits" in a.arrays and "logits" in b.arrays
+    logits = of_logits(a.arrays["logits"], b.arrays["logits"]) if both else None
+    if not ops and not grown:
+        raise ValueError("nothing can be compared: the traces share no results, and no result of b has its inputs")
+    complete = all(name.rpartition("/")[2] in _OPTIONAL for name in missing)
+    expected = all(not g.difference > g.rounding for g in grown)
+    wrong = [finding for finding in ops if not finding.ratio <= 1]
+    changed = [finding for finding in found or [] if finding.kind not in _rounded(a, b)]
+    return Comparison(
+        a=a.source,
+        b=b.source,
+        tokens=b.tokens[0].tolist(),
+        verdict=_verdict(wrong, changed, logits, complete, [g.name for g in grown if g.difference > g.rounding]),
+        equal=not wrong and not changed and (complete or expected),
+        weights=found,
+        ops=ops,
+        growth=grown,
+        logits=logits,
+        missing=missing,
+    )
+
+
+def differences(a: Mapping[str, StoredTensor], b: Mapping[str, StoredTensor]) -> list[WeightFinding]:
+    """Return the tensors that differ."""
+    found = []
+    for path in a:
+        if path in b:
+            x, y = a[path].read(), b[path].read()
+            if x.shape != y.shape:
+                found.append(WeightFinding(path, "another shape", math.nan))
+            elif not np.array_equal(x, y):
+                found.append(WeightFinding(path, "different", float(abs(x.astype(float) - y.astype(float)).max())))
+    return found
+
+
+def judged(b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor]) -> tuple[list[OpFinding], list[str]]:
+    """Judge each result of a trace in isolation.
+
+    Parameters
+    ----------
+    b : Trace
+        The trace.
+    config : GPT2Config
+        The shape and the options that define the ops.
+    weights : dict of StoredTensor
+        The parameters by path.
+
+    Returns
+    -------
+    ops : list of OpFinding
+        The results that were judged, in the order of computation.
+    missing : list of str
+        The results that the trace lacks, or whose inputs or parameters are not known.
+    """
+    result = results(b.arrays, config)
+    ops, missing, seen, suspects = list[OpFinding](), list[str](), list[str](), set[str]()
+    explained: dict[str, list[str]] = defaultdict(list)
+    searches = 0
+    for step in steps(config):
+        # c_attn follows from q, k and v; a part that is derived from c_attn would only be compared with itself.
+        is_known = step.name in b.arrays or step.name.endswith("c_attn")
+        computed = result(step.name) if is_known else None
+        made = None if computed is None else call(step, b.tokens, result, weights, config, b.dtype, b.numerics)
+        seen.append(step.name)
+        if computed is None or made is None:
+            missing.append(step.name)
+            continue
+        if step.op == "attention_scores":
+            computed = with_infinite_scores(computed, made.options["mask"])
+        found = judge(made, computed)
+        guess = ""
+        if not found.ratio <= 1:
+            case = Case(step, made, computed, result, weights, config, seen[:-1], suspects, found.element)
+            if searches < _SEARCHES or explained[step.op]:
+                guess, names = explain(case, explained[step.op], only_first=searches >= _SEARCHES)
+                explained[step.op] += [name for name in names if name not in explained[step.op]]
+                searches += 1
+            suspects.add(step.name)
+        ops.append(OpFinding(step.name, step.op, *found, guess=guess))
+    return ops, missing
+
+
+def _traces(a: GPT2 | Trace, b: GPT2 | Trace, text: str | Sequence[int] | None) -> tuple[Trace, Trace]:
+    """Return the traces of both sides for the same tokens."""
+    ids: Any = text
+    for side in (a, b):
+        if isinstance(side, Trace):
+            ids = side.tokens[0].tolist() if ids is None else ids
+    if ids is None:
+        raise ValueError("give a text or token ids, which both models read")
+    return tuple(side if isinstance(side, Trace) else _traced(side, ids) for side in (a, b))  # type: ignore[return-value]
+
+
+def _traced(model: GPT2, text: str | Sequence[int]) -> Trace:
+    ids = model._encode(text, False) if isinstance(text, str) else text
+    tokens = token_ids("token ids", ids, model.config.n_vocab)[None]
+    positions(tokens.shape[1], model.config.n_ctx)
+    backend = model.backend
+    dtype = backend.dtype_names[model.params["wte"].dtype]
+    return Trace(
+        source=f"{model.source or 'model'} on {backend.name}, {model.device}, {dtype}",
+        tokens=tokens,
+        arrays={name: backend.to_numpy(x) for name, x in model.trace(tokens[0]).items()},
+        dtype=dtype,
+        config=model.config,
+        weights={path: stored(x) for path, x in flatten(model.params)},
+        numerics=stated(backend, dtype, model.device.partition(":")[0]),
+    )
+
+
+def _check(a: Trace, b: Trace, config: GPT2Config) -> None:
+    """Refuse sides that cannot be compared."""
+    if not np.array_equal(a.tokens, b.tokens):
+        raise ValueError(f"{a.source} and {b.source} read different tokens; trace both for the same text")
+    if a.config is not None and b.config is not None:
+        for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_hidden"):
+            if (x := getattr(a.config, name)) != (y := getattr(b.config, name)):
+                raise ValueError(f"{name} is {x} in {a.source} and {y} in {b.source}; the shapes must be equal")
+    if not a.weights and not b.weights:
+        raise ValueError("the weights are known of neither side; give the checkpoint of one of them")
+    for side in (a, b):
+        for step in steps(config):
+            expected = shape(step, config, side.tokens.shape[1])
+            if step.name in side.arrays and side.arrays[step.name].shape != expected:
+                given = list(side.arrays[step.name].shape)
+                raise ValueError(f"{side.source}: {step.name} has shape {given}; expected {list(expected)}")
+
+
+def _rounded(a: Trace, b: Trace) -> set[str]:
+    """Return the kinds of differences of weights that follow from the dtypes of the two sides."""
+    return {f"rounded through {side.dtype}" for side in (a, b)} if a.dtype != b.dtype else set()
+
+
+def _verdict(
+    wrong: list[OpFinding],
+    changed: list[WeightFinding],
+    logits: LogitsFinding | None,
+    complete: bool,
+    grown: list[str],
+) -> str:
+    """Return one sentence: where the models part, or that rounding explains the difference."""
+    of_ops = _of_ops(wrong)
+    if changed:
+        first, *others = changed
+        more = f", and {len(others)} more" if others else ""
+        return f"the weights differ ({first.path}: {first.kind}{more}); {of_ops or 'every op that was judged is right'}"
+    if of_ops:
+        return of_ops
+    size = "" if logits is None else f" of the logits, at most {logits.largest:.2g}"
+    if complete:
+        return f"no op is beyond its bound: rounding explains the difference{size}"
+    if grown:
+        return (
+            f"no op that could be judged is beyond its bound, but the difference at {grown[0]} is larger than rounding "
+            f"can be expected to cause; trace more results"
+        )
+    return f"no op that could be judged is beyond its bound, and rounding can be expected to cause the difference{size}"
+
+
+def _of_ops(wrong: list[OpFinding]) -> str:
+    """Name the first result beyond its bound, the cause, and the number of the others."""
+    if not wrong:
+        return ""
+    first, *others = wrong
+    if first.ratio < math.inf:
+        error = f"its error is {first.ratio:.2g} times what rounding permits"
+    else:
+        error = "it has an element that rounding cannot change"
+    cause = f"; {first.guess}" if first.guess else ", and no guess explains it"
+    more = f" ({len(others)} more results are beyond their bounds)" if others else ""
+    return f"{first.name}: {first.op} differs: {error}{cause}{more}"
