@@ -15,11 +15,10 @@ import tiny
 
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint import stored
-from portable_gpt2.comparison import compare as module
+from portable_gpt2.comparison import steps
 from portable_gpt2.comparison.compare import compare
 from portable_gpt2.comparison.growth import of_logits
-from portable_gpt2.comparison.guesses import GUESSES, LAST_GUESSES
-from portable_gpt2.comparison.steps import OPS, steps
+from portable_gpt2.comparison.guesses import GUESSES, Case, explain
 from portable_gpt2.comparison.trace import Trace
 from portable_gpt2.numerics import Numerics
 from portable_gpt2.testing.plain_gpt2 import CONFIGS, on_backend, random_weights
@@ -152,29 +151,29 @@ def test_float64_is_judged_in_a_higher_precision():
     assert found.culprit.name == "h0/ln_1"
 
 
-def test_a_guess_is_never_made_for_a_right_op():
-    """Catches a guess that is tried without need. No other definition of an op may be confused with the right one."""
+def test_no_guess_explains_a_right_op():
+    """Catches a guess that is accepted because its bound is wide. Only another eps may be within rounding of the right
+    one, where the variance is large.
+    """
     random = np.random.default_rng(5)
-    config = ported.some_config(random)
-    weights = ported.some_weights(config, random)
-    tokens = random.integers(0, config.n_vocab, (1, 24))
-    arrays = ported.port(config, weights, tokens)
-    b = traced(config, arrays, tokens, weights)
-    result = module.results(arrays, config)
-    for step in steps(config):
-        made = module.call(step, tokens, result, b.weights, config, "float32", OF_NUMPY)
-        before = list(arrays)[: list(arrays).index(step.name)]
-        case = module.Case(step, made, arrays[step.name], result, b.weights, config, before, set(), (0, 0, 0))
-        with np.errstate(all="ignore"):
-            for function in (*GUESSES[step.op], *LAST_GUESSES):
-                for cause, alternative in function(case):
-                    ratio = module.judge(made, arrays[step.name], alternative).ratio
-                    assert ratio > 1, f"{step.name}: {cause}"
+    for _ in range(20 if THOROUGH else 1):
+        config = ported.some_config(random)
+        weights = ported.some_weights(config, random)
+        tokens = random.integers(0, config.n_vocab, (1, 24))
+        arrays = ported.port(config, weights, tokens)
+        known = traced(config, arrays, tokens, weights).weights
+        result = steps.results(arrays, config)
+        for i, step in enumerate(steps.steps(config)):
+            call = steps.call(step, tokens, result, known, config, "float32", OF_NUMPY)
+            place = steps.judge(call, arrays[step.name]).element
+            case = Case(step, call, arrays[step.name], result, known, config, list(arrays)[:i], set(), place)
+            cause, _ = explain(case)
+            assert not cause or "eps" in cause, f"{step.name}: {cause}"
 
 
-def test_a_guess_is_made_for_every_op_and_each_function_is_used():
+def test_there_are_guesses_for_every_op():
     """Catches an op without guesses."""
-    assert GUESSES.keys() == OPS.keys()
+    assert GUESSES.keys() == steps.OPS.keys()
     assert all(GUESSES.values())
 
 

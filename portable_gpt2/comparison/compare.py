@@ -18,7 +18,7 @@ from ..numerics import stated
 from ..params import flatten
 from .findings import Comparison, LogitsFinding, OpFinding, WeightFinding
 from .growth import growth, of_logits
-from .guesses import Case, explain
+from .guesses import Case, Function, explain
 from .steps import call, judge, results, shape, steps, weights_of, with_infinite_scores
 from .trace import Trace
 
@@ -135,7 +135,7 @@ def judged(b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor]) ->
     """
     result = results(b.arrays, config)
     ops, missing, seen, suspects = list[OpFinding](), list[str](), list[str](), set[str]()
-    explained: dict[str, list[str]] = defaultdict(list)
+    explained: dict[str, list[Function]] = defaultdict(list)
     searches = 0
     for step in steps(config):
         # c_attn follows from q, k and v; a part that is derived from c_attn would only be compared with itself.
@@ -153,8 +153,8 @@ def judged(b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor]) ->
         if not found.ratio <= 1:
             case = Case(step, made, computed, result, weights, config, seen[:-1], suspects, found.element)
             if searches < _SEARCHES or explained[step.op]:
-                guess, names = explain(case, explained[step.op], only_first=searches >= _SEARCHES)
-                explained[step.op] += [name for name in names if name not in explained[step.op]]
+                guess, functions = explain(case, explained[step.op], only_first=searches >= _SEARCHES)
+                explained[step.op] += [f for f in functions if f not in explained[step.op]]
                 searches += 1
             suspects.add(step.name)
         ops.append(OpFinding(step.name, step.op, *found, guess=guess))

@@ -11,6 +11,7 @@ explains the result.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from .steps import (
     Call,
     Results,
     Step,
-    compared,
+    errors,
     evaluate,
     judge,
     merge_heads,
@@ -89,6 +90,7 @@ class Case(NamedTuple):
 
 
 Guesses = Iterator[tuple[str, Alternative]]
+Function = Callable[[Case], Guesses]
 
 
 def by(call: Call, definition: Callable[[Call], Bounded] = evaluate) -> Alternative:
@@ -188,6 +190,13 @@ def position(case: Case) -> Guesses:
             yield f"its positions are shifted by {shift}", alternative
 
 
+def _stored_as(form: str, b: Bounded) -> Bounded:
+    """Return a result that is rounded to 16 bits, or to the 11 significant bits of TF32."""
+    if form in FORMATS:
+        return bounds.stored(b.value, b.error, form)
+    return Bounded(b.value, 2.0**-11 * size(b.value) + (1 + 2.0**-11) * b.error)
+
+
 def result_rounded(case: Case) -> Guesses:
     """Yield a result that is stored in fewer bits."""
     if case.call.dtype != "float32":
@@ -195,17 +204,8 @@ def result_rounded(case: Case) -> Guesses:
     for form in ("float16", "bfloat16", "TF32"):
         with np.errstate(over="ignore"):
             same = np.array_equal(rounded(case.computed, form), case.computed, equal_nan=True)
-        if same and form == "TF32":
-            u = 2.0**-11
-            yield (
-                "its result is rounded to TF32",
-                then(by(case.call), lambda b, u=u: Bounded(b.value, u * size(b.value) + (1 + u) * b.error)),
-            )
-        elif same:
-            yield (
-                f"its result is rounded to {form}",
-                then(by(case.call), lambda b, form=form: bounds.stored(b.value, b.error, form)),  # type: ignore[misc]
-            )
+        if same:
+            yield f"its result is rounded to {form}", then(by(case.call), functools.partial(_stored_as, form))
 
 
 def dropout(case: Case) -> Guesses:
@@ -250,7 +250,7 @@ def constant(case: Case) -> Guesses:
 
 
 def in_16_bits(case: Case) -> Guesses:
-    """Yield the op with 16-bit arithmetic in each of its steps, if its errors are of this size.
+    """Yield the op with 16-bit arithmetic in each of its steps, if this explains the size of the errors.
 
     In a product, each of K roundings is relative to a partial sum, as in `bounds.linear_at_random`.
     """
@@ -442,17 +442,22 @@ def inputs_rounded(case: Case) -> Guesses:
             yield f"the factors are rounded to {form}", by(wide, lambda c, u=u: _weights_rounded(c, u))  # type: ignore[misc]
             kept = (call.inputs[0], *inputs[1:])
             yield f"k and v are rounded to {form}, as in a cache", by(call.but(inputs=kept))
-            if form != "TF32":
-                yield f"the weights are rounded to {form}", _with_rounded_weights(case, form)
 
 
-def _with_rounded_weights(case: Case, form: str) -> Alternative:
-    """Return attention with rounded weights: the model's own weights if they are known, and otherwise the exact ones."""
+def weights_rounded(case: Case) -> Guesses:
+    """Yield attention with rounded weights: its own weights if they are known, or else the exact ones."""
     weights = case.result(f"{case.step.name.rpartition('/')[0]}/weights")
-    if weights is None:
-        return by(case.call, lambda c: _weights_rounded(c, FORMATS[form].unit))
-    w, v = rounded(weights.astype(np.float32), form), case.call.inputs[2]
-    return lambda rows, columns: averaged(w[..., rows, :], v, case)
+    if case.call.dtype != "float32" or case.step.op != "attention":
+        return
+    v = case.call.inputs[2]
+    for form in ("float16", "bfloat16"):
+        if weights is not None:
+            w = rounded(weights.astype(np.float32), form)
+            alternative: Alternative = lambda rows, columns, w=w: averaged(w[..., rows, :], v, case)  # type: ignore[misc]
+        else:
+            alternative = by(case.call, lambda c, u=FORMATS[form].unit: _weights_rounded(c, u))  # type: ignore[misc]
+        if weights is not None or judge(case.call, case.computed, alternative).ratio >= 0.03:
+            yield f"the weights are rounded to {form}", alternative
 
 
 def averaged(w: np.ndarray, v: np.ndarray, case: Case) -> Bounded:
@@ -636,9 +641,9 @@ def activation(case: Case) -> Guesses:
     def erf_form(call: Call) -> Bounded:
         x = bounds.exact(call.inputs[0]).astype(np.float64)
         z = x / math.sqrt(2)
-        erf = np.frompyfunc(math.erf, 1, 1)(z).astype(np.float64)
+        erf = np.vectorize(math.erf, otypes=[np.float64])(z)
         derivative = 2 / math.sqrt(math.pi) * np.exp(-(z**2))
-        half = np.where(x < 0, x / 2 * np.frompyfunc(math.erfc, 1, 1)(-z).astype(np.float64), x / 2 * (1 + erf))
+        half = np.where(x < 0, x / 2 * np.vectorize(math.erfc, otypes=[np.float64])(-z), x / 2 * (1 + erf))
         error = u * abs(x) / 2 * (3 * abs(z) * derivative + max(c.tanh, 4) * abs(erf)) + 3 * u * abs(half)
         return bounds.stored(half, error, call.dtype)
 
@@ -696,10 +701,11 @@ def embeddings(case: Case) -> Guesses:
     if not np.isfinite(computed).all():
         return
     found = _nearest(computed - wte[ids[0, :, 0]].astype(np.float64), wpe)
-    cause = _shift("positions", found - positions[0, :, 0], found)
-    yield cause, by(call.but(inputs=(ids, found[None, :, None])))
+    if not np.array_equal(found, positions[0, :, 0]):
+        yield _shift("positions", found - positions[0, :, 0], found), by(call.but(inputs=(ids, found[None, :, None])))
     found = _nearest(computed - wpe[positions[0, :, 0]].astype(np.float64), wte)
-    yield _shift("token ids", found - ids[0, :, 0], found), by(call.but(inputs=(found[None, :, None], positions)))
+    if not np.array_equal(found, ids[0, :, 0]):
+        yield _shift("token ids", found - ids[0, :, 0], found), by(call.but(inputs=(found[None, :, None], positions)))
     for value, name in ((math.sqrt(case.config.n_embd), "sqrt(n_embd)"), (case.config.n_embd**-0.5, "1/sqrt(n_embd)")):
         rows = wte[ids[..., 0]].astype(np.float64) * value
 
@@ -756,8 +762,8 @@ def head(case: Case) -> Guesses:
 
 
 _ANY = (follows, sign, skipped, result_rounded, dropout, other_input, position, constant)
-_ATTENTION = (scale, mask, hidden, roles, over_queries, inputs_rounded)
-GUESSES: dict[str, tuple[Callable[[Case], Guesses], ...]] = {
+_ATTENTION = (scale, mask, hidden, roles, over_queries, inputs_rounded, weights_rounded)
+GUESSES: dict[str, tuple[Function, ...]] = {
     "embedding": (embeddings, result_rounded, dropout, sign, position, constant),
     "layer_norm": (eps, eps_outside, variance, gain_and_bias, other_scope, without_mean, *_ANY),
     "conv1d": (transposed, bias, order, merging, other_scope, inputs_rounded, *_ANY),
@@ -770,20 +776,24 @@ GUESSES: dict[str, tuple[Callable[[Case], Guesses], ...]] = {
     "unembed": (head, inputs_rounded, *_ANY),
 }
 """For each op, functions that yield other definitions, the likely ones first."""
-LAST_GUESSES: tuple[Callable[[Case], Guesses], ...] = (factor, in_16_bits)
+LAST_GUESSES: tuple[Function, ...] = (factor, in_16_bits)
 """Functions that yield definitions with a free parameter."""
 
 
-def explain(case: Case, first: Sequence[str] = (), *, only_first: bool = False) -> tuple[str, list[str]]:
+BY_SIZE = (result_rounded, weights_rounded, in_16_bits)
+"""Functions that yield the same exact result with a larger bound. All others must explain the worst element better."""
+
+
+def explain(case: Case, first: Sequence[Function] = (), *, only_first: bool = False) -> tuple[str, list[Function]]:
     """Return the definitions that explain a result that is beyond its bound.
 
     Parameters
     ----------
     case : Case
         The result.
-    first : strs
-        The names of functions that explained the same op in another layer. If one of them explains this result too,
-        no others are tried.
+    first : functions
+        The functions that explained the same op in another layer. If one of them explains this result too, no others
+        are tried.
     only_first : bool
         Whether no others are tried in any case.
 
@@ -791,33 +801,39 @@ def explain(case: Case, first: Sequence[str] = (), *, only_first: bool = False) 
     -------
     cause : str
         One or two causes, joined by "or"; empty if no guess explains the result.
-    names : list of str
-        The names of the functions that yielded them.
+    functions : list of functions
+        The functions that yielded them.
     """
-    computed, call = case.computed, case.call
     rows, columns = _slice(case)
-    part = within(computed, rows, columns)
-    causes, names = list[str](), list[str]()
+    part = within(case.computed, rows, columns)
+    place = (*case.worst[:-2], rows.tolist().index(case.worst[-2]), columns.tolist().index(case.worst[-1]))
 
-    def accepts(alternative: Alternative) -> bool:
-        return compared(part, alternative(rows, columns)).ratio <= 1 and judge(call, computed, alternative).ratio <= 1
+    def accepts(alternative: Alternative, function: Function) -> bool:
+        """Return whether an alternative explains a part of the result, then the worst element, then all of it."""
+        expected = alternative(rows, columns)
+        error = errors(part, expected)
+        return bool(
+            bounds.quotient(error, expected.error).max() <= 1
+            and (function in BY_SIZE or error[place] <= usual[place] / 2)
+            and judge(case.call, case.computed, alternative).ratio <= 1
+        )
 
     with np.errstate(all="ignore"):
-        ordered = list(dict.fromkeys(GUESSES[case.step.op]))
-        known = [f for f in ordered if f.__name__ in first]
-        others = [[f for f in ordered if f not in known], *([f] for f in LAST_GUESSES)]
-        last = [f for f in LAST_GUESSES if f.__name__ in first]
-        for group in (known, last) if only_first else (known, *others):
-            for function in group:
-                for cause, alternative in function(case):
-                    if cause not in causes and accepts(alternative):
-                        causes.append(cause)
-                        names.append(function.__name__)
-                        if len(causes) == 2:
-                            return " or ".join(causes), names
-            if causes:
-                break
-    return " or ".join(causes), names
+        usual = errors(part, evaluate(case.call.at(rows, columns)))
+        functions = list(dict.fromkeys(GUESSES[case.step.op]))
+        known = [f for f in (*functions, *LAST_GUESSES) if f in first]
+        others = [[f for f in functions if f not in known], *([f] for f in LAST_GUESSES)]
+        for group in [known] if only_first else [known, *others]:
+            accepted = [
+                (cause, function)
+                for function in group
+                for cause, alternative in function(case)
+                if accepts(alternative, function)
+            ]
+            if accepted:
+                causes = dict(accepted[:2])
+                return " or ".join(causes), list(causes.values())
+    return "", []
 
 
 def _slice(case: Case) -> tuple[np.ndarray, np.ndarray]:

@@ -349,19 +349,20 @@ class Judgement(NamedTuple):
     permitted: float
 
 
+def errors(computed: np.ndarray, expected: Bounded) -> np.ndarray:
+    """Return |computed - exact| in float64; infinity where the result is NaN."""
+    if expected.value.dtype == object:
+        return bounds.distance(computed.astype(np.float64), expected.value)
+    with np.errstate(invalid="ignore", over="ignore"):
+        wide = computed.astype(np.float64)
+        difference = np.nan_to_num(abs(wide - expected.value), nan=np.inf, posinf=np.inf)
+        found: np.ndarray = np.where(wide == expected.value, 0.0, difference)
+    return found
+
+
 def compared(computed: np.ndarray, expected: Bounded) -> Judgement:
     """Return the element with the largest ratio of error and bound."""
-    if computed.size == 0:
-        return Judgement(0.0, (), 0.0, 0.0, 0.0)
-    if expected.value.dtype == object:
-        error = bounds.distance(computed.astype(np.float64), expected.value)
-    else:
-        with np.errstate(invalid="ignore", over="ignore"):
-            wide = computed.astype(np.float64)
-            error = np.where(
-                wide == expected.value, 0.0, np.nan_to_num(abs(wide - expected.value), nan=np.inf, posinf=np.inf)
-            )
-    ratios = bounds.quotient(error, expected.error)
+    ratios = bounds.quotient(errors(computed, expected), expected.error)
     index = np.unravel_index(int(ratios.argmax()), ratios.shape)
     at = tuple(int(i) for i in index)
     return Judgement(float(ratios[at]), at, float(computed[at]), float(expected.value[at]), float(expected.error[at]))
@@ -422,7 +423,7 @@ def judge(call: Call, computed: np.ndarray, alternative: Alternative | None = No
     computed : float array
         The result.
     alternative : function, optional
-        Another definition of the op, which is used instead of the definition of the call (`portable_gpt2.comparison.guesses`).
+        Another definition of the op (`portable_gpt2.comparison.guesses`), which replaces the definition of the call.
 
     Returns
     -------

@@ -569,7 +569,7 @@ def layer_norm(
     g: np.ndarray,
     b: np.ndarray,
     *,
-    eps: Any = 1e-5,
+    eps: float | np.ndarray = 1e-5,
     gamma: Callable[[int, float], float] = gamma,
 ) -> Bounded:
     """Bound y = g N + b, N = d / r, d = x - mean(x), r = sqrt(mean(d^2) + eps), computed in two passes.
@@ -600,8 +600,8 @@ def layer_norm(
         Zero or more leading axes.
     g, b : float array [n]
         Gain and bias.
-    eps : float
-        The number that is added to the variance.
+    eps : float or array
+        The number that is added to the variance, or an array [*batch, 1] with a number for each row.
     gamma : function
         The bound on k successive roundings, as a function of k and u: `gamma`, `gamma_probable`, or `gamma_at_random`
         for fixed random inputs.
@@ -626,7 +626,7 @@ def layer_norm(
     a = exact(x)
     d = a - a.sum(axis=-1, keepdims=True) / n
     variance = (d * d).sum(axis=-1, keepdims=True) / n
-    r = _sqrt(variance + (_mp().mpf(eps) if a.dtype == object else eps))
+    r = _sqrt(variance + (_each(_mp().mpf, eps) if a.dtype == object else eps))
     N = d / r
     y = exact(g) * N + exact(b)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
