@@ -4,6 +4,7 @@ from . import ops, registry
 from .backend import Backend
 from .cache import KVCache, grow_cache, new_cache
 from .checkpoint import CheckpointError
+from .comparison.compare import compare
 from .comparison.sides import probe
 from .comparison.trace import Trace
 from .config import GPT2Config
@@ -29,6 +30,7 @@ __all__ = [
     "Trace",
     "available_backends",
     "backend_of",
+    "compare",
     "get_backend",
     "gpt2",
     "grow_cache",

@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..checkpoint import stored
-from ..checks import positions, token_ids
 from ..config import GPT2Config
 from ..host import StoredTensor
-from ..language_model import GPT2
-from ..numerics import stated
-from ..params import flatten
 from .findings import Comparison, LogitsFinding, OpFinding, WeightFinding
 from .growth import growth, of_logits
 from .guesses import Case, Function, explain
-from .steps import call, judge, results, shape, steps, weights_of, with_infinite_scores
+from .sides import open_side, traces
+from .steps import call, judge, results, steps, weights_of, with_infinite_scores
 from .trace import Trace
 
 _SEARCHES = 12
@@ -29,7 +26,7 @@ _OPTIONAL = ("q", "k", "v", "scores", "weights")
 """Results that need not be judged: the others follow from each other without them."""
 
 
-def compare(a: GPT2 | Trace, b: GPT2 | Trace, text: str | Sequence[int] | None = None) -> Comparison:
+def compare(a: Any, b: Any, text: str | Sequence[int] | None = None) -> Comparison:
     """Find where two models part.
 
     The comparison has three levels. First, the weights of the two models are compared. Then each result of b is
@@ -39,13 +36,13 @@ def compare(a: GPT2 | Trace, b: GPT2 | Trace, text: str | Sequence[int] | None =
 
     Parameters
     ----------
-    a : GPT2 or Trace
-        The reference. Its configuration says what b should compute.
-    b : GPT2 or Trace
+    a : GPT2, Trace, path, str, or a model of another program
+        The reference. Its configuration says what b should compute. A path or a str is the file of a trace, or a
+        checkpoint that `GPT2.load` loads. A model of another program is traced as `probe` describes.
+    b : as a
         The model that is judged. If its weights are not known, it is judged with those of a.
     text : str or ints, optional
-        The text, or its token ids [seq]. If a or b is a `Trace`, its tokens are used unless a text is given, and must
-        otherwise be equal to the text's.
+        The text, or its token ids [seq]. It may be left out if a or b is a trace, whose tokens are then used.
 
     Returns
     -------
@@ -65,10 +62,10 @@ def compare(a: GPT2 | Trace, b: GPT2 | Trace, text: str | Sequence[int] | None =
     >>> import portable_gpt2 as pg
     >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
     >>> model = pg.GPT2(config, pg.init_params(config, backend="numpy"))
-    >>> compare(model, model, [1, 2, 3]).equal
-    True
+    >>> pg.compare(model, model, [1, 2, 3]).verdict
+    'no op is beyond its bound: rounding explains the difference of the logits, at most 0'
     """
-    a, b = _traces(a, b, text)
+    a, b = traces(open_side(a), open_side(b), text)
     config = a.config or b.config
     if config is None:
         raise ValueError("neither side has a configuration, which says how many heads there are; give one of them one")
@@ -161,38 +158,8 @@ def judged(b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor]) ->
     return ops, missing
 
 
-def _traces(a: GPT2 | Trace, b: GPT2 | Trace, text: str | Sequence[int] | None) -> tuple[Trace, Trace]:
-    """Return the traces of both sides for the same tokens."""
-    ids: Any = text
-    for side in (a, b):
-        if isinstance(side, Trace):
-            ids = side.tokens[0].tolist() if ids is None else ids
-    if ids is None:
-        raise ValueError("give a text or token ids, which both models read")
-    return tuple(side if isinstance(side, Trace) else _traced(side, ids) for side in (a, b))  # type: ignore[return-value]
-
-
-def _traced(model: GPT2, text: str | Sequence[int]) -> Trace:
-    ids = model._encode(text, False) if isinstance(text, str) else text
-    tokens = token_ids("token ids", ids, model.config.n_vocab)[None]
-    positions(tokens.shape[1], model.config.n_ctx)
-    backend = model.backend
-    dtype = backend.dtype_names[model.params["wte"].dtype]
-    return Trace(
-        source=f"{model.source or 'model'} on {backend.name}, {model.device}, {dtype}",
-        tokens=tokens,
-        arrays={name: backend.to_numpy(x) for name, x in model.trace(tokens[0]).items()},
-        dtype=dtype,
-        config=model.config,
-        weights={path: stored(x) for path, x in flatten(model.params)},
-        numerics=stated(backend, dtype, model.device.partition(":")[0]),
-    )
-
-
 def _check(a: Trace, b: Trace, config: GPT2Config) -> None:
     """Refuse sides that cannot be compared."""
-    if not np.array_equal(a.tokens, b.tokens):
-        raise ValueError(f"{a.source} and {b.source} read different tokens; trace both for the same text")
     if a.config is not None and b.config is not None:
         for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_hidden"):
             if (x := getattr(a.config, name)) != (y := getattr(b.config, name)):
@@ -200,11 +167,10 @@ def _check(a: Trace, b: Trace, config: GPT2Config) -> None:
     if not a.weights and not b.weights:
         raise ValueError("the weights are known of neither side; give the checkpoint of one of them")
     for side in (a, b):
-        for step in steps(config):
-            expected = shape(step, config, side.tokens.shape[1])
-            if step.name in side.arrays and side.arrays[step.name].shape != expected:
-                given = list(side.arrays[step.name].shape)
-                raise ValueError(f"{side.source}: {step.name} has shape {given}; expected {list(expected)}")
+        try:
+            replace(side, config=config)  # a trace checks its shapes
+        except ValueError as error:
+            raise ValueError(f"{side.source}: {error}") from None
 
 
 def _rounded(a: Trace, b: Trace) -> set[str]:

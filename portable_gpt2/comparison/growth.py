@@ -254,18 +254,18 @@ def of_logits(x: np.ndarray, y: np.ndarray) -> LogitsFinding:
 
     Examples
     --------
-    >>> of_logits(np.asarray([[[0.0, 1.0]]]), np.asarray([[[1.0, 0.0]]]))
-    LogitsFinding(largest=1.0, divergence=0.4621171572600098, first=0)
+    >>> of_logits(np.asarray([[[0.0, 1.0]]]), np.asarray([[[1.0, 0.0]]]))._asdict()
+    {'largest': 1.0, 'divergence': 0.4621171572600098, 'first': 0, 'greedy': (1, 0)}
     """
-    divergence, first = 0.0, None
+    divergence, first, greedy = 0.0, None, None
     with np.errstate(all="ignore"):
         for i in range(x.shape[1]):
             p, q = (_log_softmax(a[0, i].astype(np.float64)) for a in (x, y))
             found = float((np.exp(p) * (p - q)).sum())
             divergence = max(divergence, math.inf if math.isnan(found) else max(found, 0.0))
             if first is None and p.argmax() != q.argmax():
-                first = i
-    return LogitsFinding(difference(x, y), divergence, first)
+                first, greedy = i, (int(p.argmax()), int(q.argmax()))
+    return LogitsFinding(difference(x, y), divergence, first, greedy)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

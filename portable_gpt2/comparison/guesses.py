@@ -451,12 +451,14 @@ def weights_rounded(case: Case) -> Guesses:
         return
     v = case.call.inputs[2]
     for form in ("float16", "bfloat16"):
+        alternative = by(case.call, lambda c, u=FORMATS[form].unit: _weights_rounded(c, u))  # type: ignore[misc]
         if weights is not None:
             w = rounded(weights.astype(np.float32), form)
-            alternative: Alternative = lambda rows, columns, w=w: averaged(w[..., rows, :], v, case)  # type: ignore[misc]
-        else:
-            alternative = by(case.call, lambda c, u=FORMATS[form].unit: _weights_rounded(c, u))  # type: ignore[misc]
-        if weights is not None or judge(case.call, case.computed, alternative).ratio >= 0.03:
+            yield (
+                f"the weights are rounded to {form}",
+                lambda rows, columns, w=w: averaged(w[..., rows, :], v, case),  # type: ignore[misc]
+            )
+        elif judge(case.call, case.computed, alternative).ratio >= 0.03:
             yield f"the weights are rounded to {form}", alternative
 
 

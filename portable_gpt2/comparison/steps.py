@@ -78,6 +78,7 @@ def steps(config: GPT2Config) -> list[Step]:
     >>> config = GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
     >>> steps(config)[1]
     Step(name='h0/ln_1', op='layer_norm', inputs=('embedding',), scope='h0/ln_1', layer=0)
+    >>> from portable_gpt2.model import observed_names
     >>> [step.name for step in steps(config)] == observed_names(config)
     True
     """
@@ -89,18 +90,6 @@ def steps(config: GPT2Config) -> list[Step]:
             found.append(Step(name, step.op, tuple(each.format(h=h, x=x) for each in step.inputs), scope, i))
         x = f"{h}/residual"
     return [*found, Step("ln_f", "layer_norm", (x,), "ln_f"), Step("logits", "unembed", ("ln_f",))]
-
-
-def shape(step: Step, config: GPT2Config, seq: int) -> tuple[int, ...]:
-    """Return the shape of a result for a text of seq tokens."""
-    n, heads = config.n_embd, config.n_head
-    width = {"c_attn": 3 * n, "c_fc": config.n_hidden, "gelu": config.n_hidden, "logits": config.n_vocab}
-    last = step.name.rpartition("/")[2]
-    if step.op in ("split", "attention"):
-        return (1, heads, seq, config.head_size)
-    if step.op in ("attention_scores", "attention_weights"):
-        return (1, heads, seq, seq)
-    return (1, seq, width.get(last, n))
 
 
 def split_heads(x: np.ndarray, n_head: int) -> np.ndarray:
