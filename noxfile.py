@@ -37,16 +37,9 @@ NUMPY_ALONE = [
     f"tests/test_{name}.py"
     for name in (
         *("add_a_backend", "bench", "check", "checkout", "cli_streams", "contents", "cupy", "damage", "examples"),
-        *("files", "hub", "kills", "paths", "plot", "rules", "run_damage", "runs", "sampling", "score", "targets"),
-        *(
-            "tokenizer",
-            "tokenizer_files",
-            "traces",
-            "training_command",
-            "training_data",
-            "unusable_tokenizers",
-            "values",
-        ),
+        *("files", "gguf", "hub", "kills", "paths", "plot", "rules", "run_damage", "runs", "sampling", "score"),
+        *("targets", "tokenizer", "tokenizer_files", "traces", "training_command", "training_data"),
+        *("unusable_tokenizers", "values", "weight_differences"),
     )
 ]
 # The processes of one run share the functions that JAX has compiled.

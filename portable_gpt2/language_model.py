@@ -147,7 +147,8 @@ class GPT2:
             of the Hugging Face hub (``gpt2``, ``user/model``, ``user/model@revision``). A directory of the same name is
             preferred. A directory has Hugging Face's layout (``config.json`` with ``model.safetensors``, with several
             such files and their index, or with ``pytorch_model.bin``), OpenAI's (``hparams.json`` with ``model.ckpt``)
-            or nanoGPT's (``ckpt.pt``). The methods that take text also need the tokenizer's files.
+            or nanoGPT's (``ckpt.pt``). The methods that take text also need the tokenizer's files. A GGUF file of
+            llama.cpp (``.gguf``) contains everything.
         backend : str or Backend, optional
             The backend that runs the model; the default backend (see `get_backend`) unless given.
         device : str or the framework's own device object, optional

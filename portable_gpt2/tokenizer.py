@@ -75,7 +75,7 @@ class Tokenizer:
         self._define(definition(files), files)
 
     def _define(self, found: Definition, files: dict[str, bytes]) -> None:
-        self._files = files
+        self._files, self.definition = files, found
         self._bpe = tokenizers.Tokenizer(models.BPE(found.vocab, found.merges))
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._added = found.added
@@ -89,6 +89,11 @@ class Tokenizer:
         made = cls.__new__(cls)
         made._define(definition(files, directory), files)
         return made
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Tokenizer:
+        """Return the tokenizer that the content of a ``tokenizer.json`` defines."""
+        return cls._from_files({TOKENIZER_FILE: data})
 
     @classmethod
     def from_bpe(cls, bpe: models.BPE) -> Tokenizer:

@@ -27,7 +27,7 @@ _STARTS: dict[bytes, str] = {
     b"\xfd7zXZ\0": f"an xz {_ARCHIVE}",
     b"\x28\xb5\x2f\xfd": f"a zstd {_ARCHIVE}",
     b"7z\xbc\xaf": f"a 7z {_ARCHIVE}",
-    b"GGUF": "a GGUF file, of llama.cpp; give the checkpoint that it was made from",
+    b"GGUF": "a GGUF file, of llama.cpp; give it a name that ends in .gguf",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras writes them; convert it with transformers to model.safetensors",
 }
 

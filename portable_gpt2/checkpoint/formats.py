@@ -19,12 +19,14 @@ from ..checks import shown
 from ..host import CheckpointError, StoredTensor
 from ..registry import BackendNotInstalled, available_backends, get_backend, how_to_install
 from .contents import exists, is_safetensors, is_torch, mistaken, read_json, start
+from .gguf_files import MAGIC, open_gguf
 from .names import Found, prefix_of
 from .safetensors_files import open_safetensors
 from .tensors import is_finite
 
 ENTRY_POINTS = "portable_gpt2.checkpoints"
 WEIGHTS_FILE = "model.safetensors"
+GGUF_FILES = "*.gguf"
 _LARGE = 1 << 18  # the number of elements from which a tensor is large
 INDEX = ".index.json"
 """The end of the name of an index, which lists several files of weights.
@@ -39,16 +41,17 @@ class Format(NamedTuple):
     pattern: str
     """The pattern of the names of these files, for `fnmatch`."""
     backend: str | None
-    """The name of the backend whose `read_checkpoint` reads such files, or None for safetensors, read here."""
+    """The name of the backend whose `read_checkpoint` reads such files; None for safetensors and GGUF, read here."""
 
 
 def formats() -> list[Format]:
     """Return all formats in order of preference.
 
-    First comes safetensors, then the formats of installed frameworks, then the formats of other frameworks.
+    First comes safetensors, then the formats of installed frameworks, GGUF, and the formats of other frameworks.
     """
-    available = available_backends()
-    return [Format(WEIGHTS_FILE, None), *sorted(_declared(), key=lambda format: format.backend not in available)]
+    declared = [*_declared(), Format(GGUF_FILES, None)]
+    readable = {None, *available_backends()}
+    return [Format(WEIGHTS_FILE, None), *sorted(declared, key=lambda format: format.backend not in readable)]
 
 
 @functools.cache
@@ -72,7 +75,7 @@ class Opened(NamedTuple):
 
     tensors: dict[str, Found]
     rest: dict[str, Any]
-    """The other entries of a training state, by name."""
+    """The other entries of a training state, or the values of a GGUF file, by name."""
 
 
 def find_weights(directory: Path, file: Path | None = None) -> Weights | None:
@@ -144,10 +147,14 @@ def _open_file(file: Path, format: Format) -> Opened:
     for part in file.parent.glob(f"{glob.escape(file.stem)}.*"):  # TensorFlow writes several files
         exists(part)
     head = start(file)
-    if what := mistaken(head):
+    is_gguf = format.pattern == GGUF_FILES
+    if (what := mistaken(head)) and not (is_gguf and head.startswith(MAGIC)):
         raise CheckpointError(f"{file}: is {what}")
     held: Mapping[str, Any]
-    if format.backend is None:
+    rest: dict[str, Any] = {}
+    if is_gguf:
+        rest, held = open_gguf(file)
+    elif format.backend is None:
         if is_torch(head):
             raise CheckpointError(f"{file}: is a file of PyTorch; give it the name pytorch_model.bin")
         held = open_safetensors(file)
@@ -158,11 +165,12 @@ def _open_file(file: Path, format: Format) -> Opened:
             held = get_backend(format.backend).read_checkpoint(str(file))
         except Exception as error:  # a framework may raise an error of any class for a damaged file
             raise CheckpointError(f"{file}: {_brief(error)}") from None
-    tensors, rest = _unnested(file, held)
+    if format.backend is not None:
+        held, rest = _unnested(file, held)
     return Opened(
         {
             name: Found(file, tensor._replace(read=functools.partial(_read, file, name, tensor)))
-            for name, tensor in tensors.items()
+            for name, tensor in held.items()
         },
         rest,
     )

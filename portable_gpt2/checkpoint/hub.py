@@ -17,7 +17,7 @@ from .companions import (
     TEMPLATES,
     TOKENIZER_SETTINGS,
 )
-from .formats import INDEX, WEIGHTS_FILE, formats, read_index
+from .formats import GGUF_FILES, INDEX, WEIGHTS_FILE, formats, read_index
 
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w.-][\w./-]*)?")
 
@@ -56,6 +56,8 @@ def download(source: str) -> Path:
         _fetch(pinned, [VOCAB_FILE, MERGES_FILE, *OTHER_TOKENIZERS])
     unreadable = []
     for pattern, backend in formats():
+        if pattern == GGUF_FILES:  # models on the hub have many such files, one for each kind of quantization
+            continue
         if backend is not None and backend not in available_backends():  # these gigabytes could not be read here
             unreadable.append(f"{pattern} ({how_to_install(backend)})")
             continue

@@ -2,7 +2,7 @@
 
 Hugging Face's names may have any prefix, if all tensors share it: ``transformer.``, the prefixes that wrappers add,
 such as ``module.`` (data parallel) and ``_orig_mod.`` (compiled), and combinations. OpenAI's names begin with
-``model/``.
+``model/``. GGUF files have llama.cpp's names.
 """
 
 from __future__ import annotations
@@ -29,6 +29,19 @@ _ANY_NAME = re.compile(
 )
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 _LEAVES = {"w": "weight", "g": "weight", "b": "bias"}
+# llama.cpp's names of the parts of a model.
+_GGUF = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_1": "attn_norm",
+    "attn/c_attn": "attn_qkv",
+    "attn/c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp/c_fc": "ffn_up",
+    "mlp/c_proj": "ffn_down",
+    "ln_f": "output_norm",
+    "lm_head": "output",
+}
 # The names that PyTorch's wrappers insert before those of the module that they wrap.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -52,6 +65,14 @@ def prefixed_name(path: str) -> str:
     """Return Hugging Face's name of a parameter in a language model, with the prefix ``transformer.``."""
     name = hugging_face_name(path)
     return name if name == LM_HEAD else PREFIX + name
+
+
+def gguf_name(path: str) -> str:
+    """Return llama.cpp's name of a parameter: ``blk.3.attn_norm.weight`` for ``h3/ln_1/g``."""
+    match = re.fullmatch(r"(?:h(\d+)/)?(.+?)(?:/([wgb]))?", path)
+    assert match is not None
+    layer, scope, leaf = match.groups()
+    return (f"blk.{layer}." if layer else "") + f"{_GGUF[scope]}.{_LEAVES[leaf or 'w']}"
 
 
 def is_openai(names: Mapping[str, Any]) -> bool:
@@ -83,10 +104,12 @@ class Layout(NamedTuple):
     """The name that lm_head has if the file contains it."""
     stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]]
     """A function from a path and the parameter's shape to the shape in the file."""
+    is_linear: bool = False
+    """Whether conv1d weights are stored as those of nn.Linear: [out, in]."""
 
 
 def layout_of(found: Mapping[str, Found], config: GPT2Config, *, is_linear: bool = False) -> Layout:
-    """Return the layout of a file with these tensors."""
+    """Return the layout of a file with these tensors, whose names are Hugging Face's or OpenAI's."""
     paths = shapes(config)
     if is_openai(found):
         # OpenAI's conv1d weights have a leading axis of size 1: the width of the kernel.
@@ -103,12 +126,28 @@ def layout_of(found: Mapping[str, Found], config: GPT2Config, *, is_linear: bool
         {n for n in found if n.startswith(prefix) and _MASK_BUFFER.fullmatch(n.removeprefix(prefix))}
         | ({head} if config.tie_word_embeddings else set()),
         head,
-        lambda path, shape: shape[::-1] if is_linear and path.endswith("/w") else shape,
+        _linear_shape if is_linear else lambda path, shape: shape,
+        is_linear,
     )
 
 
+def gguf_layout(found: Mapping[str, Found], config: GPT2Config) -> Layout:
+    """Return the layout of a GGUF file. An output matrix is dropped if the configuration says that it is wte."""
+    head = gguf_name("lm_head")
+    dropped = {head} if config.tie_word_embeddings else set()
+    return Layout({path: gguf_name(path) for path in shapes(config)}, dropped, head, _linear_shape, True)
+
+
+def _linear_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if path.endswith("/w") else shape
+
+
 def by_path(
-    file: Path, found: Mapping[str, Found], config: GPT2Config, config_name: str, *, is_linear: bool = False
+    file: Path,
+    found: Mapping[str, Found],
+    config: GPT2Config,
+    config_name: str,
+    find_layout: Callable[[Mapping[str, Found], GPT2Config], Layout] = layout_of,
 ) -> dict[str, StoredTensor]:
     """Return the parameters by path, in the order of `params.shapes`, after checking names, shapes and dtypes.
 
@@ -125,18 +164,18 @@ def by_path(
         The model's shape.
     config_name : str
         The name of the file that the configuration comes from, for messages.
-    is_linear : bool
-        Whether the weights are those of nn.Linear: [out, in] instead of [in, out]. Such a file may lack all biases,
-        which are then 0.
+    find_layout : callable
+        Returns the layout of the file for its tensors and the configuration. A file with the weights of nn.Linear may
+        lack all biases, which are then 0.
     """
     if config.n_layer > len(found):  # checked before a list of all names is made
         raise CheckpointError(f"{file}: holds {len(found)} tensors; {config_name} says n_layer = {config.n_layer}")
     found = _without_wrappers(file, found)
-    layout, ours = layout_of(found, config, is_linear=is_linear), shapes(config)
+    layout, ours = find_layout(found, config), shapes(config)
     missing = [path for path, name in layout.names.items() if name not in found]
     known = {*layout.names.values(), *layout.dropped}
     extra = [name for name in found if name not in known]
-    if is_linear and missing == [path for path in ours if path.endswith("/b")]:
+    if layout.is_linear and missing == [path for path in ours if path.endswith("/b")]:
         missing = []  # the model was made with bias=False
     if missing:
         lacks = f"{file}: lacks {_some([layout.names[path] for path in missing])}"
@@ -158,7 +197,7 @@ def by_path(
                 f"{at}: {name} has shape {list(tensor.shape)}; {config_name} requires {list(expected)}"
             )
         _check_dtype(at, name, tensor)
-        shaped = _transposed if is_linear and path.endswith("/w") else _reshaped
+        shaped = _transposed if layout.is_linear and path.endswith("/w") else _reshaped
         parameters[path] = StoredTensor(ours[path], tensor.dtype, functools.partial(shaped, tensor, ours[path]))
     if layout.head in layout.dropped and layout.head in found:
         at, head = found[layout.head]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -27,8 +28,9 @@ from .companions import (
     read_tokenizer_settings,
 )
 from .contents import check_text, exists, read_json
-from .formats import INDEX, WEIGHTS_FILE, find_weights, formats, open_weights
-from .names import by_path, is_openai
+from .formats import GGUF_FILES, INDEX, WEIGHTS_FILE, Weights, find_weights, formats, open_weights
+from .gguf_models import read_gguf_config, read_gguf_tokenizer
+from .names import by_path, gguf_layout, gguf_name, is_openai, layout_of
 
 HPARAMS_FILE = "hparams.json"
 MODEL_ARGS = "model_args"  # the entry of nanoGPT's ckpt.pt that has the shape of the model
@@ -40,7 +42,7 @@ _GELU = (
 )
 
 # The ends of names of files that are likely to be weights, for the message if no known name is found.
-_OTHER_FILES = (".bin", ".safetensors", ".index.json", ".h5", ".msgpack", ".index", ".gguf", ".onnx")
+_OTHER_FILES = (".bin", ".safetensors", ".index.json", ".h5", ".msgpack", ".index", ".onnx")
 
 
 class Checkpoint(NamedTuple):
@@ -66,8 +68,9 @@ def read_checkpoint(
     ----------
     source : path or str
         A directory with Hugging Face's layout (``config.json`` and ``model.safetensors``, or several files and their
-        index, or ``pytorch_model.bin``), OpenAI's release (``hparams.json`` and ``model.ckpt``) or nanoGPT's
-        ``ckpt.pt``; or the file of weights in such a directory. If no file has this name: the model ``shakespeare``,
+        index, or ``pytorch_model.bin``), OpenAI's release (``hparams.json`` and ``model.ckpt``), nanoGPT's
+        ``ckpt.pt`` or a GGUF file; or the file of weights in such a directory. A GGUF file is a whole checkpoint: the
+        other files in its directory are not read. If no file has this name: the model ``shakespeare``,
         which ships with this package, or a model of the hub, ``gpt2``, ``user/model`` or ``user/model@revision``.
     tokenizer : Tokenizer, "auto" or None
         The tokenizer to use: the checkpoint's own ("auto"), another one, or none (None). The checkpoint's own tokenizer
@@ -90,10 +93,12 @@ def read_checkpoint(
         If a framework is needed to read the weights and is not installed. The message says what to install.
     """
     directory, file, said = _find(source)
+    weights = find_weights(directory, file)
+    if weights is not None and weights.format.pattern == GGUF_FILES:
+        return _read_gguf(weights, said, tokenizer)
     companions = read_companions(directory)
     config_name = next((n for n in (CONFIG_FILE, HPARAMS_FILE) if exists(directory / n)), None)
     config = None if config_name is None else _read_config(directory / config_name, companions)
-    weights = find_weights(directory, file)
     if weights is None:
         raise CheckpointError(_no_weights(directory) if config is not None else _no_config(directory))
     opened = open_weights(weights)
@@ -106,14 +111,15 @@ def read_checkpoint(
             f"{directory / CONFIG_FILE}: no such file, and {weights.file.name} does not describe the model's shape, "
             f"as the {MODEL_ARGS} in nanoGPT's ckpt.pt do"
         )
-    tensors = by_path(weights.file, opened.tensors, config, config_name, is_linear=is_nanogpt)
+    find_layout = functools.partial(layout_of, is_linear=is_nanogpt)
+    tensors = by_path(weights.file, opened.tensors, config, config_name, find_layout)
     if is_nanogpt:
         warnings.warn(f"{weights.file}: {_GELU}", UserWarning, stacklevel=3)
 
     layout = "OpenAI's release" if is_openai(opened.tensors) else "nanoGPT" if is_nanogpt else "Hugging Face's layout"
     files = weights.file.name if weights.shards is None else f"{weights.file.name} of {len(weights.shards)} files"
     dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
-    used = _read_tokenizer(directory, config, tokenizer)
+    used = _use_tokenizer(tokenizer, functools.partial(_load_tokenizer, directory), directory, config)
     if config_name != CONFIG_FILE and used is not None:  # other layouts do not say which id is the end of text
         config = generating(directory, dataclasses.replace(config, eos_token_id=_end_of_text(used, config)), companions)
     if used is None:
@@ -121,6 +127,19 @@ def read_checkpoint(
     elif used is not tokenizer:
         companions |= read_tokenizer_settings(directory)
     return Checkpoint(f"{said}{layout}, {files}, {dtypes}", config, tensors, used, companions)
+
+
+def _read_gguf(weights: Weights, said: str, tokenizer: Tokenizer | Literal["auto"] | None) -> Checkpoint:
+    """Return the checkpoint that is in one GGUF file."""
+    file = weights.file
+    found, values = open_weights(weights)
+    config = read_gguf_config(file, values, found)
+    if config.tie_word_embeddings:  # the output matrix, if there is one, is equal to wte
+        found.pop(gguf_name("lm_head"), None)
+    tensors = by_path(file, found, config, "header", gguf_layout)
+    used = _use_tokenizer(tokenizer, functools.partial(read_gguf_tokenizer, file, values), file, config)
+    dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
+    return Checkpoint(f"{said}GGUF, {file.name}, {dtypes}", config, tensors, used)
 
 
 def _find(source: str | os.PathLike[str]) -> tuple[Path, Path | None, str]:
@@ -183,7 +202,7 @@ def _read_model_args(
 def _no_config(directory: Path) -> str:
     return (
         f"{directory / CONFIG_FILE}: no such file; a checkpoint holds {CONFIG_FILE} and {WEIGHTS_FILE}, OpenAI's "
-        f"{HPARAMS_FILE} and model.ckpt, or nanoGPT's ckpt.pt"
+        f"{HPARAMS_FILE} and model.ckpt, nanoGPT's ckpt.pt, or a file {GGUF_FILES}"
     )
 
 
@@ -194,8 +213,17 @@ def _no_weights(directory: Path) -> str:
     return f"{directory / WEIGHTS_FILE}: no such file{there}; weights are read from {readable}, or those of an {INDEX}"
 
 
-def _read_tokenizer(directory: Path, config: GPT2Config, given: Tokenizer | Literal["auto"] | None) -> Tokenizer | None:
-    """Return the tokenizer to use.
+def _load_tokenizer(directory: Path) -> Tokenizer | None:
+    for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS):
+        if exists(directory / name):
+            check_text(directory / name)
+    return Tokenizer.load(directory)
+
+
+def _use_tokenizer(
+    given: Tokenizer | Literal["auto"] | None, load: Callable[[], Tokenizer | None], source: Path, config: GPT2Config
+) -> Tokenizer | None:
+    """Return the tokenizer to use: the one that is given, or the one of the source, which `load` reads.
 
     It may have added tokens whose ids the model lacks. Encoding a text for the model then refuses these tokens.
     """
@@ -204,10 +232,7 @@ def _read_tokenizer(directory: Path, config: GPT2Config, given: Tokenizer | Lite
     found: Tokenizer | str | None = given
     if given == "auto":
         try:
-            for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS):
-                if exists(directory / name):
-                    check_text(directory / name)
-            found = Tokenizer.load(directory)
+            found = load()
         except (ValueError, OSError) as error:
             raise TokenizerError(f"{error} ({_BY_IDS})") from error
         if found is None:
@@ -215,7 +240,7 @@ def _read_tokenizer(directory: Path, config: GPT2Config, given: Tokenizer | Lite
     if not isinstance(found, Tokenizer):
         raise TypeError(f"tokenizer is {checks.shown(given)}; expected a Tokenizer (Tokenizer.load reads one), or None")
     if found.n_base > config.n_vocab:
-        where = directory if given == "auto" else "tokenizer"
+        where = source if given == "auto" else "tokenizer"
         raise TokenizerError(
             f"{where}: the tokenizer has {found.n_base} entries and the model {config.n_vocab} ({_BY_IDS})"
         )

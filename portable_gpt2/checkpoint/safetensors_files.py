@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,29 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..host import CheckpointError, StoredTensor, float_dtypes
 from .contents import parse_json
+from .tensors import OpenFile
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-class _File:
-    """An open file, from which tensors are read. It is closed when the last reference to this object is deleted."""
-
-    def __init__(self, file: Path) -> None:
-        self.stream = file.open("rb", buffering=0)
-        self._lock = threading.Lock()  # because all threads share the position in the stream
-        weakref.finalize(self, self.stream.close)
-
-    def read(self, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Return a copy of a tensor, which a later change of the file does not affect."""
-        a = np.empty(shape, float_dtypes[dtype])
-        rest = a.reshape(-1).view(np.uint8).data
-        with self._lock:
-            self.stream.seek(start)
-            while rest and (n := self.stream.readinto(rest)):  # one call reads at most 2 GiB on Linux
-                rest = rest[n:]
-        if rest:
-            raise EOFError(f"the file ends {len(rest)} bytes too early; it has become shorter since it was opened")
-        return a
 
 
 def open_safetensors(file: Path) -> dict[str, StoredTensor]:
@@ -48,7 +26,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from None
-    opened = _File(file)
+    opened = OpenFile(file)
     size = int.from_bytes(opened.stream.read(8), "little")
     header = parse_json(file, opened.stream.read(size))
     tensors = {}

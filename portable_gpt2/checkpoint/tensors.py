@@ -1,13 +1,37 @@
-"""Make a `StoredTensor` of an array, convert one to another dtype, and look for NaN and infinity."""
+"""Make a `StoredTensor` of an array, read tensors from a file, convert dtypes, and look for NaN and infinity."""
 
 from __future__ import annotations
 
+import threading
+import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..host import StoredTensor, float_dtypes
 from ..registry import backend_of
+
+
+class OpenFile:
+    """An open file, from which tensors are read. It is closed when the last reference to this object is deleted."""
+
+    def __init__(self, file: Path) -> None:
+        self.stream = file.open("rb", buffering=0)
+        self._lock = threading.Lock()  # because all threads share the position in the stream
+        weakref.finalize(self, self.stream.close)
+
+    def read(self, start: int, shape: tuple[int, ...], dtype: str | np.dtype) -> np.ndarray:
+        """Return a copy of a tensor, which a later change of the file does not affect."""
+        a = np.empty(shape, float_dtypes[dtype] if isinstance(dtype, str) else dtype)
+        rest = a.reshape(-1).view(np.uint8).data
+        with self._lock:
+            self.stream.seek(start)
+            while rest and (n := self.stream.readinto(rest)):  # one call reads at most 2 GiB on Linux
+                rest = rest[n:]
+        if rest:
+            raise EOFError(f"the file ends {len(rest)} bytes too early; it has become shorter since it was opened")
+        return a
 
 
 def stored(x: Any) -> StoredTensor:

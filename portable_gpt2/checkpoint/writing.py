@@ -1,7 +1,8 @@
-"""Write checkpoints in Hugging Face's layout. A checkpoint appears complete or not at all."""
+"""Write checkpoints in Hugging Face's layout or as a GGUF file. A checkpoint appears complete or not at all."""
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -11,12 +12,15 @@ from typing import Any
 
 from .. import checks
 from ..config import GPT2Config
+from ..files import holds_file, replacing
 from ..host import StoredTensor, TokenizerError, float_dtypes
 from ..tokenizer import Tokenizer
 from .companions import TOKENIZER_FILES, UNREAD, written_companions
-from .formats import WEIGHTS_FILE
+from .formats import GGUF_FILES, WEIGHTS_FILE
+from .gguf_files import write_gguf
+from .gguf_models import FILE_TYPES, gguf_model
 from .names import prefixed_name
-from .reading import read_checkpoint
+from .reading import Checkpoint, read_checkpoint
 from .safetensors_files import write_safetensors
 from .target import replacing_checkpoint
 from .tensors import cast
@@ -85,26 +89,29 @@ def write_files(
 
 def convert(
     source: str | os.PathLike[str],
-    directory: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     dtype: str | None = None,
     force: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> str:
-    """Copy a checkpoint of any layout to Hugging Face's layout, in its own dtype or another.
+    """Copy a checkpoint of any layout to Hugging Face's layout or to a GGUF file, in its own dtype or another.
 
-    A tokenizer that cannot be used here is copied unchanged, with a warning that says why.
+    A tokenizer that cannot be used here is copied unchanged to a directory, and left out of a GGUF file. A warning says
+    why.
 
     Parameters
     ----------
     source : path or str
         The checkpoint, as `read_checkpoint` takes it. With force, it may be the target itself.
-    directory : path
-        The target. Without force, it must be empty or not exist.
+    target : path
+        The directory or, if its name ends in ``.gguf``, the GGUF file. Without force, a directory must be empty or not
+        exist, and a file must not exist.
     dtype : str, optional
-        ``float32``, ``float64``, ``bfloat16`` or ``float16`` (default: the dtype of each tensor in the source).
+        ``float32``, ``float64``, ``bfloat16`` or ``float16`` (default: the dtype of each tensor in the source). A GGUF
+        file does not have float64; its biases, gains and positions are always in float32.
     force : bool
-        Whether to replace a checkpoint in the directory, as for `write_checkpoint`.
+        Whether to replace a checkpoint in the directory, as for `write_checkpoint`, or the file.
     progress : callable, optional
         A function that wraps the iterable of tensors, as tqdm does.
 
@@ -121,18 +128,49 @@ def convert(
         If the directory may not be replaced (FileExistsError), or cannot be written. This is checked before anything is
         downloaded or read.
     ValueError
-        If there is no such dtype, or a weight is beyond its range.
+        If there is no such dtype, a weight is beyond its range, or llama.cpp does not compute such a model.
     """
-    if dtype is not None and dtype not in float_dtypes:
-        raise ValueError(f"no floating dtype {dtype!r}; choose one of {', '.join(float_dtypes)}")
     checks.path("source", source)
-    with replacing_checkpoint(checks.path("directory", directory), force) as draft:
-        try:
-            found = read_checkpoint(source)
-        except TokenizerError as error:
-            found = read_checkpoint(source, tokenizer=None)
+    file = checks.path("target", target)
+    is_gguf = fnmatch.fnmatchcase(file.name, GGUF_FILES)
+    dtypes = FILE_TYPES if is_gguf else float_dtypes
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"no floating dtype {dtype!r}; choose one of {', '.join(dtypes)}")
+    if is_gguf:
+        return _convert_to_gguf(source, file, dtype, force, progress)
+    with replacing_checkpoint(file, force) as draft:
+        found, why = _read(source)
+        if why is not None:
             copied = ", ".join(name for name in found.companions if name in UNREAD) or "none of its files"
-            warnings.warn(f"{error}; copied unchanged: {copied}", UserWarning, stacklevel=2)
+            warnings.warn(f"{why}; copied unchanged: {copied}", UserWarning, stacklevel=2)
         tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
         write_files(draft, found.config, tensors, found.tokenizer, found.companions, progress)
     return found.source
+
+
+def _convert_to_gguf(
+    source: str | os.PathLike[str],
+    file: Path,
+    dtype: str | None,
+    force: bool,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> str:
+    with replacing(file) as draft:
+        if holds_file(file) and not force:
+            raise FileExistsError(f"{file}: exists already; give a new name, or replace this file by force")
+        found, why = _read(source)
+        if why is not None:
+            warnings.warn(f"{why}; the file has no tokenizer", UserWarning, stacklevel=3)
+        if len(found.config.ends) > 1:
+            end, *others = found.config.ends
+            warnings.warn(f"a GGUF file has one end of text: {end} is kept, not {others}", UserWarning, stacklevel=3)
+        write_gguf(draft, *gguf_model(found.config, found.tensors, found.tokenizer, dtype), progress)
+    return found.source
+
+
+def _read(source: str | os.PathLike[str]) -> tuple[Checkpoint, TokenizerError | None]:
+    """Return a checkpoint; if its tokenizer cannot be used, return the checkpoint without it, and the reason."""
+    try:
+        return read_checkpoint(source), None
+    except TokenizerError as error:
+        return read_checkpoint(source, tokenizer=None), error

@@ -1,0 +1,534 @@
+"""Differences of the weights of two models: which tensors differ, and which change explains each difference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from ..config import GPT2Config
+from ..host import StoredTensor
+from .findings import WeightFinding
+
+_ROWS = 32  # a multiple of the length of Q8_0's blocks
+_BLOCK = 1 << 18  # the number of elements that a check reads at once
+_FORMATS = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float8_e4m3fn")}
+_FORMATS |= {"float8_e5m2": np.dtype(ml_dtypes.float8_e5m2), "float32": np.dtype("float32")}
+
+
+def differences(
+    a: Mapping[str, StoredTensor],
+    b: Mapping[str, StoredTensor],
+    config_a: GPT2Config | None = None,
+    config_b: GPT2Config | None = None,
+) -> list[WeightFinding]:
+    """Return the tensors in which two models differ, each with the kind of its difference.
+
+    Values are compared, not dtypes: weights in float32 are equal to the same values in float16. One tensor of each
+    model is in memory at a time. A kind is stated only if it explains every element:
+
+    - ``absent in b``, ``other shape``, ``reshaped``, ``transposed``;
+    - ``q, k, v are k, q, v of a`` (any order), ``columns are [head, 3, head_size]`` (any order of these axes);
+    - ``multiplied by 0.125 = 1/8 or 1/sqrt(head_size)``, ``of the opposite sign``, ``1 less than in a``;
+    - ``47 rows added at the end``, ``rows shifted by 2``, ``rows in another order``;
+    - ``layer shifted: h2 of a``, and the name of any other tensor of a;
+    - ``rounded through bfloat16``, float16, float8, TF32 and other formats, int8 and int4 with one scale for each row,
+      Q8_0 of GGUF;
+    - ``all 0 in b``, as where a bias was dropped.
+
+    A tensor may be rounded in addition to another change. If no change explains the tensor, the kind begins with
+    ``differs`` and describes the largest difference. NaN and infinity are a kind of their own.
+
+    The output matrix is that of lm_head, or wte if the model ties the two. The findings of the path ``lm_head`` compare
+    these matrices. Therefore an lm_head that is a copy of wte differs in nothing from a tied one. A bias that is absent
+    does not differ from zeros.
+
+    There is one finding for each tensor. `merged` combines the findings that are of the same kind.
+
+    Parameters
+    ----------
+    a, b : dict of StoredTensor
+        The parameters by path, as `read_checkpoint` returns them.
+    config_a, config_b : GPT2Config, optional
+        The shapes of the two models. Without config_a, the arrangements of heads are not looked for.
+
+    Returns
+    -------
+    list of WeightFinding
+        In the order of the paths of a, then of b. The largest difference is NaN if the shapes differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_gpt2.checkpoint import stored
+    >>> from portable_gpt2.comparison.weights import differences
+    >>> w = np.arange(6, dtype=np.float32).reshape(2, 3)
+    >>> [finding.kind for finding in differences({"w": stored(w)}, {"w": stored(w.T)})]
+    ['transposed']
+    """
+    found: dict[str, WeightFinding] = {}
+    samples: dict[str, np.ndarray] = {}
+    unexplained: dict[str, np.ndarray] = {}
+    for path in dict.fromkeys([*a, *b]):
+        own = path in a, path in b
+        first, second = (tensors.get(path, tensors.get("wte") if path == "lm_head" else None) for tensors in (a, b))
+        if first is None or second is None:
+            there = first or second
+            if there is not None and not (path.endswith("/b") and not there.read().any()):
+                found[path] = WeightFinding(path, "absent in b" if second is None else "absent in a", math.nan)
+            continue
+        x, y = _values(first, second)
+        samples[path] = _sample(x)
+        if _everywhere(np.array_equal, x, y):
+            continue
+        kind = _nonfinite(x, y) or _kind(path, x, y, config_a, _precision(first, second))
+        if kind is None:
+            kind = _difference(path, x, y)
+            if all(own):
+                unexplained[path] = _sample(y)
+        if not all(own):
+            kind = f"own in {'ab'[own[1]]}, wte in {'ab'[own[0]]}: {kind}"
+        found[path] = WeightFinding(path, kind, _largest(x, y))
+    for path, sample in unexplained.items():
+        if (kind := _elsewhere(path, sample, a, b, samples)) is not None:
+            found[path] = found[path]._replace(kind=kind)
+    return list(found.values())
+
+
+def merged(findings: Iterable[WeightFinding]) -> list[WeightFinding]:
+    """Return one finding for each kind, with the largest of its differences.
+
+    The path of several tensors is the first path, and the number of the others. Two kinds are the same if their texts
+    are equal up to the first colon. The text of the finding with the largest difference is used.
+
+    Examples
+    --------
+    >>> from portable_gpt2.comparison.findings import WeightFinding
+    >>> from portable_gpt2.comparison.weights import merged
+    >>> merged([WeightFinding(f"h{i}/ln_1/g", "rounded through bfloat16", i / 8) for i in range(3)])
+    [WeightFinding(path='h0/ln_1/g and 2 more', kind='rounded through bfloat16', largest=0.25)]
+    """
+    groups: dict[str, list[WeightFinding]] = {}
+    for finding in findings:
+        groups.setdefault(finding.kind.partition(":")[0], []).append(finding)
+    return [
+        max(group, key=lambda finding: -1.0 if math.isnan(finding.largest) else finding.largest)._replace(
+            path=group[0].path + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+        )
+        for group in groups.values()
+    ]
+
+
+# Values
+
+
+def _values(*tensors: StoredTensor) -> list[np.ndarray]:
+    """Read tensors in the narrowest dtype, float32 or float64, that holds the values of all."""
+    dtype = np.float64 if any(tensor.dtype == "float64" for tensor in tensors) else np.float32
+    return [tensor.read().astype(dtype, copy=False) for tensor in tensors]
+
+
+def _sample(x: np.ndarray) -> np.ndarray:
+    """Return 64 elements that are spread over an array, or all elements of a smaller one."""
+    return x.take(np.linspace(0, x.size - 1, min(x.size, 64)).astype(int)) if x.size else x.reshape(-1)
+
+
+class Precision(NamedTuple):
+    """The rounding of the coarser of the dtypes that two tensors are stored in."""
+
+    unit: float
+    """The largest relative error of a rounded element."""
+    tiny: float
+    """The distance of the elements that are nearest to 0."""
+
+
+def _precision(*tensors: StoredTensor) -> Precision:
+    found = [ml_dtypes.finfo(_FORMATS.get(tensor.dtype, np.dtype("float64"))) for tensor in tensors]
+    return Precision(max(float(f.eps) for f in found) / 2, max(float(f.smallest_subnormal) for f in found))
+
+
+def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the rows of two arrays of one shape in blocks.
+
+    The first block has 32 rows, so that a check which fails costs little, and needs little memory if it does not.
+    """
+    step = _ROWS * max(1, _BLOCK // (_ROWS * max(1, math.prod(x.shape[1:]))))
+    for start, end in itertools.pairwise([0, *range(_ROWS, max(len(x), _ROWS + 1), step), len(x)]):
+        if start < end:
+            yield x[start:end], y[start:end]
+
+
+def _everywhere(check: Callable[[np.ndarray, np.ndarray], Any], x: np.ndarray, y: np.ndarray) -> bool:
+    """Return whether two arrays have one shape, and a check accepts each block of rows."""
+    if x.shape != y.shape:
+        return False
+    with np.errstate(all="ignore"):
+        return all(check(*block) for block in _blocks(*np.atleast_1d(x, y)))
+
+
+def _largest(x: np.ndarray, y: np.ndarray) -> float:
+    if x.shape != y.shape:
+        return math.nan
+    with np.errstate(all="ignore"):
+        return float(max(np.abs(p - q).max(initial=0.0) for p, q in _blocks(*np.atleast_1d(x, y))))
+
+
+def _nonfinite(x: np.ndarray, y: np.ndarray) -> str | None:
+    spoilt = {name: z for name, z in (("a", x), ("b", y)) if not _everywhere(lambda p, _: np.isfinite(p).all(), z, z)}
+    if not spoilt:
+        return None
+    name, z = list(spoilt.items())[-1]
+    where = np.argwhere(~np.isfinite(z))
+    return f"NaN or infinity in {' and '.join(spoilt)}: {len(where):,} elements of {name}, the first at {_at(where[0])}"
+
+
+def _difference(path: str, x: np.ndarray, y: np.ndarray) -> str:
+    """Describe a difference that nothing explains."""
+    if x.shape != y.shape:
+        return f"other shape: {list(x.shape)} in a, {list(y.shape)} in b"
+    n, largest, place, start, squares, whole = 0, 0.0, 0, 0, 0.0, 0.0
+    for p, q in _blocks(*np.atleast_1d(x, y)):
+        delta = np.abs(p - q)
+        n += np.count_nonzero(delta)
+        if delta.size and delta.max() > largest:
+            largest, place = float(delta.max()), start + int(delta.argmax())
+        squares, whole = squares + float(np.vdot(delta, delta)), whole + float(np.vdot(p, p))
+        start += p.size
+    at = np.unravel_index(place, x.shape)
+    parts = _parts(path, x, y)
+    same = [name for name, (p, q) in parts.items() if np.array_equal(p, q)]
+    alone = f" in {' and '.join(name for name in parts if name not in same)} alone" if same else ""
+    relative = math.sqrt(squares / max(whole, 1e-300))
+    return (
+        f"differs{alone}: in {n:,} of {x.size:,} elements, most at {_at(at)} with {x[at]:.6g} in a and "
+        f"{y[at]:.6g} in b; the norm of the difference is {relative:.2g} times that of a"
+    )
+
+
+def _at(index: Iterable[Any]) -> str:
+    return str([int(i) for i in index])
+
+
+# What explains a difference. Each function returns the kind in words, "" for equal arrays, or None.
+
+
+def _kind(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None, precision: Precision) -> str | None:
+    by_columns = path.endswith("/w")
+    for turned in (False, True):
+        target = y.T if turned else y
+        if turned and (y.ndim != 2 or x.shape != target.shape):
+            continue
+        kind = _change(path, x, target, config, precision, by_columns)
+        if kind is None:
+            kind = _arrangement(path, x, target, config, by_columns) or _parts_change(
+                path, x, target, config, precision
+            )
+        if kind is not None:
+            return " and ".join(filter(None, ["transposed" if turned else "", kind]))
+    if x.size == y.size and x.shape != y.shape:
+        if (kind := _same(x.reshape(-1), y.reshape(-1), by_columns)) is None:
+            return None
+        return " and ".join(filter(None, [f"reshaped from {list(x.shape)} to {list(y.shape)}", kind]))
+    return _rows(path, x, y)
+
+
+def _change(
+    path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None, precision: Precision, by_columns: bool
+) -> str | None:
+    """Explain a difference by an operation on each element."""
+    if x.shape != y.shape or not x.size:
+        return None
+    if _everywhere(np.array_equal, x, y):
+        return ""
+    for name, z in (("b", y), ("a", x)):
+        value = z.reshape(-1)[0]
+        if z.size > 1 and _everywhere(lambda p, _, value=value: (p == value).all(), z, z):
+            return f"all {value:.6g} in {name}"
+    if (kind := _same(x, y, by_columns)) is not None:
+        return kind
+    for offset, words in ((-1, "1 less than in a, as where the op adds 1 to it"), (1, "1 more than in a")):
+        if _everywhere(
+            lambda p, q, d=offset: (np.abs(q - (p + d)) <= 4 * precision.unit * (np.abs(p) + 1)).all(), x, y
+        ):
+            return words
+    return _multiple(path, x, y, config, precision)
+
+
+def _multiple(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None, precision: Precision) -> str | None:
+    """Explain a difference by a constant factor."""
+    if np.count_nonzero(x) < 2:
+        return None
+    unit, tiny = precision
+    p, q = (z.reshape(-1)[:_BLOCK].astype(np.float64) for z in (x, y))
+    if not (squares := p @ p):
+        return None
+
+    def is_factor(c: float) -> bool:
+        def check(p: np.ndarray, q: np.ndarray) -> Any:
+            product = c * p.astype(np.float64)
+            return (np.abs(q - product) <= 4 * unit * np.abs(product) + tiny).all()
+
+        return _everywhere(check, x, y)
+
+    c = float(p @ q / squares)
+    if c == 0 or not is_factor(c):
+        return None
+    names = {
+        name: value
+        for name, value in _factors(path, config).items()
+        if abs(abs(c) / value - 1) < 4 * unit and is_factor(math.copysign(value, c))
+    }
+    if "1" in names:
+        return "of the opposite sign" if c < 0 else None
+    value = math.copysign(next(iter(names.values()), abs(c)), c)
+    minus = "-" if c < 0 else ""
+    said = " or ".join(f"{minus}{name}" for name in names)
+    return f"multiplied by {value:.6g}" + (f" = {said}" if said else "")
+
+
+def _factors(path: str, config: GPT2Config | None) -> dict[str, float]:
+    """Return the factors that have a name, in order of the names to prefer."""
+    sizes: dict[str, float] = {}
+    if config is not None:
+        sizes = {"head_size": config.head_size, "n_embd": config.n_embd, "n_layer": config.n_layer}
+        sizes |= {"2 n_layer": 2 * config.n_layer, "n_head": config.n_head}
+    if match := re.match(r"h(\d+)/", path):
+        sizes["layer + 1"] = int(match[1]) + 1
+    named = {str(n): float(n) for n in (1, 2, 3, 4, 8, 10, 16, 32, 64, 100, 127, 128, 255, 256, 1000, 1024)}
+    named |= {"sqrt(2)": math.sqrt(2)}
+    named |= {f"sqrt({name})": math.sqrt(n) for name, n in sizes.items()}
+    named |= {f"({name})" if " " in name else name: n for name, n in sizes.items()}
+    return named | {f"1/{name}": 1 / n for name, n in named.items() if n != 1}
+
+
+# Rounding
+
+
+def _same(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
+    """Explain a difference by rounding of one of the two: "" if they are equal.
+
+    With `by_columns`, Q8_0's blocks run along the first axis: in a GGUF file, a weight is transposed.
+    """
+    if _everywhere(np.array_equal, x, y):
+        return ""
+    for name, p, q in (("b", x, y), ("a", y, x)):
+        if (kind := _rounding(p, q, by_columns)) is not None:
+            return kind if name == "b" else f"a is {kind}"
+    return None
+
+
+def _rounding(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
+    """Explain y by a rounding of x."""
+    if not _everywhere(_is_near, x, y):
+        return None
+    for name, dtype in _FORMATS.items():
+        if _everywhere(lambda p, q, to=dtype: np.array_equal(p.astype(to).astype(q.dtype), q), x, y):
+            return f"rounded through {name}"
+    if x.ndim > 1 or not by_columns:
+        z, w = (x.T, y.T) if by_columns else (x, y)
+        if z.shape[-1] % _ROWS == 0 and _everywhere(lambda p, q: np.array_equal(q8_0(p), q), z, w):
+            return "rounded through Q8_0 of GGUF"
+    if (bits := _mantissa_bits(y)) is not None and 3 <= bits < 23:
+        for words, how in (("rounded to", _to_nearest), ("rounded half away from zero to", _away), ("cut to", _cut)):
+            if _everywhere(lambda p, q, how=how: np.array_equal(how(p, bits), q), x, y):
+                known = {7: ", those of bfloat16", 10: ", those of TF32"}.get(bits, "")
+                return f"{words} {bits} bits after the binary point{known}"
+    for (name, levels), (scope, axis) in itertools.product({"int8": 127, "int4": 7}.items(), _SCOPES.items()):
+        if (axis is None and x.size >= _ROWS) or (axis is not None and x.ndim == 2 and x.shape[axis] >= _ROWS):
+            scale = np.abs(y).max(axis=axis, keepdims=True) / levels
+            if _is_on_grid(x, y, np.broadcast_to(scale, (len(y), *scale.shape[1:]))):
+                return f"rounded to {name} with one scale for {scope}"
+    return None
+
+
+_SCOPES = {"the tensor": None, "each row": 1, "each column": 0}
+
+
+def _is_near(x: np.ndarray, y: np.ndarray) -> Any:
+    """Return whether y may be x in a coarser format: the coarsest are float8_e5m2 and int4."""
+    return (np.abs(x - y) <= 0.126 * np.abs(x) + np.abs(x).max(initial=0.0) / 6).all()
+
+
+def _is_on_grid(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> bool:
+    """Return whether y has the multiples of its scale that are nearest to x.
+
+    A multiple is accepted with a tolerance, because a tie of x may have been rounded either way.
+    """
+    for (p, q), (s, _) in zip(_blocks(x, y), _blocks(np.broadcast_to(scale, x.shape), y), strict=True):
+        multiple = np.divide(q, s, out=np.zeros_like(q), where=s > 0)
+        if not ((np.abs(multiple - np.rint(multiple)) < 1e-3) & (np.abs(p - q) <= 0.5001 * s)).all():
+            return False
+    return True
+
+
+def _mantissa_bits(y: np.ndarray) -> int | None:
+    """Return how many bits after the binary point the elements of a float32 array need at most."""
+    if y.dtype != np.float32:
+        return None
+    used = 0
+    for block, _ in _blocks(*np.atleast_1d(y, y)):
+        used |= int(np.bitwise_or.reduce(np.ascontiguousarray(block).view(np.uint32).reshape(-1) & 0x7FFFFF))
+        if used & 1:
+            return 23
+    return 23 - ((used & -used).bit_length() - 1) if used else 0
+
+
+def _to_nearest(x: np.ndarray, bits: int) -> np.ndarray:
+    shift, word = 23 - bits, np.ascontiguousarray(x).view(np.uint32)
+    return ((word + (1 << (shift - 1)) - 1 + ((word >> shift) & 1)) >> shift << shift).view(np.float32)
+
+
+def _away(x: np.ndarray, bits: int) -> np.ndarray:
+    shift, word = 23 - bits, np.ascontiguousarray(x).view(np.uint32)
+    return ((word + (1 << (shift - 1))) >> shift << shift).view(np.float32)
+
+
+def _cut(x: np.ndarray, bits: int) -> np.ndarray:
+    shift, word = 23 - bits, np.ascontiguousarray(x).view(np.uint32)
+    return (word >> shift << shift).view(np.float32)
+
+
+def q8_0(x: np.ndarray) -> np.ndarray:
+    """Return an array after a round trip through Q8_0, GGUF's format of blocks: [..., n], n a multiple of 32.
+
+    A block of 32 elements is stored as 32 integers and a scale, float16: the largest magnitude divided by 127. An
+    element is rounded to the nearest multiple of the scale before the scale itself is rounded; ties are rounded away
+    from zero.
+    """
+    blocks = x.reshape(*x.shape[:-1], -1, _ROWS).astype(np.float32)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    multiple = np.abs(blocks * np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0))
+    whole = np.floor(multiple)
+    nearest = np.copysign(whole + (multiple - whole >= 0.5), blocks)
+    return (nearest * scale.astype(np.float16).astype(np.float32)).reshape(x.shape).astype(x.dtype, copy=False)
+
+
+# Arrangements of columns, heads and rows
+
+
+def _arrangement(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None, by_columns: bool) -> str | None:
+    """Explain a difference by another arrangement of q, k, v and the heads."""
+    if x.shape != y.shape or config is None:
+        return None
+    is_input = path.endswith("attn/c_proj/w")  # its rows are the heads, one after the other
+    if is_input:
+        x, y = x.T, y.T
+    for words, arranged in _arrangements(path, x.shape[-1], config):
+        if x.ndim > 1 and not _is_near(arranged(x[:_ROWS]), y[:_ROWS]):
+            continue
+        if (kind := _same(arranged(x), y, by_columns != is_input)) is not None:
+            return " and ".join(filter(None, [words, kind]))
+    return None
+
+
+def _arrangements(path: str, n: int, config: GPT2Config) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    """Yield, in words and as a function of an array [..., n], other arrangements of the last axis."""
+    heads, size = config.n_head, config.head_size
+    if "attn/c_attn/" in path and n == 3 * heads * size:
+        orders = list(itertools.permutations(range(3)))
+        for axes, order in itertools.product(itertools.permutations(range(3)), orders):
+            if axes == order == (0, 1, 2):
+                continue
+            parts = "" if order == (0, 1, 2) else f"q, k, v are {', '.join('qkv'[i] for i in order)} of a"
+            names = ("3", "head", "head_size")
+            columns = "" if axes == (0, 1, 2) else f"columns are [{', '.join(names[i] for i in axes)}]"
+            yield " and ".join(filter(None, [columns, parts])), _rearranged((3, heads, size), order, axes)
+    elif path.endswith("attn/c_proj/w") and n == heads * size:
+        yield "rows are [head_size, head]", _rearranged((1, heads, size), (0,), (0, 2, 1))
+
+
+def _rearranged(
+    shape: tuple[int, ...], order: tuple[int, ...], axes: tuple[int, ...]
+) -> Callable[[np.ndarray], np.ndarray]:
+    def arranged(x: np.ndarray) -> np.ndarray:
+        lead = x.ndim - 1
+        parts = x.reshape(*x.shape[:-1], *shape)[..., list(order), :, :]
+        return parts.transpose(*range(lead), *(lead + i for i in axes)).reshape(x.shape)
+
+    return arranged
+
+
+def _parts(path: str, x: np.ndarray, y: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return q, k and v of a tensor of c_attn; an empty dict for another tensor."""
+    if "attn/c_attn/" not in path or x.shape != y.shape or x.shape[-1] % 3:
+        return {}
+    return dict(zip("qkv", zip(*(np.split(z, 3, axis=-1) for z in (x, y)), strict=True), strict=True))
+
+
+def _parts_change(
+    path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None, precision: Precision
+) -> str | None:
+    """Explain q, k and v by changes of their own."""
+    kinds: dict[str, list[str]] = {}
+    for name, (p, q) in _parts(path, x, y).items():
+        if (kind := _change(path, p, q, config, precision, path.endswith("/w"))) is None:
+            return None
+        kinds.setdefault(kind, []).append(name)
+    said = [f"{' and '.join(names)}: {kind}" for kind, names in kinds.items() if kind]
+    return "of " + "; of ".join(said) if said else None
+
+
+def _rows(path: str, x: np.ndarray, y: np.ndarray) -> str | None:
+    """Explain a difference by rows that were added, removed, shifted or put into another order."""
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        return None
+    n, more = len(x), len(y) - len(x)
+    by_columns = path.endswith("/w")
+    for shift in dict.fromkeys([0, more, 1, -1, 2, -2]):  # row i of a is row i + shift of b
+        start, end = max(0, -shift), min(n, len(y) - shift)
+        if end - start < max(2, n // 2) or (shift == 0 and not more):
+            continue
+        p, q = x[start:end], y[start + shift : end + shift]
+        if not _everywhere(_is_near, p, q) or (kind := _same(p, q, by_columns)) is None:
+            continue
+        words = [f"rows shifted by {shift}: row {start} of a is row {start + shift} of b" if shift else "", kind]
+        if shift == 2 and path == "wpe":
+            words[0] += ", as in OPT"
+        if more:
+            where = "end" if shift == 0 else "front" if shift == more else "front and the end"
+            added = _described(np.concatenate([y[: start + shift], y[end + shift :]]), x) if more > 0 else ""
+            words.insert(0, f"{abs(more)} rows {'added' if more > 0 else 'missing'} at the {where}{added}")
+        return " and ".join(filter(None, words))
+    if more == 0:
+        places = {hash(row.tobytes()): i for i, row in enumerate(x)}
+        order = [places.get(hash(row.tobytes()), -1) for row in y]
+        if sorted(order) == list(range(n)) and all(np.array_equal(x[j], row) for j, row in zip(order, y, strict=True)):
+            moved = [i for i, j in enumerate(order) if i != j]
+            return (
+                f"rows in another order: {len(moved):,} were moved; row {moved[0]} of b is row {order[moved[0]]} of a"
+            )
+    return None
+
+
+def _described(rows: np.ndarray, others: np.ndarray) -> str:
+    """Describe the rows that one of two matrices has in addition."""
+    if (rows == rows.flat[0]).all():
+        return f", all {rows.flat[0]:.6g}"
+    if (rows == rows[0]).all() and len(rows) > 1:
+        return ", all rows equal"
+    return f", of standard deviation {rows.std():.2g}, that of a is {others.std():.2g}"
+
+
+def _elsewhere(
+    path: str,
+    sample: np.ndarray,
+    a: Mapping[str, StoredTensor],
+    b: Mapping[str, StoredTensor],
+    samples: Mapping[str, np.ndarray],
+) -> str | None:
+    """Explain a tensor of b by another tensor of a."""
+    for other, found in samples.items():
+        if other in a and other != path and a[other].shape == b[path].shape and _is_near(found, sample):
+            x, y = _values(a[other], b[path])
+            if (kind := _same(x, y, path.endswith("/w"))) is None:
+                continue
+            here, there = (re.fullmatch(r"h\d+/(.*)", name) for name in (path, other))
+            is_layer = here and there and here[1] == there[1]
+            words = f"layer shifted: {other.partition('/')[0]} of a" if is_layer else f"that of {other} in a"
+            return " and ".join(filter(None, [words, kind]))
+    return None
