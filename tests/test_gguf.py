@@ -340,7 +340,7 @@ def test_a_file_that_exists_is_replaced_by_force_alone(checkpoint, tmp_path, cap
 def test_several_ends_of_text_are_one_there(tmp_path):
     """Catches an id that is dropped without a word."""
     layouts.write_safetensors(tmp_path / "it", dataclasses.replace(CONFIG, eos_token_id=(4, 5)), tiny.weights(CONFIG))
-    with pytest.warns(UserWarning, match=r"a GGUF file has one end of text: 4 is kept, not \[5\]"):
+    with pytest.warns(UserWarning, match=r"a GGUF file has one end of text: 4 is kept, and \[5\] is not"):
         convert(tmp_path / "it", tmp_path / "m.gguf")
     assert read_checkpoint(tmp_path / "m.gguf").config.eos_token_id == 4
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,7 @@ from .formats import GGUF_FILES, WEIGHTS_FILE
 from .gguf_files import write_gguf
 from .gguf_models import FILE_TYPES, gguf_model
 from .names import prefixed_name
-from .reading import Checkpoint, read_checkpoint
+from .reading import read_checkpoint
 from .safetensors_files import write_safetensors
 from .target import replacing_checkpoint
 from .tensors import cast
@@ -136,41 +137,28 @@ def convert(
     dtypes = FILE_TYPES if is_gguf else float_dtypes
     if dtype is not None and dtype not in dtypes:
         raise ValueError(f"no floating dtype {dtype!r}; choose one of {', '.join(dtypes)}")
-    if is_gguf:
-        return _convert_to_gguf(source, file, dtype, force, progress)
-    with replacing_checkpoint(file, force) as draft:
-        found, why = _read(source)
-        if why is not None:
+    with (_replacing_file if is_gguf else replacing_checkpoint)(file, force) as draft:
+        try:
+            found = read_checkpoint(source)
+        except TokenizerError as error:
+            found = read_checkpoint(source, tokenizer=None)
             copied = ", ".join(name for name in found.companions if name in UNREAD) or "none of its files"
-            warnings.warn(f"{why}; copied unchanged: {copied}", UserWarning, stacklevel=2)
-        tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
-        write_files(draft, found.config, tensors, found.tokenizer, found.companions, progress)
+            without = "the file has no tokenizer" if is_gguf else f"copied unchanged: {copied}"
+            warnings.warn(f"{error}; {without}", UserWarning, stacklevel=2)
+        if is_gguf:
+            if others := found.config.ends[1:]:
+                why = f"a GGUF file has one end of text: {found.config.ends[0]} is kept, and {list(others)} is not"
+                warnings.warn(why, UserWarning, stacklevel=2)
+            write_gguf(draft, *gguf_model(found.config, found.tensors, found.tokenizer, dtype), progress)
+        else:
+            tensors = {path: cast(path, tensor, dtype or tensor.dtype) for path, tensor in found.tensors.items()}
+            write_files(draft, found.config, tensors, found.tokenizer, found.companions, progress)
     return found.source
 
 
-def _convert_to_gguf(
-    source: str | os.PathLike[str],
-    file: Path,
-    dtype: str | None,
-    force: bool,
-    progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> str:
+@contextlib.contextmanager
+def _replacing_file(file: Path, force: bool) -> Iterator[Path]:
     with replacing(file) as draft:
         if holds_file(file) and not force:
             raise FileExistsError(f"{file}: exists already; give a new name, or replace this file by force")
-        found, why = _read(source)
-        if why is not None:
-            warnings.warn(f"{why}; the file has no tokenizer", UserWarning, stacklevel=3)
-        if len(found.config.ends) > 1:
-            end, *others = found.config.ends
-            warnings.warn(f"a GGUF file has one end of text: {end} is kept, not {others}", UserWarning, stacklevel=3)
-        write_gguf(draft, *gguf_model(found.config, found.tensors, found.tokenizer, dtype), progress)
-    return found.source
-
-
-def _read(source: str | os.PathLike[str]) -> tuple[Checkpoint, TokenizerError | None]:
-    """Return a checkpoint; if its tokenizer cannot be used, return the checkpoint without it, and the reason."""
-    try:
-        return read_checkpoint(source), None
-    except TokenizerError as error:
-        return read_checkpoint(source, tokenizer=None), error
+        yield draft
