@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint import stored
 from portable_gpt2.comparison.findings import WeightFinding
-from portable_gpt2.comparison.weights import differences, merged, q8_0
+from portable_gpt2.comparison.rounding import q8_0
+from portable_gpt2.comparison.weights import differences, merged
 
 
 @st.composite
@@ -280,14 +281,20 @@ def test_q8_0_is_that_of_the_gguf_package():
     np.testing.assert_array_equal(q8_0(x), gguf.dequantize(gguf.quantize(x, kind), kind))
 
 
-@given(scope=st.sampled_from(["the tensor", "each row", "each column"]), seed=st.integers(0, 99))
-def test_int8_with_scales(scope, seed):
-    """Catches int8 that is only called a difference."""
+@given(
+    scope=st.sampled_from(["the tensor", "each row", "each column"]),
+    bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 99),
+)
+def test_whole_numbers_with_scales(scope, bits, seed):
+    """Catches int8 and int4 that are only called a difference."""
     x = np.random.default_rng(seed).standard_normal((40, 48), np.float32)
     axis = {"the tensor": None, "each row": 1, "each column": 0}[scope]
-    scale = np.abs(x).max(axis=axis, keepdims=True) / 127
-    y = np.clip(np.rint(x / scale), -127, 127) * scale
-    assert kinds({"wte": x}, {"wte": y.astype(np.float32)}) == {"wte": f"rounded to int8 with one scale for {scope}"}
+    scale = np.abs(x).max(axis=axis, keepdims=True) / (2 ** (bits - 1) - 1)
+    y = np.rint(x / scale) * scale
+    assert kinds({"wte": x}, {"wte": y.astype(np.float32)}) == {
+        "wte": f"rounded to int{bits} with one scale for {scope}"
+    }
 
 
 def test_a_bias_that_was_dropped():

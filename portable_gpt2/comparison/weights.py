@@ -6,19 +6,14 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ..config import GPT2Config
 from ..host import StoredTensor
 from .findings import WeightFinding
-
-_ROWS = 32  # a multiple of the length of Q8_0's blocks
-_BLOCK = 1 << 18  # the number of elements that a check reads at once
-_FORMATS = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float8_e4m3fn")}
-_FORMATS |= {"float8_e5m2": np.dtype(ml_dtypes.float8_e5m2), "float32": np.dtype("float32")}
+from .rounding import BLOCK, ROWS, Precision, blocks, everywhere, is_near, precision_of, rounding
 
 
 def differences(
@@ -84,9 +79,9 @@ def differences(
             continue
         x, y = _values(first, second)
         samples[path] = _sample(x)
-        if _everywhere(np.array_equal, x, y):
+        if everywhere(np.array_equal, x, y):
             continue
-        kind = _nonfinite(x, y) or _kind(path, x, y, config_a, _precision(first, second))
+        kind = _nonfinite(x, y) or _kind(path, x, y, config_a, precision_of(first, second))
         if kind is None:
             kind = _difference(path, x, y)
             if all(own):
@@ -138,48 +133,15 @@ def _sample(x: np.ndarray) -> np.ndarray:
     return x.take(np.linspace(0, x.size - 1, min(x.size, 64)).astype(int)) if x.size else x.reshape(-1)
 
 
-class Precision(NamedTuple):
-    """The rounding of the coarser of the dtypes that two tensors are stored in."""
-
-    unit: float
-    """The largest relative error of a rounded element."""
-    tiny: float
-    """The distance of the elements that are nearest to 0."""
-
-
-def _precision(*tensors: StoredTensor) -> Precision:
-    found = [ml_dtypes.finfo(_FORMATS.get(tensor.dtype, np.dtype("float64"))) for tensor in tensors]
-    return Precision(max(float(f.eps) for f in found) / 2, max(float(f.smallest_subnormal) for f in found))
-
-
-def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the rows of two arrays of one shape in blocks.
-
-    The first block has 32 rows, so that a check which fails costs little, and needs little memory if it does not.
-    """
-    step = _ROWS * max(1, _BLOCK // (_ROWS * max(1, math.prod(x.shape[1:]))))
-    for start, end in itertools.pairwise([0, *range(_ROWS, max(len(x), _ROWS + 1), step), len(x)]):
-        if start < end:
-            yield x[start:end], y[start:end]
-
-
-def _everywhere(check: Callable[[np.ndarray, np.ndarray], Any], x: np.ndarray, y: np.ndarray) -> bool:
-    """Return whether two arrays have one shape, and a check accepts each block of rows."""
-    if x.shape != y.shape:
-        return False
-    with np.errstate(all="ignore"):
-        return all(check(*block) for block in _blocks(*np.atleast_1d(x, y)))
-
-
 def _largest(x: np.ndarray, y: np.ndarray) -> float:
     if x.shape != y.shape:
         return math.nan
     with np.errstate(all="ignore"):
-        return float(max(np.abs(p - q).max(initial=0.0) for p, q in _blocks(*np.atleast_1d(x, y))))
+        return float(max(np.abs(p - q).max(initial=0.0) for p, q in blocks(*np.atleast_1d(x, y))))
 
 
 def _nonfinite(x: np.ndarray, y: np.ndarray) -> str | None:
-    spoilt = {name: z for name, z in (("a", x), ("b", y)) if not _everywhere(lambda p, _: np.isfinite(p).all(), z, z)}
+    spoilt = {name: z for name, z in (("a", x), ("b", y)) if not everywhere(lambda p, _: np.isfinite(p).all(), z, z)}
     if not spoilt:
         return None
     name, z = list(spoilt.items())[-1]
@@ -192,9 +154,9 @@ def _difference(path: str, x: np.ndarray, y: np.ndarray) -> str:
     if x.shape != y.shape:
         return f"other shape: {list(x.shape)} in a, {list(y.shape)} in b"
     n, largest, place, start, squares, whole = 0, 0.0, 0, 0, 0.0, 0.0
-    for p, q in _blocks(*np.atleast_1d(x, y)):
+    for p, q in blocks(*np.atleast_1d(x, y)):
         delta = np.abs(p - q)
-        n += np.count_nonzero(delta)
+        n += int(np.count_nonzero(delta))
         if delta.size and delta.max() > largest:
             largest, place = float(delta.max()), start + int(delta.argmax())
         squares, whole = squares + float(np.vdot(delta, delta)), whole + float(np.vdot(p, p))
@@ -231,7 +193,7 @@ def _kind(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None, pr
         if kind is not None:
             return " and ".join(filter(None, ["transposed" if turned else "", kind]))
     if x.size == y.size and x.shape != y.shape:
-        if (kind := _same(x.reshape(-1), y.reshape(-1), by_columns)) is None:
+        if (kind := rounding(x.reshape(-1), y.reshape(-1), by_columns)) is None:
             return None
         return " and ".join(filter(None, [f"reshaped from {list(x.shape)} to {list(y.shape)}", kind]))
     return _rows(path, x, y)
@@ -243,20 +205,25 @@ def _change(
     """Explain a difference by an operation on each element."""
     if x.shape != y.shape or not x.size:
         return None
-    if _everywhere(np.array_equal, x, y):
+    if everywhere(np.array_equal, x, y):
         return ""
     for name, z in (("b", y), ("a", x)):
-        value = z.reshape(-1)[0]
-        if z.size > 1 and _everywhere(lambda p, _, value=value: (p == value).all(), z, z):
-            return f"all {value:.6g} in {name}"
-    if (kind := _same(x, y, by_columns)) is not None:
+        if z.size > 1 and everywhere(_is_constant, z, z, z.flat[0]):
+            return f"all {z.flat[0]:.6g} in {name}"
+    if (kind := rounding(x, y, by_columns)) is not None:
         return kind
     for offset, words in ((-1, "1 less than in a, as where the op adds 1 to it"), (1, "1 more than in a")):
-        if _everywhere(
-            lambda p, q, d=offset: (np.abs(q - (p + d)) <= 4 * precision.unit * (np.abs(p) + 1)).all(), x, y
-        ):
+        if everywhere(_is_offset, x, y, offset, precision.unit):
             return words
     return _multiple(path, x, y, config, precision)
+
+
+def _is_constant(x: np.ndarray, _: np.ndarray, value: float) -> Any:
+    return (x == value).all()
+
+
+def _is_offset(x: np.ndarray, y: np.ndarray, offset: int, unit: float) -> Any:
+    return (np.abs(y - (x + offset)) <= 4 * unit * (np.abs(x) + 1)).all()
 
 
 def _multiple(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None, precision: Precision) -> str | None:
@@ -264,7 +231,7 @@ def _multiple(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None
     if np.count_nonzero(x) < 2:
         return None
     unit, tiny = precision
-    p, q = (z.reshape(-1)[:_BLOCK].astype(np.float64) for z in (x, y))
+    p, q = (z.reshape(-1)[:BLOCK].astype(np.float64) for z in (x, y))
     if not (squares := p @ p):
         return None
 
@@ -273,7 +240,7 @@ def _multiple(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None
             product = c * p.astype(np.float64)
             return (np.abs(q - product) <= 4 * unit * np.abs(product) + tiny).all()
 
-        return _everywhere(check, x, y)
+        return everywhere(check, x, y)
 
     c = float(p @ q / squares)
     if c == 0 or not is_factor(c):
@@ -306,108 +273,6 @@ def _factors(path: str, config: GPT2Config | None) -> dict[str, float]:
     return named | {f"1/{name}": 1 / n for name, n in named.items() if n != 1}
 
 
-# Rounding
-
-
-def _same(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
-    """Explain a difference by rounding of one of the two: "" if they are equal.
-
-    With `by_columns`, Q8_0's blocks run along the first axis: in a GGUF file, a weight is transposed.
-    """
-    if _everywhere(np.array_equal, x, y):
-        return ""
-    for name, p, q in (("b", x, y), ("a", y, x)):
-        if (kind := _rounding(p, q, by_columns)) is not None:
-            return kind if name == "b" else f"a is {kind}"
-    return None
-
-
-def _rounding(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
-    """Explain y by a rounding of x."""
-    if not _everywhere(_is_near, x, y):
-        return None
-    for name, dtype in _FORMATS.items():
-        if _everywhere(lambda p, q, to=dtype: np.array_equal(p.astype(to).astype(q.dtype), q), x, y):
-            return f"rounded through {name}"
-    if x.ndim > 1 or not by_columns:
-        z, w = (x.T, y.T) if by_columns else (x, y)
-        if z.shape[-1] % _ROWS == 0 and _everywhere(lambda p, q: np.array_equal(q8_0(p), q), z, w):
-            return "rounded through Q8_0 of GGUF"
-    if (bits := _mantissa_bits(y)) is not None and 3 <= bits < 23:
-        for words, how in (("rounded to", _to_nearest), ("rounded half away from zero to", _away), ("cut to", _cut)):
-            if _everywhere(lambda p, q, how=how: np.array_equal(how(p, bits), q), x, y):
-                known = {7: ", those of bfloat16", 10: ", those of TF32"}.get(bits, "")
-                return f"{words} {bits} bits after the binary point{known}"
-    for (name, levels), (scope, axis) in itertools.product({"int8": 127, "int4": 7}.items(), _SCOPES.items()):
-        if (axis is None and x.size >= _ROWS) or (axis is not None and x.ndim == 2 and x.shape[axis] >= _ROWS):
-            scale = np.abs(y).max(axis=axis, keepdims=True) / levels
-            if _is_on_grid(x, y, np.broadcast_to(scale, (len(y), *scale.shape[1:]))):
-                return f"rounded to {name} with one scale for {scope}"
-    return None
-
-
-_SCOPES = {"the tensor": None, "each row": 1, "each column": 0}
-
-
-def _is_near(x: np.ndarray, y: np.ndarray) -> Any:
-    """Return whether y may be x in a coarser format: the coarsest are float8_e5m2 and int4."""
-    return (np.abs(x - y) <= 0.126 * np.abs(x) + np.abs(x).max(initial=0.0) / 6).all()
-
-
-def _is_on_grid(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> bool:
-    """Return whether y has the multiples of its scale that are nearest to x.
-
-    A multiple is accepted with a tolerance, because a tie of x may have been rounded either way.
-    """
-    for (p, q), (s, _) in zip(_blocks(x, y), _blocks(np.broadcast_to(scale, x.shape), y), strict=True):
-        multiple = np.divide(q, s, out=np.zeros_like(q), where=s > 0)
-        if not ((np.abs(multiple - np.rint(multiple)) < 1e-3) & (np.abs(p - q) <= 0.5001 * s)).all():
-            return False
-    return True
-
-
-def _mantissa_bits(y: np.ndarray) -> int | None:
-    """Return how many bits after the binary point the elements of a float32 array need at most."""
-    if y.dtype != np.float32:
-        return None
-    used = 0
-    for block, _ in _blocks(*np.atleast_1d(y, y)):
-        used |= int(np.bitwise_or.reduce(np.ascontiguousarray(block).view(np.uint32).reshape(-1) & 0x7FFFFF))
-        if used & 1:
-            return 23
-    return 23 - ((used & -used).bit_length() - 1) if used else 0
-
-
-def _to_nearest(x: np.ndarray, bits: int) -> np.ndarray:
-    shift, word = 23 - bits, np.ascontiguousarray(x).view(np.uint32)
-    return ((word + (1 << (shift - 1)) - 1 + ((word >> shift) & 1)) >> shift << shift).view(np.float32)
-
-
-def _away(x: np.ndarray, bits: int) -> np.ndarray:
-    shift, word = 23 - bits, np.ascontiguousarray(x).view(np.uint32)
-    return ((word + (1 << (shift - 1))) >> shift << shift).view(np.float32)
-
-
-def _cut(x: np.ndarray, bits: int) -> np.ndarray:
-    shift, word = 23 - bits, np.ascontiguousarray(x).view(np.uint32)
-    return (word >> shift << shift).view(np.float32)
-
-
-def q8_0(x: np.ndarray) -> np.ndarray:
-    """Return an array after a round trip through Q8_0, GGUF's format of blocks: [..., n], n a multiple of 32.
-
-    A block of 32 elements is stored as 32 integers and a scale, float16: the largest magnitude divided by 127. An
-    element is rounded to the nearest multiple of the scale before the scale itself is rounded; ties are rounded away
-    from zero.
-    """
-    blocks = x.reshape(*x.shape[:-1], -1, _ROWS).astype(np.float32)
-    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
-    multiple = np.abs(blocks * np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0))
-    whole = np.floor(multiple)
-    nearest = np.copysign(whole + (multiple - whole >= 0.5), blocks)
-    return (nearest * scale.astype(np.float16).astype(np.float32)).reshape(x.shape).astype(x.dtype, copy=False)
-
-
 # Arrangements of columns, heads and rows
 
 
@@ -419,9 +284,9 @@ def _arrangement(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | N
     if is_input:
         x, y = x.T, y.T
     for words, arranged in _arrangements(path, x.shape[-1], config):
-        if x.ndim > 1 and not _is_near(arranged(x[:_ROWS]), y[:_ROWS]):
+        if x.ndim > 1 and not is_near(arranged(x[:ROWS]), y[:ROWS]):
             continue
-        if (kind := _same(arranged(x), y, by_columns != is_input)) is not None:
+        if (kind := rounding(arranged(x), y, by_columns != is_input)) is not None:
             return " and ".join(filter(None, [words, kind]))
     return None
 
@@ -484,7 +349,7 @@ def _rows(path: str, x: np.ndarray, y: np.ndarray) -> str | None:
         if end - start < max(2, n // 2) or (shift == 0 and not more):
             continue
         p, q = x[start:end], y[start + shift : end + shift]
-        if not _everywhere(_is_near, p, q) or (kind := _same(p, q, by_columns)) is None:
+        if not everywhere(is_near, p, q) or (kind := rounding(p, q, by_columns)) is None:
             continue
         words = [f"rows shifted by {shift}: row {start} of a is row {start + shift} of b" if shift else "", kind]
         if shift == 2 and path == "wpe":
@@ -523,9 +388,9 @@ def _elsewhere(
 ) -> str | None:
     """Explain a tensor of b by another tensor of a."""
     for other, found in samples.items():
-        if other in a and other != path and a[other].shape == b[path].shape and _is_near(found, sample):
+        if other in a and other != path and a[other].shape == b[path].shape and is_near(found, sample):
             x, y = _values(a[other], b[path])
-            if (kind := _same(x, y, path.endswith("/w"))) is None:
+            if (kind := rounding(x, y, path.endswith("/w"))) is None:
                 continue
             here, there = (re.fullmatch(r"h\d+/(.*)", name) for name in (path, other))
             is_layer = here and there and here[1] == there[1]
