@@ -20,13 +20,17 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 ADAPTERS = list(PYPROJECT["project"]["entry-points"]["portable_gpt2.backends"])
 NEED_GPU = ["cupy"]  # these cannot compute without an NVIDIA GPU, so continuous integration does not run them
-FRAMEWORKS = [name for name in ADAPTERS if name not in NEED_GPU]
+TOGETHER = ["flint"]  # the group "test" installs python-flint, so this backend is tested in the session of NumPy
+FRAMEWORKS = [name for name in ADAPTERS if name not in (*NEED_GPU, *TOGETHER)]
 ALL = ["numpy", "tensorflow", "jax", "torch"]  # NumPy and the frameworks of the extra "all", which run all tests
 # An operation of ndonnx on arrays with values takes a millisecond, so only the fastest parts of the kit run on it.
 LEVELS = [
     f"portable_gpt2.testing.{level}" for level in ("contract", "constants", "ops.test_gelu", "ops.test_layer_norm")
 ]
-PARTS = {"ndonnx": ["--examples=5", "--pyargs", *LEVELS, "tests/test_export.py"]}
+PARTS = {
+    "ndonnx": ["--examples=5", "--pyargs", *LEVELS, "tests/test_export.py"],
+    "flint": ["--examples=5", "tests/test_flint.py", "tests/test_certify.py", "--pyargs", *LEVELS[:1], *LEVELS[2:]],
+}
 REQUIRED = ",".join([*ALL, "array_api_strict"])
 SUITE = "55fcc60179efa2680ddd6cd926ddf17b83530e2b"  # of April 2026; its expected failures are in tests/conformance
 PARITY = "tests/test_parity*.py"  # the tests that need transformers
@@ -67,7 +71,7 @@ def install(session: nox.Session, extra: str = "", *groups: str) -> None:
 def install_only(session: nox.Session, backend: str, *groups: str) -> None:
     """Install the package with one framework, and check that no other framework can be imported."""
     install(session, "" if backend == "numpy" else backend, *groups)
-    others = [name for name in ADAPTERS if name not in (backend, "numpy")]
+    others = [name for name in ADAPTERS if name not in (backend, "numpy", *TOGETHER)]
     code = "import importlib.util, sys; sys.exit(' '.join(filter(importlib.util.find_spec, sys.argv[1:])) or None)"
     session.run("python", "-c", code, *others, silent=True)
 
@@ -98,6 +102,8 @@ def tests(session: nox.Session, backend: str) -> None:
     tests = KIT if backend in ALL else PARTS.get(backend, ["--pyargs", "portable_gpt2.testing"])
     args = ["-m", "not gpu", f"--ignore-glob={PARITY}", f"--backend={backends}", *tests]
     run_pytest(session, *args, x64=backend == "jax", PORTABLE_GPT2_REQUIRE=backends)
+    for name in TOGETHER if backend == "numpy" else []:
+        run_pytest(session, f"--backend={name}", *PARTS[name], PORTABLE_GPT2_REQUIRE=name)
 
 
 @nox.session

@@ -3,6 +3,7 @@
 from . import ops, registry
 from .backend import Backend
 from .cache import KVCache, grow_cache, new_cache
+from .certificate import Certificate, certify
 from .checkpoint import CheckpointError
 from .comparison.compare import compare
 from .comparison.sides import probe
@@ -21,6 +22,7 @@ __all__ = [
     "GPT2",
     "Backend",
     "BackendNotInstalled",
+    "Certificate",
     "CheckpointError",
     "Completion",
     "GPT2Config",
@@ -30,6 +32,7 @@ __all__ = [
     "Trace",
     "available_backends",
     "backend_of",
+    "certify",
     "compare",
     "get_backend",
     "gpt2",

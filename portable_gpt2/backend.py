@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, ClassVar
 import ml_dtypes
 import numpy as np
 
-from .host import StoredTensor
+from .host import Enclosure, StoredTensor
 from .numerics import Numerics
 
 
@@ -27,7 +27,7 @@ class Backend:
     - It may define `numerics`, `kernels`, `compiles_per_shape`, `handwritten_gradient_is_faster`; `refusal`;
       `resolve_device`, `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`,
       `write`, `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`, `write_graph`;
-      `runs_ahead`, `fetch`, `top_k`, `gumbel`, `permit_64_bits`. Each has a default.
+      `runs_ahead`, `fetch`, `top_k`, `gumbel`, `permit_64_bits`; `enclosure`, `working_precision`. Each has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
     Four rules hold for all members:
@@ -407,6 +407,23 @@ class Backend:
     def permit_64_bits(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which the framework does not narrow int64 and float64, even while tracing."""
         return contextlib.nullcontext()
+
+    # Functions of a backend whose arrays enclose exact results (see certificate.py)
+
+    def enclosure(self, x: Any) -> Enclosure:
+        """Return bounds of the exact values of a float array, on the host.
+
+        This method is optional. A backend that defines it computes with intervals or balls: each element of a result
+        contains the result that exact arithmetic would have, for any elements of the arguments.
+        """
+        raise NotImplementedError
+
+    def working_precision(self, bits: int) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which results are computed with a precision of that many bits.
+
+        A backend that defines `enclosure` defines this method as well. A higher precision makes the enclosures smaller.
+        """
+        raise NotImplementedError
 
     # An adapter inherits these.
 

@@ -1,4 +1,4 @@
-"""Data on the host, for the package and its adapters: dtypes by name, tensors in files."""
+"""Data on the host, for the package and its adapters: dtypes by name, tensors in files, bounds of exact values."""
 
 from __future__ import annotations
 
@@ -35,3 +35,17 @@ class StoredTensor(NamedTuple):
 def value_range(integers: np.ndarray) -> tuple[int, int]:
     """Return the smallest and the largest element of an integer array; (0, -1) if the array is empty."""
     return (int(integers.min()), int(integers.max())) if integers.size else (0, -1)
+
+
+class Enclosure(NamedTuple):
+    """Bounds of exact values: each value is at least `lower` and at most `upper`."""
+
+    lower: np.ndarray
+    """float64, rounded down."""
+    upper: np.ndarray
+    """float64, rounded up."""
+    radius: np.ndarray
+    """float64, rounded up: the distance of a value to the midpoint of its ball, which may have more bits than float64.
+
+    It may therefore be far smaller than ``upper - lower``. It is infinite where nothing is known.
+    """

@@ -29,6 +29,7 @@ COMMANDS = {  # the arguments, and whether the command writes text to stdout
     "score -": ("score - --model it", True),
     "attend": ("attend To --model it -o OUT.png", False),
     "trace": ("trace To --model it -o OUT.npz", False),
+    "certify": ("certify To --model it", True),
     "convert": ("convert it OUT", False),
     "train": (f"{TRAIN} --out OUT", False),
     "--help": ("generate --help", True),

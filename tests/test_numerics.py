@@ -126,15 +126,15 @@ def test_a_stated_error_that_is_too_large_is_refused(monkeypatch):
             measure.assert_stated(measured, loose)
 
 
-# mpmath is optional
+# python-flint is optional
 
 
-def test_bounds_need_mpmath_only_for_float64():
-    """Catches a bound in float32 that imports mpmath, and a message that does not say which extra has it."""
+def test_bounds_need_python_flint_only_for_float64():
+    """Catches a bound in float32 that imports flint, and a message that does not say which extra has it."""
     code = """
     import sys
 
-    sys.modules["mpmath"] = sys.modules["hypothesis"] = sys.modules["pytest"] = None
+    sys.modules["flint"] = sys.modules["hypothesis"] = sys.modules["pytest"] = None
     import numpy as np
     from portable_gpt2.numerics import Numerics, bounds
 
@@ -145,7 +145,7 @@ def test_bounds_need_mpmath_only_for_float64():
         print(error)
     """
     said = processes.run(code).splitlines()
-    assert said == ["float64", "the bounds for float64 need mpmath: pip install 'portable-gpt2[testing]'"]
+    assert said == ["float64", "the bounds for float64 need python-flint: pip install 'portable-gpt2[testing]'"]
 
 
 @pytest.mark.parametrize("error", [-1.0, math.nan, math.inf])

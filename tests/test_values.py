@@ -25,13 +25,23 @@ PUBLIC |= {"Sampling": sampling.Sampling, "sample": sampling.sample, "windows": 
 PUBLIC |= {"draw_grid": plot.draw_grid}
 
 # What a user is given and does not make, what an adapter's author calls, and what others validate: the tokenizer.
-RECORDS = {"Completion", "Score", "Backend", "training.Run", "training.State", "training.Report", "Tokenizer"}
+RECORDS = {
+    "Certificate",
+    "Completion",
+    "Score",
+    "Backend",
+    "training.Run",
+    "training.State",
+    "training.Report",
+    "Tokenizer",
+}
 OTHERS = {
     "allow_special": "True or names: tests/test_tokenizer.py",
     "GPT2.export.external_data": "tests/test_export.py",
     "GPT2.export.force": "tests/test_export.py",
     "GPT2.save.force": "tests/test_checkpoint.py",
     "GPT2.trace.text": "ids: tests/test_gpt2.py",
+    "certify.text": "ids: tests/test_certify.py",
     "training.write_tokens.n_vocab": "tests/test_training_data.py",
     "training.train_tokenizer.n_vocab": "tests/test_training_data.py",
 }
@@ -92,6 +102,7 @@ CALLS = {  # how to call with a value of the parameter, by the callable; and a v
     "attention_weights": lambda m, **x: pg.attention_weights(X, X, **x),
     "layer_norm": lambda m, **x: pg.layer_norm(X, X[0], X[0], **x),
     "softmax": lambda m, **x: pg.softmax(X, **x),
+    "certify": lambda m, **x: pg.certify(m, [1, 2, 3], **x).summary(),
     "grow_cache": lambda m, **x: pg.grow_cache(pg.new_cache(weights(), CONFIG, capacity=2), **x),
     "new_cache": lambda m, **x: pg.new_cache(weights(), CONFIG, **x),
     "init_conv1d": lambda m, **x: pg.init_conv1d("c", backend="numpy", **{"nx": 3, "nf": 2, **x}),

@@ -3,10 +3,11 @@
 Each function takes the NumPy arguments of an op and returns a `Bounded`: the exact value and, for each element, the
 largest error that a correct implementation can have. The floating-point arguments of a call have one dtype: float32,
 float64, float16, or the bfloat16 of ml_dtypes. The exact value is computed in float64 for arguments of float32,
-bfloat16 or float16, and in 200 bits by mpmath for arguments of float64. Its own error is less than 1e-5 times the
-bound. The bound is infinite where an intermediate result may overflow, because no accuracy is promised there.
+bfloat16 or float16. For arguments of float64 it is enclosed by balls of 200 bits, which are elements of type
+``flint.arb``. Its own error is less than 1e-5 times the bound. The bound is infinite where an intermediate result may
+overflow, because no accuracy is promised there.
 
-Only the bounds for float64 need mpmath. Without it, each of them raises an ImportError.
+Only the bounds for float64 need python-flint. Without it, each of them raises an ImportError.
 
 The errors of exp, tanh and log are those that an adapter states (`Numerics`): (c0 + c1 |x|) u is that of exp(x).
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -61,16 +62,35 @@ __all__ = [
 ]
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
 @functools.cache
-def _mp() -> Any:
-    """Return mpmath's functions in 200 bits."""
+def _flint() -> Any:
     try:
-        from mpmath.ctx_mp import MPContext
+        import flint
     except ImportError:
-        raise ImportError("the bounds for float64 need mpmath: pip install 'portable-gpt2[testing]'") from None
-    context = MPContext()
-    context.prec = 200
-    return context
+        raise ImportError("the bounds for float64 need python-flint: pip install 'portable-gpt2[testing]'") from None
+    return flint
+
+
+def _in_200_bits(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function of arrays compute with balls of 200 bits if its first argument is an array of float64."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        first: Any = next(iter((*args, *kwargs.values())))
+        if first.dtype != np.float64:
+            return function(*args, **kwargs)
+        context = _flint().ctx
+        before, context.prec = context.prec, 200
+        try:
+            return function(*args, **kwargs)
+        finally:
+            context.prec = before
+
+    return call
 
 
 class Format(NamedTuple):
@@ -110,7 +130,7 @@ class Bounded(NamedTuple):
     Parameters
     ----------
     value : array
-        The exact value: float64, or mpmath numbers (dtype object) for arguments of float64.
+        The exact value: float64, or balls (dtype object) for arguments of float64.
     error : float64 array
         The bound, of the same shape. It is infinite where no accuracy is promised.
 
@@ -153,17 +173,18 @@ def host_dtype(dtype: str) -> np.dtype:
 
 
 def exact(a: np.ndarray) -> np.ndarray:
-    """Return an array in a higher precision: as mpmath numbers for float64, and as float64 for other dtypes.
+    """Return an array in a higher precision: as balls (``flint.arb``) for float64, and as float64 for other dtypes.
 
     Examples
     --------
     >>> exact(np.asarray([0.5], np.float32)).dtype
     dtype('float64')
     """
-    wide: np.ndarray = _each(_mp().mpf, a) if a.dtype == np.float64 else a.astype(np.float64)
+    wide: np.ndarray = _each(_flint().arb, a) if a.dtype == np.float64 else a.astype(np.float64)
     return wide
 
 
+@_in_200_bits
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return |a - b| as float64, where b is a result of `exact`. It is 0 for equal infinities, and inf where a is NaN.
 
@@ -193,7 +214,7 @@ def quotient(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
 
 
 def _each(f: Callable[..., Any], *arrays: Any) -> np.ndarray:
-    """Apply an mpmath function to each element."""
+    """Apply a function to each element."""
     with np.errstate(invalid="ignore"):
         found: np.ndarray = np.asarray(np.frompyfunc(f, len(arrays), 1)(*arrays), dtype=object)
         return found
@@ -204,10 +225,10 @@ def _float(a: Any) -> np.ndarray:
 
 
 def _exp(x: np.ndarray) -> np.ndarray:
-    # Clipped to save time: exp(-1e5) is already 0 in every format, and mpmath is slow for exp(-1e308).
-    return _each(_mp().exp, np.maximum(x, -_mp().mpf(1e5))) if x.dtype == object else np.exp(x)
+    return _each(lambda each: _flint().arb(each).exp(), x) if x.dtype == object else np.exp(x)
 
 
+@_in_200_bits
 def exponential(a: np.ndarray) -> np.ndarray:
     """Return exp in the precision of `exact`.
 
@@ -219,6 +240,7 @@ def exponential(a: np.ndarray) -> np.ndarray:
     return _exp(exact(a))
 
 
+@_in_200_bits
 def hyperbolic_tangent(a: np.ndarray) -> np.ndarray:
     """Return tanh in the precision of `exact`.
 
@@ -227,9 +249,10 @@ def hyperbolic_tangent(a: np.ndarray) -> np.ndarray:
     >>> hyperbolic_tangent(np.ones(1, np.float32)).dtype
     dtype('float64')
     """
-    return _each(_mp().tanh, exact(a)) if a.dtype == np.float64 else np.tanh(exact(a))
+    return _each(_flint().arb.tanh, exact(a)) if a.dtype == np.float64 else np.tanh(exact(a))
 
 
+@_in_200_bits
 def logarithm(a: np.ndarray) -> np.ndarray:
     """Return log in the precision of `exact`.
 
@@ -242,11 +265,27 @@ def logarithm(a: np.ndarray) -> np.ndarray:
 
 
 def _log(x: np.ndarray) -> np.ndarray:
-    return _each(_mp().log, x) if x.dtype == object else np.log(x)
+    return _each(_flint().arb.log, x) if x.dtype == object else np.log(x)
 
 
 def _sqrt(x: np.ndarray) -> np.ndarray:
-    return _each(_mp().sqrt, x) if x.dtype == object else np.sqrt(x)
+    return _each(_flint().arb.sqrt, x) if x.dtype == object else np.sqrt(x)
+
+
+def _matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return a b in the precision of `exact`. The leading axes of b are those of a, or there are none."""
+    if a.dtype != object:
+        product: np.ndarray = np.matmul(a, b)
+        return product
+    if b.ndim == 2 and a.ndim != 2:
+        rows = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
+        return _matmul(rows, b).reshape((*a.shape[:-1], b.shape[-1]))
+    found: np.ndarray = np.empty((*a.shape[:-1], b.shape[-1]), object)
+    matrix = _flint().arb_mat
+    for i in np.ndindex(a.shape[:-2]):
+        left, right = (matrix(*x[i].shape, x[i].ravel().tolist()) for x in (a, b))
+        found[i] = np.fromiter((left * right).entries(), object, found[i].size).reshape(found[i].shape)
+    return found
 
 
 def _weighted(weights: Any, x: Any) -> Any:
@@ -340,6 +379,7 @@ def stored(value: np.ndarray, error: np.ndarray, dtype: str) -> Bounded:
     return Bounded(np.asarray(value), np.where(overflows, np.inf, error))
 
 
+@_in_200_bits
 def softmax(x: np.ndarray, *, axis: int = -1, numerics: Numerics) -> Bounded:
     """Bound each element of softmax, computed by subtracting the maximum and dividing by the sum.
 
@@ -397,6 +437,7 @@ def softmax(x: np.ndarray, *, axis: int = -1, numerics: Numerics) -> Bounded:
     return stored(g, error, dtype)
 
 
+@_in_200_bits
 def linear(
     x: np.ndarray,
     w: np.ndarray,
@@ -441,7 +482,7 @@ def linear(
     u, s, largest = FORMATS[computed_in(dtype)]
     w = w.reshape(w.shape[-2:])
     K = x.shape[-1]
-    value = product = np.matmul(exact(x), exact(w))
+    value = product = _matmul(exact(x), exact(w))
     absolute_x, absolute_w = _float(abs(exact(x))), _float(abs(exact(w)))
     with np.errstate(over="ignore", invalid="ignore"):
         A = absolute_x @ absolute_w
@@ -487,6 +528,7 @@ def linear_at_random(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> Bounded:
     return stored(linear(x, w, b).value, gamma_at_random(x.shape[-1] + 1, unit) * Q, x.dtype.name)
 
 
+@_in_200_bits
 def add(a: np.ndarray, b: np.ndarray) -> Bounded:
     """Bound y = a + b, which has one rounding: u |y|, plus 3s for flushing a, b or y.
 
@@ -513,6 +555,7 @@ def add(a: np.ndarray, b: np.ndarray) -> Bounded:
         return stored(y, u * _float(abs(y)) + 3 * s, dtype)
 
 
+@_in_200_bits
 def gelu(x: np.ndarray, *, numerics: Numerics) -> Bounded:
     """Bound y = x/2 (1 + tanh(z)), z = z1 + z3, z1 = sqrt(2/pi) x, z3 = sqrt(2/pi) 0.044715 x^3.
 
@@ -551,12 +594,11 @@ def gelu(x: np.ndarray, *, numerics: Numerics) -> Bounded:
     dtype = x.dtype.name
     u, s, _ = FORMATS[computed_in(dtype)]
     a = exact(x.reshape(-1))
-    one = _mp().mpf(1) if a.dtype == object else 1.0
-    root = _mp().sqrt(2 / _mp().pi) if a.dtype == object else np.sqrt(2 / np.pi)
+    root = (2 / _flint().arb.pi()).sqrt() if a.dtype == object else np.sqrt(2 / np.pi)
     z1, z3 = root * a, root * a * a * a * 44715 / 10**6
     q = _exp(-2 * abs(z1 + z3))  # (1 - q) / (1 + q) is |tanh(z)|
-    half = np.where(a < 0, a * q, a) / (one + q)  # x/2 (1 + tanh(z)) without cancellation
-    derivative, tanh = _float(4 * q / (one + q) ** 2), _float((one - q) / (one + q))
+    half = np.where(a < 0, a * q, a) / (1 + q)  # x/2 (1 + tanh(z)) without cancellation
+    derivative, tanh = _float(4 * q / (1 + q) ** 2), _float((1 - q) / (1 + q))
     with np.errstate(over="ignore"):
         size = _float(abs(a)) / 2
         e_z = 3 * _float(abs(z1)) + 7 * _float(abs(z3))
@@ -564,6 +606,7 @@ def gelu(x: np.ndarray, *, numerics: Numerics) -> Bounded:
     return stored(half.reshape(x.shape), error.reshape(x.shape), dtype)
 
 
+@_in_200_bits
 def layer_norm(
     x: np.ndarray,
     g: np.ndarray,
@@ -626,7 +669,7 @@ def layer_norm(
     a = exact(x)
     d = a - a.sum(axis=-1, keepdims=True) / n
     variance = (d * d).sum(axis=-1, keepdims=True) / n
-    r = _sqrt(variance + (_each(_mp().mpf, eps) if a.dtype == object else eps))
+    r = _sqrt(variance + eps)
     N = d / r
     y = exact(g) * N + exact(b)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -647,6 +690,7 @@ def layer_norm(
     return stored(y, error, dtype)
 
 
+@_in_200_bits
 def attention_scores(
     q: np.ndarray,
     k: np.ndarray,
@@ -696,7 +740,7 @@ def _scores(
     d, n = q.shape[-1], k.shape[-2]
     scale = max(d, 1) ** -0.5 if scale is None else scale
     a, b = exact(q), exact(k)
-    scores = np.matmul(a, np.swapaxes(b, -1, -2)) * (_mp().mpf(scale) if a.dtype == object else scale)
+    scores = _matmul(a, np.swapaxes(b, -1, -2)) * scale
     seen = np.broadcast_to(True if mask is None else mask, scores.shape)
     if causal:
         seen = seen & np.tri(q.shape[-2], n, n - q.shape[-2], dtype=np.bool_)
@@ -708,6 +752,7 @@ def _scores(
     return scores, seen, products, f, scale
 
 
+@_in_200_bits
 def attention(
     q: np.ndarray,
     k: np.ndarray,
@@ -773,7 +818,7 @@ def attention(
     u, s, largest = FORMATS[computed_in(dtype)]
     n, values = k.shape[-2], exact(v)
     weights, W, in_range, seen = _weights(q, k, mask, causal, scale, numerics)
-    y = np.matmul(weights, values)
+    y = _matmul(weights, values)
     if not weights.size or not v.size:
         return stored(y, np.zeros(y.shape), dtype)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -786,6 +831,7 @@ def attention(
     return stored(y, error, dtype)
 
 
+@_in_200_bits
 def attention_weights(
     q: np.ndarray,
     k: np.ndarray,
@@ -852,6 +898,7 @@ def _weights(
     return weights, W, in_range, seen
 
 
+@_in_200_bits
 def cross_entropy(logits: np.ndarray, targets: np.ndarray, *, numerics: Numerics) -> Bounded:
     """Bound the mean over N rows of l = log S + d_t, S = sum_k exp(-d_k), d_k = max x - x_k.
 

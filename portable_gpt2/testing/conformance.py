@@ -76,7 +76,7 @@ def check(
     ValueError
         If there is no such level or device, or if an expected failure names a test that does not exist.
     ImportError
-        If the backend is not installed, or if pytest, hypothesis or mpmath is missing (extra ``testing``).
+        If the backend is not installed, or if pytest, hypothesis or python-flint is missing (extra ``testing``).
 
     Examples
     --------
@@ -85,7 +85,7 @@ def check(
     >>> report.ok, [level.name for level in report.levels]
     (True, ['contract'])
     """
-    _require("pytest", "hypothesis", "mpmath")
+    _require("pytest", "hypothesis", "flint")
     if level not in LEVELS:
         raise ValueError(f"there is no level {level!r}; the levels are {', '.join(LEVELS)}")
     found = get_backend(backend, device)

@@ -1,0 +1,291 @@
+"""Logits that are proved: enclosures of the exact logits, and what follows from them.
+
+A backend that computes with balls (`Backend.enclosure`) runs the model. Its logits contain those that exact arithmetic
+would give, with the weights as they are stored. docs/numerics.md says what exactly is proved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import checks
+from .backend import Backend
+from .host import Enclosure
+from .language_model import GPT2, AllowSpecial
+from .model import gpt2, observed_names
+from .numerics.bounds import FORMATS
+from .params import flatten, nest
+from .registry import backend_of, get_backend
+
+_FIRST, _LAST = 256, 2**14
+"""The working precision, in bits, with which `certify` begins, and the largest one that it tries."""
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """Proved facts about the logits of a model for one text.
+
+    Parameters
+    ----------
+    tokens : list of int
+        The ids of the tokens that were read, [seq].
+    new_tokens : list of int
+        The greedy continuation that the model itself computed. The model read all of these tokens but the last one:
+        they are the last tokens of `tokens`.
+    logits : array [seq, n_vocab]
+        The enclosures of the exact logits, an array of the backend that computed them. `Backend.enclosure` returns
+        their bounds.
+    bits : int
+        The working precision with which they were computed.
+    radius : float
+        The largest distance of an exact logit to the midpoint of its enclosure.
+    argmax : list of int or None, [seq]
+        The token with the largest exact logit at each position. None if it is not decided, because enclosures overlap:
+        the logits of two tokens may be equal.
+    margins : float64 array [seq]
+        A lower bound on the difference between the largest exact logit and the next one; 0 where `argmax` is None.
+    computed_argmax : list of int, [seq]
+        The token with the largest logit that the model itself computed.
+    errors : float64 array [seq]
+        An upper bound on the largest error of the logits that the model itself computed, at each position.
+    largest : float
+        The largest magnitude of an exact logit, rounded up.
+    backend, dtype : str
+        The backend and the dtype with which the model itself computed.
+    texts : list of str, optional
+        The text of each token of `tokens` and of `new_tokens`.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=8, eos_token_id=None)
+    >>> model = pg.GPT2(config, pg.init_params(config, backend="numpy"))
+    >>> certificate = pg.certify(model, [1, 2, 3], max_new_tokens=2)
+    >>> certificate.radius < 1e-30, certificate.errors.max() < 1e-6, certificate.proved
+    (True, np.True_, [True, True])
+    """
+
+    tokens: list[int]
+    new_tokens: list[int]
+    logits: Any
+    bits: int
+    radius: float
+    argmax: list[int | None]
+    margins: np.ndarray
+    computed_argmax: list[int]
+    errors: np.ndarray
+    largest: float
+    backend: str
+    dtype: str
+    texts: list[str] | None = None
+
+    @property
+    def proved(self) -> list[bool]:
+        """Whether each of `new_tokens` is proved to have the largest exact logit, given the tokens before it."""
+        best = self.argmax[len(self.argmax) - len(self.new_tokens) :]
+        return [token == largest for token, largest in zip(self.new_tokens, best, strict=True)]
+
+    @property
+    def units(self) -> float:
+        """The largest error of the model's own logits, in units of the unit round-off times the largest logit."""
+        unit = FORMATS[self.dtype].unit * self.largest
+        return float(self.errors.max()) / unit if unit else math.inf
+
+    def __str__(self) -> str:
+        n, decided = len(self.tokens), sum(best is not None for best in self.argmax)
+        agreed = sum(best == own for best, own in zip(self.argmax, self.computed_argmax, strict=True))
+        lines = [
+            f"The exact logits of {n} tokens are enclosed, with radii of at most {self.radius:.2g} ({self.bits} bits).",
+            f"The token with the largest exact logit is certified at {decided} of {n} positions. At {agreed} of them, "
+            f"it is the one that {self.backend} computed in {self.dtype}.",
+            f"The error of the logits that {self.backend} computed in {self.dtype} is at most {self.errors.max():.3g}, "
+            f"which is {self.units:.3g} u times the largest logit.",
+        ]
+        if self.new_tokens:
+            lines += [
+                f"{sum(self.proved)} of the {len(self.new_tokens)} greedy tokens are proved: each of them has the "
+                f"largest exact logit, given the tokens before it."
+            ]
+        rows = [("position", "token", "certified next", "margin", "error")]
+        for i in range(n):
+            best = self.argmax[i]
+            shown = "not decided" if best is None else f"{best}{'' if best == self.computed_argmax[i] else ' (!)'}"
+            token = str(self.tokens[i]) if self.texts is None else f"{self.tokens[i]} {self.texts[i]!r}"
+            rows.append((str(i), token, shown, f"{self.margins[i]:.3g}", f"{self.errors[i]:.3g}"))
+        widths = [max(len(row[j]) for row in rows) for j in range(5)]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "", *table])
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the logits as a dict of lists, numbers and strings, for a file of JSON."""
+        return {
+            "tokens": self.tokens,
+            "new_tokens": self.new_tokens,
+            "proved": self.proved,
+            "bits": self.bits,
+            "radius": self.radius,
+            "argmax": self.argmax,
+            "margins": self.margins.tolist(),
+            "computed_argmax": self.computed_argmax,
+            "errors": self.errors.tolist(),
+            "largest": self.largest,
+            "backend": self.backend,
+            "dtype": self.dtype,
+        }
+
+
+def certify(
+    model: GPT2,
+    text: str | Sequence[int],
+    *,
+    max_new_tokens: int = 0,
+    radius: float = 1e-30,
+    weights: GPT2 | None = None,
+    allow_special: AllowSpecial = False,
+    backend: str | Backend = "flint",
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Certificate:
+    """Enclose the exact logits of a model, and compare the logits that the model itself computes with them.
+
+    The exact logits are those of `gpt2` in real arithmetic, with the weights as they are stored. They depend neither on
+    the backend of the model nor on the order of its sums. The time grows with the number of parameters, and for more
+    than about ten tokens with their number: 16 tokens of the shipped model take seconds, and those of a model of 124M
+    parameters minutes.
+
+    Parameters
+    ----------
+    model : GPT2
+        The model, on any backend, in any dtype.
+    text : str or ints
+        A text, or token ids [seq].
+    max_new_tokens : int
+        How many tokens of the model's own greedy text are computed and certified after the text.
+    radius : float
+        The largest permitted radius of an enclosure. The working precision is 256 bits, and is doubled until the radii
+        are small enough.
+    weights : GPT2, optional
+        A model whose weights define the exact logits; `model` itself unless given. If `model` has weights that were
+        rounded to 16 bits, and this one those of the checkpoint, the errors include the rounding of the weights.
+    allow_special : bool or collection of str
+        See `GenerationOptions`.
+    backend : str or Backend
+        A backend that computes with balls: one that defines `Backend.enclosure`.
+    progress : callable, optional
+        Wraps the iterable of the names of the results (`GPT2.trace`) while they are computed, as tqdm does.
+
+    Returns
+    -------
+    Certificate
+
+    Raises
+    ------
+    BackendNotInstalled
+        If python-flint is not installed. The message says what to install.
+    TypeError, ValueError
+        As for `GPT2.trace`; also if radius is not positive, the text and the new tokens do not fit into n_ctx, the
+        backend does not compute with balls, or the weights have another shape than those of the model.
+    ArithmeticError
+        If the radii are too large in 16,384 bits, too. This is so if logits are not finite.
+
+    Examples
+    --------
+    >>> import portable_gpt2 as pg
+    >>> model = pg.GPT2.load("shakespeare", backend="numpy")
+    >>> pg.certify(model, "ROMEO.", max_new_tokens=1).proved
+    [True]
+    """
+    exact = get_backend(backend)
+    if type(exact).enclosure is Backend.enclosure:
+        raise ValueError(f"backend {exact.name!r} does not enclose exact results; the backend flint does")
+    radius = checks.number("radius", radius, above=True)
+    source = model if weights is None else weights
+    if source.config != model.config:
+        raise ValueError(f"the weights belong to {source.config}; the model has {model.config}")
+    ids = model._prompt_ids(text, allow_special) if isinstance(text, str) else text
+    prompt = checks.token_ids("token ids", ids, model.config.n_vocab).tolist()
+    checks.positions(len(prompt), model.config.n_ctx)
+    max_new_tokens = checks.new_tokens(max_new_tokens, False, [prompt], model.config.n_ctx)
+    greedy = model.stream_ids(prompt, max_new_tokens=max_new_tokens, temperature=0)
+    new = list(greedy) if max_new_tokens else []
+    tokens = [*prompt, *new][: len(prompt) + max(max_new_tokens - 1, 0)]
+    params = nest({path: _on(exact, x) for path, x in flatten(source.params)})
+    bits = _FIRST
+    while True:
+        with exact.working_precision(bits):
+            logits = _logits(exact, params, tokens, model, progress)
+            bounds = exact.enclosure(logits)
+            if bounds.radius.max() <= radius:
+                break
+        if bits >= _LAST:
+            found = f"the largest radius is {bounds.radius.max():.3g} in {bits} bits"
+            raise ArithmeticError(f"{found}; are the logits finite?")
+        bits *= 2
+    computed = model.backend.to_numpy(model.logits([tokens]))[0]
+    with exact.working_precision(bits):
+        return Certificate(
+            tokens,
+            new,
+            logits,
+            bits,
+            float(bounds.radius.max()),
+            *_argmax(exact, logits, bounds),
+            np.argmax(computed, axis=-1).tolist(),
+            _errors(exact, logits, computed),
+            float(max(-bounds.lower.min(), bounds.upper.max())),
+            model.backend.name,
+            model.backend.dtype_names[model.params["wte"].dtype],
+            None if model.tokenizer is None else [model.tokenizer.decode([token]) for token in [*prompt, *new]],
+        )
+
+
+def _on(exact: Backend, x: Any) -> Any:
+    """Return a parameter on the exact backend, with the same values. 16-bit floats become float32."""
+    a = backend_of(x).to_numpy(x)
+    return exact.from_numpy(a if a.dtype.itemsize > 2 else a.astype(np.float32))
+
+
+def _logits(exact: Backend, params: Any, tokens: list[int], model: GPT2, progress: Any) -> Any:
+    """Return the enclosures of the exact logits, [seq, n_vocab]."""
+    names = iter(progress(observed_names(model.config)))
+
+    def observe(name: str, x: Any) -> Any:
+        next(names, None)
+        return x
+
+    given = exact.from_numpy(np.asarray([tokens], np.int32))
+    logits, _ = gpt2(params, given, model.config, observe=observe)
+    next(names, None)  # a progress bar ends after its last item
+    return logits[0, ...]
+
+
+def _argmax(exact: Backend, logits: Any, bounds: Enclosure) -> tuple[list[int | None], np.ndarray]:
+    """Return the certified argmax of each row, and a lower bound on its distance to the next logit."""
+    found, margins = list[int | None](), np.zeros(len(bounds.lower))
+    for i, (lower, upper) in enumerate(zip(bounds.lower, bounds.upper, strict=True)):
+        # At least two logits are larger than one whose upper bound is below the second largest lower bound.
+        contenders = np.flatnonzero(upper >= np.sort(lower)[-2:][0])
+        values = exact.xp.take(logits[i, ...], exact.from_numpy(contenders), axis=0)
+        best = 0
+        while True:
+            gaps = exact.enclosure(values[best : best + 1] - values)
+            margin = np.where(np.arange(len(contenders)) == best, math.inf, gaps.lower)
+            rival = int(np.argmin(margin))
+            if gaps.upper[rival] >= 0:
+                break
+            best = rival  # its logit is certainly larger
+        margins[i] = max(float(margin[rival]), 0.0)
+        found.append(int(contenders[best]) if margins[i] > 0 else None)
+    return found, margins
+
+
+def _errors(exact: Backend, logits: Any, computed: np.ndarray) -> np.ndarray:
+    """Return an upper bound on the largest error of each row of computed logits."""
+    wide = exact.from_numpy(computed.astype(np.float64))
+    difference = exact.enclosure(exact.xp.astype(logits, wide.dtype) - wide)
+    errors: np.ndarray = np.maximum(-difference.lower, difference.upper).max(axis=-1)
+    return errors
