@@ -267,13 +267,11 @@ def _weights(chosen: Mapping[str, Any]) -> dict[str, StoredTensor]:
             parts = [found.pop(f"{scope}/{part}/{leaf}", None) for part in "qkv"]
             if None not in parts:
                 found[f"{scope}/c_attn/{leaf}"] = concatenated([each for each in parts if each is not None])
-    if "wte" in found and "lm_head" in found and _is_same(found["wte"], found["lm_head"]):
-        del found["lm_head"]
+    if "wte" in found and "lm_head" in found:
+        is_one = chosen["wte"].weight is chosen["logits"].weight  # usually so, and faster than a comparison of values
+        if is_one or np.array_equal(found["wte"].read(), found["lm_head"].read()):
+            del found["lm_head"]
     return found
-
-
-def _is_same(a: StoredTensor, b: StoredTensor) -> bool:
-    return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 
 def transposed(tensor: StoredTensor) -> StoredTensor:

@@ -143,7 +143,8 @@ def open_side(side: Any, *, backend: str | Backend | None = None, device: Any = 
 
 def short_name(source: str | os.PathLike[str]) -> str:
     """Return the name of a checkpoint, without the directories above it."""
-    return os.path.basename(os.path.realpath(source)) if os.path.exists(source) else os.fspath(source)
+    path = checks.path("source", source)
+    return path.resolve().name if path.exists() else str(path)
 
 
 def _of_model(model: GPT2, name: str) -> Side:

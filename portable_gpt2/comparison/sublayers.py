@@ -94,7 +94,8 @@ def _without_activation(dense: Any, x: Any) -> Any:
     """Return the result of a ``Dense`` before its activation, from another ``Dense`` with the same weights."""
     plain = type(dense).from_config({**dense.get_config(), "activation": None})
     plain.build(tuple(x.shape))
-    plain.set_weights(dense.get_weights())
+    for variable, of in zip(plain.weights, dense.weights, strict=True):
+        variable.assign(of)
     return plain(x)
 
 
