@@ -73,6 +73,11 @@ def test_the_first_result_beyond_its_bound_is_shown_with_its_worst_element():
     assert float(lines["error / bound"]) == pytest.approx(op.ratio, rel=0.01)
     assert float(lines["error"]) == pytest.approx(op.computed - 1, rel=0.01)
     assert lines["guess"] == "eps is 1e-3"
+    text = report(found)
+    assert "Results beyond their bounds: 2" in text.splitlines()
+    assert re.search(
+        r"^  h0/mlp/gelu +1\.01e\+03  eps is 1e-3\n  h1/ln_1 +1\.02e\+03  eps is 1e-3$", text, re.MULTILINE
+    )
 
 
 def test_numbers_that_differ_late_are_shown_with_enough_digits():
@@ -110,6 +115,10 @@ def test_a_long_model_shows_the_layers_that_matter():
     [line] = [line for line in text.splitlines() if line.startswith("  layer ")]
     assert {"29", "47"} <= set(line.split())
     assert "of 48 layers with the largest ratios" in text
+    found = comparison(48, beyond=("h2/ln_1",))
+    found.ops[100] = found.ops[100]._replace(ratio=math.nan)  # of layer 6
+    [line] = [line for line in report(found).splitlines() if line.startswith("  layer ")]
+    assert line.split()[1:3] == ["2", "6"]
 
 
 def test_a_short_model_shows_each_ratio():
@@ -325,6 +334,24 @@ def test_the_heat_map_has_the_number_of_each_op_in_its_row_and_column():
     assert [(e["text"], e["colspan"]) for e in read.all("th", scope="colgroup")] == [("attn", "9"), ("mlp", "3")]
 
 
+@pytest.mark.parametrize(
+    ("ratio", "kind"), [(0.0, "r0"), (0.5, "r2"), (1.0, "r3"), (1 + 2**-52, "r4"), (math.inf, "r6"), (math.nan, "r6")]
+)
+def test_the_colour_of_a_cell_says_whether_the_error_is_within_its_bound(ratio, kind):
+    """Catches a ratio of 1, which is within the bound, in the colour of those beyond it, and NaN in the other."""
+    read = Page(page(comparison(ops=[OpFinding("h0/ln_1", "layer_norm", ratio, (0,), 1.0, 1.0, 1.0)])))
+    [cell] = [e for e in read.all("td") if e.get("title", "").startswith("h0/ln_1")]
+    assert cell["class"].split()[0] == kind
+
+
+def test_the_worst_results_come_first():
+    """Catches a table of the best results, and NaN at its end."""
+    found = comparison(beyond=("h0/mlp/gelu", "h1/ln_1"))
+    found.ops[2] = found.ops[2]._replace(ratio=math.nan)
+    worst = Page(page(found)).all("tbody")[2]["text"]
+    assert re.match(rf"\s*{found.ops[2].name}.*\n\s*h1/ln_1.*\n\s*h0/mlp/gelu", worst)
+
+
 def test_every_number_of_a_comparison_is_on_its_page():
     """Catches a table that ends early, and numbers that only the colour of a cell or the height of a point shows."""
     found = comparison(12)
@@ -397,6 +424,13 @@ def test_a_curve_has_a_point_for_each_result_at_its_height():
     assert last["text"] == "h1/residual: difference 0.0001"
     labels = [e["text"] for e in Page(svg).all("text")]
     assert {"10⁻⁸", "10⁻²", "0", "1", "embedding", "layer", "largest difference (no unit)"} <= set(labels)
+
+
+def test_the_logits_are_not_joined_with_the_residual_stream():
+    """Catches a line between quantities of two scales."""
+    svg = curves.draw([Growth(name, 1e-6, 1e-6) for name in ("embedding", "h0/residual", "logits")])
+    assert [e["d"].count("L") for e in Page(svg).all("path") if "curve" in e["class"]] == [1, 1]
+    assert len(circles(svg, "difference")) == 3
 
 
 def test_a_difference_of_zero_is_a_hollow_point_on_the_axis():
