@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 import portable_gpt2 as pg
+from portable_gpt2.cli import streams
 
 if not os.path.exists("/dev/full"):
     pytest.skip("the system has no /dev/full", allow_module_level=True)
@@ -30,6 +31,7 @@ COMMANDS = {  # the arguments, and whether the command writes text to stdout
     "attend": ("attend To --model it -o OUT.png", False),
     "trace": ("trace To --model it -o OUT.npz", False),
     "certify": ("certify To --model it", True),
+    "diff": ("diff it it --text To", True),
     "convert": ("convert it OUT", False),
     "train": (f"{TRAIN} --out OUT", False),
     "--help": ("generate --help", True),
@@ -146,6 +148,34 @@ def test_help_that_is_lost_is_noticed_without_a_buffer_too(room, monkeypatch):
     process = start(room, ["--help"], ("fine", "full", "fine"))
     assert process.communicate()[1] == b"portable-gpt2: cannot write to stdout: No space left on device\n"
     assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "coloured"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": ""}, True),
+        (True, {"TERM": "dumb"}, False),
+    ],
+)
+def test_colours_are_for_terminals_that_have_them(terminal, environment, coloured, monkeypatch):
+    """Catches escape codes in a pipe, and in the terminal of somebody who does not want them."""
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert streams.is_coloured() == coloured
+
+
+@pytest.mark.parametrize(("columns", "width"), [(200, 120), (100, 100), (20, 60), (None, 80)])
+def test_lines_are_as_wide_as_the_terminal(columns, width, monkeypatch):
+    """Catches a table that is wider than a narrow terminal, and lines of 300 characters."""
+    monkeypatch.setenv("COLUMNS", str(columns or 200))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: columns is not None, raising=False)
+    assert streams.width() == width
 
 
 # Signals

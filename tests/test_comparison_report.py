@@ -90,9 +90,13 @@ def test_each_weight_that_differs_is_listed():
     """Catches a path, a kind or a number that is left out, and a list of 148 lines."""
     text = report(comparison())
     assert re.search(r"^  h0/attn/c_attn/w  +0\.125  transposed$", text, re.MULTILINE)
-    many = report(comparison(weights=[WeightFinding(f"h{i}/ln_1/g", "scaled by 2", 1.0) for i in range(148)]))
-    assert "Weights: 148 tensors differ (the first 10 are listed)" in many
-    assert many.count("scaled by 2") == 10
+    many = [WeightFinding(f"h{i}/ln_1/g", f"multiplied by {i % 12 + 2}", 1.0) for i in range(148)]
+    text = report(comparison(weights=many))
+    assert "Weights: 148 tensors differ (the first 10 are listed)" in text
+    assert text.count("multiplied by") == 10
+    assert re.search(r"^  h0/ln_1/g and 12 more +1  multiplied by 2$", text, re.MULTILINE)
+    names = {e["text"] for e in Page(page(comparison(weights=many))).all("th", scope="row")}
+    assert names >= {"h0/ln_1/g and 12 more", *(each.path for each in many)}
     assert "Weights: no difference." in report(comparison(weights=[]))
     assert "Weights: not compared" in report(comparison(weights=None))
 

@@ -187,11 +187,11 @@ def load(arguments: argparse.Namespace) -> GPT2:
     )
 
 
-def progress(items: Iterable[_T]) -> Iterable[_T]:
-    """Show a progress bar while tensors are loaded, if that takes longer than a second."""
+def progress(items: Iterable[_T], what: str = "loading", unit: str = "tensors") -> Iterable[_T]:
+    """Show a progress bar while items are processed, if that takes longer than a second."""
     from tqdm import tqdm
 
-    bar: Iterable[_T] = tqdm(items, desc="loading", unit=" tensors", delay=1, leave=False)
+    bar: Iterable[_T] = tqdm(items, desc=what, unit=f" {unit}", delay=1, leave=False)
     return bar
 
 

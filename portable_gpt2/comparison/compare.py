@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeAlias
 
 from ..config import GPT2Config
 from ..host import StoredTensor
@@ -16,8 +14,11 @@ from .findings import Comparison, LogitsFinding, OpFinding, WeightFinding
 from .growth import growth, of_logits
 from .guesses import Case, Function, explain
 from .sides import open_side, traces
-from .steps import call, judge, results, steps, weights_of, with_infinite_scores
+from .steps import Step, call, judge, results, steps, weights_of, with_infinite_scores
 from .trace import Trace
+from .weights import differences
+
+Progress: TypeAlias = Callable[[Iterable[Step]], Iterable[Step]]
 
 _SEARCHES = 12
 """The number of results for which all guesses are tried. Later results only try the guesses that explained others."""
@@ -26,7 +27,7 @@ _OPTIONAL = ("q", "k", "v", "scores", "weights")
 """Results that need not be judged: the others follow from each other without them."""
 
 
-def compare(a: Any, b: Any, text: str | Sequence[int] | None = None) -> Comparison:
+def compare(a: Any, b: Any, text: str | Sequence[int] | None = None, *, progress: Progress = iter) -> Comparison:
     """Find where two models part.
 
     The comparison has three levels. First, the weights of the two models are compared. Then each result of b is
@@ -43,6 +44,8 @@ def compare(a: Any, b: Any, text: str | Sequence[int] | None = None) -> Comparis
         The model that is judged. If its weights are not known, it is judged with those of a.
     text : str or ints, optional
         The text, or its token ids [seq]. It may be left out if a or b is a trace, whose tokens are then used.
+    progress : function, optional
+        Passes the steps of b on while they are judged, and may show how many are left.
 
     Returns
     -------
@@ -72,8 +75,8 @@ def compare(a: Any, b: Any, text: str | Sequence[int] | None = None) -> Comparis
     _check(a, b, config)
     weights = weights_of(a.weights, b.weights)
     known = bool(a.weights) and bool(b.weights)
-    found = differences(a.weights, b.weights) if known else None
-    ops, missing = judged(b, config, weights)
+    found = differences(a.weights, b.weights, a.config, b.config) if known else None
+    ops, missing = judged(b, config, weights, progress)
     names = [step.name for step in steps(config)]
     grown = growth(a, b, config, a.weights or b.weights, names)
     both = "logits" in a.arrays and "logits" in b.arrays
@@ -98,20 +101,9 @@ def compare(a: Any, b: Any, text: str | Sequence[int] | None = None) -> Comparis
     )
 
 
-def differences(a: Mapping[str, StoredTensor], b: Mapping[str, StoredTensor]) -> list[WeightFinding]:
-    """Return the tensors that differ."""
-    found = []
-    for path in a:
-        if path in b:
-            x, y = a[path].read(), b[path].read()
-            if x.shape != y.shape:
-                found.append(WeightFinding(path, "another shape", math.nan))
-            elif not np.array_equal(x, y):
-                found.append(WeightFinding(path, "different", float(abs(x.astype(float) - y.astype(float)).max())))
-    return found
-
-
-def judged(b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor]) -> tuple[list[OpFinding], list[str]]:
+def judged(
+    b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor], progress: Progress = iter
+) -> tuple[list[OpFinding], list[str]]:
     """Judge each result of a trace in isolation.
 
     Parameters
@@ -122,6 +114,8 @@ def judged(b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor]) ->
         The shape and the options that define the ops.
     weights : dict of StoredTensor
         The parameters by path.
+    progress : function, optional
+        As for `compare`.
 
     Returns
     -------
@@ -134,7 +128,7 @@ def judged(b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor]) ->
     ops, missing, seen, suspects = list[OpFinding](), list[str](), list[str](), set[str]()
     explained: dict[str, list[Function]] = defaultdict(list)
     searches = 0
-    for step in steps(config):
+    for step in progress(steps(config)):
         # c_attn follows from q, k and v; a part that is derived from c_attn would only be compared with itself.
         is_known = step.name in b.arrays or step.name.endswith("c_attn")
         computed = result(step.name) if is_known else None

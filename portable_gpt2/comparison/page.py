@@ -10,8 +10,9 @@ from importlib import resources
 from string import Template
 
 from . import curves
-from .findings import Comparison, Growth, OpFinding
+from .findings import Comparison, Growth, OpFinding, WeightFinding
 from .report import Decode, facts, grouped, logits_facts, number, plain, ratio_text, split, stream
+from .weights import merged
 
 _LIMITS = (0.01, 0.1, 0.5, 1.0, 10.0, 1000.0)
 """The limits between the colours of the heat map, which are the classes r0 to r6 in the style sheet."""
@@ -233,9 +234,17 @@ def _weights(comparison: Comparison) -> str:
         return _section("Weights", "<p>Not compared, because the weights of one side are not known.</p>")
     if not weights:
         return _section("Weights", "<p>No tensor differs.</p>")
-    rows = [(each.path, each.kind, number(each.largest)) for each in weights]
-    headings = ("tensor", "difference", "largest difference of two elements")
-    return _section("Weights", _table(f"Tensors that differ: {len(weights):,}", headings, rows, numbers=(2,)))
+    kinds = merged(weights)
+    parts = [_weight_table(f"Tensors that differ: {len(weights):,}", kinds)]
+    if len(kinds) < len(weights):
+        caption = f"All {len(weights):,} tensors"
+        parts.append(_details(caption, _weight_table(caption, weights)))
+    return _section("Weights", *parts)
+
+
+def _weight_table(caption: str, weights: Sequence[WeightFinding]) -> str:
+    rows = [(each.path, number(each.largest), each.kind) for each in weights]
+    return _table(caption, ("tensor", "largest difference of two elements", "difference"), rows, numbers=(1,))
 
 
 def _logits(comparison: Comparison, decode: Decode | None) -> str:

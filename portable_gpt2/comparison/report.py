@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from .findings import Comparison, Growth, LogitsFinding, OpFinding, WeightFinding
+from .weights import merged
 
 _LAYER = re.compile(r"h(\d+)/(.+)")
 _ROWS = 10  # the largest number of rows of a list
@@ -261,10 +262,9 @@ def _weights(weights: list[WeightFinding] | None, width: int) -> list[str]:
         return ["Weights: not compared, because those of one side are not known."]
     if not weights:
         return ["Weights: no difference."]
-    shown = weights[:_ROWS]
-    rows = [(plain(each.path), number(each.largest), plain(each.kind)) for each in shown]
-    n = len(weights)
-    title = f"Weights: {n:,} tensor{'s differ' if n > 1 else ' differs'}{_of(len(shown), n)}"
+    kinds, n = merged(weights), len(weights)
+    rows = [(plain(each.path), number(each.largest), plain(each.kind)) for each in kinds[:_ROWS]]
+    title = f"Weights: {n:,} tensor{'s differ' if n > 1 else ' differs'}{_of(len(rows), len(kinds))}"
     return [title, *_table(("tensor", "largest", "difference"), rows, width)]
 
 

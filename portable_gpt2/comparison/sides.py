@@ -38,12 +38,15 @@ class Side:
         The tokenizer of the model, if it is known.
     tokens : int array [1, seq], optional
         The only token ids that it can be traced for.
+    config : GPT2Config, optional
+        The shape of the model, if it is known before the model is traced.
     """
 
     name: str
     run: Callable[[np.ndarray], Trace]
     tokenizer: Tokenizer | None = None
     tokens: np.ndarray | None = None
+    config: GPT2Config | None = None
 
     def __repr__(self) -> str:
         return f"<Side: {self.name}>"
@@ -107,7 +110,14 @@ def probe(model: Any, names: Mapping[str, str] | None = None, *, config: GPT2Con
     )
 
 
-def open_side(side: Any, *, backend: str | Backend | None = None, device: Any = None, dtype: str | None = None) -> Side:
+def open_side(
+    side: Any,
+    *,
+    backend: str | Backend | None = None,
+    device: Any = None,
+    dtype: str | None = None,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Side:
     """Return a side of a comparison, which can be traced.
 
     Parameters
@@ -115,8 +125,8 @@ def open_side(side: Any, *, backend: str | Backend | None = None, device: Any = 
     side : GPT2, Trace, Side, path, str, or a model of another program
         A model or a trace; the file of a trace (``.npz`` or ``.safetensors``); a checkpoint, as `GPT2.load` takes it;
         or a model that `probe` takes.
-    backend, device, dtype
-        For a checkpoint, as in `GPT2.load`. Other sides have their own.
+    backend, device, dtype, progress
+        For a checkpoint, as in `GPT2.load`. Other sides have a backend, a device and a dtype of their own.
 
     Returns
     -------
@@ -128,7 +138,9 @@ def open_side(side: Any, *, backend: str | Backend | None = None, device: Any = 
         If a backend, a device or a dtype is given for something other than a checkpoint.
     """
     if isinstance(side, str | os.PathLike) and not is_trace(side):
-        return _of_model(GPT2.load(side, backend=backend, device=device, dtype=dtype), short_name(side))
+        return _of_model(
+            GPT2.load(side, backend=backend, device=device, dtype=dtype, progress=progress), short_name(side)
+        )
     for name, value in (("backend", backend), ("device", device), ("dtype", dtype)):
         if value is not None:
             raise ValueError(f"{name} is given for {checks.shown(side)}; only a checkpoint is loaded with one")
@@ -148,7 +160,7 @@ def short_name(source: str | os.PathLike[str]) -> str:
 
 
 def _of_model(model: GPT2, name: str) -> Side:
-    return Side(name, functools.partial(trace_model, model, name=name), model.tokenizer)
+    return Side(name, functools.partial(trace_model, model, name=name), model.tokenizer, config=model.config)
 
 
 def trace_model(model: GPT2, tokens: np.ndarray, names: Iterable[str] = ("*",), *, name: str = "GPT2") -> Trace:

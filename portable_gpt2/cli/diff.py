@@ -1,0 +1,156 @@
+"""``portable-gpt2 diff``: where two models part."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import strict_json
+from ..comparison.compare import compare
+from ..comparison.page import page
+from ..comparison.report import report
+from ..comparison.sides import Side, open_side
+from ..comparison.steps import Step
+from ..comparison.trace import is_trace
+from ..files import check_writable, holds_file, replacing
+from . import signals, streams
+from .options import add_computation, progress
+from .texts import Texts
+
+_PART = 1
+"""The exit status if the models part."""
+
+_STDOUT = "-"
+
+_TEXT = """In 1687 Newton wrote that every body keeps its state of rest, or of uniform motion in a straight line.
+"Is that so?" asked the student. "Then why does my cup of tea stop moving when I stop pushing it?" """
+"""The text that two models read unless another is given."""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to a parser's commands."""
+    parser = commands.add_parser(
+        "diff",
+        help="find where two models part",
+        description="Compare two models: their weights, the result of each operation, and the growth of the difference "
+        "from layer to layer. A is the reference. Each operation of B is computed again in higher precision from the "
+        "inputs that it had in B. An error that is larger than rounding can cause shows which operation is wrong. The "
+        "exit status is 0 if rounding explains every difference, 1 if the models part, and 2 after wrong use or "
+        "another error.",
+    )
+    add = parser.add_argument
+    side = (
+        "directory of a checkpoint; name of a model of the Hugging Face hub, such as gpt2; or file of a trace, .npz or "
+        ".safetensors, as `portable-gpt2 trace` writes it"
+    )
+    add("a", metavar="A", help=f"the reference: {side}")
+    add("b", metavar="B", help="the model that is judged: as A")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--text",
+        type=str,
+        help="text that both models read (default: the tokens of a trace; or else two English sentences that come with "
+        "this package)",
+    )
+    text.add_argument("--text-file", metavar="FILE", help="file with the text in UTF-8; - is stdin")
+    add_computation(parser)
+    for name, metavar in (("backend", "NAME"), ("device", "DEVICE"), ("dtype", "DTYPE")):
+        add(f"--{name}-b", metavar=metavar, help=f"{name} of B, if it differs from that of A (default: --{name})")
+    add(
+        "--json",
+        nargs="?",
+        const=_STDOUT,
+        metavar="FILE",
+        help="write all findings as one JSON object, in which a number that is not finite is null: into FILE, or to "
+        "stdout in place of the tables if no FILE is given",
+    )
+    add(
+        "--html",
+        metavar="FILE",
+        help="write a page with curves and a heat map, which a browser shows offline",
+    )
+    add("--force", action="store_true", help="replace the files of --json and --html if they exist")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    streams.write("")
+    files = [Path(file) for file in (arguments.json, arguments.html) if file not in (None, _STDOUT)]
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise ValueError(f"--json and --html: both name {files[0]}; expected two files")
+    for file in files:
+        _check(file, arguments.force)
+    text = Texts().read(arguments.text_file) if arguments.text_file else arguments.text
+    a, b = _sides(arguments)
+    found = compare(a, b, _default(a, b) if text is None else text, progress=_judging)
+    decode = _decoder(a, b)
+    signals.clean_up_first()
+    if arguments.json not in (None, _STDOUT):
+        _write(Path(arguments.json), strict_json.line(found.as_json()), arguments.force)
+    if arguments.html:
+        _write(Path(arguments.html), page(found, decode=decode), arguments.force)
+    if arguments.json == _STDOUT:
+        streams.write(strict_json.line(found.as_json()))
+    else:
+        text = report(found, width=streams.width(), colour=streams.is_coloured(), decode=decode)
+        streams.write(f"{text}\n")
+    return 0 if found.equal else _PART
+
+
+def _check(file: Path, force: bool) -> None:
+    """Refuse a file that cannot be written, or that exists unless force is true."""
+    check_writable(file)
+    if holds_file(file) and not force:
+        raise FileExistsError(f"{file}: exists already; give another name, or replace the file with --force")
+
+
+def _write(file: Path, text: str, force: bool) -> None:
+    with replacing(file) as draft:
+        _check(file, force)  # again, because another process may have written it meanwhile
+        draft.write_text(text, "utf-8")
+    streams.say(f"wrote {file}")
+
+
+def _sides(arguments: argparse.Namespace) -> tuple[Side, Side]:
+    """Return the two sides. An option without ``-b`` is for both; one that no side takes is refused."""
+    names = ("backend", "device", "dtype")
+    for_both = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    for_b = {name: value for name in names if (value := getattr(arguments, f"{name}_b")) is not None}
+    if is_trace(arguments.b) and for_b:
+        raise ValueError(f"--{next(iter(for_b))}-b is given, but {arguments.b} is a trace, which is not computed again")
+    if is_trace(arguments.a) and is_trace(arguments.b) and for_both:
+        raise ValueError(f"--{next(iter(for_both))} is given, but both sides are traces, which are not computed again")
+
+    def side(source: str, options: dict[str, str]) -> Side:
+        return open_side(source, **({} if is_trace(source) else options), progress=progress)
+
+    return side(arguments.a, for_both), side(arguments.b, {**for_both, **for_b})
+
+
+def _default(a: Side, b: Side) -> list[int] | None:
+    """Return the token ids that two sides read if no text is given; None if a side has its own.
+
+    These are the tokens of `_TEXT`, as many as both models have positions. Without a tokenizer, they are other ids.
+    """
+    if a.tokens is not None or b.tokens is not None:
+        return None
+    configs = [side.config for side in (a, b) if side.config is not None]
+    n_vocab, n_ctx = (min(getattr(config, name) for config in configs) for name in ("n_vocab", "n_ctx"))
+    tokenizer = a.tokenizer or b.tokenizer
+    ids = tokenizer.encode(_TEXT) if tokenizer else [7919 * i % n_vocab for i in range(1, 65)]
+    return ids[:n_ctx]
+
+
+def _judging(steps: Iterable[Step]) -> Iterable[Step]:
+    return progress(steps, "judging", "results")
+
+
+def _decoder(a: Side, b: Side) -> Callable[[Sequence[int]], str] | None:
+    """Return a function that returns the text of token ids, if a tokenizer is known."""
+    if (tokenizer := a.tokenizer or b.tokenizer) is None:
+        return None
+    return lambda ids: "".join(map(tokenizer.decoder(), [*ids, None]))  # an id without text becomes U+FFFD
