@@ -68,9 +68,8 @@ class NdonnxBackend(Backend):
 
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
         n, var = self.shape(value)[-2], value.unwrap_spox()
-        last = scalar(self.shape(buffer)[-2] - n)  # a later start would be an error of ONNX Runtime
-        start = op.min([scalar(start), last])
-        rows = op.unsqueeze(op.range(start, op.add(start, scalar(n)), constant(1)), constant((1,)))
+        first = scalar(start)
+        rows = op.unsqueeze(op.range(first, op.add(first, scalar(n)), constant(1)), constant((1,)))
         return ndx.asarray(op.scatter_elements(buffer.unwrap_spox(), op.expand(rows, op.shape(var)), var, axis=-2))
 
     def split(self, x: Any, n: int) -> Sequence[Any]:

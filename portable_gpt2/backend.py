@@ -276,7 +276,7 @@ class Backend:
         """Return buffer [..., capacity, d] with rows start to start + n - 1 replaced by value [..., n, d].
 
         The result may use the buffer's memory, so do not read `buffer` afterwards. The function is not
-        differentiable. The caller has checked that start + n is at most capacity, unless start is traced.
+        differentiable. `start` may be an array or traced. It is at least 0, and start + n is at most capacity.
         """
         buffer[..., start : start + self.shape(value)[-2], :] = value
         return buffer

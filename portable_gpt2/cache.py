@@ -99,8 +99,9 @@ def open_layers(
     rows = start + backend.arange(seq, like=tokens)
     start = start if is_known else rows[0]  # it has the dtype of indices now, so no layer has to convert it
     positions = positions_in_text(rows, padding)
-    if not is_known:  # `write` cannot check that the tokens fit, so positions of -1 make `embed` return NaN
-        positions = backend.xp.where(start + seq <= n_keys, positions, -1)
+    if not is_known:  # nobody has checked that the tokens fit: if they do not, `embed` returns NaN for positions of -1
+        has_room = (start >= 0) & (start + seq <= n_keys)
+        positions, start = backend.xp.where(has_room, positions, -1), backend.xp.where(has_room, start, 0)
     causal = is_known and padding is None  # the new tokens are the last keys
     mask = None if causal else visible_keys(rows, n_keys, padding)
     n_read = n_keys if is_known else None

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from typing import Any, NamedTuple
@@ -237,7 +238,28 @@ def grown(x):
     return (np.exp(x) * (1 + np.finfo(x.dtype).eps * x)).astype(x.dtype)
 
 
+def floats_only(self, a, device):
+    return Array(a) if a.dtype.kind in "biu" else Array(a, device or "cpu")
+
+
+class OneDevice(Namespace):
+    """A namespace whose functions refuse arrays on two devices, as those of most frameworks do."""
+
+    def __getattr__(self, name):
+        function = super().__getattr__(name)
+        if isinstance(function, type) or not callable(function):
+            return function
+
+        def call(*args, **options):
+            if len({x.device for x in args if isinstance(x, Array)}) > 1:
+                raise RuntimeError("the arrays are on two devices")
+            return function(*args, **options)
+
+        return call
+
+
 TWO_DEVICES = {"devices": lambda self: {"cpu": "cpu", "cpu:1": "cpu:1"}}
+A_GPU = {"devices": lambda self: {"cpu": "cpu", "gpu:0": "gpu:0"}, "xp": OneDevice(), "kernels": {}}
 
 DEFECTS = {
     # One function of the namespace
@@ -269,6 +291,11 @@ DEFECTS = {
     "to_numpy returns memory that changes": Defect("contract", "Backend.to_numpy", {"to_numpy": to_shared_memory}),
     "float64 is narrowed silently": Defect("contract", "Backend.put", {"put": narrowing}),
     "a device is dropped": Defect("contract", "device", {**TWO_DEVICES, "put": lambda self, a, device: Array(a)}),
+    "integers are on the default device": Defect(
+        "contract",
+        "right on the default device and wrong on gpu:0: a device is dropped",
+        {**A_GPU, "put": floats_only},
+    ),
     # Transformations
     "compile bakes in the position": Defect(
         "contract", "Backend.compile", {"compile": compiled_with_the_first_ints, "compiles_per_shape": True}
@@ -381,6 +408,31 @@ def test_a_layout_is_written_as_it_is():
         assert found.flags.c_contiguous == x.flags.c_contiguous
 
 
+def test_a_failed_assertion_says_what_was_called_and_what_came():
+    """Catches a message that says no more than that something is false."""
+    report = testing.check(broken("split in reverse"), level="contract", only="split_divides")
+    condition, *values = report.failures[0].message.splitlines()
+    assert condition == "np.array_equal(backend.to_numpy(part), expected)"
+    assert any("array_equal(array([[[" in line for line in values), values
+    assert condition in str(report)
+
+
+def test_an_interrupted_check_reports_what_ran():
+    """Catches results that Ctrl-C loses, and a report of half of the tests that says that all is well."""
+
+    def interrupt(level, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    for backend, verdict in ((OwnBackend(), "fails no test"), (broken("split in reverse"), "fails 1 test")):
+        with pytest.raises(testing.Interrupted) as caught:
+            testing.check(backend, level="contract", only="split or top_k or relayout", progress=interrupt)
+        report = caught.value.report
+        assert sum(level.passed + level.failed for level in report.levels) == 2
+        assert not report.ok
+        assert str(report).endswith(f"{verdict} so far. The check was interrupted after 2 of 3 tests.")
+
+
 SPLIT = "test_split_divides_the_last_axis"
 
 
@@ -476,3 +528,23 @@ def test_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "hypothesis" else find(name, *a))
     assert main(["check", "numpy"]) == 2
     assert "needs hypothesis: pip install 'portable-gpt2[testing]'" in capsys.readouterr().err
+
+
+class Killing(OwnBackend):
+    """A backend whose first split gets the process a signal."""
+
+    name = "killing"
+    signals = [signal.SIGTERM]
+
+    def split(self, x, n):
+        if self.signals:
+            os.kill(os.getpid(), self.signals.pop())
+        return super().split(x, n)
+
+
+def test_the_command_prints_the_report_when_it_is_told_to_end(capsys):
+    """Catches a scheduler's SIGTERM that loses everything that the tests have found so far."""
+    with testing.registered(Killing()):
+        status = main(["check", "killing", "--level", "contract", "--only", "split_divides or top_k_returns"])
+    assert status == 128 + signal.SIGTERM
+    assert "interrupted after 1 of 2 tests" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import testing
-from . import streams
+from . import signals, streams
 from .options import at_least
 
 _FAILED = 1
@@ -20,8 +20,8 @@ def add_to(commands: Any) -> None:
         "check",
         help="check that a backend computes correctly",
         description="Check that a backend keeps every promise on which the model relies. Each level of tests runs only "
-        "if the levels before it passed. The exit status is 1 if a test failed. Checking needs pip install "
-        "'portable-gpt2[testing]'.",
+        "if the levels before it passed. The exit status is 1 if a test failed. Ctrl-C ends the check after the test "
+        "that is running, and the report has the tests so far. Checking needs pip install 'portable-gpt2[testing]'.",
     )
     add = parser.add_argument
     add("backend", help="name of the backend; `portable-gpt2 backends` lists them")
@@ -50,22 +50,32 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         Path(arguments.json).touch()  # before the tests run, which takes minutes
     # With disable=None, the bar is shown only if stderr is a terminal.
-    with tqdm(unit=" tests", desc="checking", disable=None, leave=False, mininterval=0.5) as bar:
+    with (
+        signals.Noted() as received,
+        tqdm(unit=" tests", desc="checking", disable=None, leave=False, mininterval=0.5) as bar,
+    ):
 
         def progress(level: str, done: int, total: int) -> None:
             bar.total = total
             bar.set_description(level, refresh=False)
             bar.update(done - bar.n)
+            if received:
+                raise KeyboardInterrupt
 
-        report = testing.check(
-            arguments.backend,
-            level=arguments.level,
-            device=arguments.device,
-            only=arguments.only or "",
-            examples=arguments.examples,
-            progress=progress,
-        )
+        try:
+            report = testing.check(
+                arguments.backend,
+                level=arguments.level,
+                device=arguments.device,
+                only=arguments.only or "",
+                examples=arguments.examples,
+                progress=progress,
+            )
+        except testing.Interrupted as interruption:
+            report = interruption.report
     if arguments.json:
         Path(arguments.json).write_text(report.to_json(), "utf-8")
     streams.write(f"{report}\n")
+    if received:
+        return signals.status(received[0])
     return 0 if report.ok else _FAILED

@@ -7,7 +7,7 @@ The tests need the extra ``testing``. They are imported when a backend is checke
 """
 
 from ..registry import registered
-from .conformance import LEVELS, check
+from .conformance import LEVELS, Interrupted, check
 from .report import Report
 
-__all__ = ["LEVELS", "Report", "check", "registered"]
+__all__ = ["LEVELS", "Interrupted", "Report", "check", "registered"]

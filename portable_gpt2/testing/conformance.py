@@ -27,6 +27,14 @@ _MODULES = f"{__package__}."
 Progress = Callable[[str, int, int], None]
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user ended a check before its last test. `report` has the results of the tests that ran."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.stopped)
+        self.report = report
+
+
 def check(
     backend: str | Backend,
     *,
@@ -77,6 +85,8 @@ def check(
         If there is no such level or device, or if an expected failure names a test that does not exist.
     ImportError
         If the backend is not installed, or if pytest, hypothesis or python-flint is missing (extra ``testing``).
+    Interrupted
+        If Ctrl-C ends the check, or `progress` raises a KeyboardInterrupt. The exception has the report so far.
 
     Examples
     --------
@@ -129,8 +139,14 @@ def _run(backend: Backend, level: str, options: list[str], expected: dict[str, s
     ran = tuple(observer.levels[name] for name in names if name in observer.levels)
     left = names[names.index(ran[-1].name) + 1 :] if ran else ()
     stopped = f"Level {ran[-1].name} failed, so {_listed(left)} did not run." if left and failures else ""
+    if observer.is_interrupted:
+        stopped = f"The check was interrupted after {observer.progress()}."
     skipped = tuple(Skipped(reason, n) for reason, n in observer.skipped.most_common())
-    return Report(backend.name, tuple(observer.devices), ran, failures, found, skipped, stopped)
+    devices = tuple(observer.devices)
+    report = Report(backend.name, devices, ran, failures, found, skipped, stopped, observer.is_interrupted)
+    if report.interrupted:
+        raise Interrupted(report)
+    return report
 
 
 def _listed(names: tuple[str, ...]) -> str:

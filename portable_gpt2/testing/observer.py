@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import inspect
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,6 +36,7 @@ class Observer:
         self.levels: dict[str, Level] = {}
         self.skipped: Counter[str] = Counter()
         self.devices: dict[str, None] = {}
+        self.is_interrupted = False
         self._backend, self._expected, self._progress = backend, expected, progress
         self._failures: list[tuple[Failure, Evidence, Any]] = []
         self._problems: list[BaseException] = []
@@ -107,21 +110,24 @@ class Observer:
             self._progress(name, len(self._done), len(self._level_of))
 
     def pytest_keyboard_interrupt(self, excinfo: Any) -> None:
-        """Keep Ctrl-C, with which pytest would end. Its own interruptions, after an error in a file, are a subclass."""
-        if excinfo.type is KeyboardInterrupt:
-            self._problems.insert(0, KeyboardInterrupt())
+        """Note an interruption by the user. After an error in a file, pytest interrupts itself by a subclass."""
+        self.is_interrupted = excinfo.type is KeyboardInterrupt
 
     def pytest_internalerror(self, excinfo: Any) -> None:
         """Keep an error of pytest or of this plugin."""
         self._problems.append(excinfo.value)
 
-    # The failures, after the run
+    # After the run
+
+    def progress(self) -> str:
+        """Return how many of the tests ran."""
+        return f"{len(self._done)} of {len(self._level_of)} tests"
 
     def raise_problems(self, status: int) -> None:
         """Raise the first exception that is not the failure of a test."""
         if self._problems:
             raise self._problems[0]
-        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not self.is_interrupted:
             raise RuntimeError(f"pytest ended with {status!r}")
 
     def explained(self) -> Iterator[Failure]:
@@ -231,9 +237,33 @@ def _message(error: BaseException | None, report: Any) -> str:
     if error is None:
         return str(report.longreprtext)
     if isinstance(error, AssertionError):
-        said, _, explained = str(error).partition("\nassert ")  # an assertion with a message needs no explanation
-        return said.partition("\n +")[0] or explained or "the assertion failed"
+        said = str(error).partition("\nassert ")[0]  # an assertion with a message needs no explanation
+        return _assertion(error) if said.startswith("assert ") else said or "the assertion failed"
     where, frame = "", error.__traceback__
     while frame is not None:
         where, frame = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}", frame.tb_next
     return f"{type(error).__name__}: {error} ({where})"
+
+
+_FUNCTION = re.compile(r"<(?:function|built-in function|bound method) ([\w.]+)[^>]*>+")
+_ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-f]+")
+
+
+def _assertion(error: AssertionError) -> str:
+    """Return the condition that is not true, as the test has it, and the values that pytest found in it.
+
+    The lines of pytest that only say where a function is from are left out.
+    """
+    first, *others = str(error).removeprefix("assert ").splitlines()
+    values = [re.sub(r"^ \+ +(where|and) +", "", line) for line in others if line.startswith(" +")]
+    where = [each for each in values if "(" in each.partition(" = ")[2] and not _FUNCTION.match(each)]
+    told = [_ADDRESS.sub("", _FUNCTION.sub(r"\1", line.replace("\\n", " "))) for line in (first, *where)]
+    return "\n".join(filter(None, [_condition(error), *told]))
+
+
+def _condition(error: AssertionError) -> str:
+    """Return the source of the condition of an assertion that failed."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    tree = ast.parse(Path(frame.f_code.co_filename).read_text("utf-8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    return next((ast.unparse(each.test) for each in found if each.lineno <= line <= (each.end_lineno or 0)), "")

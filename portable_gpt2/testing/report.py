@@ -117,7 +117,9 @@ class Report:
     skipped : tuple of Skipped
         The tests that did not run, by reason.
     stopped : str
-        The reason why further levels did not run; empty if all levels that were asked for did.
+        The reason why further tests did not run; empty if all that were asked for did.
+    interrupted : bool
+        Whether the user ended the check before its last test.
 
     Examples
     --------
@@ -140,11 +142,12 @@ class Report:
     ratios: tuple[Ratio, ...]
     skipped: tuple[Skipped, ...]
     stopped: str = ""
+    interrupted: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether every test passed, or failed as expected."""
-        return not self.failures
+        """Whether every test ran, and passed or failed as expected."""
+        return not self.failures and not self.interrupted
 
     def _by_cause(self) -> list[list[Failure]]:
         """Return the failures, those with the same diagnosis together. One that names an element comes first."""
@@ -179,7 +182,8 @@ class Report:
                 "\n".join(["Not run", "", *(f"{each.tests:>7} tests: {each.reason}" for each in self.skipped)])
             )
         n = len(self.failures)
-        verdict = "passes" if self.ok else f"fails {n} test{'s' * (n > 1)}"
+        verdict = "passes" if self.ok else f"fails {n or 'no'} test{'s' * (n > 1)}"
+        verdict += " so far" * self.interrupted
         parts.append(f"{self.backend} {verdict}.{f' {self.stopped}' if self.stopped else ''}")
         return "\n\n".join(parts)
 

@@ -205,26 +205,26 @@ def test_a_mask_of_floats_is_refused_for_one_query_too(backend):
         pg.attention(q, k, k, mask)
 
 
-# Masked keys, scores that overflow, and empty arrays
+# Masked keys, scores that overflow, and empty arrays. The arrays have the four axes of the model, because a fused kernel
+# may take no others.
 
 
 def far(queries, keys, dtype):
-    """Return q and k whose products overflow to -inf, [1, queries, 4] and [1, keys, 4]."""
+    """Return q and k whose products overflow to -inf, [1, 1, queries, 4] and [1, 1, keys, 4]."""
     root = bounds.FORMATS[bounds.computed_in(dtype)].largest ** 0.5
     root = min(float(bounds.FORMATS[dtype].largest) / 2, float(root) * 2)
-    return np.full((1, queries, 4), root, bounds.host_dtype(dtype)), np.full(
-        (1, keys, 4), -root, bounds.host_dtype(dtype)
-    )
+    host = bounds.host_dtype(dtype)
+    return np.full((1, 1, queries, 4), root, host), np.full((1, 1, keys, 4), -root, host)
 
 
-FOUR = np.asarray([[1.0], [2.0], [3.0], [1000.0]], np.float32)[None]  # the values of four keys, the last one hidden
+FOUR = np.asarray([[[[1.0], [2.0], [3.0], [1000.0]]]], np.float32)  # the values of four keys, the last one hidden
 
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_hidden_key_has_no_weight_though_every_visible_score_overflows(backend, queries):
     """Catches a hidden score that is the smallest finite number, and so above a visible one of -inf."""
     q, k = far(queries, 4, "float32")
-    k[:, 3] = 0  # hidden: its score is 0
+    k[..., 3, :] = 0  # hidden: its score is 0
     mask = np.broadcast_to(np.asarray([True, True, True, False]), (queries, 4)).copy()
     for form, y in claims.results(pg.attention, backend, q, k, FOUR, mask, compiled=True).items():
         assert np.isnan(y).all(), f"{form}: {y}"
@@ -236,7 +236,9 @@ def test_a_hidden_key_has_no_weight_though_every_visible_score_overflows(backend
 def test_without_a_mask_a_row_of_overflowed_scores_is_nan(backend, queries):
     """Catches a fused kernel that makes it 0, where the softmax of a row of -inf is NaN."""
     q, k = far(queries, 2, "float32")
-    for form, y in claims.results(pg.attention, backend, q, k, np.ones((1, 2, 3), np.float32), compiled=True).items():
+    for form, y in claims.results(
+        pg.attention, backend, q, k, np.ones((1, 1, 2, 3), np.float32), compiled=True
+    ).items():
         assert np.isnan(y).all(), form
 
 
@@ -244,7 +246,7 @@ def test_without_a_mask_a_row_of_overflowed_scores_is_nan(backend, queries):
 def test_one_visible_score_that_is_finite_takes_all_the_weight(backend, queries):
     """Catches a row that becomes NaN, or depends on hidden keys, because some of its scores overflow to -inf."""
     q, k = far(queries, 4, "float32")
-    k[:, 1], k[:, 3] = 0, 1e-9
+    k[..., 1, :], k[..., 3, :] = 0, 1e-9
     mask = np.broadcast_to(np.asarray([True, True, True, False]), (queries, 4)).copy()
     for form, y in claims.results(pg.attention, backend, q, k, FOUR, mask, compiled=True).items():
         assert (y == 2).all(), form
@@ -254,13 +256,13 @@ def test_one_visible_score_that_is_finite_takes_all_the_weight(backend, queries)
 
 def test_a_row_that_sees_no_key_is_nan_and_leaves_the_others(backend, dtype):
     """Catches the mean of keys that are all hidden."""
-    q, k, v = head(np.random.default_rng(6), (2,), 3, 4, 8, dtype)
+    q, k, v = head(np.random.default_rng(6), (1, 2), 3, 4, 8, dtype)
     mask = np.ones((3, 4), np.bool_)
     mask[1] = False
     for op, arrays in ((pg.attention, (q, k, v, mask)), (pg.attention_weights, (q, k, mask))):
         for form, y in claims.results(op, backend, *arrays).items():
-            assert np.isnan(y[:, 1].astype(np.float32)).all(), form
-            assert np.isfinite(y[:, [0, 2]].astype(np.float32)).all(), form
+            assert np.isnan(y[..., 1, :].astype(np.float32)).all(), f"{form} of {op.__name__}: {y}"
+            assert np.isfinite(y[..., [0, 2], :].astype(np.float32)).all(), f"{form} of {op.__name__}: {y}"
 
 
 def test_values_that_are_zero_stay_so(backend, dtype):
@@ -288,9 +290,9 @@ def test_weights_without_columns_are_equal(backend, dtype):
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_scale_of_zero_makes_the_weights_equal(backend, queries):
     """Catches a scale of 0 that is taken for one that was not given."""
-    q, k, v = head(np.random.default_rng(8), (2,), queries, 4, 8, "float32")
+    q, k, v = head(np.random.default_rng(8), (1, 2), queries, 4, 8, "float32")
     for y in claims.results(pg.attention, backend, q, k, v, compiled=True, scale=0.0).values():
-        np.testing.assert_allclose(y, np.broadcast_to(v.mean(1, keepdims=True), y.shape), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(y, np.broadcast_to(v.mean(-2, keepdims=True), y.shape), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
