@@ -326,7 +326,9 @@ class JaxBackend(Backend):
             )
         if a.size == 1 and isinstance(device, Sharding):
             return _put_one(device)(a)
-        x = jnp.asarray(a) if device is None else jax.device_put(a, device)
+        # jnp.asarray takes 20 us, and jax.device_put 50 us, but jnp.asarray copies, and compiles for each new shape.
+        is_step = device is None and a.dtype.kind in "iu"  # the ids of a decode step, always of one shape
+        x = jnp.asarray(a) if is_step else jax.device_put(a, device)
         # JAX copies asynchronously and keeps the source alive until the copy is complete. Without waiting, a model that
         # is loaded tensor by tensor would be in memory twice.
         return x.block_until_ready() if a.nbytes >= 2**20 else x

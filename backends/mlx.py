@@ -94,8 +94,7 @@ class MlxBackend(Backend):
         return mx.array(a, mx.float64) if a.dtype == np.float64 else mx.array(a)
 
     def to_numpy(self, x: Any) -> np.ndarray:
-        # A copy, because MLX writes to the memory of a view: it does not count NumPy's reference to the memory.
-        return np.array(x.view(mx.uint16)).view(ml_dtypes.bfloat16) if x.dtype == mx.bfloat16 else np.array(x)
+        return np.asarray(x.view(mx.uint16)).view(ml_dtypes.bfloat16) if x.dtype == mx.bfloat16 else np.asarray(x)
 
     def peek(self, x: Any) -> np.ndarray | None:
         try:

@@ -227,7 +227,11 @@ class Backend:
         return self.xp.asarray(a, **self._options(device))
 
     def to_numpy(self, x: Any) -> np.ndarray:
-        """Return x on the host, as a view if possible; bfloat16 becomes the bfloat16 of ml_dtypes."""
+        """Return x on the host, as a view if possible; bfloat16 becomes the bfloat16 of ml_dtypes.
+
+        The result has the present values of x. They may change when x itself is written to: by `write` or `index_add`,
+        or by a compiled function to which x is donated. Nothing else changes them.
+        """
         return np.asarray(x)
 
     def peek(self, x: Any) -> np.ndarray | None:

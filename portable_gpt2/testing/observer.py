@@ -257,7 +257,7 @@ def _assertion(error: AssertionError) -> str:
     first, *others = str(error).removeprefix("assert ").splitlines()
     values = [re.sub(r"^ \+ +(where|and) +", "", line) for line in others if line.startswith(" +")]
     where = [each for each in values if "(" in each.partition(" = ")[2] and not _FUNCTION.match(each)]
-    told = [_ADDRESS.sub("", _FUNCTION.sub(r"\1", line.replace("\\n", " "))) for line in (first, *where)]
+    told = [_ADDRESS.sub("", _FUNCTION.sub(r"\1", line.replace("\\n", " "))) for line in (where or [first])]
     return "\n".join(filter(None, [_condition(error), *told]))
 
 

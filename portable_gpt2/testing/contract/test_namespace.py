@@ -48,6 +48,11 @@ def difference(backend, text, result, expected):
     return None if near.all() else f"{text} is {found.tolist()}, not {expected.tolist()}"
 
 
+def one_for_each_function(calls):
+    """Return some of the expressions: the first one of each function, or of each set of functions."""
+    return {tuple(re.findall(r"xp\.(\w+)\(", text)): text for text in reversed(calls)}.values()
+
+
 def attempt(text, xp, arrays):
     try:
         return namespace.evaluate(text, xp, arrays)
@@ -97,7 +102,7 @@ def test_functions_operators_and_indices_compute_what_numpy_computes(backend, dt
     """
     calls = given(dtype)
     if form is eager and backend.compiles_per_shape:  # JAX compiles each expression, which takes seconds
-        calls = {text: arrays for text, arrays in calls.items() if dtype == "float32" and "xp." in text}
+        calls = {text: calls[text] for text in one_for_each_function(calls)} if dtype == "float32" else {}
     assert_no_differences(backend, form(backend, calls), expected_values(calls))
 
 
@@ -126,7 +131,8 @@ def test_integers_of_64_bits_wrap_around(backend):
         for name, (upper, lower) in namespace.HALVES.items()
     }
     expected = expected_values(dict.fromkeys(namespace.IN_64_BITS, integers))
-    for run in (each, backend.compile(each)):
+    # On a backend that compiles, tokens are chosen in a compiled function.
+    for run in [backend.compile(each)] if backend.compiles_per_shape else [each, backend.compile(each)]:
         results = run(halves)
         assert_no_differences(backend, {text: results[str(i)] for i, text in enumerate(namespace.IN_64_BITS)}, expected)
 

@@ -205,8 +205,8 @@ def test_a_mask_of_floats_is_refused_for_one_query_too(backend):
         pg.attention(q, k, k, mask)
 
 
-# Masked keys, scores that overflow, and empty arrays. The arrays have the four axes of the model, because a fused kernel
-# may take no others.
+# Masked keys, scores that overflow, and empty arrays. The arrays have the four axes of the model: a fused kernel may
+# take no others.
 
 
 def far(queries, keys, dtype):
