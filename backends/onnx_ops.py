@@ -115,7 +115,7 @@ def _shape(x: Any) -> Any:
 
 @_kernel
 def _conv1d(x: Any, w: Any, b: Any) -> Any:
-    fits = _shape(x) and (_shape(x)[-1], *_shape(b)) == _shape(w)
+    fits = _shape(x) and len(_shape(b)) == 1 and (_shape(x)[-1], *_shape(b)) == _shape(w)
     return op.add(op.matmul(x, w), b) if fits else NotImplemented
 
 
