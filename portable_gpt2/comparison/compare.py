@@ -16,7 +16,7 @@ from .guesses import Case, Function, explain
 from .sides import open_side, traces
 from .steps import Step, call, judge, results, steps, weights_of, with_infinite_scores
 from .trace import Trace
-from .weights import differences
+from .weights import differences, merged
 
 Progress: TypeAlias = Callable[[Iterable[Step]], Iterable[Step]]
 
@@ -73,7 +73,7 @@ def compare(a: Any, b: Any, text: str | Sequence[int] | None = None, *, progress
     if config is None:
         raise ValueError("neither side has a configuration, which says how many heads there are; give one of them one")
     _check(a, b, config)
-    weights = weights_of(a.weights, b.weights)
+    weights = weights_of(a.weights, b.weights, config)
     known = bool(a.weights) and bool(b.weights)
     found = differences(a.weights, b.weights, a.config, b.config) if known else None
     ops, missing = judged(b, config, weights, progress)
@@ -86,7 +86,7 @@ def compare(a: Any, b: Any, text: str | Sequence[int] | None = None, *, progress
     complete = all(name.rpartition("/")[2] in _OPTIONAL for name in missing)
     expected = all(not g.difference > g.rounding for g in grown)
     wrong = [finding for finding in ops if not finding.ratio <= 1]
-    changed = [finding for finding in found or [] if finding.kind not in _rounded(a, b)]
+    changed = merged(finding for finding in found or [] if finding.kind not in _rounded(a, b))
     return Comparison(
         a=a.source,
         b=b.source,

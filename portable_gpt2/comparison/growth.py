@@ -1,10 +1,10 @@
 """How the difference of two traces grows, and how large a difference rounding can be expected to cause.
 
-Proved: if the result of every op of a model is within its bound, then the difference of its logits from the
-exact ones is caused by rounding alone, however large it is. This needs no model of the errors.
+Proved: if the result of every op of a model is within its bound, then the difference of its logits from the exact ones
+is caused by rounding alone, however large it is. This needs no model of the errors.
 
-Modelled: how large the difference usually is. A bound for the whole model would be far larger than any
-difference that occurs, because it would assume that all roundings have the worst sign. So the roundings are simulated.
+Modelled: how large the difference usually is. A bound for the whole model would be far larger than any difference that
+occurs, because it would assume that all roundings have the worst sign. So the roundings are simulated.
 The reference model runs in float64 with several copies of the text. In each copy, every op's result is changed by a
 random sign times the size of its rounding error, which is, with the notation of `portable_gpt2.numerics.bounds`:
 
@@ -19,8 +19,8 @@ random sign times the size of its rounding error, which is, with the notation of
 - for GELU, half of its bound.
 
 These are sizes for sums in the order of the indices, with rounding errors of the largest possible magnitude. Sums in
-blocks, which all fast libraries use, have errors that are several times smaller. The largest difference of two copies,
-over all elements and over some pairs of copies, is what rounding can be expected to cause.
+blocks, which all fast libraries use, have errors that are several times smaller. The difference that rounding can be
+expected to cause is twice the largest difference of two copies, over all elements and some pairs of copies.
 """
 
 from __future__ import annotations
@@ -62,17 +62,24 @@ class _Rounding:
             y = y + self._signs(y.shape) * (stored * abs(y))
         return y
 
+    def of_weights(self, y: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Return y with the error of weights that are rounded to 16 bits."""
+        return y + self._signs(y.shape) * (self.stored * size) if self.stored.any() else y
+
     def product(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, *, stores: bool = True) -> np.ndarray:
         """Return x w + b with its error, and in 16 bits with the error of rounded weights.
 
         The sizes of the errors are those of the first copy.
         """
-        y, squares = x @ w, x[:1] ** 2 @ w**2
+        y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])  # one product reads w once
+        squares = (x[:1].astype(np.float32) ** 2 @ w.astype(np.float32) ** 2).astype(np.float64)
         if b is not None:
             y, squares = y + b, squares + b**2
-        if self.stored.any():
-            y = y + self._signs(y.shape) * (self.stored * np.sqrt(squares))
-        return self(y, math.sqrt(x.shape[-1] + 1) * np.sqrt(squares + y[:1] ** 2), stores=stores)
+        return self(
+            self.of_weights(y, np.sqrt(squares)),
+            math.sqrt(x.shape[-1] + 1) * np.sqrt(squares + y[:1] ** 2),
+            stores=stores,
+        )
 
 
 def simulated(
@@ -84,7 +91,7 @@ def simulated(
     pairs: int = 3,
     seed: int = 0,
 ) -> Iterator[tuple[str, float]]:
-    """Yield the name of each result, in the order of computation, and the largest difference of two rounded copies.
+    """Yield the name of each result, in the order of computation, and twice the largest difference of two copies.
 
     Parameters
     ----------
@@ -118,11 +125,12 @@ def simulated(
     rounding = _Rounding(dtypes, pairs, seed)
 
     def widest(y: np.ndarray) -> float:
-        return float(abs(y[:pairs] - y[pairs:]).max(initial=0))
+        return 2 * float(abs(y[:pairs] - y[pairs:]).max(initial=0))
 
     seq = tokens.shape[1]
-    rows = weights["wte"].read()[tokens[0]].astype(np.float64)
-    x = np.repeat((rows + weights["wpe"].read()[:seq].astype(np.float64))[None], rounding.copies, axis=0)
+    parts = weights["wte"].read()[tokens[0]], weights["wpe"].read()[:seq]
+    rows, places = (np.repeat(part[None].astype(np.float64), rounding.copies, axis=0) for part in parts)
+    x = rounding.of_weights(rows, abs(rows)) + rounding.of_weights(places, abs(places))
     known: dict[str, np.ndarray] = {"embedding": rounding(x, abs(x))}
     scores = np.empty(0)
     for step in steps(config):

@@ -19,6 +19,7 @@ from ..config import GPT2Config
 from ..host import StoredTensor, float_dtypes
 from ..numerics import Numerics, bounds
 from ..numerics.bounds import Bounded
+from ..params import shapes
 
 Results = Callable[[str], np.ndarray | None]
 """A result by its name; None if it is not known."""
@@ -145,8 +146,10 @@ class Call:
 
     def at(self, rows: Any, columns: Any = slice(None)) -> Call:
         """Return the call that computes some positions of the result, and some columns of a product."""
+        rows = selection(rows)
         inputs = [x[..., rows, :] for x in self.inputs]
         params, options = dict(self.params), dict(self.options)
+        columns = selection(columns)
         if "mask" in options:
             inputs[1:] = self.inputs[1:]
             options["mask"] = options["mask"][rows]
@@ -266,12 +269,18 @@ def with_infinite_scores(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return found
 
 
-def weights_of(reference: Mapping[str, StoredTensor], judged: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Return the weights of the judged model; those of the reference stand for the ones that are not known."""
-    found = {**reference, **judged}
+def weights_of(
+    reference: Mapping[str, StoredTensor], judged: Mapping[str, StoredTensor], config: GPT2Config
+) -> dict[str, StoredTensor]:
+    """Return the weights of the judged model; those of the reference stand for the ones that are not known.
+
+    A tensor of another shape than the configuration says is not known either.
+    """
+    expected = {**shapes(config), "lm_head": (config.n_vocab, config.n_embd)}
+    found = {**reference, **{path: each for path, each in judged.items() if each.shape == expected.get(path)}}
     if "wte" in judged and "lm_head" not in judged:
         found.pop("lm_head", None)  # the judged model computes its logits with wte
-    return found
+    return {path: each for path, each in found.items() if each.shape == expected.get(path)}
 
 
 def narrowest(arrays: list[np.ndarray], dtype: str) -> list[np.ndarray]:
@@ -395,11 +404,16 @@ def _spaced(indices: np.ndarray, n: int) -> np.ndarray:
     return np.unique(np.linspace(len(indices) - 1, 0, n).round().astype(np.int64))
 
 
+def selection(indices: Any) -> Any:
+    """Return consecutive indices as a slice, which copies nothing."""
+    if isinstance(indices, slice) or len(indices) == 0 or indices[-1] - indices[0] + 1 != len(indices):
+        return indices
+    return slice(int(indices[0]), int(indices[-1]) + 1)
+
+
 def within(computed: np.ndarray, rows: Any, columns: Any) -> np.ndarray:
     """Return some positions and columns of a result."""
-    if len(columns) == computed.shape[-1]:
-        return computed[..., rows, :]
-    return computed[..., rows, :][..., columns]
+    return computed[..., selection(rows), :][..., selection(columns)]
 
 
 def judge(call: Call, computed: np.ndarray, alternative: Alternative | None = None) -> Judgement:

@@ -221,7 +221,7 @@ def _each(f: Callable[..., Any], *arrays: Any) -> np.ndarray:
 
 
 def _float(a: Any) -> np.ndarray:
-    return np.asarray(a).astype(np.float64)
+    return np.asarray(a).astype(np.float64, copy=False)
 
 
 def _exp(x: np.ndarray) -> np.ndarray:
@@ -482,8 +482,9 @@ def linear(
     u, s, largest = FORMATS[computed_in(dtype)]
     w = w.reshape(w.shape[-2:])
     K = x.shape[-1]
-    value = product = _matmul(exact(x), exact(w))
-    absolute_x, absolute_w = _float(abs(exact(x))), _float(abs(exact(w)))
+    wide_x, wide_w = exact(x), exact(w)
+    value = product = _matmul(wide_x, wide_w)
+    absolute_x, absolute_w = _float(abs(wide_x)), _float(abs(wide_w))
     with np.errstate(over="ignore", invalid="ignore"):
         A = absolute_x @ absolute_w
         if b is not None:
