@@ -135,7 +135,7 @@ def test_q_alone_is_scaled():
     b = a["h1/attn/c_attn/w"].copy()
     b[:, :16] /= np.sqrt(np.float32(8))
     kind = kinds(a, {**a, "h1/attn/c_attn/w": b}, tiny.CONFIG)["h1/attn/c_attn/w"]
-    assert kind == "of q: multiplied by 0.353553 = 1/sqrt(head_size)"
+    assert kind == "q multiplied by 0.353553 = 1/sqrt(head_size)"
     b[0, 40] += 1
     kind = kinds(a, {**a, "h1/attn/c_attn/w": b}, tiny.CONFIG)["h1/attn/c_attn/w"]
     assert kind.startswith("differs in q and v alone: in 257 of 768 elements, most at [0, 40]")
@@ -256,6 +256,28 @@ def test_weights_that_were_rounded(config, kind, data):
     assert kinds(b, a, config) == {path: f"a is {kind}"}
     assert kinds(a, {**b, path: b[path].T.copy()}, config)[path] in (kind, f"transposed and {kind}")
     b[path].flat[-1] = a[path].flat[-1] * 1.5
+    assert kinds(a, b, config)[path].startswith("differs")
+
+
+@given(config=configs(), dtypes=st.permutations(["float32", "float16", "bfloat16", "float64"]), data=st.data())
+def test_weights_of_two_dtypes(config, dtypes, data):
+    """Catches weights that a side rounded to its own dtype and that are called different, and a difference that is
+    larger than two roundings.
+    """
+    first, second = (getattr(ml_dtypes, name, name) for name in dtypes[:2])
+    exact = {path: x.astype(np.float64) / 3 for path, x in tiny.weights(config).items()}
+    a, b = ({path: x.astype(dtype) for path, x in exact.items()} for dtype in (first, second))
+    order = ["bfloat16", "float16", "float32", "float64"]
+    expected = {f"rounded through {dtypes[1]}"}
+    if order.index(dtypes[0]) < order.index(dtypes[1]):
+        expected = {f"a is rounded through {dtypes[0]}"}
+    if {*dtypes[:2]} == {"bfloat16", "float16"}:  # in small tensors, the one may happen to be the other, rounded
+        expected |= {f"rounded through {dtypes[1]}", f"rounded through {dtypes[1]}, a through {dtypes[0]}"}
+    found = kinds(a, b, config)
+    assert {*found.values()} <= expected
+    assert found
+    path = data.draw(st.sampled_from([*found]))
+    b[path].flat[-1] *= 1.25
     assert kinds(a, b, config)[path].startswith("differs")
 
 

@@ -86,7 +86,7 @@ def compare(a: Any, b: Any, text: str | Sequence[int] | None = None, *, progress
     complete = all(name.rpartition("/")[2] in _OPTIONAL for name in missing)
     expected = all(not g.difference > g.rounding for g in grown)
     wrong = [finding for finding in ops if not finding.ratio <= 1]
-    changed = merged(finding for finding in found or [] if finding.kind not in _rounded(a, b))
+    changed = merged(each for each in found or [] if each.kind not in _rounded(a, b) and "absent" not in each.kind)
     return Comparison(
         a=a.source,
         b=b.source,
@@ -169,7 +169,10 @@ def _check(a: Trace, b: Trace, config: GPT2Config) -> None:
 
 def _rounded(a: Trace, b: Trace) -> set[str]:
     """Return the kinds of differences of weights that follow from the dtypes of the two sides."""
-    return {f"rounded through {side.dtype}" for side in (a, b)} if a.dtype != b.dtype else set()
+    if a.dtype == b.dtype:
+        return set()
+    through = f"rounded through {b.dtype}"
+    return {through, f"a is rounded through {a.dtype}", f"{through}, a through {a.dtype}"}
 
 
 def _verdict(
@@ -183,8 +186,9 @@ def _verdict(
     of_ops = _of_ops(wrong)
     if changed:
         first, *others = changed
+        kind = first.kind.partition(":")[0]
         more = f", and {len(others)} more" if others else ""
-        return f"the weights differ ({first.path}: {first.kind}{more}); {of_ops or 'every op that was judged is right'}"
+        return f"the weights differ ({first.path}: {kind}{more}); {of_ops or 'every op that was judged is right'}"
     if of_ops:
         return of_ops
     size = "" if logits is None else f" of the logits, at most {logits.largest:.2g}"

@@ -10,13 +10,17 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ..host import StoredTensor
+from ..host import float_dtypes
 
 ROWS = 32  # a multiple of the length of Q8_0's blocks
 BLOCK = 1 << 18  # the number of elements that a check reads at once
-_FORMATS = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float8_e4m3fn")}
-_FORMATS |= {"float8_e5m2": np.dtype(ml_dtypes.float8_e5m2), "float32": np.dtype("float32")}
+_FORMATS = {name: float_dtypes[name] for name in ("bfloat16", "float16", "float32", "float64")}
+_FORMATS |= {name: np.dtype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fn", "float8_e5m2")}
 _SCOPES = {"the tensor": None, "each row": 1, "each column": 0}  # what shares a scale, and the axis of its elements
+
+
+def _format(name: str) -> Any:
+    return _FORMATS.get(name, np.dtype("float64"))
 
 
 class Precision(NamedTuple):
@@ -28,12 +32,9 @@ class Precision(NamedTuple):
     """The distance of the elements that are nearest to 0."""
 
 
-def precision_of(*tensors: StoredTensor) -> Precision:
-    """Return the precision of the coarsest dtype of some tensors."""
-    found: list[Any] = []
-    for tensor in tensors:
-        dtype: Any = _FORMATS.get(tensor.dtype, np.float64)
-        found.append((ml_dtypes if dtype == _FORMATS["bfloat16"] else np).finfo(dtype))
+def precision_of(*dtypes: str) -> Precision:
+    """Return the precision of the coarsest of some dtypes."""
+    found: list[Any] = [ml_dtypes.finfo(_format(dtype)) for dtype in dtypes]
     return Precision(max(float(f.eps) for f in found) / 2, max(float(f.smallest_subnormal) for f in found))
 
 
@@ -56,6 +57,25 @@ def everywhere(check: Callable[..., Any], x: np.ndarray, y: np.ndarray, *args: A
         return all(check(p, q, *args) for p, q in blocks(*np.atleast_1d(x, y)))
 
 
+def conversion(x: np.ndarray, y: np.ndarray, dtype_x: str, dtype_y: str) -> str | None:
+    """Explain a difference by the dtypes that two tensors are stored in: "" if they are equal.
+
+    If neither dtype holds the values of the other, the original values are not known. Then the two may be as far apart
+    as two roundings of one number.
+    """
+    if everywhere(np.array_equal, x, y):
+        return ""
+    if dtype_x == dtype_y:
+        return None
+    for words, p, q, name in (("", x, y, dtype_y), ("a is ", y, x, dtype_x)):
+        if everywhere(_converts_to, p, q, name):
+            return f"{words}rounded through {name}"
+    (u, d), (v, e) = (precision_of(name) for name in (dtype_x, dtype_y))
+    if everywhere(_is_within, x, y, 1.01 * (u + v), d + e):
+        return f"rounded through {dtype_y}, a through {dtype_x}"
+    return None
+
+
 def rounding(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
     """Explain a difference by rounding of one of the two: "" if they are equal.
 
@@ -73,8 +93,8 @@ def _one_way(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
     """Explain y by a rounding of x."""
     if not everywhere(is_near, x, y):
         return None
-    for name, dtype in _FORMATS.items():
-        if everywhere(_converts_to, x, y, dtype):
+    for name in _FORMATS:
+        if everywhere(_converts_to, x, y, name):
             return f"rounded through {name}"
     if x.ndim > 1 or not by_columns:
         z, w = (x.T, y.T) if by_columns else (x, y)
@@ -93,8 +113,12 @@ def _one_way(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
     return None
 
 
-def _converts_to(x: np.ndarray, y: np.ndarray, dtype: np.dtype) -> bool:
-    return np.array_equal(x.astype(dtype).astype(y.dtype), y)
+def _converts_to(x: np.ndarray, y: np.ndarray, name: str) -> bool:
+    return np.array_equal(x.astype(_format(name)).astype(y.dtype), y)
+
+
+def _is_within(x: np.ndarray, y: np.ndarray, relative: float, absolute: float) -> Any:
+    return (np.abs(x - y) <= relative * np.maximum(np.abs(x), np.abs(y)) + absolute).all()
 
 
 def _becomes(x: np.ndarray, y: np.ndarray, fn: Callable[..., np.ndarray], *args: Any) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from ..config import GPT2Config
 from ..host import StoredTensor
 from .findings import WeightFinding
-from .rounding import BLOCK, ROWS, Precision, blocks, everywhere, is_near, precision_of, rounding
+from .rounding import BLOCK, ROWS, Precision, blocks, conversion, everywhere, is_near, precision_of, rounding
 
 
 def differences(
@@ -33,7 +33,7 @@ def differences(
     - ``47 rows added at the end``, ``rows shifted by 2``, ``rows in another order``;
     - ``layer shifted: h2 of a``, and the name of any other tensor of a;
     - ``rounded through bfloat16``, float16, float8, TF32 and other formats, int8 and int4 with one scale for each row,
-      Q8_0 of GGUF;
+      Q8_0 of GGUF; ``rounded through float16, a through bfloat16`` if two such tensors may be roundings of one tensor;
     - ``all 0 in b``, as where a bias was dropped.
 
     A tensor may be rounded in addition to another change. If no change explains the tensor, the kind begins with
@@ -79,9 +79,10 @@ def differences(
             continue
         x, y = _values(first, second)
         samples[path] = _sample(x)
-        if everywhere(np.array_equal, x, y):
+        if (kind := conversion(x, y, first.dtype, second.dtype)) == "":
             continue
-        kind = _nonfinite(x, y) or _kind(path, x, y, config_a, precision_of(first, second))
+        if kind is None:
+            kind = _nonfinite(x, y) or _kind(path, x, y, config_a, precision_of(first.dtype, second.dtype))
         if kind is None:
             kind = _difference(path, x, y)
             if all(own):
@@ -334,8 +335,7 @@ def _parts_change(
         if (kind := _change(path, p, q, config, precision, path.endswith("/w"))) is None:
             return None
         kinds.setdefault(kind, []).append(name)
-    said = [f"{' and '.join(names)}: {kind}" for kind, names in kinds.items() if kind]
-    return "of " + "; of ".join(said) if said else None
+    return "; ".join(f"{' and '.join(names)} {kind}" for kind, names in kinds.items() if kind) or None
 
 
 def _rows(path: str, x: np.ndarray, y: np.ndarray) -> str | None:
