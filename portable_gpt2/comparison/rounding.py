@@ -34,7 +34,8 @@ class Precision(NamedTuple):
 
 def precision_of(*dtypes: str) -> Precision:
     """Return the precision of the coarsest of some dtypes."""
-    found: list[Any] = [ml_dtypes.finfo(_format(dtype)) for dtype in dtypes]
+    finfo: Any = ml_dtypes.finfo  # it has no types
+    found = [finfo(_format(dtype)) for dtype in dtypes]
     return Precision(max(float(f.eps) for f in found) / 2, max(float(f.smallest_subnormal) for f in found))
 
 
