@@ -52,7 +52,7 @@ def add_to(commands: Any) -> None:
     text.add_argument(
         "--text",
         type=str,
-        help="text that both models read (default: the tokens of a trace; or else two English sentences that come with "
+        help="text that both models read (default: the tokens of a trace; or else a short English text that comes with "
         "this package)",
     )
     text.add_argument("--text-file", metavar="FILE", help="file with the text in UTF-8; - is stdin")

@@ -11,7 +11,7 @@ from string import Template
 
 from . import curves
 from .findings import Comparison, Growth, OpFinding, WeightFinding
-from .report import Decode, facts, grouped, logits_facts, number, plain, ratio_text, split, stream
+from .report import Decode, facts, grouped, logits_facts, number, plain, ratio_number, ratio_text, split, stream
 from .weights import merged
 
 _LIMITS = (0.01, 0.1, 0.5, 1.0, 10.0, 1000.0)
@@ -152,7 +152,7 @@ def _heat_map(ops: Sequence[OpFinding], culprit: OpFinding | None) -> str:
         if op is None:
             return f'<td class="none" title="{_text(name)}: not judged"><span>not judged</span></td>'
         kind = f"r{_step(op.ratio)}{' first' if op is culprit else ''}"
-        title = _text(f"{op.name} ({op.op}): error / bound {number(op.ratio)}")
+        title = _text(f"{op.name} ({op.op}): error / bound {ratio_number(op.ratio)}")
         return f'<td class="{kind}"{span} title="{title}"><span>{ratio_text(op.ratio)}</span></td>'
 
     def around(name: str) -> str:
@@ -220,12 +220,12 @@ def _worst(ops: Sequence[OpFinding]) -> str:
 
 
 def _op_table(caption: str, ops: Sequence[OpFinding]) -> str:
-    labels = ("error / bound", "computed", "exact", "error", "permitted", "element", "op")
+    labels = ("error / bound", "guess", "computed", "exact", "error", "permitted", "element", "op")
     rows = []
     for op in ops:
-        found = dict(facts(op))
-        rows.append((op.name, *(found[label] for label in labels), op.guess))
-    return _table(caption, ("result", *labels, "guess"), rows, numbers=range(1, 7))
+        found = {**dict(facts(op)), "guess": op.guess}
+        rows.append((op.name, *(found[label] for label in labels)))
+    return _table(caption, ("result", *labels), rows, numbers=(1, 3, 4, 5, 6, 7, 8))
 
 
 def _weights(comparison: Comparison) -> str:

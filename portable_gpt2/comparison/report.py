@@ -152,6 +152,11 @@ def number(x: float) -> str:
     return f"{x:.3g}"
 
 
+def ratio_number(ratio: float) -> str:
+    """Return a ratio with three significant digits. A ratio above 1 is never rounded to 1."""
+    return number(max(ratio, 1.01) if ratio > 1 else ratio)
+
+
 def ratio_text(ratio: float) -> str:
     """Return a ratio in at most four characters. A ratio above 1 is never rounded to 1.
 
@@ -181,7 +186,7 @@ def facts(op: OpFinding) -> list[tuple[str, str]]:
         ("exact", exact),
         ("error", number(abs(op.computed - op.exact))),
         ("permitted", number(op.permitted)),
-        ("error / bound", number(op.ratio)),
+        ("error / bound", ratio_number(op.ratio)),
     ]
     guess = plain(op.guess) if op.guess else "no definition of the list explains this result"
     return [*found, ("guess", guess)]
@@ -274,7 +279,7 @@ def _of(shown: int, n: int) -> str:
 
 def _beyond(ops: list[OpFinding], width: int) -> list[str]:
     shown = ops[:_ROWS]
-    rows = [(plain(op.name), number(op.ratio), plain(op.guess)) for op in shown]
+    rows = [(plain(op.name), ratio_number(op.ratio), plain(op.guess)) for op in shown]
     title = f"Results beyond their bounds: {len(ops):,}{_of(len(shown), len(ops))}"
     return [title, *_table(("result", "error / bound", "guess"), rows, width)]
 
