@@ -1,8 +1,10 @@
 """``portable-gpt2 diff``: what it writes where, its exit status, and files that are complete or absent."""
 
+import errno
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import tiny
 
 import portable_gpt2 as pg
-from portable_gpt2.cli import main
+from portable_gpt2.cli import diff, main, streams
 from portable_gpt2.params import nest
 
 
@@ -155,6 +157,8 @@ def test_json_and_html_are_written_into_files(command, tmp_path):
     page = (tmp_path / "found.html").read_text("utf-8")
     assert page.startswith("<!DOCTYPE html>")
     assert page.endswith("</html>\n")
+    assert re.search(r"^  token of the reference +['\"].+['\"] \(\d+\)$", out, re.MULTILINE)
+    assert re.search(r"<dt>token of the reference</dt><dd>&#?\w+;.+&#?\w+; \(\d+\)</dd>", page)
     assert "h1/attn/c_proj/w" in page
 
 
@@ -169,6 +173,32 @@ def test_a_file_that_exists_is_replaced_by_force_only(command, tmp_path, option)
     assert file.read_text() == "precious"
     assert command("it", "it", option, "kept", "--force")[0] == 0
     assert file.read_text() != "precious"
+
+
+def test_a_file_that_appears_meanwhile_is_kept(command, tmp_path, monkeypatch):
+    """Catches a check before the computation only, which may take a minute."""
+
+    def compare(*args, **options):
+        (tmp_path / "kept").write_text("precious")
+        return comparison(*args, **options)
+
+    comparison = diff.compare
+    monkeypatch.setattr(diff, "compare", compare)
+    status, out, err = command("it", "it", "--html", "kept")
+    assert (status, out) == (2, "")
+    assert "kept: exists already" in err
+    assert (tmp_path / "kept").read_text() == "precious"
+
+
+def test_a_closed_stdout_is_noticed_before_the_models_run(command, tmp_path, monkeypatch):
+    """Catches a minute of computing whose result nobody sees."""
+
+    def write(text):
+        raise streams.LostOutput(errno.EBADF, "stdout is closed")
+
+    monkeypatch.setattr(streams, "write", write)
+    assert command("it", "it", "--html", "page.html") == (2, "", "portable-gpt2: stdout is closed\n")
+    assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize(
