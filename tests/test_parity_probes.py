@@ -7,6 +7,7 @@ import pytest
 
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint.names import prefixed_name
+from portable_gpt2.comparison.compare import judged
 from portable_gpt2.comparison.sides import open_side
 from portable_gpt2.model import observed_names
 from portable_gpt2.numerics import stated
@@ -30,7 +31,7 @@ def observed(weights, config):
 
 
 def assert_right(trace, weights, config):
-    """Check each result against plain NumPy in float64, and the parameters to the bit."""
+    """Check each result against plain NumPy in float64 and its op's bound, and the parameters to the bit."""
     truth, single = observed(weights, config), observed(in_dtype(weights, np.float32), config)
     for name, x in trace.arrays.items():
         assert abs(x - truth[name]).max() <= 4 * abs(single[name] - truth[name]).max(), name
@@ -39,6 +40,10 @@ def assert_right(trace, weights, config):
         np.testing.assert_array_equal(trace.weights[path].read(), a, err_msg=path)
         assert trace.weights[path].shape == a.shape
     assert trace.config == config
+    ops, missing = judged(trace, config, trace.weights)
+    assert len(ops) + len(missing) == len(observed_names(config))
+    assert {name for name in missing if name in trace.arrays} == set()
+    assert [finding for finding in ops if not finding.ratio <= 1] == []
     assert trace.tokens.tolist() == TOKENS.tolist()
 
 
