@@ -129,6 +129,17 @@ def test_other_byte_orders_and_numpy_s_bfloat16_are_read(tmp_path):
         np.testing.assert_array_equal(trace.arrays[name][0].astype(float), x)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_file_of_python_2_is_read(tmp_path):
+    """Catches a warning, or a refusal: the programs that run OpenAI's code may be as old as that code."""
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (3L, 8L), }".ljust(117) + b"\n"
+    array = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + np.ones(24, "<f4").tobytes()
+    np.savez(tmp_path / "a.npz", tokens=TOKENS)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("model/ln_f.npy", array)
+    assert pg.Trace.load(tmp_path / "a.npz").arrays["ln_f"].tolist() == [[[1.0] * 8] * 3]
+
+
 def test_nan_and_infinity_are_kept(tmp_path):
     """Catches a trace of a model that overflows, which is what somebody wants to compare, and scores of hidden keys."""
     x = np.asarray([[np.nan, np.inf, -np.inf] + [0.0] * 5] * 3, np.float32)
@@ -276,6 +287,10 @@ def test_files_that_are_no_traces_are_refused(tmp_path, monkeypatch):
     np.savez("twice.npz", tokens=TOKENS)
     with zipfile.ZipFile("twice.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("tokens.npy", zipfile.ZipFile("twice.npz").read("tokens.npy"))
+    np.savez("longer.npz", tokens=TOKENS)
+    with zipfile.ZipFile("longer.npz", "a") as archive:
+        archive.writestr("ln_f.npy", zipfile.ZipFile("longer.npz").read("tokens.npy") + b"x")
+    np.savez("header.npz", tokens=TOKENS, ln_f=np.zeros(3, [(f"field {i}", "f4") for i in range(1000)]))
     safetensors.numpy.save_file({"tokens": TOKENS, "ln_f": np.zeros((3, 8), np.int64)}, "int.safetensors")
     safetensors.numpy.save_file({"tokens": TOKENS.astype(np.float32), **small()}, "float.safetensors")
     for name, why in {
@@ -292,6 +307,8 @@ def test_files_that_are_no_traces_are_refused(tmp_path, monkeypatch):
         "numerics.npz": "numerics: exp is -1; expected a number of at least 0",
         "lacks.npz": "numerics is .*; expected exp, tanh, log, and two numbers for exp",
         "twice.npz": "'tokens': is there twice",
+        "header.npz": r"'ln_f': Header info length \(\d+\) is large and may not be safe",  # a message of three lines
+        "longer.npz": "'ln_f': has more bytes than its shape says",
         "int.safetensors": "ln_f has dtype I64; expected float64, float32, float16 or bfloat16",
         "float.safetensors": "tokens have dtype float32; expected integers",
     }.items():
