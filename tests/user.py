@@ -32,6 +32,13 @@ def compute(model: pg.GPT2) -> np.ndarray:
     return pg.to_numpy(x)
 
 
+def trace(port: object, x: np.ndarray) -> pg.Trace:
+    pg.probe(port, {"blocks.{}.norm1": "h{}/ln_1"}, config=pg.GPT2Config())
+    found: pg.Trace = pg.Trace("mine", np.asarray([5, 3]), {"h0/ln_1": x}, "bfloat16")
+    found.save("mine.npz", force=True)
+    return pg.Trace.load("mine.npz")
+
+
 def misspell(x: np.ndarray) -> None:
     pg.softmax(x, axs=1)  # type: ignore[call-arg]
     pg.softmax.reference(x, axs=1)  # type: ignore[call-arg]
