@@ -353,7 +353,10 @@ def test_the_worst_results_come_first():
     """Catches a table of the best results, and NaN at its end."""
     found = comparison(beyond=("h0/mlp/gelu", "h1/ln_1"))
     found.ops[2] = found.ops[2]._replace(ratio=math.nan)
-    worst = Page(page(found)).all("tbody")[2]["text"]
+    read = Page(page(found))
+    assert [e["text"] for e in read.all("th", scope="col")].count("guess") == 2
+    assert "guess" not in [e["text"] for e in Page(page(comparison(beyond=()))).all("th", scope="col")]
+    worst = read.all("tbody")[2]["text"]
     assert re.match(rf"\s*{found.ops[2].name}.*\n\s*h1/ln_1.*\n\s*h0/mlp/gelu", worst)
 
 

@@ -212,6 +212,8 @@ def test_a_closed_stdout_is_noticed_before_the_models_run(command, tmp_path, mon
         (["it", "it", "--html", "."], ".: is a directory; expected the name of a file"),
         (["it", "it", "--json", "x", "--html", "./x"], "--json and --html: both name x; expected two files"),
         (["it", "it", "--html", ""], "the value is empty"),
+        (["it", "it", "--text", ""], "the text is empty; give one that both models can read, or leave it out"),
+        (["it", "it", "--text", "word " * 99], "the model has n_ctx = 64 positions"),
         (["it", "it", "--backend-b", "nothing"], "nothing"),
         (["it", "it.npz", "--dtype-b", "float16"], "--dtype-b is given, but it.npz is a trace"),
         (["it.npz", "it.npz", "--backend", "numpy"], "--backend is given, but both sides are traces"),

@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     for file in files:
         _check(file, arguments.force)
     text = Texts().read(arguments.text_file) if arguments.text_file else arguments.text
+    if text == "":
+        raise ValueError("the text is empty; give one that both models can read, or leave it out")
     a, b = _sides(arguments)
     found = compare(a, b, _default(a, b) if text is None else text, progress=_judging)
     decode = _decoder(a, b)

@@ -220,12 +220,15 @@ def _worst(ops: Sequence[OpFinding]) -> str:
 
 
 def _op_table(caption: str, ops: Sequence[OpFinding]) -> str:
-    labels = ("error / bound", "guess", "computed", "exact", "error", "permitted", "element", "op")
+    labels = ["error / bound", "computed", "exact", "error", "permitted", "element", "op"]
+    if any(op.guess for op in ops):
+        labels.insert(1, "guess")
     rows = []
     for op in ops:
         found = {**dict(facts(op)), "guess": op.guess}
-        rows.append((op.name, *(found[label] for label in labels)))
-    return _table(caption, ("result", *labels), rows, numbers=(1, 3, 4, 5, 6, 7, 8))
+        rows.append([op.name, *(found[label] for label in labels)])
+    numbers = [i for i, label in enumerate(labels, 1) if label != "guess"]
+    return _table(caption, ["result", *labels], rows, numbers)
 
 
 def _weights(comparison: Comparison) -> str:
