@@ -186,8 +186,16 @@ def _members(item: Any) -> frozenset[str]:
     if plugin.level_of(item) != LEVELS[0]:
         return frozenset()
     members = {name for name, member in vars(Backend).items() if callable(member) and not name.startswith("_")}
-    names = {"put" if name == "from_numpy" else name for name in _called(item.function, set()) & members}
+    function = item.function
+    key = function.__module__, function.__qualname__
+    if key not in _USED:  # to find the source of a function takes milliseconds
+        _USED[key] = _called(function, set())
+    names = {"put" if name == "from_numpy" else name for name in _USED[key] & members}
     return frozenset(names - _IN_EVERY_TEST or names - {"shape"})
+
+
+_USED: dict[tuple[str, str], set[str]] = {}
+"""The attributes of ``backend`` that a test uses, by its module and its name."""
 
 
 def _called(function: Any, seen: set[Any]) -> set[str]:

@@ -235,7 +235,12 @@ def deselect(config: Any, items: list[Any], is_run: Callable[[Any], bool]) -> No
 
 def level_of(item: Any) -> str | None:
     """Return the level of a test, or None if the test is not one of the package."""
-    directory = item.path.resolve().parent
+    return _level_of(item.path)
+
+
+@functools.cache
+def _level_of(path: Path) -> str | None:
+    directory = path.resolve().parent
     return directory.name if directory.parent == _KIT else None
 
 

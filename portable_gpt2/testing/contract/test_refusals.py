@@ -5,6 +5,7 @@ and axes raise a ValueError. Each error names the op, the argument, the value an
 exception reaches the user.
 """
 
+import functools
 import inspect
 import itertools
 import warnings
@@ -232,11 +233,12 @@ CHANGES = [
 
 
 def nearly_right(name):
-    """Yield the shapes of an op's arguments with each change of one of them, and of two of them."""
+    """Yield the shapes of an op's arguments with each change of one of them, and with some changes of two of them."""
     shapes = SMALL[name]
-    for change in CHANGES:
-        for i, j in itertools.combinations_with_replacement(range(len(shapes)), 2):
-            yield [change(shape) if at in (i, j) else shape for at, shape in enumerate(shapes)]
+    for i, change in enumerate(CHANGES):
+        for changed in (*itertools.combinations(range(len(shapes)), 1), *itertools.combinations(range(len(shapes)), 2)):
+            if len(changed) == 1 or i < 4:
+                yield [change(shape) if at in changed else shape for at, shape in enumerate(shapes)]
 
 
 def arguments(name, shapes):
@@ -256,21 +258,26 @@ def refusal(call):
     return None
 
 
+@functools.cache
+def refused(name):
+    """Return the shapes that the definition refuses, and its exceptions on NumPy, which those of others equal."""
+    with warnings.catch_warnings(action="ignore"):  # of a mean of nothing
+        every = [
+            (shapes, refusal(functools.partial(OPS[name].reference, *arguments(name, shapes))))
+            for shapes in nearly_right(name)
+        ]
+    return [(shapes, error) for shapes, error in every if error is not None]
+
+
 @pytest.mark.parametrize("name", SMALL)
 @each_form
 def test_kernel_and_definition_refuse_the_same_shapes(backend, form, name):
     """Catches a kernel that takes what the checks would have refused: it runs before them."""
-    n_refused = 0
-    for shapes in nearly_right(name):
-        given = arguments(name, shapes)
-        with warnings.catch_warnings(action="ignore"):  # of a mean of nothing
-            expected = refusal(lambda given=given: OPS[name].reference(*given))
-        if expected is not None:
-            n_refused += 1
-            arrays = [backend.from_numpy(a) for a in given]
-            found = refusal(lambda arrays=arrays: form_of(OPS[name], form)(*arrays))
-            assert found == expected, f"{name} of the shapes {shapes}: {found}, not {expected}"
-    assert n_refused >= 10
+    assert len(refused(name)) >= 10
+    for shapes, expected in refused(name):
+        arrays = [backend.from_numpy(a) for a in arguments(name, shapes)]
+        found = refusal(functools.partial(form_of(OPS[name], form), *arrays))
+        assert found == expected, f"{name} of the shapes {shapes}: {found}, not {expected}"
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.floats()) > 1])
