@@ -28,7 +28,6 @@ import checkout
 
 checkout.refuse_a_stale_copy()
 
-import contextlib
 import importlib
 
 import frameworks
@@ -80,13 +79,6 @@ def pytest_collection_modifyitems(config, items):
         return is_x64 == X64 and backend_of(item) in backends
 
     plugin.deselect(config, items, is_run)
-
-
-@pytest.fixture(scope="module")
-def backend(backend):
-    """The backend of the plugin; TensorFlow computes on its device by default."""
-    with frameworks.by_default(backend, backend.default_device) if backend.default_device else contextlib.nullcontext():
-        yield backend
 
 
 def framework(name, backend):

@@ -67,12 +67,12 @@ def masks(draw, batch, queries, keys):
 
 # The leading axes, and the numbers of queries, of keys, of columns of q and k, and of columns of v.
 _HEADS = [
-    ((), 3, 4, 8, 2),
-    ((), 1, 1, 1, 1),
     ((2,), 1, 9, 8, 8),
     ((2, 1), 5, 5, 3, 2),
     ((1, 2, 2), 3, 4, 8, 2),
+    ((), 1, 1, 1, 1),
     ((0,), 3, 4, 8, 2),
+    ((), 3, 4, 8, 2),
     ((2,), 0, 4, 8, 2),
     ((2,), 3, 4, 8, 0),
 ]

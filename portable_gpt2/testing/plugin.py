@@ -34,7 +34,7 @@ from .. import ops
 from ..backend import Backend
 from ..numerics import Numerics, stated
 from ..registry import known_backends
-from . import claims, facts, own_process
+from . import claims, facts, own_process, strategies
 from .conformance import LEVELS
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -281,8 +281,11 @@ def pytest_testnodedown(node: Any, error: Any) -> None:
 
 
 def pytest_runtest_setup(item: Any) -> None:
-    """Forget the last call of the test before."""
+    """Forget the last call of the test before, and say on which backend the next one runs."""
     facts.forget()
+    name = backend_param(item)
+    is_here = name in GIVEN or name in pg.available_backends()
+    strategies.compile_per_shape(load(name) if name and is_here else None)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,8 +12,15 @@ import pytest
 
 from ..numerics import bounds
 
-# JAX and TensorFlow compile for each new shape, so a fast run uses only these shapes. A thorough run uses any.
-_SHAPES = [(), (1,), (5,), (0,), (3, 4), (1, 17), (4, 0), (2, 3, 2), (2, 1, 0, 3), (1, 2, 2, 3), (2, 1, 2, 1, 3)]
+_SHAPES = [(), (5,), (0,), (3, 4), (2, 1, 2, 1, 3), (1,), (1, 17), (4, 0), (2, 3, 2), (2, 1, 0, 3), (1, 2, 2, 3)]
+"""The shapes of a fast run. A thorough run uses any."""
+
+_COMPILES = [False]
+
+
+def compile_per_shape(backend: Any) -> None:
+    """Draw fewer shapes from now on if a backend compiles for each new one, which takes most of the time of a test."""
+    _COMPILES[0] = backend is not None and backend.compiles_per_shape
 
 
 def _is_thorough() -> bool:
@@ -60,8 +67,13 @@ def lengths(few: list[int], *, most: int, least: int = 0) -> st.SearchStrategy[i
 
 
 def cases(few: list, rest: st.SearchStrategy) -> st.SearchStrategy:
-    """Return a strategy for the cases in `few`; in a thorough run, also for those of another strategy."""
-    return st.sampled_from(few) | rest if _is_thorough() else st.sampled_from(few)
+    """Return a strategy for the cases in `few`; in a thorough run, also for those of another strategy.
+
+    For a backend that compiles for each new shape, it draws the first five.
+    """
+    if _is_thorough():
+        return st.sampled_from(few) | rest
+    return st.sampled_from(few[:5] if _COMPILES[0] else few)
 
 
 @st.composite
