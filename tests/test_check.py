@@ -510,7 +510,8 @@ def test_checking_numpy_imports_no_other_framework():
         assert "pytest" not in sys.modules
         assert testing.check("numpy", only="namespace or gelu or logits_follow or adamw", examples=1).ok
         print(*{name.partition(".")[0] for name in sys.modules})"""
-    assert not set(processes.run(code).split()) & {*frameworks.FRAMEWORKS, "matplotlib", "transformers"}
+    others = {*frameworks.FRAMEWORKS, "matplotlib", "transformers"} - {"flint"}  # which computes the exact results
+    assert not set(processes.run(code).split()) & others
 
 
 # The command
