@@ -15,7 +15,7 @@ from portable_gpt2.numerics import stated
 from portable_gpt2.testing.plain_gpt2 import in_dtype, plain_gpt2, random_weights, some_tokens
 
 CONFIG = pg.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_vocab=101, n_ctx=16, eos_token_id=None)
-UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, n_inner=40)
+UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, n_inner=24)
 TOKENS = some_tokens(CONFIG, 1, 12).astype(np.int64)
 UNSEEN = {f"h{i}/attn/{name}" for i in range(2) for name in ("scores", "weights")}
 

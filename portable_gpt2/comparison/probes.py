@@ -244,9 +244,9 @@ def _with_heads(
 def _weights(chosen: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """Return the parameters of modules by our paths. A bias that a module lacks is 0."""
     found: dict[str, StoredTensor] = {}
-    # PyTorch's Linear has weights [out, in]. The square ones are recognised by the others, in which out > in.
+    # PyTorch's Linear has weights [out, in]. The square ones are recognised by the others.
     wide = [each for name, each in chosen.items() if name.endswith(("attn/c_attn", "mlp/c_fc"))]
-    is_linear = any(each.weight.shape[0] > each.weight.shape[1] for each in wide if hasattr(each, "weight"))
+    is_linear = any(_is_linear(each) for each in wide if hasattr(each, "weight"))
     for name, module in chosen.items():
         weight = getattr(module, "weight", None)
         if weight is None:
@@ -285,3 +285,10 @@ def concatenated(tensors: list[StoredTensor]) -> StoredTensor:
     shape = (*first.shape[:-1], sum(each.shape[-1] for each in tensors))
     read: Callable[[], np.ndarray] = lambda: np.concatenate([each.read() for each in tensors], axis=-1)  # noqa: E731
     return StoredTensor(shape, first.dtype, read)
+
+
+def _is_linear(module: Any) -> bool:
+    """Return whether a weight is [out, in], by the length of the bias; without a bias, out > in is assumed."""
+    rows, columns = module.weight.shape
+    bias = getattr(module, "bias", None)
+    return bool(rows > columns if bias is None else bias.shape[0] == rows != columns)

@@ -15,7 +15,9 @@ from ..backend import Backend
 from ..checkpoint import stored
 from ..config import GPT2Config
 from ..language_model import GPT2
+from ..model import gpt2
 from ..numerics import stated
+from ..numerics.bounds import computed_in
 from ..params import flatten
 from ..registry import to_numpy
 from ..tokenizer import Tokenizer
@@ -178,7 +180,7 @@ def trace_model(model: GPT2, tokens: np.ndarray, names: Iterable[str] = ("*",), 
         What the model is, for `Trace.source`.
     """
     dtype = str(model.backend.dtype_names[model.params["wte"].dtype])
-    found = model.trace(tokens[0], names=names)
+    found = model.trace(tokens[0], names=names) if computed_in(dtype) == dtype else _op_by_op(model, tokens, names)
     arrays = {each: to_numpy(found.pop(each)) for each in list(found)}  # no result stays on the device after its copy
     return Trace(
         f"{name} on {model.backend.name}, {model.device}, {dtype}",
@@ -189,6 +191,19 @@ def trace_model(model: GPT2, tokens: np.ndarray, names: Iterable[str] = ("*",), 
         {path: stored(x) for path, x in flatten(model.params)},
         stated(model.backend, dtype, model.device.partition(":")[0]),
     )
+
+
+def _op_by_op(model: GPT2, tokens: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
+    """Return the results of a model that is not compiled.
+
+    In 16 bits, a compiler such as XLA skips the rounding between two ops of a model. Then an op does not read the
+    result that is traced, and cannot be judged on it.
+    """
+    found: dict[str, Any] = {}
+    ids = checks.token_ids("token ids", tokens, model.config.n_vocab, axes=2)
+    checks.positions(ids.shape[1], model.config.n_ctx)
+    gpt2(model.params, model.backend.from_numpy(ids, device=model._device), model.config, observe=found.__setitem__)
+    return {name: found[name] for name in model._names(names)}
 
 
 def traces(
