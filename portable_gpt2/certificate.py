@@ -22,8 +22,8 @@ from .numerics.bounds import FORMATS
 from .params import flatten, nest
 from .registry import backend_of, get_backend
 
-_FIRST, _LAST = 256, 2**14
-"""The working precision, in bits, with which `certify` begins, and the largest one that it tries."""
+_LARGEST = 2**14
+"""The largest working precision, in bits, that `certify` tries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +166,8 @@ def certify(
     max_new_tokens : int
         How many tokens of the model's own greedy text are computed and certified after the text.
     radius : float
-        The largest permitted radius of an enclosure. The working precision is 256 bits, and is doubled until the radii
-        are small enough.
+        The largest permitted radius of an enclosure. The working precision is 256 bits, more for more than five layers,
+        and is doubled until the radii are small enough.
     weights : GPT2, optional
         A model whose weights define the exact logits; `model` itself unless given. If `model` has weights that were
         rounded to 16 bits, and this one those of the checkpoint, the errors include the rounding of the weights.
@@ -214,14 +214,16 @@ def certify(
     new = list(greedy) if max_new_tokens else []
     tokens = [*prompt, *new][: len(prompt) + max(max_new_tokens - 1, 0)]
     params = nest({path: _on(exact, x) for path, x in flatten(source.params)})
-    bits = _FIRST
+    bits = 256
+    while bits < 128 + 25 * model.config.n_layer:  # the radii grow by about 2^21 to 2^24 per layer
+        bits *= 2
     while True:
         with exact.working_precision(bits):
             logits = _logits(exact, params, tokens, model, progress)
             bounds = exact.enclosure(logits)
             if bounds.radius.max() <= radius:
                 break
-        if bits >= _LAST:
+        if bits >= _LARGEST:
             found = f"the largest radius is {bounds.radius.max():.3g} in {bits} bits"
             raise ArithmeticError(f"{found}; are the logits finite?")
         bits *= 2

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 import portable_gpt2 as pg
+from portable_gpt2 import testing
 from portable_gpt2.testing import plain_gpt2
 
 pytestmark = pytest.mark.usefixtures("flint")
@@ -157,7 +158,7 @@ def test_the_largest_of_balls_that_overlap_is_enclosed(backend, flint):
 def test_products_of_every_size_are_enclosed(backend):
     """Catches a block of columns that is left out or repeated, and an error in one of FLINT's algorithms."""
     rng = np.random.default_rng(3)
-    for n, k, m in ((1, 1, 1), (2, 5, 3), (1, 300, 900), (64, 64, 64), (3, 2**18 + 1, 2)):
+    for n, k, m in ((1, 1, 1), (2, 5, 3), (1, 300, 900), (64, 64, 64), (9, 70, 5000), (3, 2**18 + 1, 2)):
         x, w = (rng.integers(-99, 99, shape).astype(np.float64) for shape in ((n, k), (k, m)))
         found = backend.xp.matmul(backend.from_numpy(x), backend.from_numpy(w))
         assert np.array_equal(backend.to_numpy(found), x @ w)
@@ -383,3 +384,19 @@ def test_the_cache_encloses_the_same_logits(backend, small):
         logits, cache = pg.gpt2(params, part, config, cache)
         found.append(logits)
     assert_encloses(backend.xp.concat(found, axis=1), fine.values, "logits with a cache")
+
+
+# The kit
+
+
+ROUNDS_ONCE = {
+    "test_layer_norm_of_random_numbers_errs_as_random_errors_add_up[flint-float64]": "its error is one rounding, which "
+    "is less than a hundredth of the errors that add up in floating-point arithmetic",
+}
+
+
+def test_the_kit_accepts_ball_arithmetic():
+    """Catches a function that portable code calls and that is missing or wrong for some shape, dtype or layout."""
+    only = "contract or gelu or layer_norm or embed or cross_entropy"
+    report = testing.check("flint", level="ops", only=only, examples=5, expected_failures=ROUNDS_ONCE)
+    assert report.ok, str(report)

@@ -148,6 +148,18 @@ def load(backend, case):
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_the_truth_agrees_with_the_exact_logits(case, name):
+    """Catches an error of transformers in double, or of ball arithmetic: the two have no code in common."""
+    of = case(name)
+    exact = pg.get_backend("flint")
+    model = pg.GPT2.load(of.directory, backend=exact, dtype="float64", tokenizer=None)
+    bounds = exact.enclosure(model.logits(of.tokens[:1, :8]))
+    truth = of.truth[:1, :8]
+    distance = np.maximum(truth - bounds.lower, bounds.upper - truth).max()
+    assert 0 < distance <= 4 * of.error["float64"] < 1e-11
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_logits_are_as_near_to_the_truth_as_transformers_own(load, case, backend, name):
     """Catches any difference from GPT-2 as transformers reads a checkpoint: a tensor under another's name, transposed
     or split in another order, an entry of config.json ignored, GELU by erf, a mask one column off.

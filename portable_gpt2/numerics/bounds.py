@@ -880,7 +880,7 @@ def _weights(
     lowest = scores.min()
     distances = np.where(seen, scores, lowest).max(axis=-1, keepdims=True) - scores
     e = np.where(seen, _exp(-np.where(seen, distances, 0)), 0 * lowest)
-    weights = e / e.sum(axis=-1, keepdims=True)
+    weights = np.where(seen, e / e.sum(axis=-1, keepdims=True), 0)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         f = np.where(seen, f, 0)
         w, distances = _float(weights), np.where(seen, _float(distances), 0)
