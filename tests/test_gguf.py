@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import portable_gpt2 as pg
-from portable_gpt2.checkpoint import convert, read_checkpoint
+from portable_gpt2.checkpoint import convert, gguf_files, read_checkpoint
 from portable_gpt2.cli import main
 from portable_gpt2.comparison.weights import differences
 from portable_gpt2.params import flatten, shapes
@@ -242,7 +242,10 @@ configs = st.builds(
 
 
 @given(config=configs, seed=st.integers(0, 99))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=max(10, settings.default.max_examples // 10),  # each example waits for the disk
+)
 def test_every_bit_returns_from_a_round_trip(config, seed, tmp_path):
     """Catches an entry of the configuration, or a tensor, that is lost or changed."""
     layouts.write_safetensors(tmp_path / "it", config, tiny.weights(config, seed))
@@ -512,6 +515,47 @@ def test_a_count_that_is_not_true_takes_no_time(tmp_path):
         file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**63, 2**63) + body + bytes(100))
         with pytest.raises(pg.CheckpointError, match=r"m\.gguf: "):
             read_checkpoint(file)
+
+
+def renamed(content, old, new):
+    """Give a value or a tensor another name."""
+    old, new = (struct.pack("<Q", len(name)) + name.encode() for name in (old, new))
+    assert old in content
+    return content.replace(old, new)
+
+
+def moved(content, name, by):
+    """Move the place that the header gives for a tensor with one axis."""
+    at = content.index(name.encode()) + len(name) + 4 + 8 + 4
+    [offset] = struct.unpack("<Q", content[at : at + 8])
+    return content[:at] + struct.pack("<Q", offset + by) + content[at + 8 :]
+
+
+HEADERS = {
+    "two values have the name 'gpt2.block_count'": lambda c: renamed(c, "gpt2.context_length", "gpt2.block_count"),
+    "two tensors have the name 'output_norm.bias'": lambda c: renamed(c, "blk.0.ffn_up.bias", "output_norm.bias"),
+    "output_norm.bias is said to begin at byte": lambda c: moved(c, "output_norm.bias", 32),
+    "output_norm.weight is said to begin at byte": lambda c: moved(c, "output_norm.weight", -32),
+    "the file has": lambda c: c[:-40],
+    "the file ends within its header": lambda c: c[:200],
+}
+
+
+@pytest.mark.parametrize("why", HEADERS)
+def test_a_header_that_contradicts_itself_or_the_file_is_refused_before_a_tensor_is_read(why, wholes, tmp_path):
+    """Catches weights that are read from another tensor's place, and a download that is called whole."""
+    (tmp_path / "m.gguf").write_bytes(HEADERS[why](bytes(wholes[0][0])))
+    with pytest.raises(pg.CheckpointError) as error:
+        read_checkpoint(tmp_path / "m.gguf")
+    assert str(error.value).startswith(f"{tmp_path / 'm.gguf'}: {why}")
+
+
+def test_a_header_has_a_limit(wholes, tmp_path, monkeypatch):
+    """Catches memory for a header of any size."""
+    (tmp_path / "m.gguf").write_bytes(wholes[0][0])
+    monkeypatch.setattr(gguf_files, "LARGEST_TEXT", 300)
+    with pytest.raises(pg.CheckpointError, match=r"m\.gguf: the header has more than 300 bytes"):
+        read_checkpoint(tmp_path / "m.gguf")
 
 
 def test_values_that_are_not_finite_are_refused_when_they_are_read(tmp_path):

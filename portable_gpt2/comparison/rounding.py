@@ -106,11 +106,12 @@ def _one_way(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
             if everywhere(_becomes, x, y, how, bits):
                 known = {7: ", those of bfloat16", 10: ", those of TF32"}.get(bits, "")
                 return f"{words} {bits} bits after the binary point{known}"
-    for (name, levels), (scope, axis) in itertools.product({"int8": 127, "int4": 7}.items(), _SCOPES.items()):
+    for scope, axis in _SCOPES.items():
         if (axis is None and x.size >= ROWS) or (axis is not None and x.ndim == 2 and x.shape[axis] >= ROWS):
-            scale = np.abs(y).max(axis=axis, keepdims=True) / levels
-            if _is_on_grid(x, y, np.broadcast_to(scale, (len(y), *scale.shape[1:]))):
-                return f"rounded to {name} with one scale for {scope}"
+            largest = np.maximum(y.max(axis=axis, keepdims=True), -y.min(axis=axis, keepdims=True))
+            for name, levels in {"int8": 127, "int4": 7}.items():
+                if _is_on_grid(x, y, largest / levels):
+                    return f"rounded to {name} with one scale for {scope}"
     return None
 
 
@@ -136,7 +137,8 @@ def _is_on_grid(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> bool:
 
     A multiple is accepted with a tolerance, because a tie of x may have been rounded either way.
     """
-    for (p, q), (s, _) in zip(blocks(x, y), blocks(np.broadcast_to(scale, x.shape), y), strict=True):
+    scales = np.broadcast_to(scale, x.shape)
+    for (p, q), (s, _) in zip(blocks(x, y), blocks(scales, y), strict=True):
         multiple = np.divide(q, s, out=np.zeros_like(q), where=s > 0)
         if not ((np.abs(multiple - np.rint(multiple)) < 1e-3) & (np.abs(p - q) <= 0.5001 * s)).all():
             return False
