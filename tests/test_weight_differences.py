@@ -245,7 +245,8 @@ def test_weights_that_were_rounded(config, kind, data):
     """Catches a format that is confused with another one, and a rounded tensor of which one element differs."""
 
     def change(x):
-        x.flat[0] = 3.3e-6  # TF32 and float16 differ only for such small numbers
+        # TF32 and float16 differ only for small numbers; the others lie between two numbers of 10 and of 5 bits.
+        x.flat[:3] = 3.3e-6, 1 + 2**-11, 1 + 2**-6
         return ROUNDINGS[kind](x).astype(np.float32)
 
     path, a, b = changed(data, config, ("/w", "wte", "wpe"), change)
@@ -295,7 +296,7 @@ def test_q8_0_is_that_of_the_gguf_package():
     """Catches a scale that is rounded before the division, and ties that go to even."""
     gguf = pytest.importorskip("gguf")
     x = np.random.default_rng(0).standard_normal((50, 64), np.float32)
-    x[1], x[2], x[3, :32] = np.arange(64) / 2, 0, np.linspace(-127, 127, 32) + 0.5
+    x[1], x[2], x[3, :32] = np.arange(64) / 2, 0, [127, *np.arange(31) - 14.5]  # the last row has ties
     kind = gguf.GGMLQuantizationType.Q8_0
     np.testing.assert_array_equal(q8_0(x), gguf.dequantize(gguf.quantize(x, kind), kind))
 
