@@ -377,3 +377,14 @@ def test_findings_of_one_kind_are_merged():
     assert second.largest == max(f.largest for f in found if f.kind == second.kind)
     nan = WeightFinding("x", "absent in b", math.nan)
     assert merged([nan, nan])[0][:2] == ("x and 1 more", "absent in b")
+
+
+def test_a_padded_vocabulary_is_named_where_two_models_cannot_be_compared():
+    """Catches a message that only says that two numbers differ."""
+    config = dataclasses.replace(tiny.CONFIG, n_vocab=390)
+    a = tiny.weights()
+    b = a | {"wte": np.concatenate([a["wte"], np.zeros((6, 16), np.float32)])}
+    models = (pg.GPT2(*model) for model in ((tiny.CONFIG, pg.params.nest(a)), (config, pg.params.nest(b))))
+    why = r"n_vocab is 384 in .* and 390 in .*must be equal \(the weights differ: wte: 6 rows added at the end, all 0\)"
+    with pytest.raises(ValueError, match=why):
+        pg.compare(*models, [1, 2, 3])

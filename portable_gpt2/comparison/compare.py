@@ -157,7 +157,12 @@ def _check(a: Trace, b: Trace, config: GPT2Config) -> None:
     if a.config is not None and b.config is not None:
         for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_hidden"):
             if (x := getattr(a.config, name)) != (y := getattr(b.config, name)):
-                raise ValueError(f"{name} is {x} in {a.source} and {y} in {b.source}; the shapes must be equal")
+                found = merged(differences(a.weights, b.weights, a.config, b.config)) if a.weights and b.weights else []
+                said = "; ".join(f"{each.path}: {each.kind}" for each in found[:3])
+                raise ValueError(
+                    f"{name} is {x} in {a.source} and {y} in {b.source}; the shapes must be equal"
+                    + (f" (the weights differ: {said})" if said else "")
+                )
     if not a.weights and not b.weights:
         raise ValueError("the weights are known of neither side; give the checkpoint of one of them")
     for side in (a, b):
