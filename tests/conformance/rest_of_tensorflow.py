@@ -48,3 +48,7 @@ def iinfo(dtype):
 
 def signbit(x):
     return tf.convert_to_tensor(np.signbit(x.numpy()))
+
+
+def finfo(dtype):
+    return np.finfo(dtype.as_numpy_dtype)
