@@ -260,3 +260,29 @@ def test_sides_that_cannot_be_compared_are_refused():
         compare(traced(None, arrays, tokens, weights), traced(None, arrays, tokens))
     with pytest.raises(ValueError, match="no text is given"):
         compare(*[tiny.model(pg.get_backend("numpy"))] * 2)
+
+
+def test_only_the_wrong_op_is_beyond_its_bound():
+    """Catches an op that is judged on the reference's inputs, and a hidden weight that need not be 0. A guess must
+    explain all elements, also those that are not in the part on which it is tried first.
+    """
+    random = np.random.default_rng(12)
+    config = pg.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_vocab=61, n_ctx=40, eos_token_id=None)
+    weights = ported.some_weights(config, random)
+    tokens = random.integers(0, config.n_vocab, (1, 24))
+    right = traced(config, ported.port(config, weights, tokens), tokens, weights)
+
+    def beyond(arrays):
+        return [each for each in compare(right, traced(config, arrays, tokens)).ops if not each.within]
+
+    wrong = ported.port(config, weights, tokens, ported.Bug("eps", "h0/ln_1", 1e-3))
+    (found,) = beyond(wrong)
+    assert (found.name, found.guess) == ("h0/ln_1", "eps is 0.001, not 1e-05")
+    changed = wrong["h0/ln_1"].copy()
+    row = next(i for i in range(1, 10) if i != found.element[1])
+    changed[0, row, 5] += 1e-4
+    assert beyond({**wrong, "h0/ln_1": changed})[0].guess == ""
+    leaking = right.arrays["h1/attn/weights"].copy()
+    leaking[0, 1, 2, 7] = 1e-9
+    (found,) = beyond({**right.arrays, "h1/attn/weights": leaking})
+    assert (found.name, found.element) == ("h1/attn/weights", (0, 1, 2, 7))

@@ -286,11 +286,15 @@ def in_16_bits(case: Case) -> Guesses:
 
 
 def _is_spread(case: Case, alternative: Alternative) -> bool:
-    """Return whether at least half of the errors are as large as an alternative lets expect: 0.3% of their bounds."""
+    """Return whether half of the errors reach 0.3% of their bounds, and they are not proportional to the result."""
     rows, columns = (np.arange(n) for n in case.computed.shape[-2:])
-    expected = alternative(rows[-4:], columns)
-    ratios = bounds.quotient(errors(within(case.computed, rows[-4:], columns), expected), expected.error)
-    return bool(np.median(ratios[expected.error > 0]) >= 0.003)
+    expected, part = alternative(rows[-4:], columns), within(case.computed, rows[-4:], columns)
+    ratios = bounds.quotient(errors(part, expected), expected.error)
+    usual = np.isfinite(part) & np.isfinite(expected.value) & (expected.error > 0)
+    value = expected.value[usual]
+    error = part[usual].astype(np.float64) - value
+    is_proportional = abs(error @ value) > 0.5 * np.sqrt((error @ error) * (value @ value))
+    return bool(usual.any() and np.median(ratios[usual]) >= 0.003 and not is_proportional)
 
 
 # Guesses for one op.
