@@ -297,17 +297,12 @@ def _elementwise(f: Callable[[Any], Any]) -> Callable[[Array], Array]:
     return apply
 
 
-def _larger(x: Any, y: Any) -> Any:
-    """Return the larger of two balls. FLINT knows nothing about the larger of -inf and -inf."""
-    return y if x == -math.inf else x if y == -math.inf else x.max(y)
-
-
 def _max(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
     if x.values.dtype != object:
         return Array(np.max(x.values, axis=axis, keepdims=keepdims), x.dtype)
     values, axis = (x.values.ravel(), 0) if axis is None else (x.values, axis)
     with _precision():
-        return Array(np.frompyfunc(_larger, 2, 1).reduce(values, axis=axis, keepdims=keepdims), x.dtype)
+        return Array(np.frompyfunc(arb.max, 2, 1).reduce(values, axis=axis, keepdims=keepdims), x.dtype)
 
 
 def _sum(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
