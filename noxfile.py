@@ -83,7 +83,8 @@ def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) 
     # Most of the time is spent in compilers, which use one core. Each of two processes takes half of the tests; the
     # first to finish takes over tests of the other.
     args = ("-n", "2", "--dist", "worksteal", *args)
-    env = {**JAX_CACHE, **env}
+    # Modules that are not compiled when they are installed are compiled, and kept, by the first process that needs them.
+    env = {**JAX_CACHE, "PYTHONDONTWRITEBYTECODE": "", **env}
     session.run("pytest", *args, *session.posargs, env=env, success_codes=codes)
     if x64:
         session.run("pytest", *args, *session.posargs, env={**env, "JAX_ENABLE_X64": "1"}, success_codes=codes)
