@@ -83,7 +83,7 @@ def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) 
     # Most of the time is spent in compilers, which use one core. Each of two processes takes half of the tests; the
     # first to finish takes over tests of the other.
     args = ("-n", "2", "--dist", "worksteal", *args)
-    # Modules that are not compiled when they are installed are compiled, and kept, by the first process that needs them.
+    # Modules are not compiled when they are installed: the first process that imports one keeps what it compiles.
     env = {**JAX_CACHE, "PYTHONDONTWRITEBYTECODE": "", **env}
     session.run("pytest", *args, *session.posargs, env=env, success_codes=codes)
     if x64:
