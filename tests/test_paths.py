@@ -84,7 +84,7 @@ def arguments():
                 yield command, sub, action
 
 
-TEXTS = {("generate", "prompt"), ("attend", "text"), ("trace", "text"), ("certify", "text")}
+TEXTS = {("generate", "prompt"), ("attend", "text"), ("trace", "text"), ("certify", "text"), ("diff", "text")}
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,15 @@ def test_a_model_is_traced_on_every_backend(backend):
     assert list(trace_model(model, TOKENS, ["*/q", "logits"]).arrays) == ["h0/attn/q", "h1/attn/q", "logits"]
 
 
+def test_a_trace_of_an_unknown_framework_has_the_largest_stated_errors(backend):
+    """Catches a false alarm for a file that a framework with a less accurate tanh has written."""
+    trace = pg.Trace("a port", np.asarray([1]), {"logits": np.zeros((1, 5), np.float32)})
+    for of_kind in backend.numerics.values():
+        for found in of_kind.values():
+            assert max(found.tanh, found.log) <= min(trace.numerics.tanh, trace.numerics.log)
+            assert all(c <= largest for c, largest in zip(found.exp, trace.numerics.exp, strict=True))
+
+
 def test_arrays_of_a_backend_may_be_given(backend):
     """Catches a port whose author must know how to bring its arrays to NumPy."""
     trace = pg.Trace("mine", TOKENS, {"ln_f": backend.from_numpy(np.full((3, 8), 2.5), "float32")})

@@ -41,7 +41,9 @@ OTHERS = {
     "GPT2.export.force": "tests/test_export.py",
     "GPT2.save.force": "tests/test_checkpoint.py",
     "GPT2.trace.text": "ids: tests/test_gpt2.py",
+    "Trace.save.force": "tests/test_traces.py",
     "certify.text": "ids: tests/test_certify.py",
+    "compare.text": "ids: tests/test_traces.py",
     "training.write_tokens.n_vocab": "tests/test_training_data.py",
     "training.train_tokenizer.n_vocab": "tests/test_training_data.py",
 }

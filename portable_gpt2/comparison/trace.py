@@ -66,6 +66,8 @@ _AXES: dict[str, tuple[str, ...]] = {
 _OUTSIDE = ("embedding", "ln_f", "logits")
 """The results that belong to no layer."""
 _IN_A_LAYER = re.compile(r"h(0|[1-9]\d{0,5})/(.+)")
+OF_ANY_FRAMEWORK = Numerics(exp=(7.0, 1.25), tanh=8.0, log=8.0)
+"""The errors of exp, tanh and log if the framework is not known: the largest ones that an adapter states."""
 _TEXTS = ("source", "dtype", "config", "numerics")
 
 
@@ -92,7 +94,8 @@ class Trace:
     weights : dict of StoredTensor
         The parameters by path, as far as they are known.
     numerics : Numerics
-        The errors of exp, tanh and log of the framework that computed the results.
+        The errors of exp, tanh and log of the framework that computed the results; the largest errors of any framework
+        that this project has an adapter for unless given.
 
     Raises
     ------
@@ -117,7 +120,7 @@ class Trace:
     dtype: str = ""
     config: GPT2Config | None = None
     weights: Mapping[str, StoredTensor] = field(default_factory=lambda: MappingProxyType({}))
-    numerics: Numerics = field(default_factory=Numerics)
+    numerics: Numerics = OF_ANY_FRAMEWORK
 
     def __post_init__(self) -> None:
         tokens = _tokens(self.tokens, self.config)
@@ -198,7 +201,7 @@ class Trace:
                 arrays,
                 texts.get("dtype", ""),
                 _config(texts["config"]) if "config" in texts else None,
-                numerics=_numerics(texts["numerics"]) if "numerics" in texts else Numerics(),
+                numerics=_numerics(texts["numerics"]) if "numerics" in texts else OF_ANY_FRAMEWORK,
             )
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}: {_line(error)}") from None

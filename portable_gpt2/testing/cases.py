@@ -51,7 +51,7 @@ CASES = {
     "attention": Case(pg.attention, _QKV, {}),
     "attention_masked": Case(pg.attention, {**_QKV, "mask": _CAUSAL}, {}),
     "attention_causal": Case(pg.attention, _QKV, {"causal": True}),
-    "attention_scores_causal": Case(pg.attention_scores, {"q": _QKV["q"], "k": _QKV["k"]}, {"causal": True}),
+    "attention_scores": Case(pg.attention_scores, {"q": _QKV["q"], "k": _QKV["k"]}, {}),
     "attention_weights": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"]}, {}),
     "attention_weights_masked": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"], "mask": _CAUSAL}, {}),
     "attention_weights_causal": Case(pg.attention_weights, {"q": _QKV["q"], "k": _QKV["k"]}, {"causal": True}),
