@@ -1,4 +1,4 @@
-"""Certificates: what they say is true, and what is not proved they do not say."""
+"""Certificates: each statement of a certificate is true, and a certificate states nothing that is not proved."""
 
 import json
 import math

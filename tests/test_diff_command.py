@@ -1,4 +1,4 @@
-"""``portable-gpt2 diff``: what it writes where, its exit status, and files that are complete or absent."""
+"""``portable-gpt2 diff``: its output, its exit status, and its files, which are complete or absent."""
 
 import errno
 import json
@@ -264,7 +264,7 @@ def test_a_run_that_is_ended_leaves_no_file(room, tmp_path, name):
 
 
 def on_a_terminal(room, **environment):
-    """Return what the command writes to a terminal of 100 columns."""
+    """Return the output of the command on a terminal of 100 columns."""
     ours, theirs = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "100", **environment}
     process = subprocess.Popen(

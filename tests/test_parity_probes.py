@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import truth
 
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint.names import prefixed_name
@@ -11,7 +12,7 @@ from portable_gpt2.comparison.compare import judged
 from portable_gpt2.comparison.sides import open_side
 from portable_gpt2.model import observed_names
 from portable_gpt2.numerics import stated
-from portable_gpt2.testing.plain_gpt2 import in_dtype, plain_gpt2, random_weights, some_tokens
+from portable_gpt2.testing.plain_gpt2 import random_weights, some_tokens
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -24,17 +25,9 @@ SCORES = {"h0/attn/scores", "h1/attn/scores"}
 WEIGHTS = {"h0/attn/weights", "h1/attn/weights"}
 
 
-def observed(weights, config):
-    found = {}
-    plain_gpt2(weights, TOKENS, config, observe=found.__setitem__)
-    return found
-
-
 def assert_right(trace, weights, config):
     """Check each result against plain NumPy in float64 and its op's bound, and the parameters to the bit."""
-    truth, single = observed(weights, config), observed(in_dtype(weights, np.float32), config)
-    for name, x in trace.arrays.items():
-        assert abs(x - truth[name]).max() <= 4 * abs(single[name] - truth[name]).max(), name
+    truth.assert_near(trace, weights, config)
     assert trace.weights.keys() == weights.keys()
     for path, a in weights.items():
         np.testing.assert_array_equal(trace.weights[path].read(), a, err_msg=path)

@@ -7,31 +7,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+import truth
 
 import portable_gpt2 as pg
 from portable_gpt2.comparison.sides import open_side
 from portable_gpt2.model import observed_names
 from portable_gpt2.numerics import stated
-from portable_gpt2.testing.plain_gpt2 import in_dtype, plain_gpt2, random_weights, some_tokens
+from portable_gpt2.testing.plain_gpt2 import in_dtype, random_weights, some_tokens
 
 CONFIG = pg.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_vocab=101, n_ctx=16, eos_token_id=None)
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, n_inner=24)
 TOKENS = some_tokens(CONFIG, 1, 12).astype(np.int64)
 UNSEEN = {f"h{i}/attn/{name}" for i in range(2) for name in ("scores", "weights")}
-
-
-def observed(weights, config, tokens=TOKENS):
-    """Return all results of plain NumPy."""
-    found = {}
-    plain_gpt2(weights, tokens, config, observe=found.__setitem__)
-    return found
-
-
-def assert_right(trace, weights, config):
-    """Check that each result errs at most 4 times as much as the same formula in NumPy's float32."""
-    truth, single = observed(weights, config), observed(in_dtype(weights, np.float32), config)
-    for name, x in trace.arrays.items():
-        assert abs(x - truth[name]).max() <= 4 * abs(single[name] - truth[name]).max(), name
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +39,7 @@ def test_a_port_with_nanogpt_s_names_is_traced_without_further_ado(nano, torch):
     weights = random_weights(CONFIG)
     trace = open_side(nano).run(TOKENS)
     assert list(trace.arrays) == [name for name in observed_names(CONFIG) if name not in UNSEEN]
-    assert_right(trace, weights, CONFIG)
+    truth.assert_near(trace, weights, CONFIG)
     assert trace.source == "ports's GPT on torch, cpu, float32"
     assert (trace.dtype, dataclasses.replace(trace.config, eos_token_id=None)) == ("float32", CONFIG)
     assert trace.numerics == stated(pg.get_backend("torch"), "float32")
@@ -84,7 +71,7 @@ def test_a_model_without_biases_has_biases_of_zero(ports):
     """Catches parameters that are left out, so that an op of the model cannot be judged."""
     weights = {path: a * (not path.endswith("/b")) for path, a in random_weights(CONFIG).items()}
     trace = open_side(ports.fill(ports.GPT(CONFIG, bias=False), in_dtype(weights, np.float32))).run(TOKENS)
-    assert_right(trace, weights, CONFIG)
+    truth.assert_near(trace, weights, CONFIG)
     for path, a in weights.items():
         np.testing.assert_array_equal(trace.weights[path].read(), a, err_msg=path)
 
@@ -95,7 +82,7 @@ def test_a_port_with_names_of_its_own_is_traced_by_them(ports):
     model = ports.fill(ports.Port(UNTIED), in_dtype(weights, np.float32), ports.PORT_NAMES)
     trace = pg.probe(model, ports.PORT_NAMES, config=UNTIED).run(TOKENS)
     assert list(trace.arrays) == [name for name in observed_names(CONFIG) if name not in UNSEEN]
-    assert_right(trace, weights, UNTIED)
+    truth.assert_near(trace, weights, UNTIED)
     assert trace.config == UNTIED
     assert trace.weights.keys() == weights.keys()
     for path, a in weights.items():

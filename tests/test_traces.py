@@ -1,4 +1,4 @@
-"""Traces: their files, written here or by hand, what is refused, and what can be a side of a comparison."""
+"""Traces: files that `Trace.save` or another program has written, refused files, and the sides of a comparison."""
 
 import dataclasses
 import json

@@ -64,8 +64,8 @@ def add_to(commands: Any) -> None:
         nargs="?",
         const=_STDOUT,
         metavar="FILE",
-        help="write all findings as one JSON object, in which a number that is not finite is null: into FILE, or to "
-        "stdout in place of the tables if no FILE is given",
+        help="write all findings to FILE as one JSON object, in which a number that is not finite is null; without "
+        "FILE, write the object to stdout, and no tables",
     )
     add(
         "--html",

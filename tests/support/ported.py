@@ -20,7 +20,7 @@ FORMATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 @dataclass(frozen=True)
 class Bug:
-    """A mistake: what it is, where it is, and the cause that should be guessed."""
+    """A mistake in a port: its kind, the results where it first shows, and the cause that should be guessed."""
 
     kind: str = ""
     site: str = ""  # a pattern of the names of results
