@@ -92,7 +92,7 @@ def test_a_wrong_tensor_is_found(known):
             if known:
                 assert [finding.path for finding in found.weights] == [path]
                 assert found.culprit is None
-                assert "the weights differ" in found.verdict
+                assert found.verdict.startswith("The weights differ (")
                 assert path in found.verdict
             else:
                 names = {"wpe": "embedding", "wte": "embedding"}
@@ -151,6 +151,32 @@ def test_float64_is_judged_in_a_higher_precision():
     assert found.culprit.name == "h0/ln_1"
 
 
+def test_elements_that_are_not_judged_are_counted():
+    """Catches a selection of the elements that looks like all of them, and a result without a bound that passes."""
+    random = np.random.default_rng(15)
+    config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_vocab=500, n_ctx=12, eos_token_id=None)
+    weights = ported.some_weights(config, random)
+    tokens = random.integers(0, config.n_vocab, (1, 12))
+    model = pg.GPT2(config, on_backend(pg.get_backend("numpy"), weights, "float64"))
+    found = compare(model, model, tokens[0])
+    (logits,) = (op for op in found.ops if op.name == "logits")
+    assert (logits.judged, logits.elements) == (4 * (50_000 // (4 * 32)), 12 * 500)
+    (note,) = found.notes
+    assert re.match(
+        r"Of the [\d,]+ elements of the results that were judged, [\d,]+ were judged: in float64 a sel", note
+    )
+    arrays = ported.port(config, weights, tokens)
+    arrays["h0/attn/residual"][0, :11] = np.inf
+    arrays["h0/mlp/c_fc"][:] = np.nan
+    found = compare(traced(config, arrays, tokens, weights), traced(config, arrays, tokens))
+    judged = {op.name: (op.judged, op.elements) for op in found.ops}
+    assert judged["h0/ln_2"] == (32, 384)
+    assert judged["h0/mlp/c_fc"] == (1536, 1536)
+    assert "h0/mlp/gelu" in found.missing
+    assert "h0/mlp/gelu" not in judged
+    assert len(found.notes) == 1
+
+
 def test_no_guess_explains_a_right_op():
     """Catches a guess that is accepted because its bound is wide. Only another eps may be within rounding of the right
     one, where the variance is large.
@@ -200,7 +226,7 @@ def test_missing_results_are_derived_or_listed():
     found = without("ln_2")
     assert found.equal
     assert "h0/mlp/c_fc" in found.missing
-    assert "no op that could be judged" in found.verdict
+    assert "Every op that could be judged" in found.verdict
     wrong = ported.port(config, weights, tokens, ported.Bug("activation", "h0/mlp/gelu", "relu"))
     found = without("mlp/gelu", source=wrong)
     assert not found.equal

@@ -86,6 +86,22 @@ def test_numbers_that_differ_late_are_shown_with_enough_digits():
     assert re.search(r"^  computed +1\.00000000000001$", report(comparison(ops=[op])), re.MULTILINE)
 
 
+def test_what_was_not_judged_is_said():
+    """Catches a note or a number of judged elements that is left out of the text, the JSON or the page."""
+    note = "Of the 30 elements of the results that were judged, 20 were judged."
+    op = OpFinding("ln_f", "layer_norm", 2.0, (0,), 2.0, 1.0, 0.5, judged=20, elements=30)
+    found = comparison(ops=[op, op._replace(name="logits", judged=30)], notes=[note])
+    assert note in report(found).splitlines()
+    assert "  judged         20 of 30 elements" in report(found).splitlines()
+    assert found.as_json()["notes"] == [note]
+    assert [(each["judged"], each["elements"]) for each in found.as_json()["ops"]] == [(20, 30), (30, 30)]
+    read = Page(page(found))
+    assert note in {each["text"] for each in read.all("p")}
+    assert {"20 of 30 elements", "all elements"} <= {each["text"] for each in read.all("td")}
+    assert "elements" not in report(comparison())
+    assert "all elements" not in page(comparison())
+
+
 def test_each_weight_that_differs_is_listed():
     """Catches a path, a kind or a number that is left out, and a list of 148 lines."""
     text = report(comparison())
@@ -175,7 +191,7 @@ def test_the_tokens_are_shown_as_text_where_the_tokenizer_is_known():
 def test_results_that_could_not_be_judged_are_named():
     """Catches a model that passes because nothing was judged."""
     text = report(comparison(3, missing=("ln_f", "h0/attn/q", "h1/attn/q", "h2/mlp/gelu")))
-    assert "Not judged, because the trace lacks them or their inputs: 4 results" in text
+    assert "Results that could not be judged: 4" in text
     assert "  layers 0 to 1: attn/q" in text.splitlines()
     assert "  layer 2: mlp/gelu" in text.splitlines()
     assert "  ln_f" in text.splitlines()

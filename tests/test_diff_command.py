@@ -125,6 +125,17 @@ def test_both_sides_read_the_text_that_is_given(command, room):
         assert found_by(command, "it", "it", *args)[1]["tokens"] == tokenizer.encode(text)
 
 
+def test_special_tokens_are_read_as_tokens_if_allowed(command, room):
+    """Catches an option that does not reach the tokenizer."""
+    tokenizer, text = pg.Tokenizer.load(room), "To be<|endoftext|>"
+    plain, special = (tokenizer.encode(text, allow_special=allowed) for allowed in (False, True))
+    for args, tokens in (([], plain), (["--allow-special"], special)):
+        assert found_by(command, "it", "it", "--text", text, *args)[1]["tokens"] == tokens
+    assert (
+        found_by(command, "it", "it", "--text", text, "--allow-special-token", "<|endoftext|>")[1]["tokens"] == special
+    )
+
+
 def test_without_a_text_there_is_one_that_fits(command):
     """Catches a default text that is longer than the context of the model, or so short that nothing shows."""
     tokens = found_by(command, "it", "it")[1]["tokens"]

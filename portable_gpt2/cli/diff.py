@@ -17,7 +17,7 @@ from ..comparison.steps import Step
 from ..comparison.trace import is_trace
 from ..files import check_writable, holds_file, replacing
 from . import signals, streams
-from .options import add_computation, progress
+from .options import add_computation, add_special, allow_special, progress
 from .texts import Texts
 
 _PART = 1
@@ -56,6 +56,7 @@ def add_to(commands: Any) -> None:
         "this package)",
     )
     text.add_argument("--text-file", metavar="FILE", help="file with the text in UTF-8; - is stdin")
+    add_special(parser, "the text")
     add_computation(parser)
     for name, metavar in (("backend", "NAME"), ("device", "DEVICE"), ("dtype", "DTYPE")):
         add(f"--{name}-b", metavar=metavar, help=f"{name} of B, if it differs from that of A (default: --{name})")
@@ -88,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     if text == "":
         raise ValueError("the text is empty; give one that both models can read, or leave it out")
     a, b = _sides(arguments)
-    found = compare(a, b, _default(a, b) if text is None else text, progress=_judging)
+    text = _default(a, b) if text is None else text
+    found = compare(a, b, text, allow_special=allow_special(arguments), progress=_judging)
     decode = _decoder(a, b)
     signals.clean_up_first()
     if arguments.json not in (None, _STDOUT):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -27,7 +27,14 @@ _OPTIONAL = ("q", "k", "v", "scores", "weights")
 """Results that need not be judged: the others follow from each other without them."""
 
 
-def compare(a: Any, b: Any, text: str | Sequence[int] | None = None, *, progress: Progress = iter) -> Comparison:
+def compare(
+    a: Any,
+    b: Any,
+    text: str | Sequence[int] | None = None,
+    *,
+    allow_special: bool | Collection[str] = False,
+    progress: Progress = iter,
+) -> Comparison:
     """Find where two models part.
 
     The comparison has three levels. First, the weights of the two models are compared. Then each result of b is
@@ -44,6 +51,9 @@ def compare(a: Any, b: Any, text: str | Sequence[int] | None = None, *, progress
         The model that is judged. If its weights are not known, it is judged with those of a.
     text : str or ints, optional
         The text, or its token ids [seq]. It may be left out if a or b is a trace, whose tokens are then used.
+    allow_special : bool or collection of str
+        Which special tokens, such as ``<|endoftext|>``, are read as tokens where a text contains them; see
+        `GenerationOptions`.
     progress : function, optional
         Passes the steps of b on while they are judged, and may show how many are left.
 
@@ -66,9 +76,9 @@ def compare(a: Any, b: Any, text: str | Sequence[int] | None = None, *, progress
     >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
     >>> model = pg.GPT2(config, pg.init_params(config, backend="numpy"))
     >>> pg.compare(model, model, [1, 2, 3]).verdict
-    'no op is beyond its bound: rounding explains the difference of the logits, at most 0'
+    'Every op is within its bound, so rounding explains the difference of the logits, which is at most 0.'
     """
-    a, b = traces(open_side(a), open_side(b), text)
+    a, b = traces(open_side(a), open_side(b), text, allow_special=allow_special)
     config = a.config or b.config
     if config is None:
         raise ValueError("neither side has a configuration, which says how many heads there are; give one of them one")
@@ -98,6 +108,7 @@ def compare(a: Any, b: Any, text: str | Sequence[int] | None = None, *, progress
         growth=grown,
         logits=logits,
         missing=missing,
+        notes=list(_notes(ops)),
     )
 
 
@@ -122,7 +133,8 @@ def judged(
     ops : list of OpFinding
         The results that were judged, in the order of computation.
     missing : list of str
-        The results that the trace lacks, or whose inputs or parameters are not known.
+        The results that the trace lacks, whose inputs or parameters are not known, or none of whose elements has a
+        bound.
     """
     result = results(b.arrays, config)
     ops, missing, seen, suspects = list[OpFinding](), list[str](), list[str](), set[str]()
@@ -140,6 +152,9 @@ def judged(
         if step.op == "attention_scores":
             computed = with_infinite_scores(computed, made.options["mask"])
         found = judge(made, computed)
+        if not found.judged:
+            missing.append(step.name)
+            continue
         guess = ""
         if not found.ratio <= 1:
             case = Case(step, made, computed, result, weights, config, seen[:-1], suspects, found.element)
@@ -148,7 +163,7 @@ def judged(
                 explained[step.op] += [f for f in functions if f not in explained[step.op]]
                 searches += 1
             suspects.add(step.name)
-        ops.append(OpFinding(step.name, step.op, *found, guess=guess))
+        ops.append(OpFinding(step.name, step.op, *found[:5], guess, found.judged, computed.size))
     return ops, missing
 
 
@@ -180,6 +195,17 @@ def _rounded(a: Trace, b: Trace) -> set[str]:
     return {through, f"a is rounded through {a.dtype}", f"{through}, a through {a.dtype}"}
 
 
+def _notes(ops: Sequence[OpFinding]) -> Iterator[str]:
+    """Yield what a comparison does not cover, as sentences."""
+    judged, elements = (sum(getattr(op, name) for op in ops) for name in ("judged", "elements"))
+    if judged < elements:
+        yield (
+            f"Of the {elements:,} elements of the results that were judged, {judged:,} were judged: in float64 a "
+            f"selection is judged, and an element that is computed from NaN, infinity or a sum that may overflow has "
+            f"no bound."
+        )
+
+
 def _verdict(
     wrong: list[OpFinding],
     changed: list[WeightFinding],
@@ -193,18 +219,21 @@ def _verdict(
         first, *others = changed
         kind = first.kind.partition(":")[0]
         more = f", and {len(others)} more" if others else ""
-        return f"the weights differ ({first.path}: {kind}{more}); {of_ops or 'every op that was judged is right'}"
+        found = f"and {of_ops}" if of_ops else "and every op that was judged is within its bound"
+        return f"The weights differ ({first.path}: {kind}{more}), {found}."
     if of_ops:
-        return of_ops
-    size = "" if logits is None else f" of the logits, at most {logits.largest:.2g}"
+        return f"The models part: {of_ops}."
+    size = "" if logits is None else f" of the logits, which is at most {logits.largest:.2g}"
     if complete:
-        return f"no op is beyond its bound: rounding explains the difference{size}"
+        return f"Every op is within its bound, so rounding explains the difference{size}."
     if grown:
         return (
-            f"no op that could be judged is beyond its bound, but the difference at {grown[0]} is larger than rounding "
-            f"can be expected to cause; trace more results"
+            f"Every op that could be judged is within its bound, but the difference at {grown[0]} is larger than "
+            f"rounding can be expected to cause; trace more results."
         )
-    return f"no op that could be judged is beyond its bound, and rounding can be expected to cause the difference{size}"
+    return (
+        f"Every op that could be judged is within its bound, and rounding can be expected to cause a difference{size}."
+    )
 
 
 def _of_ops(wrong: list[OpFinding]) -> str:
@@ -213,9 +242,9 @@ def _of_ops(wrong: list[OpFinding]) -> str:
         return ""
     first, *others = wrong
     if first.ratio < math.inf:
-        error = f"its error is {first.ratio:.2g} times what rounding permits"
+        error = f"the error of {first.op} at {first.name} is {first.ratio:.2g} times what rounding permits"
     else:
-        error = "it has an element that rounding cannot change"
-    cause = f"; {first.guess}" if first.guess else ", and no guess explains it"
+        error = f"{first.op} at {first.name} has an element that rounding cannot change"
+    cause = f", because {first.guess}" if first.guess else ", and no guess explains it"
     more = f" ({len(others)} more results are beyond their bounds)" if others else ""
-    return f"{first.name}: {first.op} differs: {error}{cause}{more}"
+    return f"{error}{cause}{more}"

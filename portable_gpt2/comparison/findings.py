@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from ..strict_json import finite
@@ -44,6 +44,9 @@ class OpFinding(NamedTuple):
     guess : str
         A definition that explains the result within its bound, such as ``eps is 1e-3``; empty if none was found, or
         none is needed.
+    judged, elements : int
+        The number of elements that were judged, and of all elements. In float64 a selection is judged. An element is
+        not judged if there is no bound for it, because an input is not finite or a sum may overflow.
     """
 
     name: str
@@ -54,6 +57,8 @@ class OpFinding(NamedTuple):
     exact: float
     permitted: float
     guess: str = ""
+    judged: int = 0
+    elements: int = 0
 
     @property
     def within(self) -> bool:
@@ -111,7 +116,7 @@ class Comparison:
     tokens : list of int
         The token ids that both read.
     verdict : str
-        One sentence: where the models part, or that rounding explains the difference.
+        A sentence: where the models part, or that rounding explains the difference.
     equal : bool
         Whether no difference was found that rounding does not explain.
     weights : list of WeightFinding or None
@@ -123,7 +128,10 @@ class Comparison:
     logits : LogitsFinding or None
         None if one side has no logits.
     missing : list of str
-        The results that could not be judged, because the trace of b lacks them or one of their inputs.
+        The results that could not be judged: the trace of b lacks them or one of their inputs, their weights are not
+        known, or no element has a bound.
+    notes : list of str
+        Sentences that say what the comparison does not cover, or what was assumed.
     """
 
     a: str
@@ -136,6 +144,7 @@ class Comparison:
     growth: list[Growth]
     logits: LogitsFinding | None
     missing: list[str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def culprit(self) -> OpFinding | None:
@@ -160,7 +169,7 @@ class Comparison:
         >>> found["culprit"], found["ops"][0]["ratio"], found["ops"][0]["within"]
         ('h0/ln_1', None, False)
         """
-        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        found: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         found["weights"] = None if self.weights is None else [each._asdict() for each in self.weights]
         found["ops"] = [each._asdict() | {"within": each.within} for each in self.ops]
         found["growth"] = [each._asdict() for each in self.growth]

@@ -11,7 +11,18 @@ from string import Template
 
 from . import curves
 from .findings import Comparison, Growth, OpFinding, WeightFinding
-from .report import Decode, facts, grouped, logits_facts, number, plain, ratio_number, ratio_text, split, stream
+from .report import (
+    Decode,
+    facts,
+    grouped,
+    logits_facts,
+    number,
+    plain,
+    ratio_number,
+    ratio_text,
+    split,
+    stream,
+)
 from .weights import merged
 
 _LIMITS = (0.01, 0.1, 0.5, 1.0, 10.0, 1000.0)
@@ -59,7 +70,7 @@ def page(comparison: Comparison, *, decode: Decode | None = None) -> str:
     return template.substitute(
         title=_text(f"{comparison.b} compared with {comparison.a}"),
         verdict=f'<p class="verdict {verdict}">{_text(comparison.verdict)}</p>',
-        sides=_list(sides),
+        sides="\n".join([_list(sides), *(f"<p>{_text(note)}</p>" for note in comparison.notes)]),
         sections="\n".join(section for section in sections if section),
     )
 
@@ -223,9 +234,11 @@ def _op_table(caption: str, ops: Sequence[OpFinding]) -> str:
     labels = ["error / bound", "computed", "exact", "error", "permitted", "element", "op"]
     if any(op.guess for op in ops):
         labels.insert(1, "guess")
+    if any(op.judged < op.elements for op in ops):
+        labels.append("judged")
     rows = []
     for op in ops:
-        found = {**dict(facts(op)), "guess": op.guess}
+        found = {"judged": "all elements", **dict(facts(op)), "guess": op.guess}
         rows.append([op.name, *(found[label] for label in labels)])
     numbers = [i for i, label in enumerate(labels, 1) if label != "guess"]
     return _table(caption, ["result", *labels], rows, numbers)
@@ -259,6 +272,6 @@ def _logits(comparison: Comparison, decode: Decode | None) -> str:
 def _missing(names: Sequence[str]) -> str:
     if not names:
         return ""
-    why = f"{len(names):,} results could not be judged, because the trace lacks them or one of their inputs."
+    why = f"{len(names):,} results could not be judged, because they, an input, a weight or a bound are not known."
     lines = [f"<li>{_text(line)}</li>" for line in grouped(names)]
     return _section("Not judged", f"<p>{why}</p>", "\n".join(["<ul>", *lines, "</ul>"]))

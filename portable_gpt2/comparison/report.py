@@ -60,6 +60,7 @@ def report(comparison: Comparison, *, width: int = 80, colour: bool = False, dec
     parts = [paint(verdict, _BOLD, _GREEN if comparison.equal else _RED)]
     sides = [("reference", comparison.a), ("judged", comparison.b), ("tokens", f"{len(comparison.tokens):,}")]
     parts.append("\n".join(_fields(sides, width)))
+    parts += [textwrap.fill(plain(note), width) for note in comparison.notes]
     parts.append("\n".join(_weights(comparison.weights, width)))
     if comparison.culprit is not None:
         title = f"First result beyond its bound: {plain(comparison.culprit.name)}"
@@ -74,7 +75,7 @@ def report(comparison: Comparison, *, width: int = 80, colour: bool = False, dec
         found = logits_facts(comparison.logits, comparison.tokens, decode)
         parts.append("\n".join(["Logits", *_fields(found, width)]))
     if comparison.missing:
-        title = f"Not judged, because the trace lacks them or their inputs: {len(comparison.missing):,} results"
+        title = f"Results that could not be judged: {len(comparison.missing):,}"
         lines = [line for each in grouped(comparison.missing) for line in _indented(each, width)]
         parts.append("\n".join([*textwrap.wrap(title, width), *lines]))
     return "\n\n".join(parts)
@@ -188,6 +189,8 @@ def facts(op: OpFinding) -> list[tuple[str, str]]:
         ("permitted", number(op.permitted)),
         ("error / bound", ratio_number(op.ratio)),
     ]
+    if op.judged < op.elements:
+        found.append(("judged", f"{op.judged:,} of {op.elements:,} elements"))
     guess = plain(op.guess) if op.guess else "no definition of the list explains this result"
     return [*found, ("guess", guess)]
 

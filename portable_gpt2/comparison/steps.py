@@ -236,7 +236,8 @@ OPS: dict[str, Callable[[Call], Bounded]] = {
 
 def evaluate(call: Call) -> Bounded:
     """Return the exact result of a call and the bound of its error."""
-    return OPS[call.op](call)
+    with np.errstate(all="ignore"):  # a trace may contain NaN and infinity
+        return OPS[call.op](call)
 
 
 def results(arrays: Mapping[str, np.ndarray], config: GPT2Config) -> Results:
@@ -338,13 +339,14 @@ def call(
 
 
 class Judgement(NamedTuple):
-    """The element with the largest ratio of error and bound; see `OpFinding` for the fields."""
+    """The element with the largest ratio of error and bound, and how many were judged; see `OpFinding`."""
 
     ratio: float
     element: tuple[int, ...]
     computed: float
     exact: float
     permitted: float
+    judged: int
 
 
 def errors(computed: np.ndarray, expected: Bounded) -> np.ndarray:
@@ -359,11 +361,12 @@ def errors(computed: np.ndarray, expected: Bounded) -> np.ndarray:
 
 
 def compared(computed: np.ndarray, expected: Bounded) -> Judgement:
-    """Return the element with the largest ratio of error and bound."""
+    """Return the element with the largest ratio of error and bound. An element with an infinite bound is not judged."""
     ratios = bounds.quotient(errors(computed, expected), expected.error)
     index = np.unravel_index(int(ratios.argmax()), ratios.shape)
     at = tuple(int(i) for i in index)
-    return Judgement(float(ratios[at]), at, float(computed[at]), float(expected.value[at]), float(expected.error[at]))
+    worst = float(computed[at]), float(expected.value[at]), float(expected.error[at])
+    return Judgement(float(ratios[at]), at, *worst, judged=int((expected.error < np.inf).sum()))
 
 
 _COLUMNS_AT_ONCE = 8192  # of the vocabulary: 50 MB of float64 for a width of 768
@@ -433,11 +436,12 @@ def judge(call: Call, computed: np.ndarray, alternative: Alternative | None = No
     Judgement
         The element with the largest ratio of error and bound. In float64, not all elements are judged: see `pieces`.
     """
-    worst = Judgement(-1.0, (), 0.0, 0.0, 0.0)
+    worst, judged = Judgement(-1.0, (), 0.0, 0.0, 0.0, 0), 0
     for rows, columns in pieces(call, computed.shape):
         part = within(computed, rows, columns)
         found = compared(part, evaluate(call.at(rows, columns)) if alternative is None else alternative(rows, columns))
+        judged += found.judged
         if found.ratio > worst.ratio:
             *start, i, j = found.element
             worst = found._replace(element=(*start, int(rows[i]), int(columns[j])))
-    return worst._replace(ratio=max(worst.ratio, 0.0))
+    return worst._replace(ratio=max(worst.ratio, 0.0), judged=judged)
