@@ -176,6 +176,12 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
+def check_eps(eps: float) -> None:
+    """Refuse a negative or non-finite eps of `layer_norm`."""
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"layer_norm: eps is {eps}; expected a finite number of at least 0")
+
+
 @op
 def layer_norm(
     x: Float[Array, "*batch n"],
@@ -220,10 +226,8 @@ def layer_norm(
     >>> pg.layer_norm(np.asarray([1.0, 2.0, 3.0]), np.ones(3), np.zeros(3)).round(4)
     array([-1.2247,  0.    ,  1.2247])
     """
-    backend = backend_of(x)
-    xp = backend.xp
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"layer_norm: eps is {eps}; expected a finite number of at least 0")
+    check_eps(eps)
+    xp = backend_of(x).xp
     if is_empty(x):  # an empty row has no mean
         return x
     x = x - xp.mean(x, axis=-1, keepdims=True)
@@ -237,6 +241,28 @@ def causal_mask(queries: Any, keys: Any, like: Any) -> Any:
     if isinstance(queries, int) and isinstance(keys, int) and queries > keys:
         raise ValueError(f"attention: causal is true, but there are {queries} queries and only {keys} keys")
     return backend.arange(queries, like=like)[:, None] + (keys - queries) >= backend.arange(keys, like=like)[None, :]
+
+
+def visible_keys(q: Any, k: Any, mask: Any, causal: bool) -> Any:
+    """Return a bool array that is True where a query sees a key, or None if every query sees all keys."""
+    if not causal:
+        return mask
+    shape = backend_of(q).shape
+    earlier = causal_mask(shape(q)[-2], shape(k)[-2], like=q)
+    return earlier if mask is None else mask & earlier
+
+
+def score_scale(q: Any, k: Any, scale: float | None) -> Any:
+    """Return the factor of the dot products. Refuse a scale that is not finite, and queries if there are no keys."""
+    backend = backend_of(q)
+    *_, queries, d = backend.shape(q)
+    if _is_zero(backend.shape(k)[-2]) and not _is_zero(queries):
+        raise ValueError("attention: there are no keys; every query must see at least one")
+    if scale is None:
+        return (max(d, 1) if isinstance(d, int) else backend.xp.astype(d, q.dtype)) ** -0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"attention: scale is {scale}; expected a finite number")
+    return scale
 
 
 @op
@@ -280,17 +306,8 @@ def attention_scores(
     """
     backend = backend_of(q)
     xp = backend.xp
-    *_, queries, d = backend.shape(q)
-    if _is_zero(backend.shape(k)[-2]) and not _is_zero(queries):
-        raise ValueError("attention: there are no keys; every query must see at least one")
-    if scale is None:
-        scale = (max(d, 1) if isinstance(d, int) else xp.astype(d, q.dtype)) ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"attention: scale is {scale}; expected a finite number")
-    scores = xp.matmul(q, xp.matrix_transpose(k)) * scale
-    if causal:
-        earlier = causal_mask(queries, backend.shape(k)[-2], like=q)
-        mask = earlier if mask is None else mask & earlier
+    scores = xp.matmul(q, xp.matrix_transpose(k)) * score_scale(q, k, scale)
+    mask = visible_keys(q, k, mask, causal)
     if mask is not None:
         scores = xp.where(mask, scores, -math.inf)
     return scores

@@ -70,7 +70,7 @@ LAYERS = [
     {"signature"},
     {"op"},
     {"ops", "params", "tokenizer", "tokenizer_files"},
-    {"cache", "sampling"},
+    {"cache", "sampling", "correct_rounding"},
     {"model"},
     {"gradients", "generation", "checkpoint", "score", "export"},
     {"training", "language_model", "plot", "certificate"},
