@@ -7,7 +7,7 @@ would give, with the weights as they are stored. docs/numerics.md says what exac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,17 @@ import numpy as np
 
 from . import checks
 from .backend import Backend
-from .host import Enclosure
+from .host import Enclosure, float_dtypes
 from .language_model import GPT2, AllowSpecial
 from .model import gpt2, observed_names
 from .numerics.bounds import FORMATS
-from .params import flatten, nest
-from .registry import backend_of, get_backend
+from .params import Params, flatten, map_tree, nest
+from .registry import backend_of, get_backend, to_numpy
 
 _LARGEST = 2**14
 """The largest working precision, in bits, that `certify` tries."""
+_BYTES = 600
+"""The memory that a logit takes, from its ball to the bounds of its error, as measured with 256 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,10 @@ class Certificate:
         The token with the largest logit that the model itself computed.
     errors : float64 array [seq]
         An upper bound on the largest error of the logits that the model itself computed, at each position.
+    ideal : float64 array [seq]
+        The largest error of an ideal implementation at each position. Each of its ops returns the exact result, rounded
+        once to the dtype of the model. It reads the same weights as the model. Not proved: its ops are evaluated in
+        float64. For a model in float64, it is the error in float32 times 2^-29.
     largest : float
         The largest magnitude of an exact logit, rounded up.
     backend, dtype : str
@@ -79,6 +85,7 @@ class Certificate:
     margins: np.ndarray
     computed_argmax: list[int]
     errors: np.ndarray
+    ideal: np.ndarray
     largest: float
     backend: str
     dtype: str
@@ -96,28 +103,46 @@ class Certificate:
         unit = FORMATS[self.dtype].unit * self.largest
         return float(self.errors.max()) / unit if unit else math.inf
 
+    @property
+    def of_ideal(self) -> float:
+        """The largest error of the model's own logits, divided by that of an ideal implementation (`ideal`)."""
+        return _quotient(float(self.errors.max()), float(self.ideal.max()))
+
     def __str__(self) -> str:
         n, decided = len(self.tokens), sum(best is not None for best in self.argmax)
         agreed = sum(best == own for best, own in zip(self.argmax, self.computed_argmax, strict=True))
+        overflows = int(np.isinf(self.errors).sum())
         lines = [
             f"The exact logits of {n} tokens are enclosed, with radii of at most {self.radius:.2g} ({self.bits} bits).",
             f"The token with the largest exact logit is certified at {decided} of {n} positions. At {agreed} of them, "
             f"it is the one that {self.backend} computed in {self.dtype}.",
-            f"The error of the logits that {self.backend} computed in {self.dtype} is at most {self.errors.max():.3g}, "
-            f"which is {self.units:.3g} u times the largest logit.",
         ]
+        if overflows:
+            lines += [
+                f"The logits that {self.backend} computed in {self.dtype} are NaN or infinite at {overflows} of {n} "
+                f"positions."
+            ]
+        else:
+            lines += [
+                f"The error of the logits that {self.backend} computed in {self.dtype} is at most "
+                f"{self.errors.max():.3g}, which is {self.units:.3g} u times the largest logit.",
+                f"This is {self.of_ideal:.3g} times {self.ideal.max():.3g}, the error of an ideal implementation, in "
+                f"which each op returns its exact result, rounded once to {self.dtype}.",
+            ]
         if self.new_tokens:
             lines += [
                 f"{sum(self.proved)} of the {len(self.new_tokens)} greedy tokens are proved: each of them has the "
                 f"largest exact logit, given the tokens before it."
             ]
-        rows = [("position", "token", "certified next", "margin", "error")]
+        rows = [("position", "token", "certified next", "margin", "error", "error / ideal")]
         for i in range(n):
             best = self.argmax[i]
             shown = "not decided" if best is None else f"{best}{'' if best == self.computed_argmax[i] else ' (!)'}"
             token = str(self.tokens[i]) if self.texts is None else f"{self.tokens[i]} {self.texts[i]!r}"
-            rows.append((str(i), token, shown, f"{self.margins[i]:.3g}", f"{self.errors[i]:.3g}"))
-        widths = [max(len(row[j]) for row in rows) for j in range(5)]
+            ratio = _quotient(float(self.errors[i]), float(self.ideal[i]))
+            numbers = (f"{number:.3g}" for number in (self.margins[i], self.errors[i], ratio))
+            rows.append((str(i), token, shown, *numbers))
+        widths = [max(len(row[j]) for row in rows) for j in range(6)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, "", *table])
 
@@ -133,10 +158,16 @@ class Certificate:
             "margins": self.margins.tolist(),
             "computed_argmax": self.computed_argmax,
             "errors": self.errors.tolist(),
+            "ideal": self.ideal.tolist(),
             "largest": self.largest,
             "backend": self.backend,
             "dtype": self.dtype,
         }
+
+
+def _quotient(x: float, y: float) -> float:
+    """Return the ratio of two errors. It is 1 if both are 0, or both are infinite."""
+    return 1.0 if x == y else x / y if y else math.inf
 
 
 def certify(
@@ -189,6 +220,9 @@ def certify(
     TypeError, ValueError
         As for `GPT2.trace`; also if radius is not positive, the text and the new tokens do not fit into n_ctx, the
         backend does not compute with balls, or the weights have another shape than those of the model.
+    MemoryError
+        If the enclosures of the logits do not fit into memory. They take about 600 bytes for each token and each entry
+        of the vocabulary.
     ArithmeticError
         If the radii are too large in 16,384 bits, too. This is so if logits are not finite.
 
@@ -209,7 +243,8 @@ def certify(
     ids = model._prompt_ids(text, allow_special) if isinstance(text, str) else text
     prompt = checks.token_ids("token ids", ids, model.config.n_vocab).tolist()
     checks.positions(len(prompt), model.config.n_ctx)
-    max_new_tokens = checks.new_tokens(max_new_tokens, False, [prompt], model.config.n_ctx)
+    max_new_tokens = checks.new_tokens(max_new_tokens, None, [prompt], model.config.n_ctx)
+    _check_memory((len(prompt) + max_new_tokens) * model.config.n_vocab)
     greedy = model.stream_ids(prompt, max_new_tokens=max_new_tokens, temperature=0)
     new = list(greedy) if max_new_tokens else []
     tokens = [*prompt, *new][: len(prompt) + max(max_new_tokens - 1, 0)]
@@ -238,11 +273,23 @@ def certify(
             *_argmax(exact, logits, bounds),
             np.argmax(computed, axis=-1).tolist(),
             _errors(exact, logits, computed),
+            _ideal(model, tokens, bounds),
             float(max(-bounds.lower.min(), bounds.upper.max())),
             model.backend.name,
             model.backend.dtype_names[model.params["wte"].dtype],
             None if model.tokenizer is None else [model.tokenizer.decode([token]) for token in [*prompt, *new]],
         )
+
+
+def _check_memory(n_logits: int) -> None:
+    """Refuse a text whose enclosures do not fit into memory: FLINT ends the process if it cannot allocate memory."""
+    try:
+        np.empty(_BYTES * n_logits, np.uint8)
+    except MemoryError:
+        gigabytes = _BYTES * n_logits / 1e9
+        raise MemoryError(
+            f"the enclosures of {n_logits:,} logits take about {gigabytes:,.1f} GB of memory; give a shorter text"
+        ) from None
 
 
 def _on(exact: Backend, x: Any) -> Any:
@@ -283,6 +330,42 @@ def _argmax(exact: Backend, logits: Any, bounds: Enclosure) -> tuple[list[int | 
         margins[i] = max(float(margin[rival]), 0.0)
         found.append(int(contenders[best]) if margins[i] > 0 else None)
     return found, margins
+
+
+class _Wide(Mapping[str, Any]):
+    """Parameters as NumPy arrays of float64. Each layer is converted when it is read, so that memory suffices."""
+
+    def __init__(self, params: Params) -> None:
+        self._params = params
+
+    def __getitem__(self, name: str) -> Any:
+        return map_tree(lambda x: to_numpy(x).astype(np.float64), {name: self._params[name]})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+def _ideal(model: GPT2, tokens: list[int], bounds: Enclosure) -> np.ndarray:
+    """Return the largest error, at each position, of an implementation that rounds each op's exact result once.
+
+    The portable source computes in float64, and each result is rounded in place before the next op reads it. Float64
+    itself has no wider dtype here. Its errors are those of float32 times the ratio of the unit round-offs, to first
+    order.
+    """
+    dtype = model.backend.dtype_names[model.params["wte"].dtype]
+    narrow = "float32" if dtype == "float64" else dtype
+
+    def observe(name: str, x: np.ndarray) -> None:
+        x[...] = x.astype(float_dtypes[narrow])
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        logits, _ = gpt2(_Wide(model.params), np.asarray([tokens]), model.config, observe=observe)
+        errors = np.maximum(logits[0] - bounds.lower, bounds.upper - logits[0]).max(axis=-1)
+    ideal: np.ndarray = np.nan_to_num(errors, nan=math.inf) * (FORMATS[dtype].unit / FORMATS[narrow].unit)
+    return ideal
 
 
 def _errors(exact: Backend, logits: Any, computed: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Certificates: each statement of a certificate is true, and a certificate states nothing that is not proved."""
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ import tiny
 
 import portable_gpt2 as pg
 from portable_gpt2.cli import main
+from portable_gpt2.host import float_dtypes
 from portable_gpt2.testing import plain_gpt2
 
 pytestmark = pytest.mark.usefixtures("flint")
@@ -43,6 +45,34 @@ def test_a_certificate_has_the_logits_the_errors_and_the_largest(flint):
     np.testing.assert_allclose(found.errors, abs(computed - logits).max(axis=-1), rtol=1e-5)
     assert found.largest == pytest.approx(abs(logits).max())
     assert (found.backend, found.dtype, found.new_tokens, found.proved) == ("numpy", "float32", [], [])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_the_unit_is_the_error_of_an_ideal_implementation(dtype):
+    """Catches a result that is not rounded, or is rounded to another dtype, and an error at another position."""
+    narrow = float_dtypes["bfloat16" if dtype == "bfloat16" else "float32"]
+
+    def rounded(name, x):
+        x[...] = x.astype(narrow)
+
+    logits = plain_gpt2.plain_gpt2(FLAT, np.asarray([IDS]), CONFIG, observe=rounded)[0]
+    expected = abs(logits - truth(IDS)).max(axis=-1) * (2.0**-29 if dtype == "float64" else 1)
+    found = pg.certify(model(dtype=dtype), IDS)
+    np.testing.assert_allclose(found.ideal, expected, rtol=1e-3)
+    assert found.of_ideal == found.errors.max() / found.ideal.max()
+    assert 0.2 < found.of_ideal < 50
+    assert f"{found.of_ideal:.3g} times {expected.max():.3g}, the error of an ideal implementation," in str(found)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_logits_that_overflow_have_an_infinite_error():
+    """Catches the quotient of two infinities that is called an error, and JSON with an infinity in it."""
+    big = {**FLAT, "ln_f/g": np.full(CONFIG.n_embd, 60000.0)}
+    found = pg.certify(model(big, dtype="float16"), IDS)
+    assert np.isinf(found.errors).all()
+    assert np.isinf(found.ideal).all()
+    assert "that numpy computed in float16 are NaN or infinite at 6 of 6 positions" in str(found)
+    assert "nan" not in str(found)
 
 
 def test_the_precision_is_doubled_until_the_radii_are_small_enough():
@@ -168,7 +198,7 @@ def test_what_cannot_be_certified_is_refused():
     small = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=8, eos_token_id=None)
     for call, message in {
         lambda: pg.certify(it, IDS, radius=0.0): "radius is 0.0",
-        lambda: pg.certify(it, IDS, max_new_tokens=CONFIG.n_ctx): "do not fit into n_ctx = 40",
+        lambda: pg.certify(it, IDS, max_new_tokens=CONFIG.n_ctx): r"do not fit into n_ctx = 40: give at most 34$",
         lambda: pg.certify(it, IDS * 20): "120 tokens were given; the model has n_ctx = 40",
         lambda: pg.certify(it, [99]): "token id 99 is not in the vocabulary",
         lambda: pg.certify(it, "To be"): "the model has no tokenizer",
@@ -177,6 +207,16 @@ def test_what_cannot_be_certified_is_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_text_that_takes_too_much_memory_is_refused_before_the_model_runs(monkeypatch):
+    """Catches a process that FLINT aborts, after minutes, because it cannot allocate memory."""
+    config = dataclasses.replace(CONFIG, n_vocab=2**50)
+    it = model()
+    monkeypatch.setattr(it, "config", config)
+    why = "the enclosures of 6,755,399,441,055,744 logits take about 4,053,239,664.6 GB of memory; give a shorter text"
+    with pytest.raises(MemoryError, match=why):
+        pg.certify(it, IDS)
 
 
 def test_a_missing_python_flint_is_told_with_its_remedy():
