@@ -134,7 +134,7 @@ class Certificate:
                 f"{sum(self.proved)} of the {len(self.new_tokens)} greedy tokens are proved: each of them has the "
                 f"largest exact logit, given the tokens before it."
             ]
-        rows = [("position", "token", "certified next", "margin", "error", "error / ideal")]
+        rows: list[tuple[str, ...]] = [("position", "token", "certified next", "margin", "error", "error / ideal")]
         for i in range(n):
             best = self.argmax[i]
             shown = "not decided" if best is None else f"{best}{'' if best == self.computed_argmax[i] else ' (!)'}"
@@ -361,8 +361,9 @@ def _ideal(model: GPT2, tokens: list[int], bounds: Enclosure) -> np.ndarray:
     def observe(name: str, x: np.ndarray) -> None:
         x[...] = x.astype(float_dtypes[narrow])
 
+    params: Any = _Wide(model.params)
     with np.errstate(over="ignore", invalid="ignore"):
-        logits, _ = gpt2(_Wide(model.params), np.asarray([tokens]), model.config, observe=observe)
+        logits, _ = gpt2(params, np.asarray([tokens]), model.config, observe=observe)
         errors = np.maximum(logits[0] - bounds.lower, bounds.upper - logits[0]).max(axis=-1)
     ideal: np.ndarray = np.nan_to_num(errors, nan=math.inf) * (FORMATS[dtype].unit / FORMATS[narrow].unit)
     return ideal
