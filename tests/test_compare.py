@@ -4,6 +4,8 @@ A thorough run (a profile of hypothesis whose name ends in ``thorough``) has eve
 correct pairs.
 """
 
+import dataclasses
+import math
 import re
 from types import MappingProxyType
 
@@ -163,7 +165,7 @@ def test_elements_that_are_not_judged_are_counted():
     assert (logits.judged, logits.elements) == (4 * (50_000 // (4 * 32)), 12 * 500)
     (note,) = found.notes
     assert re.match(
-        r"Of the [\d,]+ elements of the results that were judged, [\d,]+ were judged: in float64 a sel", note
+        r"Of the [\d,]+ elements of the results that were judged, [\d,]+ were judged. In float64, a sel", note
     )
     arrays = ported.port(config, weights, tokens)
     arrays["h0/attn/residual"][0, :11] = np.inf
@@ -261,7 +263,9 @@ def test_logits_are_compared_as_distributions():
     assert (found.first, found.greedy) == (1, (0, 1))
     assert found.divergence == pytest.approx(0.75 * np.log(3) - 0.25 * np.log(3))
     assert found.largest == pytest.approx(np.log(3))
-    assert of_logits(x, x) == (0.0, 0.0, None, None)
+    assert of_logits(x, x) == (0.0, 0.0, None, None, None, 0)
+    x[0, 0, 1] = -np.inf  # as some programs do with logits of padding
+    assert of_logits(x, x)[:2] == (0.0, 0.0)
 
 
 def test_sides_that_cannot_be_compared_are_refused():
@@ -280,12 +284,156 @@ def test_sides_that_cannot_be_compared_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             compare(right, side)
-    with pytest.raises(ValueError, match="the weights are known of neither side"):
-        compare(traced(config, arrays, tokens), traced(config, arrays, tokens))
-    with pytest.raises(ValueError, match="neither side has a configuration"):
-        compare(traced(None, arrays, tokens, weights), traced(None, arrays, tokens))
+    with pytest.raises(ValueError, match="nothing can be compared: the traces share no results"):
+        compare(*(traced(None, {name: arrays[name]}, tokens) for name in ("logits", "ln_f")))
     with pytest.raises(ValueError, match="no text is given"):
         compare(*[tiny.model(pg.get_backend("numpy"))] * 2)
+
+
+def vocabularies(config, n, random, pad):
+    """Return the weights of a model and of the same model with a vocabulary of n ids."""
+    weights, n_embd = ported.some_weights(config, random), config.n_embd
+    for path in ("wte", "lm_head"):
+        if path in weights:
+            weights[path] = weights[path].astype(np.float32)
+    larger = {
+        path: np.concatenate([a, np.full((n - len(a), n_embd), pad, np.float32)]) if path in ("wte", "lm_head") else a
+        for path, a in weights.items()
+    }
+    return weights, larger
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("is_larger", ["a", "b"])
+@pytest.mark.parametrize("known", ["models", "weights of a", "weights of b", "no configuration of b"])
+def test_vocabularies_of_two_sizes_are_compared_in_their_common_part(tied, is_larger, known):
+    """Catches padding that makes a comparison impossible, rows that are judged with another model's weights, and a
+    divergence over ids that one model does not have.
+    """
+    random = np.random.default_rng(20)
+    small = pg.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_vocab=50, n_ctx=16, eos_token_id=7)
+    small = dataclasses.replace(small, tie_word_embeddings=tied)
+    large = dataclasses.replace(small, n_vocab=64)
+    tokens = random.integers(0, small.n_vocab, (1, 12))
+    weights = dict(zip((50, 64), vocabularies(small, 64, random, 0.0), strict=True))
+    a, b = (small, large) if is_larger == "b" else (large, small)
+
+    def side(config, style, has_weights, has_config=True):
+        arrays = ported.port(config, weights[config.n_vocab], tokens, style=style)
+        own = weights[config.n_vocab] if has_weights else {}
+        return traced(config if has_config else None, arrays, tokens, own)
+
+    x = side(a, "plain", known != "weights of b")
+    y = side(b, "reversed", known in ("models", "weights of b"), known != "no configuration of b")
+    found = compare(x, y)
+    assert not found.equal
+    assert found.missing == []
+    assert all(op.within for op in found.ops)
+    sizes = f"{a.n_vocab} token ids in the reference, {b.n_vocab} in the judged model"
+    assert found.verdict.startswith(f"The vocabularies differ ({sizes}), and every op is within its bound, so rounding")
+    assert found.notes[0].startswith(f"The vocabularies have {a.n_vocab} and {b.n_vocab} token ids. The logits of the")
+    if known == "models":
+        changed = {"wte"} if tied else {"wte", "lm_head"}
+        assert {each.path for each in found.weights} == changed
+        verb = "added" if is_larger == "b" else "missing"
+        assert all(each.kind.startswith(f"14 rows {verb} at the end") for each in found.weights)
+    (judged,) = (op for op in found.ops if op.name == "logits")
+    assert judged.elements == 12 * b.n_vocab
+    assert judged.judged == 12 * (b.n_vocab if ("weights" in known and "b" in known) or known == "models" else 50)
+    p, q = (each.arrays["logits"][0, :, :50].astype(np.float64) for each in (x, y))
+    p, q = (z - np.log(np.exp(z).sum(axis=-1, keepdims=True)) for z in (p, q))
+    assert found.logits.divergence == pytest.approx((np.exp(p) * (p - q)).sum(axis=-1).max(), abs=1e-15)
+    assert found.logits.common == 50
+    assert found.logits.largest == found.growth[-1].difference <= found.growth[-1].rounding
+
+
+def test_padding_that_wins_and_padding_that_is_wrong_are_found():
+    """Catches a model that generates ids that no tokenizer has, and logits that are judged only where both sides
+    have them.
+    """
+    random = np.random.default_rng(21)
+    small = pg.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_vocab=50, n_ctx=16, eos_token_id=None)
+    large = dataclasses.replace(small, n_vocab=64)
+    tokens = random.integers(0, small.n_vocab, (1, 12))
+    weights, padded = vocabularies(small, 64, random, 0.0)
+    padded["wte"][60] = 50 * random.standard_normal(16)
+    a, b = (
+        traced(config, ported.port(config, w, tokens), tokens, w) for config, w in ((small, weights), (large, padded))
+    )
+    for x, y in ((a, b), (b, a)):
+        found = compare(x, y)
+        wins = b.arrays["logits"].argmax(axis=-1)[0] >= 50
+        assert 0 < found.logits.outside == wins.sum() < 12
+        assert 60 in found.logits.greedy
+        assert f"an id that only one side has at {wins.sum()} of 12 positions" in found.verdict
+    b.arrays["logits"][0, 3, 62] += 1
+    found = compare(a, b)
+    assert (found.culprit.name, found.culprit.element) == ("logits", (0, 3, 62))
+    assert found.logits.largest < 1e-4
+    assert found.verdict.startswith("The vocabularies differ (50 token ids in the reference, 64 in the judged model), ")
+    assert "and the error of unembed at logits is" in found.verdict
+
+
+PARAMETER_FREE = ("split", "attention_scores", "attention_weights", "attention", "add", "gelu")
+
+
+@pytest.mark.parametrize("config_is_known", [True, False])
+def test_traces_without_weights_give_what_can_be_known(config_is_known):
+    """Catches a refusal, an op without parameters that is not judged, and a claim that rounding explains the rest."""
+    random = np.random.default_rng(22)
+    config = pg.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_vocab=50, n_ctx=16, eos_token_id=None)
+    weights, tokens = ported.some_weights(config, random), random.integers(0, 50, (1, 12))
+
+    def side(*bug, style="plain"):
+        given = config if config_is_known else None
+        return traced(given, ported.port(config, weights, tokens, *bug, style=style), tokens)
+
+    found = compare(side(), side(style="reversed"))
+    assert not found.equal
+    assert found.weights is None
+    assert {op.op for op in found.ops} == set(PARAMETER_FREE)
+    assert len(found.ops) == 2 * 9
+    assert "h0/ln_1" in found.missing
+    start = "Every op that could be judged is within its bound, and it is not known whether rounding explains the diff"
+    assert found.verdict.startswith(start)
+    assert any(note.startswith("The weights are known of neither side.") for note in found.notes)
+    assert any(note.startswith("Neither side has a configuration.") for note in found.notes) != config_is_known
+    assert 0 < found.logits.largest < 1e-4
+    assert len(found.growth) == len(pg.model.observed_names(config))
+    assert all(math.isnan(each.rounding) for each in found.growth)
+    found = compare(side(), side())
+    assert found.equal
+    assert found.verdict.endswith("within its bound, and all results that both sides have are equal.")
+    found = compare(side(), side(ported.Bug("activation", "h1/mlp/gelu", "relu")))
+    assert (found.culprit.name, found.culprit.guess) == ("h1/mlp/gelu", "the activation is ReLU")
+    assert found.verdict.startswith("The models part: ")
+
+
+def test_a_few_results_without_a_configuration_are_compared():
+    """Catches a shape that is taken for known, although no result has it."""
+    random = np.random.default_rng(23)
+    for arrays in (
+        {"logits": random.normal(size=(1, 3, 9))},
+        {"h2/attn/weights": random.random((1, 2, 3, 3))},
+        {"h0/mlp/c_fc": random.normal(size=(1, 3, 7)), "h0/mlp/gelu": np.zeros((1, 3, 7))},
+    ):
+        a, b = (
+            traced(None, {name: (x + i).astype(np.float32) for name, x in arrays.items()}, np.asarray([[1, 2, 3]]))
+            for i in range(2)
+        )
+        found = compare(a, b)
+        assert not found.equal
+        assert [each.name for each in found.growth] == list(arrays)
+        assert [op.name for op in found.ops] == [name for name in arrays if name.endswith("gelu")]
+    # The weights of a model whose number of heads nobody knows do not say how a difference grows.
+    config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_vocab=50, n_ctx=16, eos_token_id=None)
+    weights, tokens = ported.some_weights(config, random), random.integers(0, 50, (1, 12))
+    arrays = {name: x for name, x in ported.port(config, weights, tokens).items() if x.ndim == 3}
+    a, b = (traced(None, arrays, tokens, weights) for _ in range(2))
+    found = compare(a, b)
+    assert all(op.within for op in found.ops)
+    assert {"h0/ln_1", "h0/attn/c_attn", "h0/mlp/c_proj", "logits"} <= {op.name for op in found.ops}
+    assert all(math.isnan(each.rounding) for each in found.growth)
 
 
 def test_only_the_wrong_op_is_beyond_its_bound():

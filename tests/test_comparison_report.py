@@ -102,6 +102,21 @@ def test_what_was_not_judged_is_said():
     assert "all elements" not in page(comparison())
 
 
+def test_a_part_of_the_logits_is_called_so():
+    """Catches logits of padding that win the choice of the next token, and of which the report says nothing."""
+    found = comparison(logits=LogitsFinding(0.5, 0.25, 7, (284, 50260), common=50257, outside=3))
+    read = Page(page(found))
+    pairs = zip(read.all("dt"), read.all("dd"), strict=True)
+    lines = [*report(found).splitlines(), *(f"  {a['text']}  {b['text']}" for a, b in pairs)]
+    for label, text in {
+        "compared": "the 50,257 token ids that both sides have",
+        "id of one side only": "is the most likely next token at 3 of 11 positions",
+        "token of the judged": "50260",
+    }.items():
+        assert len([line for line in lines if re.fullmatch(f"  {label}  +{text}", line)]) == 2
+    assert "of one side only" not in report(comparison())
+
+
 def test_each_weight_that_differs_is_listed():
     """Catches a path, a kind or a number that is left out, and a list of 148 lines."""
     text = report(comparison())
@@ -234,7 +249,7 @@ def test_json_has_each_finding_under_the_name_of_its_field():
     ]
     assert said["growth"] == [each._asdict() for each in found.growth]
     assert said["weights"] == [{"path": "h0/attn/c_attn/w", "kind": "transposed", "largest": 0.125}]
-    assert said["logits"] == {"largest": 0.03125, "divergence": 2.5e-5, "first": 7, "greedy": [284, 262]}
+    assert said["logits"] == {**found.logits._asdict(), "greedy": [284, 262]}
     nothing = comparison(beyond=(), weights=None, logits=None).as_json()
     assert (nothing["weights"], nothing["logits"], nothing["culprit"]) == (None, None, None)
 

@@ -19,7 +19,7 @@ def add_to(commands: Any) -> None:
         "trace",
         help="write the results of a model's ops for a text to a file",
         description="Write the results of a model's ops for a text to a file, by their names, such as h3/ln_1. The "
-        "file appears complete or not at all. Such a file can be compared with a model or with another such file.",
+        "file appears complete or not at all. `portable-gpt2 diff` compares it with a model or with another such file.",
     )
     add = parser.add_argument
     add("text", type=str, help="text that the model reads")
@@ -31,6 +31,12 @@ def add_to(commands: Any) -> None:
         default=["*"],
         metavar="PATTERN",
         help="names of the results to write, or patterns such as '*/residual' (default: all results)",
+    )
+    add(
+        "--weights",
+        action="store_true",
+        help="write the weights, too, which makes the file as large as a checkpoint; two traces can be compared op by "
+        "op only if one of them has the weights",
     )
     add("-o", "--output", required=True, metavar="FILE", help="file to write, such as gpt2.npz or gpt2.safetensors")
     add("--force", action="store_true", help="replace FILE if it exists")
@@ -46,6 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.model}: has no tokenizer, so that it cannot read a text")
     tokens = np.asarray([model.tokenizer.encode(arguments.text, allow_special=allow_special(arguments))])
     trace = trace_model(model, tokens, arguments.names, name=short_name(arguments.model))
-    trace.save(arguments.output, force=arguments.force)
+    trace.save(arguments.output, force=arguments.force, weights=arguments.weights)
     streams.say(f"wrote {arguments.output}: {len(trace.arrays)} results for {tokens.shape[1]} tokens")
     return 0

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ..config import GPT2Config
 from ..host import StoredTensor
-from .findings import Comparison, LogitsFinding, OpFinding, WeightFinding
+from .findings import Comparison, OpFinding
 from .growth import growth, of_logits
 from .guesses import Case, Function, explain
+from .shape import configurations, knows_heads
 from .sides import open_side, traces
 from .steps import Step, call, judge, results, steps, weights_of, with_infinite_scores
 from .trace import Trace
-from .weights import differences, merged
+from .verdict import Evidence, notes, unexpected
+from .weights import differences
 
 Progress: TypeAlias = Callable[[Iterable[Step]], Iterable[Step]]
 
@@ -48,7 +48,8 @@ def compare(
         The reference. Its configuration says what b should compute. A path or a str is the file of a trace, or a
         checkpoint that `GPT2.load` loads. A model of another program is traced as `probe` describes.
     b : as a
-        The model that is judged. If its weights are not known, it is judged with those of a.
+        The model that is judged. If its weights are not known, it is judged with those of a. If these are not known
+        either, only ops that read no weights are judged, such as attention.
     text : str or ints, optional
         The text, or its token ids [seq]. It may be left out if a or b is a trace, whose tokens are then used.
     allow_special : bool or collection of str
@@ -66,8 +67,7 @@ def compare(
     Raises
     ------
     ValueError
-        If the two do not have the same shape or did not read the same tokens, or the configuration or the weights are
-        known of neither.
+        If the two do not have the same shape, except for n_vocab, or did not read the same tokens.
 
     Examples
     --------
@@ -79,36 +79,37 @@ def compare(
     'Every op is within its bound, so rounding explains the difference of the logits, which is at most 0.'
     """
     a, b = traces(open_side(a), open_side(b), text, allow_special=allow_special)
-    config = a.config or b.config
-    if config is None:
-        raise ValueError("neither side has a configuration, which says how many heads there are; give one of them one")
-    _check(a, b, config)
-    weights = weights_of(a.weights, b.weights, config)
+    config_a, config_b = configurations(a, b)
     known = bool(a.weights) and bool(b.weights)
     found = differences(a.weights, b.weights, a.config, b.config) if known else None
-    ops, missing = judged(b, config, weights, progress)
-    names = [step.name for step in steps(config)]
-    grown = growth(a, b, config, a.weights or b.weights, names)
+    ops, missing = judged(b, config_b, weights_of(a.weights, b.weights, config_b), progress)
+    weights = weights_of(b.weights, a.weights, config_a) if knows_heads(a, b) else {}
+    grown = growth(a, b, config_a, weights, [step.name for step in steps(config_a)])
     both = "logits" in a.arrays and "logits" in b.arrays
     logits = of_logits(a.arrays["logits"], b.arrays["logits"]) if both else None
     if not ops and not grown:
         raise ValueError("nothing can be compared: the traces share no results, and no result of b has its inputs")
-    complete = all(name.rpartition("/")[2] in _OPTIONAL for name in missing)
-    expected = all(not g.difference > g.rounding for g in grown)
-    wrong = [finding for finding in ops if not finding.ratio <= 1]
-    changed = merged(each for each in found or [] if each.kind not in _rounded(a, b) and "absent" not in each.kind)
+    evidence = Evidence(
+        vocabularies=(config_a.n_vocab, config_b.n_vocab),
+        changed=unexpected(found or [], a, b),
+        ops=ops,
+        complete=all(name.rpartition("/")[2] in _OPTIONAL for name in missing),
+        growth=grown,
+        logits=logits,
+        n_tokens=b.tokens.shape[1],
+    )
     return Comparison(
         a=a.source,
         b=b.source,
         tokens=b.tokens[0].tolist(),
-        verdict=_verdict(wrong, changed, logits, complete, [g.name for g in grown if g.difference > g.rounding]),
-        equal=not wrong and not changed and (complete or expected),
+        verdict=evidence.verdict(),
+        equal=evidence.equal,
         weights=found,
         ops=ops,
         growth=grown,
         logits=logits,
         missing=missing,
-        notes=list(_notes(ops)),
+        notes=list(notes(a, b, evidence)),
     )
 
 
@@ -143,12 +144,14 @@ def judged(
     for step in progress(steps(config)):
         # c_attn follows from q, k and v; a part that is derived from c_attn would only be compared with itself.
         is_known = step.name in b.arrays or step.name.endswith("c_attn")
-        computed = result(step.name) if is_known else None
+        whole = computed = result(step.name) if is_known else None
         made = None if computed is None else call(step, b.tokens, result, weights, config, b.dtype, b.numerics)
         seen.append(step.name)
-        if computed is None or made is None:
+        if whole is None or computed is None or made is None:
             missing.append(step.name)
             continue
+        if step.op == "unembed":  # only the first rows of its matrix may be known
+            computed = computed[..., : made.params["w"].shape[0]]
         if step.op == "attention_scores":
             computed = with_infinite_scores(computed, made.options["mask"])
         found = judge(made, computed)
@@ -163,88 +166,5 @@ def judged(
                 explained[step.op] += [f for f in functions if f not in explained[step.op]]
                 searches += 1
             suspects.add(step.name)
-        ops.append(OpFinding(step.name, step.op, *found[:5], guess, found.judged, computed.size))
+        ops.append(OpFinding(step.name, step.op, *found[:5], guess, found.judged, whole.size))
     return ops, missing
-
-
-def _check(a: Trace, b: Trace, config: GPT2Config) -> None:
-    """Refuse sides that cannot be compared."""
-    if a.config is not None and b.config is not None:
-        for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_hidden"):
-            if (x := getattr(a.config, name)) != (y := getattr(b.config, name)):
-                found = merged(differences(a.weights, b.weights, a.config, b.config)) if a.weights and b.weights else []
-                said = "; ".join(f"{each.path}: {each.kind}" for each in found[:3])
-                raise ValueError(
-                    f"{name} is {x} in {a.source} and {y} in {b.source}; the shapes must be equal"
-                    + (f" (the weights differ: {said})" if said else "")
-                )
-    if not a.weights and not b.weights:
-        raise ValueError("the weights are known of neither side; give the checkpoint of one of them")
-    for side in (a, b):
-        try:
-            replace(side, config=config)  # a trace checks its shapes
-        except ValueError as error:
-            raise ValueError(f"{side.source}: {error}") from None
-
-
-def _rounded(a: Trace, b: Trace) -> set[str]:
-    """Return the kinds of differences of weights that follow from the dtypes of the two sides."""
-    if a.dtype == b.dtype:
-        return set()
-    through = f"rounded through {b.dtype}"
-    return {through, f"a is rounded through {a.dtype}", f"{through}, a through {a.dtype}"}
-
-
-def _notes(ops: Sequence[OpFinding]) -> Iterator[str]:
-    """Yield what a comparison does not cover, as sentences."""
-    judged, elements = (sum(getattr(op, name) for op in ops) for name in ("judged", "elements"))
-    if judged < elements:
-        yield (
-            f"Of the {elements:,} elements of the results that were judged, {judged:,} were judged: in float64 a "
-            f"selection is judged, and an element that is computed from NaN, infinity or a sum that may overflow has "
-            f"no bound."
-        )
-
-
-def _verdict(
-    wrong: list[OpFinding],
-    changed: list[WeightFinding],
-    logits: LogitsFinding | None,
-    complete: bool,
-    grown: list[str],
-) -> str:
-    """Return one sentence: where the models part, or that rounding explains the difference."""
-    of_ops = _of_ops(wrong)
-    if changed:
-        first, *others = changed
-        kind = first.kind.partition(":")[0]
-        more = f", and {len(others)} more" if others else ""
-        found = f"and {of_ops}" if of_ops else "and every op that was judged is within its bound"
-        return f"The weights differ ({first.path}: {kind}{more}), {found}."
-    if of_ops:
-        return f"The models part: {of_ops}."
-    size = "" if logits is None else f" of the logits, which is at most {logits.largest:.2g}"
-    if complete:
-        return f"Every op is within its bound, so rounding explains the difference{size}."
-    if grown:
-        return (
-            f"Every op that could be judged is within its bound, but the difference at {grown[0]} is larger than "
-            f"rounding can be expected to cause; trace more results."
-        )
-    return (
-        f"Every op that could be judged is within its bound, and rounding can be expected to cause a difference{size}."
-    )
-
-
-def _of_ops(wrong: list[OpFinding]) -> str:
-    """Name the first result beyond its bound, the cause, and the number of the others."""
-    if not wrong:
-        return ""
-    first, *others = wrong
-    if first.ratio < math.inf:
-        error = f"the error of {first.op} at {first.name} is {first.ratio:.2g} times what rounding permits"
-    else:
-        error = f"{first.op} at {first.name} has an element that rounding cannot change"
-    cause = f", because {first.guess}" if first.guess else ", and no guess explains it"
-    more = f" ({len(others)} more results are beyond their bounds)" if others else ""
-    return f"{error}{cause}{more}"

@@ -87,22 +87,33 @@ class Growth(NamedTuple):
 class LogitsFinding(NamedTuple):
     """How the logits differ.
 
+    Two models may have vocabularies of different sizes: nanoGPT pads 50,257 rows to 50,304. Then differences and
+    divergences are those of the token ids that both have, and the most likely next token is one of all ids of its side.
+
     Parameters
     ----------
     largest : float
         The largest absolute difference.
     divergence : float
-        The largest Kullback-Leibler divergence of the next token's distribution over the positions, in nats.
+        The largest Kullback-Leibler divergence of the next token's distribution over the positions, in nats. If the
+        vocabularies differ, it is that of the distributions under the condition that both models have the next token:
+        the softmax of the logits that both have.
     first : int or None
         The first position at which the most likely next token differs.
     greedy : pair of int, optional
         The most likely next tokens of a and of b at this position.
+    common : int, optional
+        The number of token ids that both have, from 0 on, if the vocabularies differ.
+    outside : int
+        The number of positions at which the most likely next token of one side is an id that the other does not have.
     """
 
     largest: float
     divergence: float
     first: int | None
     greedy: tuple[int, int] | None = None
+    common: int | None = None
+    outside: int = 0
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def simulated(
     config: GPT2Config,
     dtypes: tuple[str, str],
     *,
+    n_vocab: int | None = None,
     pairs: int = 3,
     seed: int = 0,
 ) -> Iterator[tuple[str, float]]:
@@ -103,6 +104,8 @@ def simulated(
         The model's shape and options.
     dtypes : pair of str
         The dtypes of the two sides.
+    n_vocab : int, optional
+        The number of logits, if not all of them are compared.
     pairs : int
         The number of pairs of copies.
     seed : int
@@ -160,7 +163,7 @@ def simulated(
         elif step.op == "unembed":
             yield (
                 step.name,
-                max(widest(rounding.product(inputs[0], block.T, None)) for block in _blocks(weights, config)),
+                max(widest(rounding.product(inputs[0], block.T, None)) for block in _blocks(weights, n_vocab)),
             )
             continue
         else:
@@ -171,9 +174,9 @@ def simulated(
         yield step.name, widest(y)
 
 
-def _blocks(weights: Mapping[str, StoredTensor], config: GPT2Config) -> Iterator[np.ndarray]:
+def _blocks(weights: Mapping[str, StoredTensor], n_vocab: int | None) -> Iterator[np.ndarray]:
     """Yield the rows of the matrix that computes the logits, in blocks."""
-    w = weights["lm_head" if "lm_head" in weights else "wte"].read()
+    w = weights["lm_head" if "lm_head" in weights else "wte"].read()[:n_vocab]
     for start in range(0, len(w), _VOCABULARY_AT_ONCE):
         yield w[start : start + _VOCABULARY_AT_ONCE].astype(np.float64)
 
@@ -230,18 +233,26 @@ def growth(
     common = [name for name in names if name in a.arrays and name in b.arrays]
     needed = shapes(config).keys() - {"lm_head"}
     expected = dict[str, float]()
-    if common and needed <= weights.keys():
+    if common and needed <= weights.keys() and a.tokens.max() < weights["wte"].shape[0]:
+        n = n_common(a, b) if "logits" in common else None
         with np.errstate(all="ignore"):
-            expected.update(simulated(a.tokens, weights, config, (a.dtype, b.dtype)))
+            expected.update(simulated(a.tokens, weights, config, (a.dtype, b.dtype), n_vocab=n))
     return [
-        Growth(name, difference(*(_seen(name, side) for side in (a, b))), expected.get(name, math.nan))
+        Growth(name, difference(*(_seen(name, each, a, b) for each in (a, b))), expected.get(name, math.nan))
         for name in common
     ]
 
 
-def _seen(name: str, trace: Trace) -> np.ndarray:
-    """Return a result, in which hidden scores are -inf."""
+def n_common(a: Trace, b: Trace) -> int:
+    """Return the number of logits that both traces have."""
+    return min(int(each.arrays["logits"].shape[-1]) for each in (a, b))
+
+
+def _seen(name: str, trace: Trace, a: Trace, b: Trace) -> np.ndarray:
+    """Return a result, in which hidden scores are -inf, and only the logits that both traces have."""
     x = trace.arrays[name]
+    if name == "logits":
+        return x[..., : n_common(a, b)]
     return with_infinite_scores(x, np.tri(x.shape[-1], dtype=np.bool_)) if name.endswith("/scores") else x
 
 
@@ -258,22 +269,28 @@ def difference(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def of_logits(x: np.ndarray, y: np.ndarray) -> LogitsFinding:
-    """Compare two arrays of logits [1, seq, n_vocab]; x are those of the reference.
+    """Compare two arrays of logits [1, seq, n_vocab], which may differ in n_vocab; x are those of the reference.
 
     Examples
     --------
     >>> of_logits(np.asarray([[[0.0, 1.0]]]), np.asarray([[[1.0, 0.0]]]))._asdict()
-    {'largest': 1.0, 'divergence': 0.4621171572600098, 'first': 0, 'greedy': (1, 0)}
+    {'largest': 1.0, 'divergence': 0.46211715726000973, 'first': 0, 'greedy': (1, 0), 'common': None, 'outside': 0}
+    >>> of_logits(np.asarray([[[0.0, 1.0]]]), np.asarray([[[0.0, 1.0, 2.0]]]))._asdict()
+    {'largest': 0.0, 'divergence': 0.0, 'first': 0, 'greedy': (1, 2), 'common': 2, 'outside': 1}
     """
-    divergence, first, greedy = 0.0, None, None
+    n, is_one = min(x.shape[-1], y.shape[-1]), x.shape[-1] == y.shape[-1]
+    divergence, first, greedy, outside = 0.0, None, None, 0
     with np.errstate(all="ignore"):
         for i in range(x.shape[1]):
-            p, q = (_log_softmax(a[0, i].astype(np.float64)) for a in (x, y))
-            found = float((np.exp(p) * (p - q)).sum())
+            u, v = (a[0, i].astype(np.float64) for a in (x, y))
+            p, q = _log_softmax(u[:n]), _log_softmax(v[:n])
+            found = float(np.where(p == -np.inf, 0, np.exp(p) * (p - q)).sum())
             divergence = max(divergence, math.inf if math.isnan(found) else max(found, 0.0))
-            if first is None and p.argmax() != q.argmax():
-                first, greedy = i, (int(p.argmax()), int(q.argmax()))
-    return LogitsFinding(difference(x, y), divergence, first, greedy)
+            tokens = int(u.argmax()), int(v.argmax())
+            outside += max(tokens) >= n
+            if first is None and tokens[0] != tokens[1]:
+                first, greedy = i, tokens
+    return LogitsFinding(difference(x[..., :n], y[..., :n]), divergence, first, greedy, None if is_one else n, outside)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -201,6 +201,10 @@ def logits_facts(logits: LogitsFinding, tokens: Sequence[int], decode: Decode | 
         ("largest difference", number(logits.largest)),
         ("largest KL divergence", f"{number(logits.divergence)} nats"),
     ]
+    if logits.common is not None:
+        found.insert(0, ("compared", f"the {logits.common:,} token ids that both sides have"))
+        where = f"is the most likely next token at {logits.outside} of {len(tokens)} positions"
+        found.append(("id of one side only", where))
     if logits.first is None:
         return [*found, ("most likely next token", "the same at every position")]
     where = f"differs first at position {logits.first} of {len(tokens)}, counted from 0"

@@ -275,13 +275,27 @@ def weights_of(
 ) -> dict[str, StoredTensor]:
     """Return the weights of the judged model; those of the reference stand for the ones that are not known.
 
-    A tensor of another shape than the configuration says is not known either.
+    A tensor of another shape than the configuration says is not known either. But wte and lm_head may have another
+    number of rows, because two models may have vocabularies of different sizes: then the rows that both have are known.
     """
     expected = {**shapes(config), "lm_head": (config.n_vocab, config.n_embd)}
-    found = {**reference, **{path: each for path, each in judged.items() if each.shape == expected.get(path)}}
+    found = dict[str, StoredTensor]()
+    for weights in (reference, judged):
+        for path, tensor in weights.items():
+            if path in ("wte", "lm_head") and tensor.shape[1:] == (config.n_embd,):
+                found[path] = first_rows(tensor, config.n_vocab)
+            elif tensor.shape == expected.get(path):
+                found[path] = tensor
     if "wte" in judged and "lm_head" not in judged:
         found.pop("lm_head", None)  # the judged model computes its logits with wte
-    return {path: each for path, each in found.items() if each.shape == expected.get(path)}
+    return found
+
+
+def first_rows(tensor: StoredTensor, n: int) -> StoredTensor:
+    """Return the first n rows of a matrix, or all rows if there are fewer."""
+    if tensor.shape[0] <= n:
+        return tensor
+    return StoredTensor((n, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:n])
 
 
 def narrowest(arrays: list[np.ndarray], dtype: str) -> list[np.ndarray]:
@@ -308,6 +322,8 @@ def call(
 ) -> Call | None:
     """Return the call that computes a result according to the definition; None if an input or a parameter is missing.
 
+    If only the first rows of the output matrix are known, the call computes only the first logits.
+
     Parameters that are stored in a wider dtype are rounded to the dtype of the trace, as a model does that is loaded in
     this dtype.
     """
@@ -318,6 +334,8 @@ def call(
     elif step.op == "unembed":
         paths = {"w": "lm_head" if "lm_head" in weights else "wte"}
     if any(x is None for x in inputs) or not weights.keys() >= set(paths.values()):
+        return None
+    if step.op == "embedding" and tokens.max() >= weights["wte"].shape[0]:
         return None
     params = {name: weights[path].read() for name, path in paths.items()}
     options: dict[str, Any] = {}

@@ -1,9 +1,10 @@
 """A trace: the results of a model's ops for given tokens, with what is known about the model.
 
 A trace is saved as an .npz or a .safetensors file, which any program can write: the token ids under ``tokens``, and
-each result as a float array under its name. Everything else is optional. A hand-written file may look like this::
+each result as a float array under its name. Everything else is optional, also the parameters, whose names have the
+prefix ``params/``. A hand-written file may look like this::
 
-    numpy.savez("port.npz", tokens=ids, **{"h0/ln_1": x, "h0/attn/c_attn": c, "logits": logits})
+    numpy.savez("port.npz", tokens=ids, **{"h0/ln_1": x, "logits": logits, "params/h0/ln_1/g": g})
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 from safetensors import safe_open
 
 from .. import checks, strict_json
-from ..checkpoint import WEIGHTS_FILE
+from ..checkpoint import WEIGHTS_FILE, stored
 from ..checkpoint.safetensors_files import open_safetensors, write_safetensors
 from ..config import GPT2Config
 from ..files import holds_file, regular, replacing
@@ -36,6 +37,8 @@ from ..host import StoredTensor, float_dtypes
 from ..numerics import Numerics
 from ..registry import to_numpy
 
+PARAMS = "params/"
+"""The prefix of the names of parameters in a file."""
 OPENAI = "model/"
 """The variable scope of OpenAI's TensorFlow code, which may stand in front of each name."""
 
@@ -62,6 +65,22 @@ _AXES: dict[str, tuple[str, ...]] = {
     "logits": ("seq", "n_vocab"),
 }
 """The axes of each result after the first axis, which has length 1. The names are in the order of computation."""
+
+_PARAMS: dict[str, tuple[str, ...]] = {
+    "wte": ("n_vocab", "n_embd"),
+    "wpe": ("n_ctx", "n_embd"),
+    **{f"{norm}/{name}": ("n_embd",) for norm in ("ln_1", "ln_2", "ln_f") for name in "gb"},
+    "attn/c_attn/w": ("n_embd", "3 n_embd"),
+    "attn/c_attn/b": ("3 n_embd",),
+    "attn/c_proj/w": ("n_embd", "n_embd"),
+    "attn/c_proj/b": ("n_embd",),
+    "mlp/c_fc/w": ("n_embd", "n_hidden"),
+    "mlp/c_fc/b": ("n_hidden",),
+    "mlp/c_proj/w": ("n_hidden", "n_embd"),
+    "mlp/c_proj/b": ("n_embd",),
+    "lm_head": ("n_vocab", "n_embd"),
+}
+"""The axes of each parameter. The paths of those in a layer begin with the layer, such as ``h0/``."""
 
 _OUTSIDE = ("embedding", "ln_f", "logits")
 """The results that belong to no layer."""
@@ -91,8 +110,9 @@ class Trace:
         that of the widest array. The arrays may be wider than the computation.
     config : GPT2Config, optional
         The model's shape and options, if they are known.
-    weights : dict of StoredTensor
-        The parameters by path, as far as they are known.
+    weights : dict of float arrays
+        The parameters by the paths of `params.flatten`, such as ``h0/attn/c_attn/w``, as far as they are known: arrays
+        of NumPy or any backend, or tensors in files. The attribute has tensors that are read when they are needed.
     numerics : Numerics
         The errors of exp, tanh and log of the framework that computed the results; the largest errors of any framework
         that this project has an adapter for unless given.
@@ -102,8 +122,8 @@ class Trace:
     TypeError
         If the tokens are not integers, or a result is not a floating array.
     ValueError
-        If there are no results, a name is not known, or a shape does not fit the tokens, the configuration or another
-        result.
+        If there are no results, a name is not known, or the shape of a result does not fit the tokens, the
+        configuration or another result.
 
     Examples
     --------
@@ -128,14 +148,25 @@ class Trace:
         dtype = self.dtype or _widest(arrays.values())
         if dtype not in float_dtypes:
             raise ValueError(f"dtype is {checks.shown(dtype)}; expected {_either(float_dtypes)}")
-        for name, value in (("tokens", tokens), ("arrays", arrays), ("dtype", dtype)):
+        weights = {path: _tensor(f"{PARAMS}{path}", x) for path, x in self.weights.items()}
+        for name, value in (("tokens", tokens), ("arrays", arrays), ("dtype", dtype), ("weights", weights)):
             object.__setattr__(self, name, value)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths of the axes that the results have: n_embd, n_head, head_size, n_hidden, n_vocab and seq."""
+        return {
+            axis: int(n)
+            for name, x in self.arrays.items()
+            for axis, n in _lengths(axes_of(name), x.shape[1:])
+            if axis in ("n_embd", "n_head", "head_size", "n_hidden", "n_vocab", "seq")
+        }
 
     def __repr__(self) -> str:
         return f"<Trace of {self.source}: {len(self.arrays)} results for {self.tokens.shape[1]} tokens>"
 
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write the trace, without the weights, as a file that appears complete or not at all.
+    def save(self, path: str | os.PathLike[str], *, force: bool = False, weights: bool = False) -> None:
+        """Write the trace as a file that appears complete or not at all.
 
         Parameters
         ----------
@@ -144,13 +175,16 @@ class Trace:
             arrays of bfloat16 are stored as float32.
         force : bool
             Whether to replace a file that exists.
+        weights : bool
+            Whether to write the weights, too. They are as large as a checkpoint. A trace that has them can be compared
+            with another trace, op by op, without the checkpoint.
 
         Raises
         ------
         FileExistsError
             If the file exists and force is false.
         ValueError
-            If the suffix is not known.
+            If the suffix is not known, or the weights are to be written and are not known.
 
         Examples
         --------
@@ -166,9 +200,14 @@ class Trace:
         texts = {"source": self.source, "dtype": self.dtype, "numerics": json.dumps(dataclasses.asdict(self.numerics))}
         if self.config is not None:
             texts["config"] = json.dumps(self.config.to_dict())
+        if weights and not self.weights:
+            raise ValueError(f"the weights of {self.source} are not known, so that they cannot be written")
+        tensors = {"tokens": _of_host(self.tokens), **{name: _of_host(x) for name, x in self.arrays.items()}}
+        if weights:
+            tensors |= {f"{PARAMS}{path}": tensor for path, tensor in self.weights.items()}
         with replacing(file) as draft:
             check_target(file, force)
-            _FORMATS[file.suffix][1](draft, {"tokens": self.tokens, **self.arrays}, texts)
+            _FORMATS[file.suffix][1](draft, tensors, texts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -180,7 +219,8 @@ class Trace:
             An .npz file, which may be compressed, or a .safetensors file. It has ``tokens``, and floating arrays by the
             names of the parameter `arrays`. It may also have ``source``, ``dtype``, ``config`` (the JSON of a
             ``config.json``) and ``numerics`` (JSON with the fields of `Numerics`): in an .npz file these are arrays of
-            one string, and in a .safetensors file metadata. No code from a file is executed.
+            one string, and in a .safetensors file metadata. Parameters have the prefix ``params/``, as in
+            ``params/h0/attn/c_attn/w``. No code from a file is executed.
 
         Raises
         ------
@@ -195,14 +235,19 @@ class Trace:
         try:
             if "tokens" not in arrays:
                 raise ValueError("holds no tokens; expected them as an int array [1, seq]")
-            return cls(
+            tokens = arrays.pop("tokens")
+            weights = {name: arrays.pop(name) for name in list(arrays) if name.startswith(PARAMS)}
+            trace = cls(
                 texts.get("source") or file.name,
-                arrays.pop("tokens"),
+                tokens,
                 arrays,
                 texts.get("dtype", ""),
                 _config(texts["config"]) if "config" in texts else None,
-                numerics=_numerics(texts["numerics"]) if "numerics" in texts else OF_ANY_FRAMEWORK,
+                {name.removeprefix(PARAMS): x for name, x in weights.items()},
+                _numerics(texts["numerics"]) if "numerics" in texts else OF_ANY_FRAMEWORK,
             )
+            _check_params(trace)
+            return trace
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}: {_line(error)}") from None
 
@@ -268,7 +313,7 @@ def _named(given: Mapping[str, Any]) -> dict[str, np.ndarray]:
             raise ValueError(f"{plain} and {OPENAI}{plain} are two names of one result; keep one of them")
         if x.dtype.newbyteorder("=") not in float_dtypes.values():
             raise TypeError(f"{name} has dtype {x.dtype}; expected {_either(float_dtypes)}")
-        found[plain] = x.astype(x.dtype.newbyteorder("="), copy=False)
+        found[plain] = _native(x)
     return found
 
 
@@ -327,6 +372,50 @@ def _shaped(arrays: dict[str, np.ndarray], seq: int, config: GPT2Config | None) 
                 raise ValueError(f"{said}: {axis} would be {n:.10g}, and is {known:.10g} in {where}")
         shaped[name] = x.reshape(shape)
     return shaped
+
+
+def _check_params(trace: Trace) -> None:
+    """Check the paths and the shapes of the parameters in a file."""
+    lengths: dict[str, tuple[float, str]] = {axis: (n, "the results") for axis, n in trace.lengths.items()}
+    if trace.config is not None:
+        lengths |= {axis: (getattr(trace.config, axis), "the configuration") for axis in ("n_embd", "n_hidden")}
+    for path, tensor in trace.weights.items():
+        in_layer = _IN_A_LAYER.fullmatch(path)
+        plain = in_layer[2] if in_layer else path
+        is_known = plain in _PARAMS and bool(in_layer) == ("/" in plain and not plain.startswith("ln_f/"))
+        if not is_known:
+            layer = path.partition("/")[0] if in_layer else "h0"
+            known = [f"{layer}/{each}" if "/" in each and "ln_f" not in each else each for each in _PARAMS]
+            nearest = difflib.get_close_matches(path.replace(".", "/"), known, n=1, cutoff=0)[0]
+            raise ValueError(f"no parameter is called {checks.shown(path)} (the nearest name is {nearest})")
+        axes = _PARAMS[plain]
+        said = f"{PARAMS}{path} has shape {list(tensor.shape)}; expected [{', '.join(axes)}]"
+        if len(tensor.shape) != len(axes) or 0 in tensor.shape:
+            raise ValueError(f"{said}; no dimension may be 0")
+        for axis, n in _lengths(axes, tensor.shape):
+            if axis in ("n_embd", "n_hidden"):  # wte may have more rows than there are logits
+                is_, where = lengths.setdefault(axis, (n, f"{PARAMS}{path}"))
+                if n != is_:
+                    raise ValueError(f"{said}: {axis} would be {n:.10g}, and is {is_:.10g} in {where}")
+
+
+def _tensor(name: str, x: Any) -> StoredTensor:
+    """Return a parameter as a tensor."""
+    if isinstance(x, StoredTensor):
+        return x
+    tensor = _of_host(_native(x)) if isinstance(x, np.ndarray) else stored(x)
+    if tensor.dtype not in float_dtypes:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {_either(float_dtypes)}")
+    return tensor
+
+
+def _native(x: np.ndarray) -> np.ndarray:
+    """Return an array in the byte order of this machine."""
+    return x.astype(x.dtype.newbyteorder("="), copy=False)
+
+
+def _of_host(x: np.ndarray) -> StoredTensor:
+    return StoredTensor(x.shape, x.dtype.name, functools.partial(np.asarray, x))
 
 
 def _widest(arrays: Iterable[np.ndarray]) -> str:
@@ -398,7 +487,7 @@ def _text(x: np.ndarray) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _write_npz(file: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
+def _write_npz(file: Path, tensors: Mapping[str, StoredTensor], texts: Mapping[str, str]) -> None:
     """Write what `numpy.savez` writes, one array at a time, so that one bfloat16 array is converted at a time."""
 
     def write(name: str, x: np.ndarray) -> None:
@@ -408,7 +497,8 @@ def _write_npz(file: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str,
     with zipfile.ZipFile(file, "w") as archive:
         for name, text in texts.items():
             write(name, np.asarray(text))
-        for name, x in arrays.items():
+        for name, tensor in tensors.items():
+            x = tensor.read()
             write(name, x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x)
 
 
@@ -428,10 +518,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     return arrays, {name: text for name, text in metadata.items() if name in _TEXTS}
 
 
-def _write_safetensors(file: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
-    tensors = {
-        name: StoredTensor(x.shape, x.dtype.name, functools.partial(np.asarray, x)) for name, x in arrays.items()
-    }
+def _write_safetensors(file: Path, tensors: Mapping[str, StoredTensor], texts: Mapping[str, str]) -> None:
     write_safetensors(file, tensors, metadata=texts)
 
 

@@ -1,0 +1,179 @@
+"""The verdict of a comparison in one sentence, and sentences on what the comparison does not cover."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .findings import Growth, LogitsFinding, OpFinding, WeightFinding
+from .shape import n_vocab
+from .trace import Trace
+from .weights import merged
+
+_PADDED = re.compile(r"\d+ rows (added|missing) at the end(, all .*|, of standard deviation \S+, that of a is \S+)?")
+
+
+def unexpected(found: Iterable[WeightFinding], a: Trace, b: Trace) -> list[WeightFinding]:
+    """Return the differences of weights that do not follow from the dtypes or the vocabularies of two sides."""
+    rounded = {""}
+    if a.dtype != b.dtype:
+        through = f"rounded through {b.dtype}"
+        rounded |= {through, f"a is rounded through {a.dtype}", f"{through}, a through {a.dtype}"}
+
+    def follows(each: WeightFinding) -> bool:
+        kind = re.sub("^own in [ab], wte in [ab]: ", "", each.kind)
+        first, _, second = kind.partition(" and ")
+        is_padded = each.path in ("wte", "lm_head") and n_vocab(a) != n_vocab(b) and _PADDED.fullmatch(first)
+        return each.kind in rounded or "absent" in each.kind or bool(is_padded and second in rounded)
+
+    return merged(each for each in found if not follows(each))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the verdict follows from.
+
+    Parameters
+    ----------
+    vocabularies : pair of int
+        The numbers of token ids of a and b.
+    changed : list of WeightFinding
+        The weights that differ, as `unexpected` returns them.
+    ops : list of OpFinding
+        The results that were judged.
+    complete : bool
+        Whether all results were judged that determine the logits.
+    growth : list of Growth
+        The results that both sides have.
+    logits : LogitsFinding or None
+        The difference of the logits.
+    n_tokens : int
+        The number of tokens.
+    """
+
+    vocabularies: tuple[int, int]
+    changed: list[WeightFinding]
+    ops: list[OpFinding]
+    complete: bool
+    growth: list[Growth]
+    logits: LogitsFinding | None
+    n_tokens: int
+
+    @property
+    def wrong(self) -> list[OpFinding]:
+        """The results beyond their bounds."""
+        return [op for op in self.ops if not op.within]
+
+    @property
+    def has_one_vocabulary(self) -> bool:
+        """Whether both sides have the same number of token ids."""
+        return self.vocabularies[0] == self.vocabularies[1]
+
+    @property
+    def too_large(self) -> list[str]:
+        """The results whose difference is larger than rounding can be expected to cause."""
+        return [each.name for each in self.growth if each.difference > each.rounding]
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether rounding explains the difference: certainly, or as far as can be expected."""
+        is_expected = all(each.difference == 0 or each.difference <= each.rounding for each in self.growth)
+        return not self.wrong and (self.complete or (bool(self.growth) and is_expected))
+
+    @property
+    def equal(self) -> bool:
+        """Whether rounding explains all differences that were found."""
+        return self.is_explained and not self.changed and self.has_one_vocabulary
+
+    def verdict(self) -> str:
+        """Return one sentence: where the models part, or that rounding explains the difference."""
+        parts = [*self._of_vocabularies(), *self._of_weights()]
+        if self.wrong:
+            lead = [] if parts else ["the models part: "]
+            parts.append("".join([*lead, self._of_ops()]))
+        elif self.changed:
+            parts.append(self._of_judged())
+        else:
+            parts.append(self._of_rounding())
+        sentence = f"{', '.join(parts[:-1])}, and {parts[-1]}." if len(parts) > 1 else f"{parts[0]}."
+        return sentence[0].upper() + sentence[1:]
+
+    def _of_vocabularies(self) -> Iterator[str]:
+        if not self.has_one_vocabulary:
+            a, b = self.vocabularies
+            yield f"the vocabularies differ ({a:,} token ids in the reference, {b:,} in the judged model)"
+        if self.logits is not None and self.logits.outside:
+            yield (
+                f"the most likely next token is an id that only one side has at {self.logits.outside} of "
+                f"{self.n_tokens} positions"
+            )
+
+    def _of_weights(self) -> Iterator[str]:
+        if self.changed:
+            first, *others = self.changed
+            kind = first.kind.partition(":")[0]
+            yield f"the weights differ ({first.path}: {kind}{f', and {len(others)} more' if others else ''})"
+
+    def _of_ops(self) -> str:
+        """Name the first result beyond its bound, the cause, and the number of the others."""
+        first, *others = self.wrong
+        if first.ratio < math.inf:
+            error = f"the error of {first.op} at {first.name} is {first.ratio:.2g} times what rounding permits"
+        else:
+            error = f"{first.op} at {first.name} has an element that rounding cannot change"
+        cause = f", because {first.guess}" if first.guess else ", and no guess explains it"
+        more = f" ({len(others)} more results are beyond their bounds)" if others else ""
+        return f"{error}{cause}{more}"
+
+    def _of_judged(self) -> str:
+        return "every op that could be judged is within its bound" if self.ops else "no op could be judged"
+
+    def _of_rounding(self) -> str:
+        which = "" if self.has_one_vocabulary else " that both have"
+        largest = None if self.logits is None else f"{self.logits.largest:.2g}"
+        size = "" if largest is None else f" of the logits{which}, which is at most {largest}"
+        if self.complete:
+            return f"every op is within its bound, so rounding explains the difference{size}"
+        judged = self._of_judged()
+        if self.too_large:
+            return (
+                f"{judged}, but the difference at {self.too_large[0]} is larger than rounding can be expected to "
+                f"cause; trace more results"
+            )
+        if not any(each.difference for each in self.growth) and self.growth:
+            return f"{judged}, and all results that both sides have are equal"
+        if self.is_explained:
+            return f"{judged}, and rounding can be expected to cause the difference{size}"
+        return f"{judged}, and it is not known whether rounding explains the difference{size}"
+
+
+def notes(a: Trace, b: Trace, evidence: Evidence) -> Iterator[str]:
+    """Yield what a comparison does not cover and what was assumed, as sentences."""
+    if not evidence.has_one_vocabulary:
+        n = min(evidence.vocabularies)
+        yield (
+            f"The vocabularies have {evidence.vocabularies[0]:,} and {evidence.vocabularies[1]:,} token ids. The "
+            f"logits of the first {n:,} ids are compared; the KL divergence is that of the distributions under the "
+            f"condition that the next token is one of these ids. The most likely next token is one of all ids of its "
+            f"side."
+        )
+    if a.config is None and b.config is None:
+        yield (
+            "Neither side has a configuration. The shape follows from the results; the options are assumed to be those "
+            "of the published GPT-2 models: eps is 1e-05, and the scale of attention is 1/sqrt(head_size)."
+        )
+    if not a.weights and not b.weights:
+        yield (
+            "The weights are known of neither side. So the ops that read weights are not judged, and it is not known "
+            "how large a difference rounding can cause. Compare with a checkpoint, or add the weights to a trace "
+            "(`portable-gpt2 trace --weights`)."
+        )
+    judged, elements = (sum(getattr(op, name) for op in evidence.ops) for name in ("judged", "elements"))
+    if judged < elements:
+        yield (
+            f"Of the {elements:,} elements of the results that were judged, {judged:,} were judged. In float64, a "
+            f"selection is judged. There is no bound for an element that is computed from NaN or infinity or may "
+            f"overflow."
+        )
