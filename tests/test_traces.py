@@ -71,6 +71,81 @@ def test_what_is_saved_is_loaded(tmp_path, suffix, dtype):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_saved_if_asked_for(tmp_path, suffix, dtype):
+    """Catches a parameter that is lost, under another name or in other bits, and a file that has them unasked."""
+    trace = traced(dtype)
+    trace.save(tmp_path / f"with{suffix}", weights=True)
+    trace.save(tmp_path / f"without{suffix}")
+    assert pg.Trace.load(tmp_path / f"without{suffix}").weights == {}
+    found = pg.Trace.load(tmp_path / f"with{suffix}")
+    assert_equal(found, trace, widened=(suffix, dtype) == (".npz", "bfloat16"))
+    assert set(found.weights) == set(trace.weights)
+    for path, tensor in trace.weights.items():
+        assert found.weights[path].shape == tensor.shape
+        np.testing.assert_array_equal(found.weights[path].read(), tensor.read().astype(found.weights[path].dtype))
+    with pytest.raises(ValueError, match="the weights of it .* are not known, so that they cannot be written"):
+        dataclasses.replace(trace, weights={}).save(tmp_path / f"no{suffix}", weights=True)
+    assert not (tmp_path / f"no{suffix}").exists()
+
+
+def test_traces_with_weights_are_compared_op_by_op(tmp_path):
+    """Catches weights in a file that a comparison does not use."""
+    traced().save(tmp_path / "a.npz", weights=True)
+    traced(backend="numpy").save(tmp_path / "b.safetensors")
+    for a, b in (("a.npz", "b.safetensors"), ("b.safetensors", "a.npz")):
+        found = pg.compare(tmp_path / a, tmp_path / b)
+        assert found.equal
+        assert (found.missing, found.notes) == ([], [])
+        assert len(found.ops) == len(observed_names(CONFIG))
+
+
+PARAMS = [
+    ({"h0/ln1/g": np.zeros(8)}, r"no parameter is called 'h0/ln1/g' \(the nearest name is h0/ln_1/g\)"),
+    ({"ln_1/g": np.zeros(8)}, "no parameter is called 'ln_1/g'"),
+    ({"h0/wte": np.zeros((24, 8))}, "no parameter is called 'h0/wte'"),
+    (
+        {"h0/attn/c_attn/w": np.zeros((24, 8))},
+        r"w has shape \[24, 8\]; expected \[n_embd, 3 n_embd\]: n_embd would be 24",
+    ),
+    (
+        {"h0/mlp/c_fc/b": np.zeros((1, 8))},
+        r"params/h0/mlp/c_fc/b has shape \[1, 8\]; expected \[n_hidden\]; no dimension",
+    ),
+    (
+        {"h0/mlp/c_fc/b": np.zeros(8), "h1/mlp/c_fc/b": np.zeros(9)},
+        "n_hidden would be 9, and is 8 in params/h0/mlp/c_fc/b",
+    ),
+    (
+        {"ln_f/g": np.zeros(8, np.int64)},
+        "params/ln_f/g has dtype int64; expected float64, float32, float16 or bfloat16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("params", "why"), PARAMS, ids=[why[:30] for _, why in PARAMS])
+def test_parameters_in_a_file_that_do_not_fit_are_refused(tmp_path, params, why):
+    """Catches a transposed weight or a misspelt name, which would silently not be used."""
+    np.savez(tmp_path / "it.npz", tokens=TOKENS, **small(), **{f"params/{name}": x for name, x in params.items()})
+    with pytest.raises(ValueError, match=why):
+        pg.Trace.load(tmp_path / "it.npz")
+
+
+def test_parameters_may_be_written_by_hand(tmp_path):
+    """Catches parameters in another byte order or dtype, and a vocabulary that is larger than the logits."""
+    params = {"params/wte": np.arange(240, dtype=">f4").reshape(30, 8), "params/ln_f/g": np.ones(8, np.float16)}
+    np.savez(tmp_path / "it.npz", tokens=TOKENS, **small(), **params)
+    trace = pg.Trace.load(tmp_path / "it.npz")
+    assert {path: (x.shape, x.dtype) for path, x in trace.weights.items()} == {
+        "wte": ((30, 8), "float32"),
+        "ln_f/g": ((8,), "float16"),
+    }
+    np.testing.assert_array_equal(trace.weights["wte"].read(), params["params/wte"])
+    given = pg.Trace("it", TOKENS, small(), weights={"wte": np.arange(240, dtype=">f4").reshape(30, 8)})
+    np.testing.assert_array_equal(given.weights["wte"].read(), params["params/wte"])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_the_same_trace_is_the_same_file(tmp_path, suffix):
     """Catches the time of day in a file."""
     for name in ("a", "b"):
@@ -321,9 +396,10 @@ def test_files_that_are_no_traces_are_refused(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The contents of a small trace's file, by its suffix."""
-    room, trace = tmp_path_factory.mktemp("whole"), pg.Trace("it", TOKENS, small(), config=CONFIG)
+    room, weights = tmp_path_factory.mktemp("whole"), {"ln_f/g": np.ones(8, np.float32)}
+    trace = pg.Trace("it", TOKENS, small(), config=CONFIG, weights=weights)
     for suffix in SUFFIXES:
-        trace.save(room / f"it{suffix}")
+        trace.save(room / f"it{suffix}", weights=True)
     return {suffix: (room / f"it{suffix}").read_bytes() for suffix in SUFFIXES}
 
 
@@ -470,6 +546,8 @@ def test_trace_writes_what_the_model_computes(checkpoint, tmp_path, capsys, suff
     status, out, err = run(capsys, *args)
     assert (status, out) == (2, "")
     assert err == f"portable-gpt2: {file}: exists already; give a new name, or replace this file by force\n"
+    status, _, err = run(capsys, *args, "--force", "--weights")
+    assert set(pg.Trace.load(file).weights) == {path for path, _ in pg.params.flatten(model.params)}
     status, _, err = run(capsys, *args, "--force", "--names", "logits", "*/attn/?", "--allow-special")
     assert (status, err) == (0, f"wrote {file}: 7 results for {n} tokens\n")
     assert list(pg.Trace.load(file).arrays) == [*(f"h{i}/attn/{each}" for i in (0, 1) for each in "qkv"), "logits"]
