@@ -84,7 +84,7 @@ def test_weights_are_saved_if_asked_for(tmp_path, suffix, dtype):
     for path, tensor in trace.weights.items():
         assert found.weights[path].shape == tensor.shape
         np.testing.assert_array_equal(found.weights[path].read(), tensor.read().astype(found.weights[path].dtype))
-    with pytest.raises(ValueError, match="the weights of it .* are not known, so that they cannot be written"):
+    with pytest.raises(ValueError, match=r"the weights of it .* are not known, so that they cannot be written"):
         dataclasses.replace(trace, weights={}).save(tmp_path / f"no{suffix}", weights=True)
     assert not (tmp_path / f"no{suffix}").exists()
 

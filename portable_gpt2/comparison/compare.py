@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from ..config import GPT2Config
 from ..host import StoredTensor
 from .findings import Comparison, OpFinding
-from .growth import growth, of_logits
+from .growth import growth, largest_jump, of_logits
 from .guesses import Case, Function, explain
 from .shape import configurations, knows_heads
 from .sides import open_side, traces
@@ -76,7 +76,7 @@ def compare(
     >>> config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=16, n_ctx=4, eos_token_id=None)
     >>> model = pg.GPT2(config, pg.init_params(config, backend="numpy"))
     >>> pg.compare(model, model, [1, 2, 3]).verdict
-    'Every op is within its bound, so rounding explains the difference of the logits, which is at most 0.'
+    'Every op is within its bound, and the logits are equal.'
     """
     a, b = traces(open_side(a), open_side(b), text, allow_special=allow_special)
     config_a, config_b = configurations(a, b)
@@ -97,6 +97,7 @@ def compare(
         growth=grown,
         logits=logits,
         n_tokens=b.tokens.shape[1],
+        jump=largest_jump(a, b, config_a, {each.name: each for each in grown}),
     )
     return Comparison(
         a=a.source,

@@ -243,6 +243,43 @@ def growth(
     ]
 
 
+def largest_jump(a: Trace, b: Trace, config: GPT2Config, grown: Mapping[str, Growth]) -> tuple[str, float] | None:
+    """Return the result whose difference, relative to its largest element, exceeds that of its inputs by most.
+
+    This shows where two traces part if their weights are not known. The difference of inputs counts as at least one
+    rounding.
+
+    Parameters
+    ----------
+    a, b : Trace
+        Two traces of the same tokens.
+    config : GPT2Config
+        The model's shape.
+    grown : dict of Growth
+        The results that both have, by name.
+
+    Returns
+    -------
+    name : str
+        The result.
+    factor : float
+        The ratio of the two relative differences. Without such a result, None is returned.
+    """
+    unit = max(FORMATS[each.dtype].unit for each in (a, b))
+    relative = dict[str, float]()
+    for name, each in grown.items():
+        x = abs(_seen(name, a, a, b).astype(np.float64))
+        largest = float(x.max(initial=0, where=np.isfinite(x)))
+        relative[name] = each.difference / largest if largest else math.inf if each.difference else 0.0
+    jumps = [
+        (step.name, relative[step.name] / before)
+        for step in steps(config)
+        if relative.keys() >= {step.name, *step.inputs}
+        and (before := max([unit, *(relative[each] for each in step.inputs)])) < math.inf
+    ]
+    return max(jumps, key=lambda jump: jump[1], default=None)
+
+
 def n_common(a: Trace, b: Trace) -> int:
     """Return the number of logits that both traces have."""
     return min(int(each.arrays["logits"].shape[-1]) for each in (a, b))

@@ -15,6 +15,7 @@ from .report import (
     Decode,
     facts,
     grouped,
+    known_number,
     logits_facts,
     number,
     plain,
@@ -131,7 +132,7 @@ def _growth(growth: Sequence[Growth], culprit: OpFinding | None) -> str:
     if not growth:
         return ""
     headings = ("result", "largest difference", "what rounding can be expected to cause")
-    rows = [(each.name, number(each.difference), number(each.rounding)) for each in growth]
+    rows = [(each.name, number(each.difference), known_number(each.rounding)) for each in growth]
     caption = f"All {len(growth):,} results, in the order of computation"
     table = _details(caption, _table(caption, headings, rows, numbers=(1, 2)))
     if not (drawing := curves.draw(stream(growth), culprit)):
@@ -247,7 +248,7 @@ def _op_table(caption: str, ops: Sequence[OpFinding]) -> str:
 def _weights(comparison: Comparison) -> str:
     weights = comparison.weights
     if weights is None:
-        return _section("Weights", "<p>Not compared, because the weights of one side are not known.</p>")
+        return _section("Weights", "<p>Not compared, because the weights are known of at most one side.</p>")
     if not weights:
         return _section("Weights", "<p>No tensor differs.</p>")
     kinds = merged(weights)
@@ -259,7 +260,7 @@ def _weights(comparison: Comparison) -> str:
 
 
 def _weight_table(caption: str, weights: Sequence[WeightFinding]) -> str:
-    rows = [(each.path, number(each.largest), each.kind) for each in weights]
+    rows = [(each.path, known_number(each.largest), each.kind) for each in weights]
     return _table(caption, ("tensor", "largest difference of two elements", "difference"), rows, numbers=(1,))
 
 

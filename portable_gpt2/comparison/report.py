@@ -153,6 +153,17 @@ def number(x: float) -> str:
     return f"{x:.3g}"
 
 
+def known_number(x: float) -> str:
+    """Return a number with three significant digits, and a dash for NaN, which stands for a number that is not known.
+
+    Examples
+    --------
+    >>> known_number(0.12345), known_number(float("nan"))
+    ('0.123', '-')
+    """
+    return "-" if math.isnan(x) else number(x)
+
+
 def ratio_number(ratio: float) -> str:
     """Return a ratio with three significant digits. A ratio above 1 is never rounded to 1."""
     return number(max(ratio, 1.01) if ratio > 1 else ratio)
@@ -271,11 +282,11 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -
 
 def _weights(weights: list[WeightFinding] | None, width: int) -> list[str]:
     if weights is None:
-        return ["Weights: not compared, because those of one side are not known."]
+        return ["Weights: not compared, because they are known of at most one side."]
     if not weights:
         return ["Weights: no difference."]
     kinds, n = merged(weights), len(weights)
-    rows = [(plain(each.path), number(each.largest), plain(each.kind)) for each in kinds[:_ROWS]]
+    rows = [(plain(each.path), known_number(each.largest), plain(each.kind)) for each in kinds[:_ROWS]]
     title = f"Weights: {n:,} tensor{'s differ' if n > 1 else ' differs'}{_of(len(rows), len(kinds))}"
     return [title, *_table(("tensor", "largest", "difference"), rows, width)]
 
@@ -333,7 +344,8 @@ def _growth(growth: Sequence[Growth], width: int, paint: Callable[..., str]) -> 
     rows = []
     for each in shown:
         ratio = each.difference / each.rounding if each.rounding else math.inf if each.difference else 0.0
-        rows.append((plain(each.name), number(each.difference), number(each.rounding), ratio_text(ratio)))
+        shown_ratio = "-" if math.isnan(each.rounding) else ratio_text(ratio)
+        rows.append((plain(each.name), number(each.difference), known_number(each.rounding), shown_ratio))
     title = "Largest difference of the two sides, and the largest that rounding can be expected to cause"
     more = [f"{len(shown)} of {len(points)} results are listed."] if len(shown) < len(points) else []
     lines = [line for text in (title, *more) for line in textwrap.wrap(text, width)]

@@ -51,6 +51,8 @@ class Evidence:
         The difference of the logits.
     n_tokens : int
         The number of tokens.
+    jump : pair, optional
+        The result at which the difference grows most, and by which factor, as `largest_jump` returns them.
     """
 
     vocabularies: tuple[int, int]
@@ -60,6 +62,7 @@ class Evidence:
     growth: list[Growth]
     logits: LogitsFinding | None
     n_tokens: int
+    jump: tuple[str, float] | None = None
 
     @property
     def wrong(self) -> list[OpFinding]:
@@ -132,8 +135,9 @@ class Evidence:
 
     def _of_rounding(self) -> str:
         which = "" if self.has_one_vocabulary else " that both have"
-        largest = None if self.logits is None else f"{self.logits.largest:.2g}"
-        size = "" if largest is None else f" of the logits{which}, which is at most {largest}"
+        size = "" if self.logits is None else f" of the logits{which}, which is at most {self.logits.largest:.2g}"
+        if self.complete and self.logits is not None and not self.logits.largest:
+            return f"every op is within its bound, and the logits{which} are equal"
         if self.complete:
             return f"every op is within its bound, so rounding explains the difference{size}"
         judged = self._of_judged()
@@ -152,12 +156,10 @@ class Evidence:
 def notes(a: Trace, b: Trace, evidence: Evidence) -> Iterator[str]:
     """Yield what a comparison does not cover and what was assumed, as sentences."""
     if not evidence.has_one_vocabulary:
-        n = min(evidence.vocabularies)
         yield (
-            f"The vocabularies have {evidence.vocabularies[0]:,} and {evidence.vocabularies[1]:,} token ids. The "
-            f"logits of the first {n:,} ids are compared; the KL divergence is that of the distributions under the "
-            f"condition that the next token is one of these ids. The most likely next token is one of all ids of its "
-            f"side."
+            f"Logits are compared for the {min(evidence.vocabularies):,} token ids that both sides have. The KL "
+            f"divergence is that of the distributions under the condition that the next token is one of these ids. The "
+            f"most likely next token is one of all ids of its side."
         )
     if a.config is None and b.config is None:
         yield (
@@ -170,6 +172,12 @@ def notes(a: Trace, b: Trace, evidence: Evidence) -> Iterator[str]:
             "how large a difference rounding can cause. Compare with a checkpoint, or add the weights to a trace "
             "(`portable-gpt2 trace --weights`)."
         )
+        if evidence.jump is not None and evidence.jump[1] > 1:
+            name, factor = evidence.jump
+            yield (
+                f"The difference grows most at {name}: relative to the largest element, it is {factor:.2g} times that "
+                f"of the inputs."
+            )
     judged, elements = (sum(getattr(op, name) for op in evidence.ops) for name in ("judged", "elements"))
     if judged < elements:
         yield (
