@@ -311,7 +311,7 @@ def of_logits(x: np.ndarray, y: np.ndarray) -> LogitsFinding:
     Examples
     --------
     >>> of_logits(np.asarray([[[0.0, 1.0]]]), np.asarray([[[1.0, 0.0]]]))._asdict()
-    {'largest': 1.0, 'divergence': 0.46211715726000973, 'first': 0, 'greedy': (1, 0), 'common': None, 'outside': 0}
+    {'largest': 1.0, 'divergence': 0.4621171572600098, 'first': 0, 'greedy': (1, 0), 'common': None, 'outside': 0}
     >>> of_logits(np.asarray([[[0.0, 1.0]]]), np.asarray([[[0.0, 1.0, 2.0]]]))._asdict()
     {'largest': 0.0, 'divergence': 0.0, 'first': 0, 'greedy': (1, 2), 'common': 2, 'outside': 1}
     """
