@@ -564,7 +564,7 @@ class _Rows:
         at, is_used = tuple(index[elements] for index in self.at), self.seen(elements)
         q, k = flush(self.q[at])[:, None], flush(self.k[at[:-1]])
         k = k if len(at) > 1 else k[None]
-        is_undefined: np.ndarray = ~is_used.any(axis=-1)
+        is_undefined: Any = ~is_used.any(axis=-1)
         if not (np.isfinite(q).all() and np.isfinite(k).all()):
             scores = np.multiply(q, k, dtype=np.float64).sum(axis=-1)  # finite products do not overflow
             scores = np.where(np.isfinite(scores), 0, scores * np.sign(self.scale))

@@ -55,7 +55,7 @@ def layer_norm(x, g, b, i, eps):
         difference = a * a - c * c * variance
         return ((difference > 0) - (difference < 0)) * (1 if a > 0 else -1)
 
-    # The float32 numbers in order are integers: those of the bits of positive numbers, and minus those of negative ones.
+    # Float32 numbers in order are integers: the bits of positive numbers, and minus the bits of negative ones.
     def number(bits):
         value = Fraction(float(np.int32(abs(bits)).view(np.float32))) if abs(bits) < 0x7F800000 else Fraction(2) ** 128
         return value if bits >= 0 else -value
