@@ -9,6 +9,7 @@ from .comparison.compare import compare
 from .comparison.sides import probe
 from .comparison.trace import Trace
 from .config import GPT2Config
+from .correct_rounding.mode import reproducible
 from .generation.completion import Completion
 from .language_model import GPT2
 from .model import gpt2, loss
@@ -42,6 +43,7 @@ __all__ = [
     "loss",
     "new_cache",
     "probe",
+    "reproducible",
     "to_numpy",
     "use_backend",
 ]

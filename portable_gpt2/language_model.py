@@ -17,7 +17,9 @@ from .backend import Backend
 from .cache import check_cache_size
 from .checkpoint import cast, read_checkpoint, stored, write_checkpoint
 from .config import GPT2Config
+from .correct_rounding import mode
 from .export import export
+from .fingerprint import N_TOKENS, TEXT, Fingerprint, hash_of_logits, hash_of_weights
 from .generation.completion import Completion, Request, batched, complete
 from .generation.decoder import Decoder, Generation, padded_length
 from .generation.detokenizer import StreamingDetokenizer
@@ -66,15 +68,21 @@ class GPT2:
         Its parameters, as `init_params` returns them: arrays of one backend on one device.
     tokenizer : Tokenizer, optional
         Without a tokenizer, the methods that take or return text raise an error, and those that take token ids work.
+    reproducible : bool
+        Whether every op is correctly rounded, so that the model computes the same bits on every backend, device and
+        processor, and for every batch (see `reproducible`). The parameters must be float32.
 
     Raises
     ------
     ValueError
-        If a parameter is missing, is not one of the configuration's, or has another shape than the configuration says.
+        If a parameter is missing, is not one of the configuration's, or has another shape than the configuration says;
+        if reproducible is true and the parameters have another dtype than float32.
+    TypeError
+        If reproducible is true and the backend has no float64.
 
     Attributes
     ----------
-    config, params, tokenizer
+    config, params, tokenizer, reproducible
         As given, except that the backend may have changed the memory layout of the parameters.
     backend : Backend
         The backend of the parameters, which runs the model.
@@ -94,7 +102,14 @@ class GPT2:
     4
     """
 
-    def __init__(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        config: GPT2Config,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        *,
+        reproducible: bool = False,
+    ) -> None:
         check_params(params, config)
         check_device(params)
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
@@ -106,9 +121,9 @@ class GPT2:
             )
         backend = backend_of(params["wte"])
         prepared = {path: backend.relayout(path, x) for path, x in flatten(params)}
-        self._assemble(config, nest(prepared), tokenizer)
+        self._assemble(config, nest(prepared), tokenizer, reproducible)
 
-    def _assemble(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None) -> None:
+    def _assemble(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None, reproducible: bool) -> None:
         """Set all attributes. The parameters have been checked, and have the backend's memory layout."""
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.source: str | None = None
@@ -116,8 +131,12 @@ class GPT2:
         self.backend: Backend = backend_of(params["wte"])
         self.device = self.backend.device(params["wte"])
         self._device = self.backend.resolve_device(self.backend.placement(params["wte"]))
-        self._decoder = Decoder(self.backend, self.params, config, self._device)
-        self._logits = self.backend.compile(lambda params, tokens: gpt2(params, tokens, config)[0], self.params)
+        self.reproducible = checks.flag("reproducible", reproducible)
+        self._compile = mode.compiler(self.backend, self.params) if reproducible else self.backend.compile
+        self._decoder = Decoder(
+            self.backend, self.params, config, self._device, self._compile, may_run_ahead=not reproducible
+        )
+        self._logits = self._compile(lambda params, tokens: gpt2(params, tokens, config)[0], self.params)
         self._traced: dict[tuple[str, ...], Callable[..., dict[str, Any]]] = {}  # by the names that are kept
 
     def __repr__(self) -> str:
@@ -135,6 +154,7 @@ class GPT2:
         backend: str | Backend | None = None,
         device: Any = None,
         dtype: str | None = None,
+        reproducible: bool = False,
         tokenizer: Tokenizer | Literal["auto"] | None = "auto",
         progress: Callable[[Iterable[str]], Iterable[str]] = iter,
     ) -> GPT2:
@@ -156,6 +176,9 @@ class GPT2:
         dtype : str, optional
             ``float32`` unless given; ``float64``, ``bfloat16`` or ``float16`` if the backend supports them (NumPy
             stores 16 bits and computes in float32).
+        reproducible : bool
+            Whether every op is correctly rounded, so that the model computes the same bits on every backend, device and
+            processor, and for every batch (see `reproducible`). The dtype is then float32.
         tokenizer : Tokenizer, "auto" or None
             The checkpoint's own tokenizer (``"auto"``), another tokenizer, or none. A tokenizer may have tokens, such
             as ``[PAD]``, that were added to it and not to the model; a text that contains one of them is refused.
@@ -171,14 +194,17 @@ class GPT2:
             If the framework of the backend, or the one that reads the files, is not installed. The message says what to
             install.
         ValueError
-            If there is no such device or dtype, or a weight is outside the range of the dtype.
+            If there is no such device or dtype, a weight is outside the range of the dtype, or reproducible is true and
+            dtype is not float32.
         TypeError
-            If the framework would silently convert the dtype to a narrower one. The message names the setting that
-            changes this.
+            If reproducible is true and the backend has no float64, or if the framework would silently convert the dtype
+            to a narrower one. The message names the setting that changes this.
         """
         owner = get_backend(backend, device)
         dtype = "float32" if dtype is None else dtype
         owner.dtype(dtype)
+        if checks.flag("reproducible", reproducible):
+            mode.check(owner, dtype)
         found = read_checkpoint(source, tokenizer=tokenizer)
         tensors, params = found.tensors, dict[str, Any]()
         # A tensor is in memory twice while it is copied to the backend. The largest tensors are loaded first, when
@@ -188,7 +214,8 @@ class GPT2:
             tensor = cast(path, tensors.pop(path), dtype)
             params[path] = owner.relayout(path, owner.from_numpy(tensor.read(), dtype))
         model = cls.__new__(cls)  # the constructor would convert the layout of all parameters at once
-        model._assemble(found.config, nest({path: params[path] for path in shapes(found.config)}), found.tokenizer)
+        ordered = nest({path: params[path] for path in shapes(found.config)})
+        model._assemble(found.config, ordered, found.tokenizer, reproducible)
         model.source, model.companions = found.source, found.companions
         return model
 
@@ -543,8 +570,54 @@ class GPT2:
             return rows
 
         lengths = [0 if self.tokenizer is None else len(self.tokenizer.token_bytes(token)) for token in tokens]
-        found = log_probs(logits_of, start + tokens, n_ctx, stride)[len(start) :]
+        found = log_probs(logits_of, start + tokens, n_ctx, stride, self.reproducible)[len(start) :]
         return Score(tokens, found, sum(n for n, p in zip(lengths, found, strict=True) if not np.isnan(p)))
+
+    def fingerprint(self, text: str | Any = None, *, allow_special: AllowSpecial = False) -> Fingerprint:
+        """Return hashes of the model that are equal on every backend, device and processor.
+
+        Two models with the same fingerprint have the same parameters and, for this text, the same logits. Quote it to
+        say which model was run, and that it was loaded correctly. The logits are computed in the reproducible mode.
+
+        Parameters
+        ----------
+        text : str or int [seq], optional
+            A text, or its token ids. Unless given, it is a fixed sentence or, without a tokenizer, 32 fixed ids.
+        allow_special : bool or collection of str
+            See `GenerationOptions`.
+
+        Returns
+        -------
+        Fingerprint
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for `logits`.
+        ValueError
+            If the parameters are not float32.
+
+        Examples
+        --------
+        >>> import portable_gpt2 as pg
+        >>> pg.GPT2.load("shakespeare", backend="numpy").fingerprint("To be").logits[:16]
+        '70bfc8abab20302c'
+        """
+        model = self
+        if not self.reproducible:
+            model = GPT2.__new__(GPT2)
+            model._assemble(self.config, self.params, self.tokenizer, True)
+        n_ctx, n_vocab = self.config.n_ctx, self.config.n_vocab
+        if text is None and self.tokenizer is None:
+            text = [i % n_vocab for i in range(min(N_TOKENS, n_ctx))]
+        elif text is None:
+            text = self._encode(TEXT, False)[:n_ctx]
+        elif isinstance(text, str):
+            text = self._encode(text, allow_special)
+        tokens = checks.token_ids("token ids", text, n_vocab).tolist()
+        logits = self.backend.to_numpy(model.logits([tokens]))[0]
+        weights = ((path, self.backend.to_numpy(x)) for path, x in flatten(self.params))
+        return Fingerprint(hash_of_logits(tokens, logits), hash_of_weights(weights), tokens)
 
     def trace(
         self, text: str | Sequence[int], *, names: Iterable[str] = ("*",), allow_special: AllowSpecial = False
@@ -603,7 +676,7 @@ class GPT2:
                 gpt2(params, tokens, self.config, observe=found.__setitem__)
                 return {name: found[name] for name in kept}
 
-            self._traced[kept] = self.backend.compile(traced, self.params)
+            self._traced[kept] = self._compile(traced, self.params)
         found = self._traced[kept](self.backend.from_numpy(tokens, device=self._device))
         return {name: found[name] for name in kept}  # a compiled function may sort the names
 

@@ -15,6 +15,7 @@ from . import checks
 from .cache import KVCache, LayerCache, check_cache, open_layers
 from .config import GPT2Config
 from .ops import (
+    add,
     attention,
     attention_scores,
     attention_weights,
@@ -135,9 +136,9 @@ def block(
     """Pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
     h = observe("ln_1", layer_norm(x, **params["ln_1"], eps=eps))
     a, layer = attn(h, **params["attn"], n_head=n_head, scale=scale, layer=layer, observe=scoped(observe, "attn/"))
-    x = observe("attn/residual", x + a)
+    x = observe("attn/residual", add(x, a))
     h = observe("ln_2", layer_norm(x, **params["ln_2"], eps=eps))
-    return observe("residual", x + mlp(h, **params["mlp"], observe=scoped(observe, "mlp/"))), layer
+    return observe("residual", add(x, mlp(h, **params["mlp"], observe=scoped(observe, "mlp/")))), layer
 
 
 def transformer(
@@ -163,7 +164,7 @@ def _transformer(
 ) -> tuple[Any, KVCache | None]:
     eps = config.layer_norm_epsilon
     positions, layers = open_layers(tokens, config.n_layer, cache)
-    x = observe("embedding", embed(tokens, params["wte"]) + embed(positions, params["wpe"]))
+    x = observe("embedding", add(embed(tokens, params["wte"]), embed(positions, params["wpe"])))
     for i in range(config.n_layer):
         x, layers[i] = block(
             x,

@@ -5,8 +5,10 @@ Every op checks its arguments by the same rules; the docstring of `op` states th
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from .backend import Backend
@@ -31,6 +33,41 @@ class Op(Protocol[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a kernel, or else the definition."""
+
+
+class Interpreter(Protocol):
+    """Computes the results of ops in place of kernels and definitions: see `interpreted`."""
+
+    def __call__(self, signature: Signature, backend: Backend, given: dict[str, Any]) -> Any:
+        """Return the result of an op, for arguments by name that fit its signature."""
+
+    def add(self, x: Any, y: Any) -> Any:
+        """Return x + y, where y may have fewer leading axes than x."""
+
+
+_INTERPRETER: ContextVar[Interpreter | None] = ContextVar("interpreter", default=None)
+_n_interpreters = 0  # in all threads; `torch.compile` can read an int, and cannot read a context variable
+
+
+@contextlib.contextmanager
+def interpreted(interpreter: Interpreter | None) -> Iterator[None]:
+    """Let an interpreter compute the ops within a ``with`` block, only for this thread or asynchronous task.
+
+    With None, kernels and definitions compute them, as they do outside of such a block.
+    """
+    global _n_interpreters
+    token = _INTERPRETER.set(interpreter)
+    _n_interpreters += 1
+    try:
+        yield
+    finally:
+        _n_interpreters -= 1
+        _INTERPRETER.reset(token)
+
+
+def current_interpreter() -> Interpreter | None:
+    """Return the interpreter of the innermost `interpreted` block; None outside of such a block."""
+    return _INTERPRETER.get() if _n_interpreters else None
 
 
 def op(definition: Callable[P, R]) -> Op[P, R]:
@@ -72,6 +109,8 @@ def op(definition: Callable[P, R]) -> Op[P, R]:
         backend = _BACKEND_OF_TYPE.get(kind)
         if backend is None or not ((has_one_array and not kwargs) or _are_alike(signature, backend, args, kwargs)):
             backend = signature.check_types(args, kwargs)
+        if _n_interpreters and (interpreter := _INTERPRETER.get()) is not None:
+            return interpreter(signature, *check(*args, **kwargs))
         kernel = backend.kernels.get(name)
         if kernel is None:
             return reference(*args, **kwargs)

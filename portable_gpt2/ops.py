@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .host import value_range
-from .op import op
+from .op import current_interpreter, op
 from .registry import backend_of
 from .signature import check_axis
 
@@ -69,6 +69,12 @@ def in_range(name: str, ids: Any, n: Any) -> tuple[Any, Any]:
         return index, None
     known = (index >= 0) & (index < (n if isinstance(n, int) else xp.astype(n, index.dtype)))
     return xp.where(known, index, 0), known
+
+
+def add(x: Any, y: Any) -> Any:
+    """Return x + y, the sum of a residual connection. It is a function of its own for the sake of an `Interpreter`."""
+    interpreter = current_interpreter()
+    return x + y if interpreter is None else interpreter.add(x, y)
 
 
 @op

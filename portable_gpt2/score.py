@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import checks
+from .correct_rounding.mode import reproducible as reproducible_ops
+from .ops import cross_entropy
 from .sampling import check_finite
 
 _ROWS = 64  # how many rows of logits are converted to float64 at a time
@@ -94,7 +96,9 @@ def _windows(n: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
         start, first = start + stride, end
 
 
-def log_probs(logits_of: Callable[[list[int]], np.ndarray], tokens: list[int], n_ctx: int, stride: int) -> np.ndarray:
+def log_probs(
+    logits_of: Callable[[list[int]], np.ndarray], tokens: list[int], n_ctx: int, stride: int, reproducible: bool = False
+) -> np.ndarray:
     """Return the log-probability of each token given the tokens before it, float64 [len(tokens)]; the first is NaN.
 
     Parameters
@@ -105,6 +109,8 @@ def log_probs(logits_of: Callable[[list[int]], np.ndarray], tokens: list[int], n
         The token ids of the text.
     n_ctx, stride : int
         See `windows`; stride is from 1 to n_ctx - 1.
+    reproducible : bool
+        Whether to round each log-probability correctly to float32, so that it is the same on every processor.
 
     Raises
     ------
@@ -120,6 +126,17 @@ def log_probs(logits_of: Callable[[list[int]], np.ndarray], tokens: list[int], n
             largest = rows.max(axis=-1, keepdims=True)
             for each in largest.flat:
                 check_finite(each)
+            if reproducible:
+                found[i:j] = _correctly_rounded(logits[i - 1 - start : j - 1 - start], tokens[i:j])
+                continue
             rows -= largest
             found[i:j] = rows[np.arange(j - i), tokens[i:j]] - np.log(np.exp(rows).sum(axis=-1))
     return found
+
+
+def _correctly_rounded(logits: np.ndarray, tokens: list[int]) -> list[float]:
+    """Return the log-probability of one token for each row of logits, rounded correctly to float32."""
+    with reproducible_ops():
+        return [
+            -float(cross_entropy(row[None, :], np.asarray([token]))) for row, token in zip(logits, tokens, strict=True)
+        ]

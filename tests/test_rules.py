@@ -72,7 +72,7 @@ LAYERS = [
     {"ops", "params", "tokenizer", "tokenizer_files"},
     {"cache", "sampling", "correct_rounding"},
     {"model"},
-    {"gradients", "generation", "checkpoint", "score", "export"},
+    {"gradients", "generation", "checkpoint", "score", "export", "fingerprint"},
     {"training", "language_model", "plot", "certificate"},
     {"comparison"},
     {"api"},

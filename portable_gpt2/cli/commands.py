@@ -6,7 +6,22 @@ import argparse
 import errno
 import signal
 
-from . import attend, backends, certify, check, convert, diff, export, generate, score, signals, streams, trace, train
+from . import (
+    attend,
+    backends,
+    certify,
+    check,
+    convert,
+    diff,
+    export,
+    fingerprint,
+    generate,
+    score,
+    signals,
+    streams,
+    trace,
+    train,
+)
 from .options import FAILED, Command, Parser
 
 # The number of the signal for a broken pipe, which Windows does not define. The exit status is then 128 + 13.
@@ -16,7 +31,20 @@ _SIGPIPE = 13
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="portable-gpt2", description="GPT-2, written once, on the array framework of your choice.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
-    for command in (generate, score, attend, certify, trace, diff, train, convert, export, backends, check):
+    for command in (
+        generate,
+        score,
+        attend,
+        fingerprint,
+        certify,
+        trace,
+        diff,
+        train,
+        convert,
+        export,
+        backends,
+        check,
+    ):
         command.add_to(commands)
     return parser
 

@@ -164,16 +164,31 @@ def add_computation(command: argparse.ArgumentParser) -> None:
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """Add the options that choose a model."""
-    add = command.add_argument
-    add(
+    """Add the options that choose a model, and how it computes."""
+    add_source(command)
+    add_computation(command)
+    add_reproducible(command)
+
+
+def add_source(command: argparse.ArgumentParser) -> None:
+    """Add the option that chooses a model."""
+    command.add_argument(
         "--model",
         default=SHIPPED / "shakespeare",
         metavar="DIR",
         help="directory of a checkpoint, or the name of a model of the Hugging Face hub, such as gpt2 (default: "
         "shakespeare, a small model that comes with this package)",
     )
-    add_computation(command)
+
+
+def add_reproducible(command: argparse.ArgumentParser) -> None:
+    """Add the option of the reproducible mode."""
+    command.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="round every op correctly, so that the result has the same bits on every backend, device and processor; "
+        "this takes several times as long",
+    )
 
 
 def load(arguments: argparse.Namespace) -> GPT2:
@@ -183,6 +198,7 @@ def load(arguments: argparse.Namespace) -> GPT2:
         backend=arguments.backend,
         device=arguments.device,
         dtype=arguments.dtype,
+        reproducible=arguments.reproducible,
         progress=progress,
     )
 

@@ -83,9 +83,22 @@ class Decoder:
         The model's shape.
     device : device
         The device of the parameters, as the framework's own object.
+    compile : callable
+        ``backend.compile``, or another function with its signature.
+    may_run_ahead : bool
+        Whether an accelerator may choose the tokens.
     """
 
-    def __init__(self, backend: Backend, params: Params, config: GPT2Config, device: Any) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        params: Params,
+        config: GPT2Config,
+        device: Any,
+        compile: Callable[..., Any],
+        *,
+        may_run_ahead: bool = True,
+    ) -> None:
         self.backend, self.params, self.config, self.device = backend, params, config, device
 
         def step(params: Params, tokens: Any, last: Any, cache: KVCache) -> tuple[Any, KVCache | None]:
@@ -93,9 +106,9 @@ class Decoder:
             h, extended = transformer(params, tokens, config, cache)
             return head(params, backend.xp.take(h, last, axis=1)), extended
 
-        self._step = backend.compile(step, params, donate=("cache",))
+        self._step = compile(step, params, donate=("cache",))
         wte = params["wte"]
-        self.runs_ahead = backend.dtype_names[wte.dtype] != "float64" and backend.runs_ahead(wte)
+        self.runs_ahead = may_run_ahead and backend.dtype_names[wte.dtype] != "float64" and backend.runs_ahead(wte)
         self._n_steps = _STEPS if backend.compiles_per_shape else 1
         self._runs: dict[Rule, Callable[[State], tuple[Any, State]]] = {}
 

@@ -1,0 +1,259 @@
+"""The reproducible mode: the result of an op is the float32 number nearest to its exact result.
+
+Every implementation that computes this number computes the same bits. The mode evaluates an op in float64 on the
+arrays' own device, with a bound of the error (`float64`). If all numbers within the bound round to the same float32
+number, the result is decided. This is so for all but about one element in 10,000. The others are computed on the host,
+with as many digits as the decision needs (`exact`). The method is that of Ziv, "Fast evaluation of elementary
+mathematical functions with correctly rounded last bit", ACM Trans. Math. Softw. 17(3), 1991.
+
+docs/reproducible.md says what the exact result of each op is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ..backend import Backend
+from ..numerics import Numerics, stated
+from ..op import interpreted
+from ..params import Params, flatten
+from ..registry import backend_of
+from ..signature import Signature
+from . import exact, float64
+
+_SMALLEST = 2.0**-126  # the smallest normal float32
+_ZERO_BELOW = _SMALLEST - 2.0**-150  # a number of this magnitude rounds to _SMALLEST, and a smaller one counts as 0
+
+
+@contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """Round every op correctly within a ``with`` block, only for this thread or asynchronous task.
+
+    The result of an op is then the float32 number that is nearest to the exact result on its float32 arguments, so it
+    has the same bits on every backend, device and processor, and for every batch. docs/reproducible.md defines the
+    exact result of each op, and says what the mode costs.
+
+    The ops take float32 arrays, whose values are read: the mode does not work inside of functions that are traced, such
+    as those of ``jax.jit``. Numbers below 2^-126 in magnitude count as 0, and a zero has no sign.
+
+    Raises
+    ------
+    TypeError
+        An op raises it if the backend has no float64, or if an array has no values because a function is being traced.
+    ValueError
+        An op raises it if an array has another dtype than float32.
+
+    Notes
+    -----
+    `GPT2.load` has an option for a whole model.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import portable_gpt2 as pg
+    >>> x = np.linspace(-3, 3, 5, dtype=np.float32)
+    >>> with pg.reproducible():
+    ...     y = pg.softmax(x)
+    >>> [float(each).hex() for each in y[:2]]
+    ['0x1.f914e40000000p-10', '0x1.1af3cc0000000p-7']
+    """
+    with interpreted(Interpreter()):
+        yield
+
+
+class _Weight:
+    """A parameter of a model, and what the mode needs of it, each computed when it is needed for the first time."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    @functools.cached_property
+    def wide(self) -> Any:
+        """The parameter in float64."""
+        return _widened(backend_of(self.array), self.array)
+
+    @functools.cached_property
+    def column_norms(self) -> Any:
+        """Upper bounds of the Euclidean norms of the columns, which `conv1d` multiplies with."""
+        return float64.column_norms(self.wide)
+
+    @functools.cached_property
+    def row_norms(self) -> Any:
+        """Upper bounds of the Euclidean norms of the rows, which `unembed` multiplies with."""
+        return float64.column_norms(backend_of(self.array).xp.matrix_transpose(self.wide))
+
+    @functools.cached_property
+    def host(self) -> np.ndarray:
+        """The parameter on the host; on a CPU this is a view."""
+        return backend_of(self.array).to_numpy(self.array)
+
+
+class Interpreter:
+    """Computes ops as the mode defines them.
+
+    Parameters
+    ----------
+    params : dict, optional
+        The parameters of a model, which do not change. What the mode needs of them is computed only once.
+    """
+
+    def __init__(self, params: Params | None = None) -> None:
+        # The keys are identities, which stay valid as long as the arrays exist; the values hold the arrays.
+        self._weights = {id(x): _Weight(x) for _, x in flatten(params or {})}
+
+    def __call__(self, signature: Signature, backend: Backend, given: dict[str, Any]) -> Any:
+        """Return the result of an op, for arguments by name that fit its signature."""
+        name = signature.name
+        floats = {key: x for key, x in given.items() if key in signature.floats}
+        for key, x in floats.items():
+            check(backend, backend.dtype_names[x.dtype], f"{name}: {key}: ")
+        with interpreted(None), backend.permit_64_bits():
+            if name == "embed":
+                return _without_subnormals(backend, signature.definition(**given))
+            weights = {key: self._weights.get(id(x)) or _Weight(x) for key, x in floats.items()}
+            options = {key: x for key, x in given.items() if key not in signature.arrays}
+            arrays = {key: x for key, x in given.items() if key not in options and x is not None}
+            arrays |= {key: weight.wide for key, weight in weights.items()}
+            if name in _NORMS:
+                arrays["w_norms"] = getattr(weights["w"], _NORMS[name])
+            attempt = _attempt(backend, name, tuple(options.items()), _numerics(backend, given))
+            result, is_open, n, *evaluation = attempt(arrays)
+            if not _read(name, backend, n):
+                return result
+            at = np.nonzero(backend.to_numpy(is_open))
+            value, error = (np.broadcast_to(backend.to_numpy(x), is_open.shape)[at] for x in evaluation)
+            low, high = _narrowed(value - error), _narrowed(value + error)
+            undecided = (low != high) & (error != 0)
+            if name in _NORMS:
+                undecided &= np.isfinite(value)  # an infinity or NaN is exact
+            at_undecided = tuple(index[undecided] for index in at)
+            if undecided.any():
+                on_host = {key: backend.to_numpy(x) for key, x in arrays.items() if key in given}
+                on_host |= {key: weight.host for key, weight in weights.items()}
+                low[undecided] = getattr(exact, name)(**on_host, **options, at=at_undecided)
+            found = backend.to_numpy(result).copy()
+            found[at] = low
+            return backend.from_numpy(found, device=backend.placement(result))
+
+    def add(self, x: Any, y: Any) -> Any:
+        """Return x + y. IEEE 754 rounds a sum correctly, so only subnormal results are left to be replaced by 0."""
+        backend = backend_of(x)
+        return _without_subnormals(backend, x + y)
+
+
+_NORMS = {"conv1d": "column_norms", "unembed": "row_norms"}
+
+
+@functools.cache
+def _attempt(backend: Backend, name: str, options: tuple[tuple[str, Any], ...], numerics: Numerics) -> Any:
+    """Return a function of the arrays of an op in float64.
+
+    It returns the result in float32; a bool array that is True where the host must look, because the result is
+    undecided or may be subnormal; the number of such elements; and the `Evaluation`.
+    """
+    evaluate, xp = getattr(float64, name), backend.xp
+
+    def attempt(arrays: dict[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
+        value, error = evaluate(**arrays, **dict(options), numerics=numerics)
+        low, high = xp.astype(value - error, xp.float32), xp.astype(value + error, xp.float32)
+        # A framework may flush subnormal numbers, and then they are 0 here.
+        is_open = (low != high) | ((low >= -_SMALLEST) & (low <= _SMALLEST))
+        return low, is_open, xp.sum(xp.astype(is_open, xp.int32)), value, error
+
+    return backend.compile(attempt)
+
+
+def _narrowed(x: np.ndarray) -> np.ndarray:
+    """Round float64 to float32 on the host. Numbers that would be subnormal become 0 or the smallest normal number."""
+    with np.errstate(over="ignore"):
+        rounded = np.where(abs(x) < _ZERO_BELOW, 0.0, np.where(abs(x) < _SMALLEST, np.copysign(_SMALLEST, x), x))
+        found: np.ndarray = rounded.astype(np.float32)
+        return found
+
+
+def _without_subnormals(backend: Backend, x: Any) -> Any:
+    """Replace numbers below 2^-126 in magnitude by 0, and -0 too."""
+    return backend.xp.where((x > -_SMALLEST) & (x < _SMALLEST), 0.0, x)
+
+
+def _widened(backend: Backend, x: Any) -> Any:
+    """Convert float32 to float64."""
+    return _without_subnormals(backend, backend.xp.astype(x, backend.xp.float64))
+
+
+def _numerics(backend: Backend, given: dict[str, Any]) -> Numerics:
+    """Return the errors that the backend states for float64 on the device of the arrays."""
+    device = backend.device(next(iter(given.values())))
+    return _stated(backend, device.partition(":")[0])
+
+
+@functools.cache
+def _stated(backend: Backend, kind: str) -> Numerics:
+    return stated(backend, "float64", kind)
+
+
+def check(backend: Backend, dtype: str, who: str = "") -> None:
+    """Refuse a dtype other than float32, and a backend that has no float64."""
+    if "float64" not in backend.dtypes:
+        raise TypeError(
+            f"{who}the reproducible mode computes in float64, which {backend.name} does not have; choose another "
+            "backend"
+        )
+    if dtype != "float32":
+        raise ValueError(f"{who}dtype is {dtype}; the reproducible mode takes and returns float32")
+
+
+def _read(name: str, backend: Backend, n: Any) -> int:
+    """Return the value of an integer array."""
+    try:
+        return int(backend.to_numpy(n))
+    except Exception as error:
+        raise TypeError(
+            f"{name}: the reproducible mode reads the values of arrays, but here they have none, because a function is "
+            f"being traced; call the function without compiling it"
+        ) from error
+
+
+def compiler(backend: Backend, params: Params) -> Callable[..., Callable[..., Any]]:
+    """Return a function with the signature of `Backend.compile`, whose functions run in the mode.
+
+    The mode reads arrays after each op, so a function is not compiled as a whole; each op is compiled by itself. If the
+    backend compiles again for every shape, ints become arrays, as they do in a compiled function, so that no shape
+    depends on the number of tokens in the cache.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the parameters are not float32, or the backend has no float64.
+    """
+    for path, x in flatten(params):
+        check(backend, backend.dtype_names[x.dtype], f"{path}: ")
+    interpreter = Interpreter(params)
+
+    def compile(fn: Callable[..., Any], *bound: Any, donate: tuple[str, ...] = ()) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if backend.compiles_per_shape:
+                args = tuple(_with_arrays(backend, each) for each in args)
+            with interpreted(interpreter):
+                return fn(*bound, *args)
+
+        return run
+
+    return compile
+
+
+def _with_arrays(backend: Backend, tree: Any) -> Any:
+    """Return a tree with arrays of int32 in place of ints."""
+    if isinstance(tree, int):
+        return backend.from_numpy(np.asarray(tree, np.int32))
+    if isinstance(tree, dict):
+        return {key: _with_arrays(backend, each) for key, each in tree.items()}
+    if isinstance(tree, tuple | list):
+        made = [_with_arrays(backend, each) for each in tree]
+        return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
+    return tree
