@@ -35,6 +35,7 @@ class Op(Protocol[P, R]):
         """Run a kernel, or else the definition."""
 
 
+@runtime_checkable
 class Interpreter(Protocol):
     """Computes the results of ops in place of kernels and definitions: see `interpreted`."""
 
