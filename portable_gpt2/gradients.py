@@ -41,52 +41,59 @@ def _rows(x: Any) -> Any:
 def conv1d(
     x: Float[Array, "*batch nx"], w: Float[Array, "nx nf"] | Float[Array, "1 nx nf"], b: Float[Array, "nf"]
 ) -> tuple[Float[Array, "*batch nf"], Backward]:
-    """Compute y = x w + b: dx = dy w^T, dw = x^T dy, db = the sum of dy over all rows."""
+    """Compute y = x w + b."""
+    return ops.conv1d(x, w, b), lambda dy: conv1d_backward(x, w, dy)
+
+
+def conv1d_backward(x: Any, w: Any, dy: Any) -> Params:
+    """Return dx = dy w^T, dw = x^T dy, and db, the sum of dy over all rows."""
     backend = backend_of(x)
     xp, shape = backend.xp, backend.shape(w)
-
-    def backward(dy: Any) -> Params:
-        rows, wt = _rows(dy), xp.matrix_transpose(xp.reshape(w, shape[-2:]))
-        dw = xp.matmul(xp.matrix_transpose(_rows(x)), rows)
-        dx = xp.reshape(xp.matmul(rows, wt), backend.shape(x))
-        return {"x": dx, "w": xp.reshape(dw, shape), "b": xp.sum(rows, axis=0)}
-
-    return ops.conv1d(x, w, b), backward
+    rows, wt = _rows(dy), xp.matrix_transpose(xp.reshape(w, shape[-2:]))
+    dw = xp.matmul(xp.matrix_transpose(_rows(x)), rows)
+    dx = xp.reshape(xp.matmul(rows, wt), backend.shape(x))
+    return {"x": dx, "w": xp.reshape(dw, shape), "b": xp.sum(rows, axis=0)}
 
 
 def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> tuple[Float[Array, "*shape"], Backward]:
-    """Compute y_j = exp(x_j) / sum_k exp(x_k): dx = y (dy - sum_k y_k dy_k)."""
-    y = ops.softmax(x, axis=axis)
-    xp = backend_of(x).xp
-    return y, lambda dy: {"x": y * (dy - xp.sum(y * dy, axis=axis, keepdims=True))}
+    """Compute y_j = exp(x_j) / sum_k exp(x_k)."""
+    return ops.softmax(x, axis=axis), lambda dy: softmax_backward(x, dy, axis=axis)
+
+
+def softmax_backward(x: Any, dy: Any, *, axis: int = -1) -> Params:
+    """Return dx = y (dy - sum_k y_k dy_k)."""
+    y, xp = ops.softmax(x, axis=axis), backend_of(x).xp
+    return {"x": y * (dy - xp.sum(y * dy, axis=axis, keepdims=True))}
 
 
 def gelu(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Backward]:
-    """Compute y = x (1 + t) / 2, t = tanh(u), u = c (x + 0.044715 x^3): dx = dy ((1 + t) + x (1 - t^2) du/dx) / 2."""
+    """Compute y = x (1 + t) / 2, t = tanh(u), u = c (x + 0.044715 x^3), c = sqrt(2/pi)."""
+    return ops.gelu(x), lambda dy: gelu_backward(x, dy)
+
+
+def gelu_backward(x: Any, dy: Any) -> Params:
+    """Return dx = dy ((1 + t) + x (1 - t^2) du/dx) / 2."""
     xp, c = backend_of(x).xp, math.sqrt(2 / math.pi)
-
-    def backward(dy: Any) -> Params:
-        t = xp.tanh(c * (x + 0.044715 * x * x * x))
-        return {"x": 0.5 * dy * (1 + t + x * (1 - t * t) * (c * (1 + 3 * 0.044715 * x * x)))}
-
-    return ops.gelu(x), backward
+    t = xp.tanh(c * (x + 0.044715 * x * x * x))
+    return {"x": 0.5 * dy * (1 + t + x * (1 - t * t) * (c * (1 + 3 * 0.044715 * x * x)))}
 
 
 def layer_norm(
     x: Float[Array, "*batch n"], g: Float[Array, "n"], b: Float[Array, "n"], *, eps: float = 1e-5
 ) -> tuple[Float[Array, "*batch n"], Backward]:
-    """Compute y = g z + b, z = (x - mean) / s: dg = sum dy z, db = sum dy, dx = (dz - mean(dz) - z mean(dz z)) / s."""
+    """Compute y = g z + b, z = (x - mean) / s, s = sqrt(variance + eps)."""
+    return ops.layer_norm(x, g, b, eps=eps), lambda dy: layer_norm_backward(x, g, dy, eps=eps)
+
+
+def layer_norm_backward(x: Any, g: Any, dy: Any, *, eps: float = 1e-5) -> Params:
+    """Return dx = (dz - mean(dz) - z mean(dz z)) / s with dz = dy g, and the sums of dy z (dg) and of dy (db)."""
     xp = backend_of(x).xp
-
-    def backward(dy: Any) -> Params:
-        z = x - xp.mean(x, axis=-1, keepdims=True)
-        s = xp.sqrt(xp.mean(z * z, axis=-1, keepdims=True) + eps)
-        z = z / s
-        dz = dy * g
-        dx = dz - xp.mean(dz, axis=-1, keepdims=True) - z * xp.mean(dz * z, axis=-1, keepdims=True)
-        return {"x": dx / s, "g": xp.sum(_rows(dy * z), axis=0), "b": xp.sum(_rows(dy), axis=0)}
-
-    return ops.layer_norm(x, g, b, eps=eps), backward
+    z = x - xp.mean(x, axis=-1, keepdims=True)
+    s = xp.sqrt(xp.mean(z * z, axis=-1, keepdims=True) + eps)
+    z = z / s
+    dz = dy * g
+    dx = dz - xp.mean(dz, axis=-1, keepdims=True) - z * xp.mean(dz * z, axis=-1, keepdims=True)
+    return {"x": dx / s, "g": xp.sum(_rows(dy * z), axis=0), "b": xp.sum(_rows(dy), axis=0)}
 
 
 def attention(
@@ -100,18 +107,19 @@ def attention(
 ) -> tuple[Float[Array, "*batch queries dv"], Backward]:
     """Compute y = w v, where w is the softmax of scale q k^T. Masked keys have weight 0, so they get no gradient."""
     backend, _ = ops.attention.check(q, k, v, mask=mask, causal=causal, scale=scale)  # attention_weights checks no v
-    xp, t = backend.xp, backend.xp.matrix_transpose
     scale = max(backend.shape(q)[-1], 1) ** -0.5 if scale is None else scale
     if causal and mask is None and backend.shape(q)[-2] == backend.shape(k)[-2]:
         return _causal_attention(q, k, v, scale=scale)
     w = ops.attention_weights(q, k, mask=mask, causal=causal, scale=scale)
+    return backend.xp.matmul(w, v), lambda dy: attention_backward(q, k, v, dy, w=w, scale=scale)
 
-    def backward(dy: Any) -> Params:
-        dw = xp.matmul(dy, t(v))
-        ds = scale * w * (dw - xp.sum(w * dw, axis=-1, keepdims=True))
-        return {"q": xp.matmul(ds, k), "k": xp.matmul(t(ds), q), "v": xp.matmul(t(w), dy)}
 
-    return xp.matmul(w, v), backward
+def attention_backward(q: Any, k: Any, v: Any, dy: Any, *, w: Any, scale: float) -> Params:
+    """Return dq = ds k, dk = ds^T q and dv = w^T dy, with ds = scale w (dw - sum_j w_j dw_j) and dw = dy v^T."""
+    xp, t = backend_of(q).xp, backend_of(q).xp.matrix_transpose
+    dw = xp.matmul(dy, t(v))
+    ds = scale * w * (dw - xp.sum(w * dw, axis=-1, keepdims=True))
+    return {"q": xp.matmul(ds, k), "k": xp.matmul(t(ds), q), "v": xp.matmul(t(w), dy)}
 
 
 def _causal_attention(
@@ -149,52 +157,59 @@ def _causal_attention(
 
 
 def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> tuple[Float[Array, "*batch d"], Backward]:
-    """Compute y_i = w[ids_i]: row j of dw is the sum of dy_i over all i with ids_i = j."""
-    backend = backend_of(w)
+    """Compute y_i = w[ids_i]."""
+    n_vocab = backend_of(w).shape(w)[0]
+    return ops.embed(ids, w), lambda dy: embed_backward(ids, dy, n_vocab=n_vocab)
 
-    def backward(dy: Any) -> Params:
-        index, known = ops.in_range("embed: ids", ids, backend.shape(w)[0])
-        if known is not None:  # an id out of range has index 0, but must add nothing to row 0
-            dy = backend.xp.where(known[..., None], dy, 0)
-        flat = backend.xp.reshape(index, (math.prod(backend.shape(ids)),))
-        return {"w": backend.index_add(backend.zeros(backend.shape(w), like=w), flat, _rows(dy))}
 
-    return ops.embed(ids, w), backward
+def embed_backward(ids: Any, dy: Any, *, n_vocab: int) -> Params:
+    """Return dw: its row j is the sum of dy_i over all i with ids_i = j."""
+    backend = backend_of(dy)
+    index, known = ops.in_range("embed: ids", ids, n_vocab)
+    if known is not None:  # an id out of range has index 0, but must add nothing to row 0
+        dy = backend.xp.where(known[..., None], dy, 0)
+    flat = backend.xp.reshape(index, (math.prod(backend.shape(ids)),))
+    zeros = backend.zeros((n_vocab, backend.shape(dy)[-1]), like=dy)
+    return {"w": backend.index_add(zeros, flat, _rows(dy))}
 
 
 def unembed(x: Float[Array, "*batch d"], w: Float[Array, "vocab d"]) -> tuple[Float[Array, "*batch vocab"], Backward]:
-    """Compute y = x w^T: dx = dy w, dw = dy^T x."""
+    """Compute y = x w^T."""
+    return ops.unembed(x, w), lambda dy: unembed_backward(x, w, dy)
+
+
+def unembed_backward(x: Any, w: Any, dy: Any) -> Params:
+    """Return dx = dy w and dw = dy^T x."""
     backend = backend_of(x)
-    xp = backend.xp
-
-    def backward(dy: Any) -> Params:
-        rows = _rows(dy)
-        dx = xp.reshape(xp.matmul(rows, w), backend.shape(x))
-        return {"x": dx, "w": xp.matmul(xp.matrix_transpose(rows), _rows(x))}
-
-    return ops.unembed(x, w), backward
+    xp, rows = backend.xp, _rows(dy)
+    dx = xp.reshape(xp.matmul(rows, w), backend.shape(x))
+    return {"x": dx, "w": xp.matmul(xp.matrix_transpose(rows), _rows(x))}
 
 
 def cross_entropy(
     logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
 ) -> tuple[Float[Array, ""], Backward]:
-    """Compute the mean of -log p[target], p = softmax(logits): dlogits = (p - 1 at the target, p elsewhere) / n."""
-    value = ops.cross_entropy(logits, targets)
-    backend = backend_of(logits)
-    xp = backend.xp
-    *start, vocab = backend.shape(logits)
+    """Compute the mean of -log p[target], p = softmax(logits)."""
+    n = math.prod(backend_of(logits).shape(logits)[:-1])
 
     def backward(dy: Any = 1.0) -> Params:
         if ops.is_empty(logits):  # there are no targets, and n is 0
             return {"logits": logits}
-        index, known = ops.in_range("cross_entropy: targets", targets, vocab)
-        is_target = index[..., None] == xp.astype(backend.arange(vocab, like=targets), index.dtype)
-        p = ops.softmax(logits)
-        if known is not None:
-            p = xp.where(known[..., None], p, math.nan)
-        return {"logits": xp.where(is_target, p - 1, p) * (dy / math.prod(start))}
+        return cross_entropy_backward(logits, targets, factor=dy / n)
 
-    return value, backward
+    return ops.cross_entropy(logits, targets), backward
+
+
+def cross_entropy_backward(logits: Any, targets: Any, *, factor: Any) -> Params:
+    """Return dlogits = factor (p - 1) at the targets, and factor p elsewhere."""
+    backend = backend_of(logits)
+    xp, vocab = backend.xp, backend.shape(logits)[-1]
+    index, known = ops.in_range("cross_entropy: targets", targets, vocab)
+    is_target = index[..., None] == xp.astype(backend.arange(vocab, like=targets), index.dtype)
+    p = ops.softmax(logits)
+    if known is not None:
+        p = xp.where(known[..., None], p, math.nan)
+    return {"logits": xp.where(is_target, p - 1, p) * factor}
 
 
 @functools.cache
