@@ -1,7 +1,6 @@
 """Where two models part: porting bugs are placed and explained, and correct models raise no alarm.
 
-A thorough run (a profile of hypothesis whose name ends in ``thorough``) has every bug several times, and hundreds of
-correct pairs.
+A thorough run has every bug several times, and hundreds of correct pairs. CONTRIBUTING.md shows how to start it.
 """
 
 import dataclasses
@@ -14,17 +13,19 @@ import numpy as np
 import ported
 import pytest
 import tiny
+from ported import assert_no_alarm
 
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint import stored
 from portable_gpt2.comparison import steps
-from portable_gpt2.comparison.compare import compare
+from portable_gpt2.comparison.compare import compare, judged
 from portable_gpt2.comparison.growth import of_logits
 from portable_gpt2.comparison.guesses import GUESSES, Case, explain
 from portable_gpt2.comparison.trace import Trace
 from portable_gpt2.numerics import Numerics
 from portable_gpt2.testing.plain_gpt2 import CONFIGS, on_backend, random_weights
 
+ALL = ["numpy", "tensorflow", "jax", "torch"]
 THOROUGH = hypothesis.settings.get_current_profile_name().endswith("thorough")
 OF_NUMPY = Numerics(exp=(3.6, 0.0), log=8.0)
 
@@ -35,26 +36,24 @@ def traced(config, arrays, tokens, weights=MappingProxyType({}), dtype="float32"
 
 
 def placed(bug, config, weights, tokens):
-    """Return the result where a mistake should be found, and the comparison of the port with the right model."""
-    names = pg.model.observed_names(config)
+    """Return the result where a mistake should be found, and the first result of the port that is beyond its bound."""
     with np.errstate(all="ignore"):
-        wrong = ported.port(config, weights, tokens, bug)
-    right = traced(config, ported.port(config, weights, tokens), tokens, weights, source="right")
-    return bug.culprit(names), compare(right, traced(config, wrong, tokens, source="wrong"))
+        wrong = traced(config, ported.port(config, weights, tokens, bug), tokens)
+    ops, _ = judged(wrong, config, traced(config, wrong.arrays, tokens, weights).weights)
+    return bug.culprit(pg.model.observed_names(config)), next((op for op in ops if not op.within), None)
 
 
 def test_porting_bugs_are_placed_at_their_op_and_explained():
     """Catches an op that is judged on other inputs than its own, and a guess that explains nothing or too much."""
-    n, found = 3 * len(ported.KINDS) if THOROUGH else 40, []
+    n, found = (6 if THOROUGH else 1) * len(ported.KINDS), []
     for bug, *rest in ported.bugs(n, seed=0 if THOROUGH else 19):
-        name, comparison = placed(bug, *rest)
-        culprit = comparison.culprit
+        name, culprit = placed(bug, *rest)
         is_placed = culprit is not None and culprit.name == name
         found.append((is_placed, is_placed and bool(re.search(bug.cause, culprit.guess)), bug, culprit))
     misses = [f"{bug}\n    {culprit}" for is_placed, explained, bug, culprit in found if not (is_placed and explained)]
-    print("\n".join(misses))
+    print("\n".join([f"{n} mistakes, {len(misses)} of which are not placed or not explained", *misses]))
     assert sum(is_placed for is_placed, *_ in found) >= 0.99 * n
-    assert sum(explained for _, explained, *_ in found) >= 0.9 * n
+    assert sum(explained for _, explained, *_ in found) >= 0.98 * n
 
 
 def weight_mistakes(config, weights, random):
@@ -102,16 +101,6 @@ def test_a_wrong_tensor_is_found(known):
                 assert found.culprit.name == names.get(path, path.rpartition("/")[0])
 
 
-def assert_no_alarm(found):
-    """Assert that every result is within its bound, and that no guess was made."""
-    assert found.equal, found.verdict
-    assert not found.missing
-    assert max(finding.ratio for finding in found.ops) <= 1
-    assert not any(finding.guess for finding in found.ops)
-    for each in found.growth:
-        assert each.difference <= each.rounding, each
-
-
 @pytest.mark.parametrize("style", ported.STYLES)
 def test_another_order_of_computation_raises_no_alarm(style):
     """Catches a bound that does not permit the scale at q, the bias in the product, or sums in another order."""
@@ -126,18 +115,18 @@ def test_another_order_of_computation_raises_no_alarm(style):
         assert found.verdict.startswith("Every op is within its bound, ")
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"], indirect=True)
+@pytest.mark.parametrize("backend", ALL if THOROUGH else ["numpy", "torch"], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_right_models_raise_no_alarm(backend, dtype):
     """Catches a bound that a backend exceeds in the model, in float32 or in 16 bits."""
     if dtype not in backend.dtypes:
         pytest.skip("the backend has no such dtype")
     numpy = pg.get_backend("numpy")
-    for seed, config in enumerate(CONFIGS.values()):
-        weights = random_weights(config, seed)
-        tokens = np.random.default_rng(seed).integers(0, config.n_vocab, 20)
+    tokens = np.random.default_rng(0).integers(0, 50, (1, 20))
+    models = [(config, random_weights(config, seed), tokens) for seed, config in enumerate(CONFIGS.values())]
+    for config, weights, tokens in [*models, *ported.right_models(45 if THOROUGH else 0)]:
         a, b = pg.GPT2(config, on_backend(numpy, weights)), pg.GPT2(config, on_backend(backend, weights, dtype))
-        assert_no_alarm(compare(a, b, tokens))
+        assert_no_alarm(compare(a, b, tokens[0]))
 
 
 def test_float64_is_judged_in_a_higher_precision():
@@ -191,10 +180,10 @@ def test_no_guess_explains_a_right_op():
         arrays = ported.port(config, weights, tokens)
         known = traced(config, arrays, tokens, weights).weights
         result = steps.results(arrays, config)
-        for i, step in enumerate(steps.steps(config)):
+        for step in steps.steps(config):
             call = steps.call(step, tokens, result, known, config, "float32", OF_NUMPY)
             place = steps.judge(call, arrays[step.name]).element
-            case = Case(step, call, arrays[step.name], result, known, config, list(arrays)[:i], set(), place)
+            case = Case(step, call, arrays[step.name], result, known, config, set(), place)
             cause, _ = explain(case)
             assert not cause or "eps" in cause, f"{step.name}: {cause}"
 

@@ -2,21 +2,24 @@
 
 import dataclasses
 
+import hypothesis
 import numpy as np
+import ported
 import pytest
 import truth
 
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint.names import prefixed_name
-from portable_gpt2.comparison.compare import judged
+from portable_gpt2.comparison.compare import compare, judged
 from portable_gpt2.comparison.sides import open_side
 from portable_gpt2.model import observed_names
 from portable_gpt2.numerics import stated
-from portable_gpt2.testing.plain_gpt2 import random_weights, some_tokens
+from portable_gpt2.testing.plain_gpt2 import on_backend, random_weights, some_tokens
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
+THOROUGH = hypothesis.settings.get_current_profile_name().endswith("thorough")
 CONFIG = pg.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_vocab=101, n_ctx=16, n_inner=40, eos_token_id=None)
 BY_LAYER = dataclasses.replace(CONFIG, scale_attn_by_inverse_layer_idx=True, layer_norm_epsilon=0.02)
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False)
@@ -40,16 +43,26 @@ def assert_right(trace, weights, config):
     assert trace.tokens.tolist() == TOKENS.tolist()
 
 
-def hugging_face(config, attention="eager", kind="GPT2LMHeadModel"):
+def hugging_face(config, attention="eager", kind="GPT2LMHeadModel", weights=None):
     entries = {**config.to_dict(), "architectures": None, "attn_implementation": attention}
     model = getattr(transformers, kind)(transformers.GPT2Config(**entries))
-    state = {prefixed_name(path): torch.from_numpy(a).float() for path, a in random_weights(config).items()}
+    weights = weights or random_weights(config)
+    state = {prefixed_name(path): torch.from_numpy(a).float() for path, a in weights.items()}
     if kind == "GPT2Model":
         state = {name.removeprefix("transformer."): x for name, x in state.items()}
     elif config.tie_word_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]
     model.load_state_dict(state)
     return model.eval()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_transformers_raises_no_alarm(attention):
+    """Catches a bound that transformers exceeds in float32: its order of computation is not ours."""
+    for config, weights, tokens in ported.right_models(60 if THOROUGH else 1):
+        a = pg.GPT2(config, on_backend(pg.get_backend("numpy"), weights))
+        b = hugging_face(config, attention, weights=weights)
+        ported.assert_no_alarm(compare(a, b, tokens[0]), missing=("scores", "weights"))
 
 
 @pytest.mark.parametrize("config", [CONFIG, BY_LAYER, UNTIED], ids=["plain", "by layer", "untied"])
@@ -115,19 +128,19 @@ def keras_hub():
     return pytest.importorskip("keras_hub")
 
 
-def keras_gpt2(keras_hub, dropout=0.1, dtype="float32"):
+def keras_gpt2(keras_hub, dropout=0.1, dtype="float32", config=CONFIG, weights=None):
     """Return KerasHub's model of random weights."""
     backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=CONFIG.n_vocab,
-        num_layers=CONFIG.n_layer,
-        num_heads=CONFIG.n_head,
-        hidden_dim=CONFIG.n_embd,
-        intermediate_dim=CONFIG.n_hidden,
-        max_sequence_length=CONFIG.n_ctx,
+        vocabulary_size=config.n_vocab,
+        num_layers=config.n_layer,
+        num_heads=config.n_head,
+        hidden_dim=config.n_embd,
+        intermediate_dim=config.n_hidden,
+        max_sequence_length=config.n_ctx,
         dropout=dropout,
         dtype=dtype,
     )
-    weights, d = random_weights(CONFIG), CONFIG.head_size
+    weights, d = weights or random_weights(config), config.head_size
     backbone.token_embedding.set_weights([weights["wte"]])
     backbone.position_embedding.set_weights([weights["wpe"]])
     for i, layer in enumerate(backbone.transformer_layers):
@@ -139,8 +152,8 @@ def keras_gpt2(keras_hub, dropout=0.1, dtype="float32"):
             np.split(p["attn/c_attn/b"], 3),
             strict=True,
         ):
-            part.set_weights([w.reshape(-1, CONFIG.n_head, d), b.reshape(CONFIG.n_head, d)])
-        attention.output_dense.set_weights([p["attn/c_proj/w"].reshape(CONFIG.n_head, d, -1), p["attn/c_proj/b"]])
+            part.set_weights([w.reshape(-1, config.n_head, d), b.reshape(config.n_head, d)])
+        attention.output_dense.set_weights([p["attn/c_proj/w"].reshape(config.n_head, d, -1), p["attn/c_proj/b"]])
         layer._self_attention_layer_norm.set_weights([p["ln_1/g"], p["ln_1/b"]])
         layer._feedforward_layer_norm.set_weights([p["ln_2/g"], p["ln_2/b"]])
         layer._feedforward_intermediate_dense.set_weights([p["mlp/c_fc/w"], p["mlp/c_fc/b"]])
@@ -164,6 +177,16 @@ def test_keras_hub_s_gpt2_is_traced(keras_hub, dropout):
         assert list(backbone.arrays) == [name for name in trace.arrays if name != "logits"]
         for name, x in backbone.arrays.items():
             np.testing.assert_array_equal(x, trace.arrays[name], err_msg=name)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+@pytest.mark.filterwarnings("ignore:You are using a softmax over axis 3")
+def test_keras_hub_raises_no_alarm(keras_hub, dropout):
+    """Catches a bound that KerasHub exceeds in float32."""
+    for config, weights, tokens in ported.right_models(30 if THOROUGH else 1, options=False):
+        a = pg.GPT2(config, on_backend(pg.get_backend("numpy"), weights))
+        b = keras_gpt2(keras_hub, dropout, config=config, weights=weights)
+        ported.assert_no_alarm(compare(a, b, tokens[0]), missing=("scores", "weights"))
 
 
 def test_what_keras_sublayers_do_not_reproduce_is_left_out(keras_hub, monkeypatch):

@@ -161,7 +161,7 @@ def judged(
             continue
         guess = ""
         if not found.ratio <= 1:
-            case = Case(step, made, computed, result, weights, config, seen[:-1], suspects, found.element)
+            case = Case(step, made, computed, result, weights, config, suspects, found.element)
             if searches < _SEARCHES or explained[step.op]:
                 guess, functions = explain(case, explained[step.op], only_first=searches >= _SEARCHES)
                 explained[step.op] += [f for f in functions if f not in explained[step.op]]

@@ -4,21 +4,22 @@ It shares no code with the package. It emits its results under the names of `GPT
 with the result at which it first shows and a pattern of the cause.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 import portable_gpt2 as pg
+from portable_gpt2.testing.plain_gpt2 import random_weights
 
 FORMATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Bug:
     """A mistake in a port: its kind, the results where it first shows, and the cause that should be guessed."""
 
@@ -26,7 +27,9 @@ class Bug:
     site: str = ""  # a pattern of the names of results
     value: Any = None
     cause: str = ""  # a pattern
-    tensors: dict = field(default_factory=dict)  # for a mistake in the weights: the tensors that are changed
+    tensors: dict = dataclasses.field(
+        default_factory=dict
+    )  # for a mistake in the weights: the tensors that are changed
 
     def hits(self, kind, name):
         return self.kind == kind and re.fullmatch(self.site, name) is not None
@@ -56,6 +59,9 @@ STYLES = (
     "divided",
     "fused",
     "finite mask",
+    "-10000",
+    "smallest number",
+    "no maximum",
     "powers",
 )
 
@@ -77,6 +83,22 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
             x = np.roll(x, bug.value, axis=-2)
         if bug.hits("scaled", name):
             x = x * np.float32(bug.value)
+        if bug.hits("clipped", name):
+            x = np.clip(x, -np.float32(bug.value), np.float32(bug.value))
+        if bug.hits("capped", name):
+            x = np.float32(bug.value) * np.tanh(x / np.float32(bug.value))
+        if bug.hits("offset", name):
+            x = x + np.float32(bug.value) * np.cos(np.arange(x.shape[-1], dtype=np.float32))
+        if bug.hits("a copy", name):
+            x = arrays[bug.value.format(h=name.partition("/")[0])].reshape(x.shape)
+        if bug.hits("not a number", name):
+            x = np.where(x > np.quantile(x, 0.9), np.float32(np.nan), x)
+        if bug.hits("overflow", name):
+            x = np.where(abs(x) > 65504, np.copysign(np.float32(np.inf), x), x)
+        if bug.hits("one head", name):
+            x = np.concatenate([x[:, :1], x[:, 1:2, :, ::-1], x[:, 2:]], axis=1)
+        if bug.hits("one position", name):
+            x = np.concatenate([x[..., :-1, :], x[..., -1:, ::-1]], axis=-2)
         arrays[name] = x.astype(np.float32)
         return arrays[name]
 
@@ -98,9 +120,19 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
             g, b = (np.ones_like(g) if "g" in bug.value else g), (np.zeros_like(b) if "b" in bug.value else b)
         if bug.hits("gain", name):
             g = 1 + g
+        if bug.hits("gain and bias are exchanged", name):
+            g, b = b, g
+        if bug.hits("parameters in fewer bits", name):
+            g, b = in_form(g, bug.value), in_form(b, bug.value)
         n = x.shape[-1]
         eps = bug.value if bug.hits("eps", name) else c.layer_norm_epsilon
-        d = x if bug.hits("no mean", name) else x - x.mean(-1, keepdims=True)
+        if bug.hits("norm over positions", name):
+            d = x - x.mean(-2, keepdims=True)
+            return seen(name, d / np.sqrt((d * d).mean(-2, keepdims=True) + np.float32(eps)) * g + b)
+        if bug.hits("no mean, no bias", name):
+            b = np.zeros_like(b)
+        no_mean = bug.hits("no mean", name) or bug.hits("no mean, no bias", name)
+        d = x if no_mean else x - x.mean(-1, keepdims=True)
         total = np.einsum("...i,...i->...", d, d)[..., None] if style == "einsum" else (d * d).sum(-1, keepdims=True)
         variance = total / np.float32(n - 1 if bug.hits("n - 1", name) else n)
         if bug.hits("eps outside", name):
@@ -109,6 +141,12 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
             y = d * (np.float32(1) / np.sqrt(variance + np.float32(eps)))
         else:
             y = d / np.sqrt(variance + np.float32(eps))
+        if bug.hits("not divided", name):
+            y = d
+        if bug.hits("norm is applied twice", name):
+            x = y * g + b
+            d = x - x.mean(-1, keepdims=True)
+            y = d / np.sqrt((d * d).mean(-1, keepdims=True) + np.float32(eps))
         return seen(name, y * g + b)
 
     def product(x, w):
@@ -131,6 +169,21 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
         if bug.hits("order", name):
             thirds = [np.split(a, 3, axis=-1) for a in (w, b)]
             w, b = (np.concatenate([third["qkv".index(i)] for i in bug.value], axis=-1) for third in thirds)
+        if bug.hits("order of the biases", name) or bug.hits("order of the weights", name):
+            thirds = np.split(b if "bias" in bug.kind else w, 3, axis=-1)
+            found = np.concatenate([thirds["qkv".index(i)] for i in bug.value], axis=-1)
+            w, b = (w, found) if "bias" in bug.kind else (found, b)
+        if bug.hits("no bias of one part", name):
+            b = np.concatenate([y * (part != bug.value) for part, y in zip("qkv", np.split(b, 3), strict=True)])
+        if bug.hits("bias is added twice", name):
+            b = 2 * b
+        if bug.hits("columns by head", name):
+            w, b = (a.reshape(*a.shape[:-1], 3, c.n_head, -1).swapaxes(-2, -3).reshape(a.shape) for a in (w, b))
+        if bug.hits("weight is scaled", name):
+            w = w * np.float32(bug.value)
+        if bug.hits("weight in int8", name):
+            step = abs(w).max(axis=bug.value, keepdims=True) / np.float32(127)
+            w = np.rint(w / step) * step
         if bug.hits("factors in fewer bits", name):
             w, x = in_form(w, bug.value), in_form(x, bug.value)
         if bug.hits("weight in fewer bits", name):
@@ -157,6 +210,17 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
     rows, where = flat["wte"][ids], flat["wpe"][positions]
     if bug.hits("no positions", name):
         where = np.zeros_like(where)
+    if bug.hits("no tokens", name):
+        rows = np.zeros_like(rows)
+    if bug.hits("positions are scaled", name):
+        where = where * np.float32(bug.value)
+    if bug.hits("sinusoids", name):
+        angles = np.arange(seq)[:, None] / 10000.0 ** (np.arange(0, c.n_embd, 2) / c.n_embd)
+        waves = [np.sin(angles), np.cos(angles)]
+        where = np.stack(waves, -1).reshape(seq, -1) if bug.value else np.concatenate(waves, -1)
+        where = where.astype(np.float32)
+    if bug.hits("embeddings in fewer bits", name):
+        rows, where = in_form(rows, bug.value), in_form(where, bug.value)
     if bug.hits("embedding is scaled", name):
         rows = rows * np.float32(math.sqrt(c.n_embd))
     x = seen(name, (rows + where)[None])
@@ -180,6 +244,19 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
                 parts[part] = np.split(qkv, 3, axis=-1)[which].reshape(1, seq, d, c.n_head).transpose(0, 3, 1, 2)
             if bug.hits("wrong part", name):
                 parts[part] = split(np.split(qkv, 3, axis=-1)["qkv".index(bug.value)])
+            if bug.hits("one head for all", name):
+                parts[part] = np.repeat(parts[part][:, :1], c.n_head, axis=1)
+            if bug.hits("heads in another order", name):
+                parts[part] = parts[part][:, ::-1]
+            if bug.hits("rotated", name):
+                parts[part] = rotated(parts[part], bug.value)
+            if bug.hits("normalised", name):
+                y = parts[part]
+                parts[part] = y / np.sqrt((y * y).mean(-1, keepdims=True) + np.float32(1e-6))
+            if bug.hits("scaled early", name):
+                parts[part] = parts[part] * np.float32(bug.value(c))
+            if bug.hits("previous layer's", name) and i:
+                parts[part] = arrays[f"h{i - 1}/attn/{part}"]
             if bug.hits("cache in 16 bits", name):
                 parts[part] = in_form(parts[part], bug.value)
             if bug.hits("cache is shifted", name):
@@ -195,6 +272,8 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
         keys = np.swapaxes(k, -1, -2)
         if bug.hits("q and k are exchanged", name):
             scores = (k @ np.swapaxes(q, -1, -2)) * np.float32(scale)
+        elif bug.hits("q is k", name):
+            scores = (q @ np.swapaxes(q, -1, -2)) * np.float32(scale)
         elif style == "scale at q":
             scores = (q * np.float32(scale)) @ keys
         elif style == "scale at both":
@@ -206,17 +285,27 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
         seen_keys = np.tri(seq, k=bug.value, dtype=bool) if bug.hits("mask", name) else visible
         if bug.hits("no mask", name):
             seen_keys = np.ones_like(visible)
+        if bug.hits("another mask", name):
+            seen_keys = bug.value(visible)
+        if bug.hits("linear bias", name):
+            slopes = 2.0 ** (-8 * (np.arange(c.n_head) + 1) / c.n_head)
+            distance = np.arange(seq) - np.arange(seq)[:, None]
+            scores = scores + (slopes[:, None, None] * distance).astype(np.float32)
         if bug.hits("hidden scores", name):
             scores = np.where(seen_keys, scores, np.float32(bug.value))
         elif bug.hits("hidden scores, added", name):
             scores = np.where(seen_keys, scores, scores + np.float32(bug.value))
         elif style == "finite mask":
             scores = np.where(seen_keys, scores, np.float32(-1e9))
+        elif style == "-10000":
+            scores = scores + np.where(seen_keys, np.float32(0), np.float32(-1e4))
+        elif style == "smallest number":
+            scores = np.where(seen_keys, scores, np.finfo(np.float32).min)
         else:
             scores = np.where(seen_keys, scores, np.float32(-np.inf))
         scores = seen(name, scores)
         name = f"{at}/attn/weights"
-        axis = -2 if bug.hits("softmax over queries", name) else -1
+        axis = -2 if bug.hits("softmax over queries", name) else -3 if bug.hits("softmax over heads", name) else -1
         with np.errstate(invalid="ignore"):
             e = np.exp(scores - scores.max(axis, keepdims=True))
             if bug.hits("softmax in 16 bits", name):
@@ -226,6 +315,17 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
                 for key in range(seq):
                     total = (total + e[..., key, None]).astype(form)
                 w = (e / total).astype(form).astype(np.float32)
+            elif bug.hits("one more in the softmax", name):
+                w = e / (np.exp(-scores.max(-1, keepdims=True)) + e.sum(-1, keepdims=True))
+            elif bug.hits("mask after the softmax", name):
+                raw = (q @ keys) * np.float32(scale)
+                e = np.exp(raw - raw.max(-1, keepdims=True))
+                w = e / e.sum(-1, keepdims=True) * visible
+            elif bug.hits("no division", name):
+                w = e
+            elif style == "no maximum":
+                e = np.exp(scores)
+                w = e / e.sum(axis, keepdims=True)
             else:
                 w = e / e.sum(axis, keepdims=True)
         w = seen(name, w)
@@ -234,6 +334,10 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
             a = (e @ v) / e.sum(-1, keepdims=True)
         elif bug.hits("weights in 16 bits", name):
             a = in_form(w, bug.value) @ v
+        elif bug.hits("values are queries", name):
+            a = w @ q
+        elif bug.hits("weights are transposed", name):
+            a = np.swapaxes(w, -1, -2) @ v
         elif bug.hits("values are keys", name):
             a = w @ k
         else:
@@ -242,6 +346,8 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
         name = f"{at}/attn/c_proj"
         if bug.hits("heads are merged wrongly", name):
             merged = a.reshape(1, seq, c.n_embd)
+        elif bug.hits("heads are merged by element", name):
+            merged = a.transpose(0, 2, 3, 1).reshape(1, seq, c.n_embd)
         else:
             merged = a.transpose(0, 2, 1, 3).reshape(1, seq, c.n_embd)
         a = linear(name, merged)
@@ -273,6 +379,9 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
     if bug.hits("no final norm", name):
         last = x
     logits = product(last, w.T)
+    if bug.hits("probabilities", name):
+        e = np.exp(logits - logits.max(-1, keepdims=True))
+        logits = e / e.sum(-1, keepdims=True)
     if bug.hits("log-probabilities", name):
         shifted_logits = logits - logits.max(-1, keepdims=True)
         logits = shifted_logits - np.log(np.exp(shifted_logits).sum(-1, keepdims=True))
@@ -290,6 +399,12 @@ def added(bug, name, x, branch, normal, seen):
         return seen(name, x - branch)
     if bug.hits("no branch", name):
         return seen(name, x)
+    if bug.hits("branch is scaled", name):
+        return seen(name, x + np.float32(bug.value) * branch)
+    if bug.hits("stream is scaled", name):
+        return seen(name, np.float32(bug.value) * x + branch)
+    if bug.hits("half of both", name):
+        return seen(name, (x + branch) / 2)
     return seen(name, x + branch)
 
 
@@ -305,7 +420,34 @@ ACTIVATIONS = {
     "silu": lambda x: x * sigmoid(x),
     "quick": lambda x: x * sigmoid(np.float32(1.702) * x),
     "none": lambda x: x,
+    "leaky": lambda x: np.where(x < 0, np.float32(0.01) * x, x),
+    "elu": lambda x: np.where(x < 0, np.expm1(x), x),
+    "softplus": lambda x: np.log1p(np.exp(x)),
+    "sigmoid": sigmoid,
+    "tanh": np.tanh,
+    "square": lambda x: np.maximum(x, 0) ** 2,
+    "mish": lambda x: x * np.tanh(np.log1p(np.exp(x))),
+    "hard": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "typo": lambda x: gelu(x, cubic=0.044),
+    "0.8": lambda x: gelu(x, slope=0.8),
+    "no cube": lambda x: gelu(x, cubic=0.0),
+    "no half": lambda x: 2 * gelu(x),
+    "twice": lambda x: gelu(gelu(x)),
 }
+
+
+def gelu(x, slope=0.7978845608, cubic=0.044715):
+    return x / 2 * (1 + np.tanh(np.float32(slope) * (x + np.float32(cubic) * x * x * x)))
+
+
+def rotated(x, is_interleaved):
+    """Rotate pairs of elements by angles that are proportional to the position, as rotary embeddings do."""
+    half = x.shape[-1] // 2
+    angles = np.arange(x.shape[-2])[:, None] / 10000.0 ** (np.arange(half) / half)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    a, b = (x[..., ::2], x[..., 1::2]) if is_interleaved else (x[..., :half], x[..., half:])
+    y = a * cos - b * sin, a * sin + b * cos
+    return np.stack(y, -1).reshape(x.shape) if is_interleaved else np.concatenate(y, -1)
 
 
 class Kind(NamedTuple):
@@ -328,6 +470,46 @@ def _later(x):
 
 def _padded(x):
     return x + 3
+
+
+def _restarted(x):
+    return x % 5
+
+
+def _zero(x):
+    return np.zeros_like(x)
+
+
+def _reversed(x):
+    return x[::-1]
+
+
+def _window(seen):
+    return seen & ~np.tri(len(seen), k=-4, dtype=bool)
+
+
+def _padding(seen):
+    return seen & ((np.arange(len(seen)) >= 2) | np.eye(len(seen), dtype=bool))
+
+
+def _prefix(seen):
+    return seen | (np.arange(len(seen)) < 5)
+
+
+def _transposed(seen):
+    return seen.T
+
+
+def _squared(c):
+    return 1 / c.head_size if c.scale_attn_weights else 1.0
+
+
+def _root(c):
+    return c.head_size**-0.25
+
+
+def _usual(c):
+    return c.head_size**-0.5
 
 
 def _clipped(x):
@@ -379,7 +561,15 @@ KINDS = {
         LINEAR[:2], {"float16": "errors are those of float16", "bfloat16": "errors are those of bfloat16"}
     ),
     "result in fewer bits": Kind(
-        [EVERY + "ln_1", EVERY + "mlp/gelu", EVERY + "residual", EVERY + "attn/c_proj", "embedding", "logits"],
+        [
+            EVERY + "ln_1",
+            EVERY + "mlp/gelu",
+            EVERY + "residual",
+            EVERY + "attn/c_proj",
+            EVERY + "attn/scores",
+            "embedding",
+            "logits",
+        ],
         {form: f"result is rounded to {form}" for form in ("float16", "bfloat16")},
     ),
     "positions": Kind(
@@ -388,6 +578,9 @@ KINDS = {
             _later: r"positions are off by \+1",
             _padded: r"positions are off by \+3",
             _clipped: "positions are 0, 0, 0, 1, 2",
+            _restarted: "positions are 0, 1, 2, 3, 4, 0",
+            _zero: "positions are 0, 0, 0",
+            _reversed: "positions are",
         },
     ),
     "no positions": Kind(["embedding"], {None: "positions are not added"}),
@@ -405,7 +598,13 @@ KINDS = {
     "inverse layer index": Kind([r"h[1-9]\d*/attn/scores"], {None: "layer's number"}),
     "scale": Kind(
         SCORES,
-        {_one: "not scaled", _inverse: "1/d,", _embedding: r"1/sqrt\(n_embd\)", _once: r"d\^\(-1/4\)"},
+        {
+            _one: "not scaled",
+            _inverse: "1/d,",
+            _embedding: r"1/sqrt\(n_embd\)",
+            _once: r"d\^\(-1/4\)",
+            _squared: "1/d,",
+        },
         lambda c: c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx,
     ),
     "q and k are exchanged": Kind(SCORES, {None: "inputs are k, q"}),
@@ -434,7 +633,26 @@ KINDS = {
     "parallel": Kind([EVERY + "ln_2"], {None: "it reads (embedding|h\\d+/residual) instead"}),
     "activation": Kind(
         [EVERY + "mlp/gelu"],
-        {"erf": "erf form", "relu": "ReLU", "silu": "SiLU", "quick": "1.702", "none": "its result is"},
+        {
+            "erf": "erf form",
+            "relu": "ReLU",
+            "silu": "SiLU",
+            "quick": "1.702",
+            "none": "its result is",
+            "leaky": "leaky ReLU",
+            "elu": "ELU",
+            "softplus": "softplus",
+            "sigmoid": "the sigmoid",
+            "tanh": "is tanh",
+            "square": "square of ReLU",
+            "mish": "Mish",
+            "hard": "hard swish",
+            "typo": r"0\.044,? ",
+            "0.8": r"0\.8,? ",
+            "no cube": "cubic term is missing",
+            "no half": "multiplied by 2",
+            "twice": "applied twice",
+        },
     ),
     "another head": Kind(["logits"], {"wte": "head is wte"}, lambda c: not c.tie_word_embeddings),
     "vocabulary is shifted": Kind(["logits"], {1: r"token ids are off by \+1", -1: "token ids are off by -1"}),
@@ -450,8 +668,75 @@ KINDS = {
         {1: "positions are shifted by 1", -1: "positions are shifted by -1"},
     ),
     "scaled": Kind(
-        [EVERY + "mlp/c_proj", EVERY + "attn/attention", "ln_f"], {0.5: "multiplied by 0.5", 1.1: "multiplied by 1.1"}
+        [EVERY + "mlp/c_proj", EVERY + "attn/attention", "ln_f", "logits"],
+        {0.5: "multiplied by 0.5", 1.1: "multiplied by 1.1", 0.8: "multiplied by 0.8"},
     ),
+    "clipped": Kind(["logits", EVERY + "residual"], {0.5: "clipped to [^ ]*0.5", 1.0: "clipped to [^ ]*1"}),
+    "capped": Kind(["logits", *SCORES], {30.0: "30 tanh", 15.0: "15 tanh"}),
+    "offset": Kind(["logits", LINEAR[2], LINEAR[3]], {0.5: "the same vector is added at every position"}),
+    "a copy": Kind([EVERY + "attn/attention"], {"{h}/attn/v": "its result is h0/attn/v"}),
+    "not a number": Kind([EVERY + "mlp/gelu", EVERY + "attn/c_proj"], {None: "NaN"}),
+    "one head": Kind([EVERY + "attn/attention", EVERY + "attn/[qkv]"], {None: "only head 1 "}),
+    "one position": Kind([EVERY + "ln_1", EVERY + "attn/c_proj", "logits"], {None: "only position [0-9]+ "}),
+    "gain and bias are exchanged": Kind(NORMS, {None: "gain and bias are exchanged"}),
+    "parameters in fewer bits": Kind(
+        NORMS, {"float16": "parameters are rounded to float16", "bfloat16": "parameters are rounded to bfloat16"}
+    ),
+    "norm over positions": Kind(NORMS, {None: "over the positions"}),
+    "no mean, no bias": Kind(NORMS, {None: "neither the mean is subtracted nor the bias added"}),
+    "not divided": Kind(NORMS, {None: "not divided by the standard deviation"}),
+    "norm is applied twice": Kind(NORMS, {None: "applied twice"}),
+    "order of the biases": Kind([EVERY + "attn/c_attn"], {"kqv": "order of the biases is k, q, v"}),
+    "order of the weights": Kind([EVERY + "attn/c_attn"], {"kqv": "order of the weights is k, q, v"}),
+    "no bias of one part": Kind([EVERY + "attn/c_attn"], {part: f"the bias of {part} is missing" for part in "qkv"}),
+    "bias is added twice": Kind(LINEAR, {None: "bias is added twice"}),
+    "columns by head": Kind([EVERY + "attn/c_attn"], {None: "interleaved"}),
+    "weight is scaled": Kind(LINEAR, {0.5: "weight is multiplied by 0.5", 0.9: "weight is multiplied by 0.9"}),
+    "weight in int8": Kind(
+        LINEAR,
+        {0: "rounded to int8 with one scale for each column", None: "rounded to int8 with one scale for the tensor"},
+    ),
+    "no tokens": Kind(["embedding"], {None: "token embedding is not added"}),
+    "positions are scaled": Kind(["embedding"], {0.5: "position embedding is multiplied by 0.5"}),
+    "sinusoids": Kind(["embedding"], {True: "sines and cosines", False: "sines and cosines"}),
+    "embeddings in fewer bits": Kind(
+        ["embedding"], {"float16": "rounded to float16", "bfloat16": "rounded to bfloat16"}
+    ),
+    "one head for all": Kind([EVERY + "attn/[kv]"], {None: "every head has head 0"}),
+    "heads in another order": Kind([EVERY + "attn/[qkv]"], {None: "heads are in reverse order"}),
+    "rotated": Kind([EVERY + "attn/[qk]"], {True: "rotated by its position", False: "rotated by its position"}),
+    "normalised": Kind([EVERY + "attn/[qk]"], {None: "divided by its root mean square"}),
+    "scaled early": Kind(
+        [EVERY + "attn/q"],
+        {_usual: "scale of the scores", _root: "square root of the scale"},
+        lambda c: c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx,
+    ),
+    "previous layer's": Kind([r"h[1-9]\d*/attn/[kv]"], {None: r"its result is h\d+/attn/[kv]"}),
+    "q is k": Kind(SCORES, {None: "inputs are q, q"}),
+    "another mask": Kind(
+        SCORES,
+        {
+            _window: "sees only its own key and the 3 before it",
+            _padding: "no later query sees the keys 0 to 1",
+            _prefix: "every query sees the keys 0 to 4",
+            _transposed: "mask is transposed",
+        },
+    ),
+    "linear bias": Kind(SCORES, {None: "ALiBi"}),
+    "softmax over heads": Kind([EVERY + "attn/weights"], {None: "over the heads"}),
+    "one more in the softmax": Kind([EVERY + "attn/weights"], {None: "1 is added to the denominator"}),
+    "mask after the softmax": Kind([EVERY + "attn/weights"], {None: "masked after the softmax"}),
+    "no division": Kind([EVERY + "attn/weights"], {None: "not divided by their sum"}),
+    "values are queries": Kind([EVERY + "attn/attention"], {None: "inputs are q, k, q|it reads"}),
+    "weights are transposed": Kind([EVERY + "attn/attention"], {None: "weights are transposed"}),
+    "heads are merged by element": Kind([EVERY + "attn/c_proj"], {None: "wrong order of axes"}),
+    "branch is scaled": Kind(
+        [EVERY + "attn/residual", EVERY + "residual"],
+        {0.5: "branch is multiplied by 0.5", 1.1: "branch is multiplied by 1.1"},
+    ),
+    "stream is scaled": Kind([EVERY + "residual"], {0.5: "residual stream is multiplied by 0.5"}),
+    "half of both": Kind([EVERY + "residual"], {None: "multiplied by 0.5"}),
+    "probabilities": Kind(["logits"], {None: "results are probabilities"}),
 }
 
 
@@ -475,6 +760,35 @@ def some_config(random):
         eos_token_id=None,
         **options,
     )
+
+
+def right_models(n, options=True):
+    """Yield n configurations, each with weights and tokens, of more shapes than `some_config` has.
+
+    Without `options`, they have those of the published models.
+    """
+    random = np.random.default_rng(n)
+    for seed in range(n):
+        heads = int(random.choice([1, 2, 4, 6]))
+        config = pg.GPT2Config(
+            n_layer=int(random.choice([1, 2, 4])),
+            n_head=heads,
+            n_embd=heads * int(random.choice([4, 16, 33, 64])),
+            n_vocab=int(random.choice([50, 300, 2000])),
+            n_ctx=160,
+            eos_token_id=None,
+        )
+        if options and random.random() < 0.5:
+            config = dataclasses.replace(
+                config,
+                n_inner=int(random.choice([24, 100])),
+                scale_attn_weights=bool(random.random() < 0.8),
+                scale_attn_by_inverse_layer_idx=bool(random.random() < 0.5),
+                tie_word_embeddings=bool(random.random() < 0.5),
+                layer_norm_epsilon=float(random.choice([1e-6, 1e-3])),
+            )
+        tokens = random.integers(0, config.n_vocab, (1, int(random.choice([1, 2, 7, 20, 64, 160]))))
+        yield config, random_weights(config, seed), tokens
 
 
 def some_weights(config, random):
@@ -506,3 +820,13 @@ def bugs(n, seed=0):
         site = kind.sites[int(random.integers(len(kind.sites)))]
         tokens = random.integers(0, config.n_vocab, (1, int(random.integers(12, 33))))
         yield Bug(name, site, value, kind.causes[value]), config, some_weights(config, random), tokens
+
+
+def assert_no_alarm(found, missing=()):
+    """Assert that every result but some is judged and within its bound, and that no guess was made."""
+    assert found.equal, found.verdict
+    assert {name.rpartition("/")[2] for name in found.missing} <= {*missing}
+    assert max(finding.ratio for finding in found.ops) <= 1
+    assert not any(finding.guess for finding in found.ops)
+    for each in found.growth:
+        assert each.difference <= each.rounding, each

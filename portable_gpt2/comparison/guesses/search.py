@@ -1,0 +1,103 @@
+"""The search for a definition that explains a result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...numerics import bounds
+from ..steps import Alternative, errors, evaluate, judge, within
+from . import activations, attention, everywhere, layer_norms, precision, products
+from .case import Case, Function
+
+_OF_OP: dict[str, tuple[Function, ...]] = {
+    "embedding": products.OF_EMBEDDING,
+    "layer_norm": layer_norms.FUNCTIONS,
+    "conv1d": products.OF_CONV1D,
+    "split": products.OF_SPLIT,
+    "attention_scores": attention.FUNCTIONS,
+    "attention_weights": attention.FUNCTIONS,
+    "attention": attention.FUNCTIONS,
+    "add": products.OF_ADD,
+    "gelu": activations.FUNCTIONS,
+    "unembed": products.OF_UNEMBED,
+}
+GUESSES = {op: (*functions, *everywhere.FUNCTIONS) for op, functions in _OF_OP.items()}
+"""For each op, functions that yield other definitions, the likely ones first."""
+
+_LAST: dict[str, tuple[Function, ...]] = {
+    "embedding": (products.sums_scaled,),
+    "add": (products.sums_scaled,),
+    "conv1d": (products.weight_scaled,),
+    "layer_norm": (layer_norms.one_pass,),
+}
+LAST_GUESSES = {op: (*_LAST.get(op, ()), *everywhere.LAST, precision.in_16_bits) for op in GUESSES}
+"""For each op, functions whose definitions have a free parameter, or describe an error only by its size. Each is tried
+if no function before it explains the result."""
+
+BY_SIZE = (everywhere.result_rounded, attention.weights_rounded, layer_norms.one_pass, precision.in_16_bits)
+"""Functions that yield the same exact result with a larger bound. All others must explain the worst element better."""
+
+
+def explain(case: Case, first: Sequence[Function] = (), *, only_first: bool = False) -> tuple[str, list[Function]]:
+    """Return the definitions that explain a result that is beyond its bound.
+
+    Parameters
+    ----------
+    case : Case
+        The result.
+    first : functions
+        The functions that explained the same op in another layer. If one of them explains this result too, no others
+        are tried.
+    only_first : bool
+        Whether no others are tried in any case.
+
+    Returns
+    -------
+    cause : str
+        One or two causes, joined by "or". If no guess explains the result, where it is wrong: at one head, say. The
+        text is empty if it is wrong in many places.
+    functions : list of functions
+        The functions that yielded the causes.
+    """
+    rows, columns = _slice(case)
+    part = within(case.computed, rows, columns)
+    place = (*case.worst[:-2], rows.tolist().index(case.worst[-2]), columns.tolist().index(case.worst[-1]))
+
+    def accepts(alternative: Alternative, function: Function) -> bool:
+        """Return whether an alternative explains a part of the result, then the worst element, then all of it."""
+        expected = alternative(rows, columns)
+        error = errors(part, expected)
+        return bool(
+            bounds.quotient(error, expected.error).max() <= 1
+            and (function in BY_SIZE or error[place] <= usual[place] / 2)
+            and judge(case.call, case.computed, alternative).ratio <= 1
+        )
+
+    with np.errstate(all="ignore"):
+        usual = errors(part, evaluate(case.call.at(rows, columns)))
+        functions, last = GUESSES[case.step.op], LAST_GUESSES[case.step.op]
+        known = [f for f in (*functions, *last) if f in first]
+        others = [[f for f in functions if f not in known], *([f] for f in last)]
+        for group in [known] if only_first else [known, *others]:
+            accepted = [
+                (cause, function)
+                for function in group
+                for cause, alternative in function(case)
+                if accepts(alternative, function)
+            ]
+            if accepted:
+                causes = dict(accepted[:2])
+                return " or ".join(causes), list(causes.values())
+        return "" if only_first else everywhere.place(case), []
+
+
+def _slice(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Return a few positions and columns, on which a guess is tried first: those of the worst element, and others."""
+    seq, width = case.computed.shape[-2:]
+    rows = np.unique([case.worst[-2], seq - 1, seq // 2])
+    columns = np.arange(width)
+    if case.step.op in ("conv1d", "unembed") and width > 64:
+        columns = np.unique([case.worst[-1], *np.linspace(0, width - 1, 48).astype(int)])
+    return rows, columns
