@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from ..numerics import Numerics
 from ..ops import check_eps, in_range, is_empty, score_scale, visible_keys
 from ..registry import backend_of
+from ..signature import check_axis
 
 _UNIT = 2.0**-53 * (1 + 2.0**-17)
 """The unit round-off, with the factor that accounts for products of errors."""
@@ -216,6 +217,7 @@ def softmax(x: Any, *, axis: int = -1, numerics: Numerics) -> Evaluation:
     """
     backend = backend_of(x)
     xp = backend.xp
+    check_axis("softmax", axis, backend.shape(x))
     if is_empty(x):
         return Evaluation(x, x)
     e = xp.exp(x - xp.max(x, axis=axis, keepdims=True))

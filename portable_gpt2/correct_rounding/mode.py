@@ -112,7 +112,8 @@ class Interpreter:
         floats = {key: x for key, x in given.items() if key in signature.floats}
         for key, x in floats.items():
             check(backend, backend.dtype_names[x.dtype], f"{name}: {key}: ")
-        with interpreted(None), backend.permit_64_bits():
+        # NaN and infinities are results like any other: NumPy need not warn of them.
+        with interpreted(None), backend.permit_64_bits(), np.errstate(all="ignore"):
             if name == "embed":
                 return _without_subnormals(backend, signature.definition(**given))
             weights = {key: self._weights.get(id(x)) or _Weight(x) for key, x in floats.items()}
@@ -127,10 +128,10 @@ class Interpreter:
                 return result
             at = np.nonzero(backend.to_numpy(is_open))
             value, error = (np.broadcast_to(backend.to_numpy(x), is_open.shape)[at] for x in evaluation)
+            if name in _NORMS:  # an infinity or NaN is exact
+                error = np.where(np.isfinite(value), error, 0.0)
             low, high = _narrowed(value - error), _narrowed(value + error)
             undecided = (low != high) & (error != 0)
-            if name in _NORMS:
-                undecided &= np.isfinite(value)  # an infinity or NaN is exact
             at_undecided = tuple(index[undecided] for index in at)
             if undecided.any():
                 on_host = {key: backend.to_numpy(x) for key, x in arrays.items() if key in given}
@@ -170,10 +171,8 @@ def _attempt(backend: Backend, name: str, options: tuple[tuple[str, Any], ...], 
 
 def _narrowed(x: np.ndarray) -> np.ndarray:
     """Round float64 to float32 on the host. Numbers that would be subnormal become 0 or the smallest normal number."""
-    with np.errstate(over="ignore"):
-        rounded = np.where(abs(x) < _ZERO_BELOW, 0.0, np.where(abs(x) < _SMALLEST, np.copysign(_SMALLEST, x), x))
-        found: np.ndarray = rounded.astype(np.float32)
-        return found
+    rounded = np.where(abs(x) < _ZERO_BELOW, 0.0, np.where(abs(x) < _SMALLEST, np.copysign(_SMALLEST, x), x))
+    return rounded.astype(np.float32)
 
 
 def _without_subnormals(backend: Backend, x: Any) -> Any:
