@@ -9,6 +9,7 @@ import re
 from types import MappingProxyType
 
 import hypothesis
+import ml_dtypes
 import numpy as np
 import ported
 import pytest
@@ -186,6 +187,62 @@ def test_no_guess_explains_a_right_op():
             case = Case(step, call, arrays[step.name], result, known, config, set(), place)
             cause, _ = explain(case)
             assert not cause or "eps" in cause, f"{step.name}: {cause}"
+
+
+def softmax_in_16_bits(x):
+    x = x - x.max(axis=-1, keepdims=True)
+    e = np.exp(x)
+    return e / e.astype(np.float32).sum(axis=-1, keepdims=True).astype(e.dtype)
+
+
+def softmax_in_float32(x):
+    x = x.astype(np.float32)
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "float16"])
+def test_roundings_to_16_bits_within_an_op_are_named(form):
+    """Catches a definition that has a rounding at another place. NumPy's 16-bit arrays round after each operation."""
+    random, dtype = np.random.default_rng(30), np.dtype(getattr(ml_dtypes, form, form))
+    config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=48, n_vocab=20, n_ctx=24, eos_token_id=None)
+    q, k, v = (random.normal(0, 2, (1, 2, 24, 24)).astype(dtype) for _ in range(3))
+    x = random.normal(0, 2, (1, 24, 192)).astype(dtype)
+    root, factor = dtype.type(math.sqrt(2 / math.pi)), dtype.type(0.044715)
+    mask, scale = np.tri(24, dtype=np.bool_), np.float32(24**-0.5)
+
+    def product(x, y):
+        return (x.astype(np.float64) @ y.astype(np.float64)).astype(np.float32).astype(dtype)
+
+    def scaled(x, scale):
+        return (x.astype(np.float32) * scale).astype(dtype)
+
+    keys = np.swapaxes(k, -1, -2)
+    plain, exact = product(q, keys), (q.astype(np.float64) @ keys.astype(np.float64)).astype(np.float32)
+    for cause, scores in {
+        f"the scores are rounded to {form} before the scale": plain.astype(np.float32) * scale,
+        f"the scores are rounded to {form} before and after the scale": scaled(plain, scale),
+        f"the scaled scores are rounded to {form}": scaled(exact, scale),
+        f"the scaled q and the scores are rounded to {form}": product(scaled(q, scale), keys),
+    }.items():
+        hidden = np.where(mask, scores, -np.inf).astype(scores.dtype)
+        results = {cause: softmax_in_float32(hidden).astype(dtype)}
+        if scores.dtype == dtype:
+            results[f"{cause}, and so is each step of softmax"] = softmax_in_16_bits(hidden)
+        for expected, w in results.items():
+            arrays = {"h0/attn/q": q, "h0/attn/k": k, "h0/attn/weights": w}
+            found = compare(*[traced(config, arrays, np.arange(24)[None] % 20, dtype=form)] * 2)
+            assert found.culprit.guess == expected
+            del arrays["h0/attn/weights"]
+            arrays |= {"h0/attn/v": v, "h0/attn/attention": product(w, v)}
+            found = compare(*[traced(config, arrays, np.arange(24)[None] % 20, dtype=form)] * 2)
+            assert expected in found.culprit.guess.split(" or ")
+    for cubes in (x * x * x, (x.astype(np.float32) ** 3).astype(dtype)):
+        y = dtype.type(0.5) * x * (1 + np.tanh(root * (x + factor * cubes)))
+        assert y.dtype == dtype
+        arrays = {"h0/mlp/c_fc": x, "h0/mlp/gelu": y}
+        found = compare(*[traced(config, arrays, np.arange(24)[None] % 20, dtype=form)] * 2)
+        assert found.culprit.guess == f"each elementary step of GELU is rounded to {form}"
 
 
 def test_there_are_guesses_for_every_op():

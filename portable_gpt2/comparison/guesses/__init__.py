@@ -10,7 +10,8 @@ the derived bounds of `portable_gpt2.numerics.bounds`; another formula, which bo
 `Computed`); a formula of the right result (``then``); or an array that was copied (``copy``).
 
 - `layer_norms`, `products`, `attention` and `activations` have the guesses about an op, `everywhere` those that fit
-  all, and `precision` those that an op computes in 16 bits.
+  all, `stepwise` those about roundings to 16 bits at known places within GELU and attention, and `precision` those that
+  an op computes in 16 bits.
 - `search` has the tables, and tries them.
 """
 

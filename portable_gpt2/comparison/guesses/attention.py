@@ -46,7 +46,8 @@ def variant(
     """
 
     def definition(call: Call) -> Bounded:
-        given = bounds.attention_scores(*call.inputs[:2], scale=call.options["scale"])
+        q, k = (_in_float32(x) for x in call.inputs[:2])
+        given = bounds.attention_scores(q, k, scale=call.options["scale"])
         found = scores(case.given(given.value, given.error), call.options["mask"])
         if call.op != "attention_scores":
             found = weights(found)
@@ -55,6 +56,11 @@ def variant(
         return found.bounded(call.dtype)
 
     return once(lambda: definition(case.call)) if whole else by(case.call, definition)
+
+
+def _in_float32(x: np.ndarray) -> np.ndarray:
+    """Return an array of 16 bits in float32, because an op rounds its result to 16 bits and not its scores."""
+    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
 
 
 def follows(case: Case) -> Guesses:
@@ -260,7 +266,7 @@ def in_arithmetic(call: Call, u: float) -> Computed:
 
 def softmax_in_arithmetic(call: Call, u: float) -> Computed:
     """Return the weights or attention with precise scores, and all else with the unit round-off u."""
-    q, k = call.inputs[:2]
+    q, k = (_in_float32(x) for x in call.inputs[:2])
     scores = bounds.attention_scores(q, k, call.options["mask"], scale=call.options["scale"])
     return _from_scores(call, computed(scores.value, u, scores.error))
 
