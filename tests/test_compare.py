@@ -417,7 +417,7 @@ def test_padding_that_wins_and_padding_that_is_wrong_are_found():
     assert (found.culprit.name, found.culprit.element) == ("logits", (0, 3, 62))
     assert found.logits.largest < 1e-4
     assert found.verdict.startswith("The vocabularies differ (50 token ids in the reference, 64 in the judged model), ")
-    assert "and the error of unembed at logits is" in found.verdict
+    assert "and the models part at logits, where the error of unembed is" in found.verdict
 
 
 PARAMETER_FREE = ("split", "attention_scores", "attention_weights", "attention", "add", "gelu")
@@ -452,7 +452,7 @@ def test_traces_without_weights_give_what_can_be_known(config_is_known):
     assert found.verdict.endswith("within its bound, and all results that both sides have are equal.")
     found = compare(side(), side(ported.Bug("activation", "h1/mlp/gelu", "relu")))
     assert (found.culprit.name, found.culprit.guess) == ("h1/mlp/gelu", "the activation is ReLU")
-    assert found.verdict.startswith("The models part: ")
+    assert found.verdict.startswith("The models part at h1/mlp/gelu, where the error of gelu is ")
     right, weights["h1/mlp/c_fc/w"] = side(), 1.01 * weights["h1/mlp/c_fc/w"]
     found = compare(right, side())
     assert any(note.startswith("The difference grows most at h1/mlp/c_fc: ") for note in found.notes)

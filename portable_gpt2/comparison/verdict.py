@@ -94,8 +94,7 @@ class Evidence:
         """Return one sentence: where the models part, or that rounding explains the difference."""
         parts = [*self._of_vocabularies(), *self._of_weights()]
         if self.wrong:
-            lead = [] if parts else ["the models part: "]
-            parts.append("".join([*lead, self._of_ops()]))
+            parts.append(self._of_ops())
         elif self.changed:
             parts.append(self._of_judged())
         else:
@@ -123,12 +122,12 @@ class Evidence:
         """Name the first result beyond its bound, the cause, and the number of the others."""
         first, *others = self.wrong
         if first.ratio < math.inf:
-            error = f"the error of {first.op} at {first.name} is {first.ratio:.2g} times what rounding permits"
+            error = f"the error of {first.op} is {first.ratio:.2g} times what rounding permits"
         else:
-            error = f"{first.op} at {first.name} has an element that rounding cannot change"
-        cause = f", because {first.guess}" if first.guess else ", and no guess explains it"
+            error = f"{first.op} has an element that rounding cannot change"
+        cause = f": {first.guess}" if first.guess else ", and no guess explains it"
         more = f" ({len(others)} more results are beyond their bounds)" if others else ""
-        return f"{error}{cause}{more}"
+        return f"the models part at {first.name}, where {error}{cause}{more}"
 
     def _of_judged(self) -> str:
         return "every op that could be judged is within its bound" if self.ops else "no op could be judged"
