@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .rounding import to_odd
+from .rounding import terms, to_odd
 
 __all__ = ["Ball", "DoubleDouble"]
 
@@ -111,26 +111,28 @@ class Ball:
     def exp(self) -> Ball:
         """Return the exponentials.
 
-        With n the integer nearest to 64 x / log 2, exp(x) = 2^(n / 64) exp(r), and |r| <= 0.0055 < 2^-7.5. The powers
-        of 2 are in a table. The Taylor series of exp(r) ends after degree 13. The terms from degree 7 on are together
-        below 2^-64, and float64 is enough for their sum t r^7: t is about 1 / 7!, its error is at most 2^-48 t, and the
-        terms that are missing are below 2^-80 t.
+        With n the integer nearest to 1024 x / log 2, exp(x) = 2^(n / 1024) exp(r), and |r| <= 0.00034 < 2^-11.5. The
+        powers of 2 are in a table. The Taylor series of exp(r) ends after degree 8. Float64 is enough for the terms
+        from degree 3 on, t r^3 with t about 1/6: the relative error of this product is at most 2^-48, and the terms
+        that are missing are below 2^-70 of it. So the relative error of the result is about 2^-84.
         """
-        log2, powers, factorials = _constants()
+        log2, powers = _constants()
         with np.errstate(invalid="ignore"):
             in_range = np.abs(self.high) <= 600
-            n = np.where(in_range, np.rint(self.high * (64 / math.log(2))), 0)
+            n = np.where(in_range, np.rint(self.high * (1024 / math.log(2))), 0)
         x = Ball(np.where(in_range, self.high, 0), np.where(in_range, self.low, 0), np.zeros(np.shape(n)))
         r = x - _exactly(n) * log2
-        t = np.zeros(np.shape(n))
-        for k in range(13, 6, -1):
+        t = np.full(np.shape(n), 1 / math.factorial(8))
+        for k in range(7, 2, -1):
             t = t * r.high + 1 / math.factorial(k)
-        series = Ball(t, np.zeros(np.shape(n)), 2.0**-48 * np.abs(t))
-        for k in range(6, -1, -1):
-            series = series * r + factorials[k]
+        t *= r.high * r.high * r.high
+        rest = Ball(t, np.zeros(np.shape(n)), 2.0**-48 * np.abs(t) + _TINY)
+        square = r * r
+        half = Ball(square.high / 2, square.low / 2, square.error / 2)
         n = n.astype(np.int64)
-        found = series * powers[n % 64]
-        high, low, error = (np.ldexp(part, n // 64) for part in (found.high, found.low, found.error))
+        power = powers[n % 1024]
+        found = power + power * (r + (half + rest))
+        high, low, error = (np.ldexp(part, n // 1024) for part in (found.high, found.low, found.error))
         # exp(x + d) differs from exp(x) by at most exp(x) (exp(d) - 1), which is below 1.01 d exp(x) for d <= 2^-7.
         with np.errstate(invalid="ignore"):
             growth = np.where(self.error <= 2.0**-7, 1.01 * self.error, np.inf)
@@ -154,18 +156,17 @@ class Ball:
 
     def sum(self) -> Ball:
         """Return the sums along the last axis."""
-        terms = self
-        n = np.shape(terms.high)[-1]
+        x, n = self, np.shape(self.high)[-1]
         if n == 0:
-            return _exactly(np.zeros(np.shape(terms.high)[:-1]))
+            return _exactly(np.zeros(np.shape(x.high)[:-1]))
         while n > 1:  # add the second half to the first
             half = n // 2
-            added = terms[..., :half] + terms[..., half : 2 * half]
+            added = x[..., :half] + x[..., half : 2 * half]
             if n % 2:
-                parts = zip(_parts(added), _parts(terms[..., 2 * half :]), strict=True)
+                parts = zip(_parts(added), _parts(x[..., 2 * half :]), strict=True)
                 added = Ball(*(np.concatenate(part, axis=-1) for part in parts))
-            terms, n = added, half + n % 2
-        return terms[..., 0]
+            x, n = added, half + n % 2
+        return x[..., 0]
 
     def only(self, is_kept: np.ndarray) -> Ball:
         """Return the numbers where is_kept is true, and 0 elsewhere."""
@@ -195,19 +196,15 @@ def _exactly(high: Any, low: Any = None) -> Ball:
 
 
 @functools.cache
-def _constants() -> tuple[Ball, Ball, Ball]:
-    """Return log(2) / 64, the powers 2^(j / 64) for j = 0 to 63, and the reciprocals of the factorials of 0 to 6."""
-    context = decimal.Context(prec=60)
-
-    def balls(numbers: list[decimal.Decimal]) -> Ball:
-        high = [float(x) for x in numbers]
-        low = [float(context.subtract(x, decimal.Decimal(h))) for x, h in zip(numbers, high, strict=True)]
-        return Ball(np.asarray(high), np.asarray(low), 2 * _U**2 * np.abs(high))  # low has a relative error of u
-
-    log2 = context.divide(context.ln(decimal.Decimal(2)), decimal.Decimal(64))
-    powers = [context.exp(context.multiply(log2, decimal.Decimal(j))) for j in range(64)]
-    factorials = [context.divide(decimal.Decimal(1), decimal.Decimal(math.factorial(k))) for k in range(7)]
-    return balls([log2])[0], balls(powers), balls(factorials)
+def _constants() -> tuple[Ball, Ball]:
+    """Return log(2) / 1024, and the powers 2^(j / 1024) for j = 0 to 1023."""
+    context = decimal.Context(prec=40)
+    log2 = context.divide(context.ln(decimal.Decimal(2)), decimal.Decimal(1024))
+    numbers = [log2, *(context.exp(context.multiply(log2, decimal.Decimal(j))) for j in range(1024))]
+    high = np.asarray([float(x) for x in numbers])
+    low = [float(context.subtract(x, decimal.Decimal(h))) for x, h in zip(numbers, high.tolist(), strict=True)]
+    found = Ball(high, np.asarray(low), 2 * _U**2 * high)  # rounding low to float64 has an error of at most u^2 high
+    return found[0], found[1:]
 
 
 class DoubleDouble:
@@ -217,8 +214,8 @@ class DoubleDouble:
         """Return float64 numbers as balls with a radius of 0."""
         return _exactly(a)
 
-    def dot(self, a: np.ndarray, b: np.ndarray) -> Ball:
-        """Return the sums of products of float32 numbers along the last axis. The shapes broadcast.
+    def dot(self, a: np.ndarray, b: np.ndarray, plus: np.ndarray | None = None) -> Ball:
+        """Return the sums of products of float32 numbers along the last axis, plus a float32 number.
 
         A product p of two float32 numbers is a float64 number. Let n be the number of terms. With a power of two s that
         is at least 2 n |p| for all terms, q = (s + p) - s is a multiple of u s and differs from p by at most u s, and
@@ -226,7 +223,7 @@ class DoubleDouble:
         and at most s. The error of the sum of n numbers p - q is at most n u times the sum of their magnitudes (Rump,
         Ogita and Oishi, "Accurate floating-point summation", SIAM J. Sci. Comput. 31(1), 2008).
         """
-        products = np.multiply(a, b, dtype=np.float64)
+        products = terms(a, b, plus)
         n = products.shape[-1]
         size = np.maximum(products.max(axis=-1, initial=0), -products.min(axis=-1, initial=0))
         s = np.ldexp(1.0, np.frexp(size)[1] + (2 * max(n, 1)).bit_length())[..., None]

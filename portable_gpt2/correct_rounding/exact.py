@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -32,7 +32,7 @@ import numpy as np
 
 from .balls import Ball, DoubleDouble
 from .intervals import Decimals, Interval, exact_dot
-from .rounding import adjacent, flush, nearest, threshold
+from .rounding import adjacent, chosen, nearest, terms, threshold
 
 __all__ = [
     "attention",
@@ -56,7 +56,7 @@ _BLOCK = 2**16  # the number of terms of sums that are computed at once: their t
 def _rounded(
     evaluate: Callable[[Arithmetic, np.ndarray], Number],
     rows: np.ndarray,
-    terms: int,
+    length: int,
     special: np.ndarray,
     compare: Callable[[int, float], int | None] | None = None,
 ) -> np.ndarray:
@@ -68,7 +68,7 @@ def _rounded(
         Takes an arithmetic and the indices of elements. Returns enclosures of these elements, [number of indices].
     rows : int array [elements]
         Elements with the same number share most of the computation, so they are evaluated together.
-    terms : int
+    length : int
         The number of terms that a row has.
     special : float64 array [elements]
         The results that follow from NaN and infinities among the arguments, and 0 for the other elements. `evaluate`
@@ -80,7 +80,7 @@ def _rounded(
     found = np.zeros(len(rows), np.float32)
     with np.errstate(all="ignore"):
         left = []
-        for elements in _blocks(rows, max(1, _BLOCK // max(terms, 1))):
+        for elements in _blocks(rows, max(1, _BLOCK // max(length, 1))):
             lower, upper = map(nearest, evaluate(DoubleDouble(), elements).bounds())
             found[elements] = np.where(special[elements] == 0, lower, special[elements])
             left.extend(elements[(lower != upper) & (special[elements] == 0)].tolist())
@@ -120,6 +120,11 @@ def _rows(at: At, shape: tuple[int, ...]) -> np.ndarray:
     """Return the number of the row of each element, where at indexes the leading axes of rows and the row itself."""
     *before, j = at
     return np.ravel_multi_index(tuple(before), shape) if before else np.zeros(len(j), np.int64)
+
+
+def _of(indices: Sequence[np.ndarray], elements: np.ndarray) -> At:
+    """Return the indices of some of the elements."""
+    return tuple(index[elements] for index in indices)
 
 
 def _fraction(number: np.ndarray) -> Fraction:
@@ -183,27 +188,19 @@ def unembed(x: np.ndarray, w: np.ndarray, at: At) -> np.ndarray:
 
 def _linear(x: np.ndarray, columns: np.ndarray, b: np.ndarray, at: At) -> np.ndarray:
     """Return elements of x columns^T + b."""
-    *before, j = map(np.asarray, at)
-    i, n = tuple(before), x.shape[-1]
-    special = np.zeros(len(j), np.float32)
-    ones = np.ones(1, np.float32)
-
-    def factors(elements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        chosen = tuple(index[elements] for index in i)
-        left = np.empty((len(elements), n + 1), np.float32)
-        right = np.empty((len(elements), n + 1), np.float32)
-        left[:, :n], left[:, n:] = x[chosen], ones
-        right[:, :n], right[:, n] = columns[j[elements]], b[j[elements]]
-        return flush(left), flush(right)
+    *i, j = map(np.asarray, at)
+    special = np.zeros(len(j))
 
     def evaluate(arithmetic: Arithmetic, elements: np.ndarray) -> Number:
-        left, right = factors(elements)
-        if not (np.isfinite(left).all() and np.isfinite(right).all()):
-            totals = np.multiply(left, right, dtype=np.float64).sum(axis=-1)  # finite products do not overflow
+        column = (j[elements],)
+        left, right, bias = chosen(x, _of(i, elements)), chosen(columns, column), chosen(b, column)
+        found = arithmetic.dot(left, right, bias)
+        if isinstance(found, Ball) and not np.isfinite(found.high).all():  # finite numbers do not overflow
+            totals = terms(left, right, bias).sum(axis=-1)
             special[elements] = np.where(np.isfinite(totals), 0, totals)
-        return arithmetic.dot(left, right)
+        return found
 
-    return _rounded(evaluate, np.arange(len(j)), n + 1, special)
+    return _rounded(evaluate, np.arange(len(j)), x.shape[-1], special)
 
 
 # Functions with exponentials
@@ -239,7 +236,7 @@ def softmax(x: np.ndarray, at: At, *, axis: int = -1) -> np.ndarray:
 
     def evaluate(arithmetic: Arithmetic, elements: np.ndarray) -> Number:
         _, first, line = np.unique(rows[elements], return_index=True, return_inverse=True)
-        values = flush(x[tuple(index[elements[first]] for index in indices)]).reshape(len(first), -1)
+        values = chosen(x, _of(indices, elements[first]))
         special[elements[_is_undefined(values)[line]]] = np.nan
         is_finite = np.isfinite(values)
         values = np.where(is_finite, values, 0)
@@ -288,7 +285,7 @@ def gelu(x: np.ndarray, at: At) -> np.ndarray:
     >>> gelu(np.asarray([-1, 0, 1], np.float32), (np.asarray([0, 2]),))
     array([-0.15880801,  0.841192  ], dtype=float32)
     """
-    values = flush(x[tuple(map(np.asarray, at))].reshape(-1)).astype(np.float64)
+    values = chosen(x, tuple(map(np.asarray, at))).astype(np.float64)
     special = np.where(np.isfinite(values), 0, np.where(values > 0, values, np.nan))
 
     def evaluate(arithmetic: Arithmetic, elements: np.ndarray) -> Number:
@@ -325,18 +322,18 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, at: At = ()) -> np.nd
     vocab, ids = logits.shape[-1], np.asarray(targets).reshape(-1).astype(np.int64)
     rows, every = logits.reshape(-1, vocab), np.arange(len(ids))
     blocks = list(_blocks(every, max(1, _BLOCK // vocab)))
-    at_target = flush(rows[every, np.clip(ids, 0, vocab - 1)]).astype(np.float64)
+    at_target = chosen(rows, (every, np.clip(ids, 0, vocab - 1))).astype(np.float64)
     if not len(ids) or ((ids < 0) | (ids >= vocab)).any() or any(_is_undefined(rows[i]).any() for i in blocks):
         return np.full(1, np.nan, np.float32)
     if not np.isfinite(at_target).all():
         return np.full(1, np.inf, np.float32)
-    largest = np.concatenate([flush(rows[i]).max(axis=-1) for i in blocks]).astype(np.float64)
+    largest = np.concatenate([chosen(rows, (i,)).max(axis=-1) for i in blocks]).astype(np.float64)
 
     def evaluate(arithmetic: Arithmetic, elements: np.ndarray) -> Number:
         number = arithmetic.number
         totals = []
         for i in blocks:
-            scores = flush(rows[i])
+            scores = chosen(rows, (i,))
             is_finite = np.isfinite(scores)
             scores = np.where(is_finite, scores, 0)
             e = _exponentials(number(scores), is_finite, scores)
@@ -350,7 +347,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, at: At = ()) -> np.nd
         # They are not all 0, because then the result would be 0.
         signs = np.repeat([1.0, -1.0], len(ids))
         difference = _fraction(exact_dot(np.concatenate([largest, at_target]), signs))
-        single = all((np.sum(flush(rows[i]) == largest[i][:, None], axis=-1) == 1).all() for i in blocks)
+        single = all((np.sum(chosen(rows, (i,)) == largest[i][:, None], axis=-1) == 1).all() for i in blocks)
         return 1 if single and difference == Fraction(midpoint) * len(ids) else None
 
     return _rounded(evaluate, np.zeros(1, np.int64), 1, np.zeros(1), compare)
@@ -396,7 +393,7 @@ def attention_scores(
     array([-inf,   2.], dtype=float32)
     """
     *before, query, j = map(np.asarray, at)
-    queries, keys, scale = flush(q[(*before, query)]), flush(k[(*before, j)]), _scale(q, scale)
+    queries, keys, scale = chosen(q, (*before, query)), chosen(k, (*before, j)), _scale(q, scale)
     is_seen = _seen((*q.shape[:-1], k.shape[-2]), mask, causal, (*before, query))[np.arange(len(j)), j]
     with np.errstate(invalid="ignore"):
         products = np.multiply(queries, keys, dtype=np.float64).sum(axis=-1)  # finite products do not overflow
@@ -444,7 +441,7 @@ def attention_weights(
         scores, is_used, approximate, line = rows.scores(arithmetic, elements)
         return _weights(scores, is_used, approximate, line, j[elements])
 
-    return _rounded(evaluate, rows.numbers, rows.terms, rows.special)
+    return _rounded(evaluate, rows.numbers, rows.length, rows.special)
 
 
 def attention(
@@ -483,18 +480,17 @@ def attention(
     rows = _Rows(q, k, at, mask, causal, scale)
 
     def values(elements: np.ndarray) -> np.ndarray:
-        chosen = tuple(index[elements] for index in (*batch, column))
-        return flush(np.moveaxis(v, -1, -2)[chosen])
+        return chosen(np.moveaxis(v, -1, -2), _of((*batch, column), elements))
 
     def evaluate(arithmetic: Arithmetic, elements: np.ndarray) -> Number:
         scores, is_used, approximate, line = rows.scores(arithmetic, elements)
-        e, chosen = _exponentials(scores, is_used, approximate), values(elements)
-        infinite = rows.seen(elements) & ~np.isfinite(chosen)
+        e, own = _exponentials(scores, is_used, approximate), values(elements)
+        infinite = rows.seen(elements) & ~np.isfinite(own)
         if infinite.any():
             weights = is_used[line].astype(np.float32)
-            rows.special[elements] += np.where(infinite, weights * chosen, 0).sum(axis=-1)
-        chosen = np.where(is_used[line] & ~infinite, chosen, 0)
-        return (e[line] * arithmetic.number(chosen)).sum() / e.sum()[line]
+            rows.special[elements] += np.where(infinite, weights * own, 0).sum(axis=-1)
+        own = np.where(is_used[line] & ~infinite, own, 0)
+        return (e[line] * arithmetic.number(own)).sum() / e.sum()[line]
 
     def compare(element: int, midpoint: float) -> int:
         # The sign of sum_j exp(s_j) (v_j - midpoint). The keys are grouped by their scores, exactly, and groups whose
@@ -524,7 +520,7 @@ def attention(
                 return sign
         raise AssertionError
 
-    return _rounded(evaluate, rows.numbers, rows.terms, rows.special, compare)
+    return _rounded(evaluate, rows.numbers, rows.length, rows.special, compare)
 
 
 def _scale(q: np.ndarray, scale: float | None) -> float:
@@ -552,18 +548,17 @@ class _Rows:
         self.at = tuple(map(np.asarray, at[:-1]))
         self.shape = (*q.shape[:-1], k.shape[-2])
         self.numbers = _rows(at, self.shape[:-1])
-        self.terms = k.shape[-2] * max(q.shape[-1], 1)
+        self.length = k.shape[-2] * max(q.shape[-1], 1)
         self.special = np.zeros(len(self.numbers))
 
     def seen(self, elements: np.ndarray) -> np.ndarray:
         """Return which keys the queries of elements see, [elements, keys]."""
-        return _seen(self.shape, self.mask, self.causal, tuple(index[elements] for index in self.at))
+        return _seen(self.shape, self.mask, self.causal, _of(self.at, elements))
 
     def _gathered(self, elements: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return queries, keys, which keys have a weight, and for which queries the weights are NaN."""
-        at, is_used = tuple(index[elements] for index in self.at), self.seen(elements)
-        q, k = flush(self.q[at])[:, None], flush(self.k[at[:-1]])
-        k = k if len(at) > 1 else k[None]
+        at, is_used = _of(self.at, elements), self.seen(elements)
+        q, k = chosen(self.q, at)[:, None], chosen(self.k, at[:-1])
         is_undefined: Any = ~is_used.any(axis=-1)
         if not (np.isfinite(q).all() and np.isfinite(k).all()):
             scores = np.multiply(q, k, dtype=np.float64).sum(axis=-1)  # finite products do not overflow
@@ -621,10 +616,10 @@ def layer_norm(x: np.ndarray, g: np.ndarray, b: np.ndarray, at: At, *, eps: floa
     """
     *before, j = map(np.asarray, at)
     n, rows, special = x.shape[-1], _rows(at, x.shape[:-1]), np.zeros(len(j))
-    gains, biases, ones = flush(g)[j].astype(np.float64), flush(b)[j].astype(np.float64), np.ones(1, np.float32)
+    gains, biases, ones = chosen(g, (j,)).astype(np.float64), chosen(b, (j,)).astype(np.float64), np.ones(1, np.float32)
 
     def lines(elements: np.ndarray) -> np.ndarray:
-        return flush(x[tuple(index[elements] for index in before)]).reshape(len(elements), n)
+        return chosen(x, _of(before, elements))
 
     def evaluate(arithmetic: Arithmetic, elements: np.ndarray) -> Number:
         number = arithmetic.number

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .rounding import to_odd
+from .rounding import terms, to_odd
 
 __all__ = ["Decimals", "Interval", "exact_dot"]
 
@@ -158,14 +158,14 @@ class Decimals:
         ends = _each(Decimal, a)
         return Interval(ends, ends, self)
 
-    def dot(self, a: np.ndarray, b: np.ndarray) -> Interval:
-        """Return the sums of products of float32 numbers along the last axis, exactly. The shapes broadcast."""
-        ends = exact_dot(a, b)
+    def dot(self, a: np.ndarray, b: np.ndarray, plus: np.ndarray | None = None) -> Interval:
+        """Return the sums of products of float32 numbers along the last axis, plus a float32 number, exactly."""
+        ends = exact_dot(a, b, plus)
         return Interval(ends, ends, self)
 
 
-def exact_dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the exact sums of products of float32 numbers along the last axis, as decimal numbers.
+def exact_dot(a: np.ndarray, b: np.ndarray, plus: np.ndarray | None = None) -> np.ndarray:
+    """Return the exact sums of products of float32 numbers along the last axis, plus a number, as decimal numbers.
 
     A product of two float32 numbers is a float64 number. ``math.fsum`` rounds a sum of float64 numbers correctly, so
     the sums of the terms, of the terms and minus the first sum, and so on, are the digits of the exact sum.
@@ -175,12 +175,12 @@ def exact_dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     >>> exact_dot(np.asarray([2.0**60, 1, -(2.0**60)]), np.asarray([1.0, 0.5, 1.0]))
     array(Decimal('0.5'), dtype=object)
     """
-    products = np.multiply(a, b, dtype=np.float64)
+    products = terms(a, b, plus)
     found = np.empty(products.shape[:-1], object)
     for i in np.ndindex(found.shape):
-        terms, total = products[i].tolist(), Decimal(0)
-        while part := math.fsum(terms):
+        parts, total = products[i].tolist(), Decimal(0)
+        while part := math.fsum(parts):
             total = _EXACT.add(total, Decimal(part))
-            terms.append(-part)
+            parts.append(-part)
         found[i] = total
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["FLUSHED", "SMALLEST", "adjacent", "flush", "nearest", "threshold", "to_odd"]
+__all__ = ["FLUSHED", "SMALLEST", "adjacent", "chosen", "nearest", "terms", "threshold", "to_odd"]
 
 SMALLEST = 2.0**-126
 """The smallest positive normal float32 number."""
@@ -12,17 +12,51 @@ FLUSHED = 2.0**-126 - 2.0**-150
 """The smallest magnitude that does not become 0: the midpoint between `SMALLEST` and the largest subnormal number."""
 
 
-def flush(a: np.ndarray) -> np.ndarray:
-    """Return a copy of a float32 array in which subnormal numbers are 0.
+def chosen(a: np.ndarray, at: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Return a copy of chosen rows of a float32 array, in which subnormal numbers are 0.
+
+    Parameters
+    ----------
+    a : float32 array
+        The array.
+    at : tuple of int arrays [rows]
+        Indices into the leading axes. If there are none, the array is the only row.
+
+    Returns
+    -------
+    float32 array [rows, ...]
 
     Examples
     --------
-    >>> flush(np.asarray([1e-39, 1.0, np.nan], np.float32))
-    array([ 0.,  1., nan], dtype=float32)
+    >>> chosen(np.asarray([1e-39, 1.0, np.nan], np.float32), (np.asarray([2, 0]),))
+    array([nan,  0.], dtype=float32)
     """
-    a = np.array(a)
-    a[np.abs(a) < SMALLEST] = 0
-    return a
+    found = a[at] if at else a[None].copy()
+    found[np.abs(found) < SMALLEST] = 0
+    return found
+
+
+def terms(a: np.ndarray, b: np.ndarray, plus: np.ndarray | None = None) -> np.ndarray:
+    """Return the terms of dot products of float32 numbers along the last axis, exactly, as float64.
+
+    Parameters
+    ----------
+    a, b : float32 arrays [..., n]
+        The factors, whose shapes broadcast. A product of two float32 numbers has 48 bits, and float64 has 53.
+    plus : float32 array [...], optional
+        A number that is added to each dot product: its last term.
+
+    Examples
+    --------
+    >>> terms(np.ones((1, 2), np.float32), np.ones(2, np.float32), np.asarray([3], np.float32))
+    array([[1., 1., 3.]])
+    """
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    found = np.empty((*shape[:-1], shape[-1] + (plus is not None)))
+    np.multiply(a, b, out=found[..., : shape[-1]], dtype=np.float64)
+    if plus is not None:
+        found[..., -1] = plus
+    return found
 
 
 def to_odd(high: np.ndarray, low: np.ndarray) -> np.ndarray:
