@@ -548,7 +548,7 @@ class _Rows:
         self.at = tuple(map(np.asarray, at[:-1]))
         self.shape = (*q.shape[:-1], k.shape[-2])
         self.numbers = _rows(at, self.shape[:-1])
-        self.length = k.shape[-2] * max(q.shape[-1], 1)
+        self.length = k.shape[-2] * max(q.shape[-1] // 4, 1)  # several rows, because the sums over keys are short
         self.special = np.zeros(len(self.numbers))
 
     def seen(self, elements: np.ndarray) -> np.ndarray:
@@ -560,7 +560,7 @@ class _Rows:
         at, is_used = _of(self.at, elements), self.seen(elements)
         q, k = chosen(self.q, at)[:, None], chosen(self.k, at[:-1])
         is_undefined: Any = ~is_used.any(axis=-1)
-        if not (np.isfinite(q).all() and np.isfinite(k).all()):
+        if not (np.isfinite(q.sum()) and np.isfinite(k.sum())):
             scores = np.multiply(q, k, dtype=np.float64).sum(axis=-1)  # finite products do not overflow
             scores = np.where(np.isfinite(scores), 0, scores * np.sign(self.scale))
             is_undefined = (is_used & ~(scores < np.inf)).any(axis=-1)
