@@ -184,7 +184,7 @@ class Ball:
             blocks = Ball(*(part[..., :whole].reshape(shape) for part in _parts(self)))
             return blocks.sum().sum() + self[..., whole:].sum()
         # `_sum` errs by 1.01 n^2 u^2 s, where s is at least 2 n |high|. The sum of the numbers low errs by at most
-        # n u times the sum of their magnitudes, n u^2 s, and its addition to `rest` by 2 u^2 s.
+        # n u times the sum of their magnitudes, n u^2 s, and its addition to `rest` by (n + 1) u^2 s.
         total, rest, s = _sum(self.high.copy())
         high, low = _two_sum(total, rest + self.low.sum(axis=-1))
         return Ball(high, low, (self.error.sum(axis=-1) * (1 + n * _U) + 1.01 * (n + 1) ** 2 * _U**2 * s) * _UP)
@@ -192,6 +192,11 @@ class Ball:
     def only(self, is_kept: np.ndarray) -> Ball:
         """Return the numbers where is_kept is true, and 0 elsewhere."""
         return Ball(*(np.where(is_kept, part, 0) for part in _parts(self)))
+
+    @property
+    def approximate(self) -> Any:
+        """The float64 numbers that are nearest to the midpoints."""
+        return self.high
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Return float64 numbers below and above which the number does not lie, rounded to odd."""

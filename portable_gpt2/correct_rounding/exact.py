@@ -13,15 +13,14 @@ higher and higher precision, until all numbers within the proved bound of its er
 
 That alone does not terminate if the exact result is a midpoint between two float32 numbers, and takes too many digits
 if it differs from a midpoint by something like exp(-1e30). So as soon as only one midpoint is left, an exact comparison
-with this midpoint decides (`_Formula.compare`) if the op has one. For the other ops, docs/reproducible.md proves that
-the results are neither midpoints nor so near to them: by the theorem of Lindemann and Weierstrass, exponentials of
+with this midpoint decides, if the op has one (`compare` in `_rounded`). For the other ops, docs/reproducible.md proves
+that the results are neither midpoints nor so near to them: by the theorem of Lindemann and Weierstrass, exponentials of
 distinct rational numbers are linearly independent over the rational numbers.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
@@ -82,8 +81,9 @@ def _rounded(
         left = []
         for elements in _blocks(rows, max(1, _BLOCK // max(length, 1))):
             lower, upper = map(nearest, evaluate(DoubleDouble(), elements).bounds())
-            found[elements] = np.where(special[elements] == 0, lower, special[elements])
-            left.extend(elements[(lower != upper) & (special[elements] == 0)].tolist())
+            known = np.where(np.isnan(special[elements]), np.nan, special[elements])  # all NaN have the same bits
+            found[elements] = np.where(known == 0, lower, known)
+            left.extend(elements[(lower != upper) & (known == 0)].tolist())
         for element in left:
             found[element] = _decided(evaluate, element, compare)
     return found
@@ -240,7 +240,7 @@ def softmax(x: np.ndarray, at: At, *, axis: int = -1) -> np.ndarray:
         special[elements[_is_undefined(values)[line]]] = np.nan
         is_finite = np.isfinite(values)
         values = np.where(is_finite, values, 0)
-        return _weights(arithmetic.number(values), is_finite, values, line, j[elements])
+        return _weights(arithmetic.number(values), is_finite, line, j[elements])
 
     return _rounded(evaluate, rows, x.shape[-1], special)
 
@@ -251,16 +251,20 @@ def _is_undefined(scores: np.ndarray) -> np.ndarray:
     return found
 
 
-def _exponentials(scores: Number, is_used: np.ndarray, approximate: np.ndarray) -> Number:
-    """Return exp(score - largest score) of the keys that are used, and 0 for the others; all have shape [rows, n]."""
-    best = np.where(is_used, approximate, -np.inf).argmax(axis=-1)
+def _exponentials(scores: Number, is_used: np.ndarray) -> Number:
+    """Return exp(score - largest score) of the scores [rows, n] that are used, and 0 for the others.
+
+    The quotients in which the exponentials occur do not depend on the score that is subtracted. So it does not matter
+    if it is not exactly the largest.
+    """
+    best = np.where(is_used, scores.approximate, -np.inf).argmax(axis=-1)
     differences = scores - scores[np.arange(len(best)), best][:, None]
     return differences.only(is_used).exp().only(is_used)
 
 
-def _weights(scores: Number, is_used: np.ndarray, approximate: np.ndarray, row: np.ndarray, j: np.ndarray) -> Number:
-    """Return elements [row, j] of the softmax of scores [rows, n] over the keys that are used."""
-    e = _exponentials(scores, is_used, approximate)
+def _weights(scores: Number, is_used: np.ndarray, row: np.ndarray, j: np.ndarray) -> Number:
+    """Return elements [row, j] of the softmax over the scores [rows, n] that are used."""
+    e = _exponentials(scores, is_used)
     return e[row, j] / e.sum()[row]
 
 
@@ -336,7 +340,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, at: At = ()) -> np.nd
             scores = chosen(rows, (i,))
             is_finite = np.isfinite(scores)
             scores = np.where(is_finite, scores, 0)
-            e = _exponentials(number(scores), is_finite, scores)
+            e = _exponentials(number(scores), is_finite)
             losses = e.sum().log() + (number(largest[i]) - number(at_target[i]))
             totals.append(losses[None].sum())
         return functools.reduce(lambda a, b: a + b, totals) / number(np.asarray([float(len(ids))]))
@@ -438,8 +442,8 @@ def attention_weights(
     rows, j = _Rows(q, k, at, mask, causal, scale), np.asarray(at[-1])
 
     def evaluate(arithmetic: Arithmetic, elements: np.ndarray) -> Number:
-        scores, is_used, approximate, line = rows.scores(arithmetic, elements)
-        return _weights(scores, is_used, approximate, line, j[elements])
+        scores, is_used, line = rows.scores(arithmetic, elements)
+        return _weights(scores, is_used, line, j[elements])
 
     return _rounded(evaluate, rows.numbers, rows.length, rows.special)
 
@@ -483,8 +487,8 @@ def attention(
         return chosen(np.moveaxis(v, -1, -2), _of((*batch, column), elements))
 
     def evaluate(arithmetic: Arithmetic, elements: np.ndarray) -> Number:
-        scores, is_used, approximate, line = rows.scores(arithmetic, elements)
-        e, own = _exponentials(scores, is_used, approximate), values(elements)
+        scores, is_used, line = rows.scores(arithmetic, elements)
+        e, own = _exponentials(scores, is_used), values(elements)
         infinite = rows.seen(elements) & ~np.isfinite(own)
         if infinite.any():
             weights = is_used[line].astype(np.float32)
@@ -502,29 +506,27 @@ def attention(
         for j in np.flatnonzero(is_used):
             key = products[j] if scale else Decimal(0)
             sums[key] = sums.get(key, Fraction(0)) + Fraction(float(v[j])) - Fraction(midpoint)
-        groups = {key: total for key, total in sums.items() if total}
+        groups = {key: each for key, each in sums.items() if each}
         if not groups:
             return 0
         best = max(groups) if scale >= 0 else min(groups)
-        for digits in itertools.accumulate(itertools.repeat(2), lambda a, b: a * b, initial=40):
-            arithmetic = Decimals(digits)
-            number = arithmetic.number
-            factors = Interval([Decimal(0)], [Decimal(0)], arithmetic)
-            for key, total in groups.items():
-                exponent = (number([key]) - number([best])) * number([scale])
-                # The denominator of a sum of float32 numbers is a power of two.
-                factor = number([total.numerator]) / number([total.denominator])
-                factors = factors + factor * exponent.exp()
-            sign = factors[0].sign()
-            if sign is not None:
-                return sign
-        raise AssertionError
+
+        def total(digits: int) -> Interval:
+            number = Decimals(digits).number
+            exponents = (number(list(groups)) - number([best])) * number([scale])
+            numerators, denominators = zip(*(each.as_integer_ratio() for each in groups.values()), strict=True)
+            return (number(numerators) / number(denominators) * exponents.exp()).sum()
+
+        digits = 40
+        while (sign := total(digits).sign()) is None:
+            digits *= 2
+        return sign
 
     return _rounded(evaluate, rows.numbers, rows.length, rows.special, compare)
 
 
 def _scale(q: np.ndarray, scale: float | None) -> float:
-    return max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+    return float(max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
 
 
 def _seen(shape: tuple[int, ...], mask: np.ndarray | None, causal: bool, at: At) -> np.ndarray:
@@ -569,14 +571,12 @@ class _Rows:
             q, k = np.where(np.isfinite(q), q, 0), np.where(np.isfinite(k), k, 0)
         return q, k, is_used, is_undefined
 
-    def scores(self, arithmetic: Arithmetic, elements: np.ndarray) -> tuple[Number, np.ndarray, np.ndarray, np.ndarray]:
-        """Return scores [rows, keys], which of them have a weight, approximate scores, and the row of each element."""
+    def scores(self, arithmetic: Arithmetic, elements: np.ndarray) -> tuple[Number, np.ndarray, np.ndarray]:
+        """Return the scores of different queries [rows, keys], which have a weight, and the row of each element."""
         _, first, line = np.unique(self.numbers[elements], return_index=True, return_inverse=True)
         q, k, is_used, is_undefined = self._gathered(elements[first])
         self.special[elements[is_undefined[line]]] = np.nan
-        scores = arithmetic.dot(q, k) * arithmetic.number(self.scale)
-        approximate = scores.high if isinstance(scores, Ball) else scores.lower.astype(np.float64)
-        return scores, is_used, np.nan_to_num(approximate), line
+        return arithmetic.dot(q, k) * arithmetic.number(self.scale), is_used, line
 
     def products(self, element: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the exact dot products of one query with all keys, and which of them have a weight."""
@@ -629,13 +629,13 @@ def layer_norm(x: np.ndarray, g: np.ndarray, b: np.ndarray, at: At, *, eps: floa
         d = size * squares - total * total + size * size * number(float(eps))
         own, gain, bias = values[line, j[elements]].astype(np.float64), gains[elements], biases[elements]
         for i in np.flatnonzero(~np.isfinite(gain) | ~np.isfinite(bias)):
-            sign = np.sign(float(exact(values[line[i]], own[i])[0])) if np.isfinite(values[line[i]]).all() else np.nan
+            sign = np.sign(float(exactly(values[line[i]], own[i])[0])) if np.isfinite(values[line[i]]).all() else np.nan
             special[elements[i]] = sign * gain[i] + bias[i]
         is_undefined = ~np.isfinite(values).all(axis=-1) | ((eps == 0) & (values == values[:, :1]).all(axis=-1))
         special[elements[is_undefined[line]]] = np.nan
         return (size * number(own) - total[line]) * number(gain) / d.sqrt()[line] + number(bias)
 
-    def exact(values: np.ndarray, own: float) -> tuple[Fraction, Fraction]:
+    def exactly(values: np.ndarray, own: float) -> tuple[Fraction, Fraction]:
         """Return n x - S and D."""
         total, squares = (_fraction(exact_dot(values, factors)) for factors in (ones, values))
         return n * Fraction(float(own)) - total, n * squares - total**2 + n**2 * Fraction(eps)
@@ -643,7 +643,7 @@ def layer_norm(x: np.ndarray, g: np.ndarray, b: np.ndarray, at: At, *, eps: floa
     def compare(element: int, midpoint: float) -> int:
         # The sign of A - (midpoint - b) sqrt(D), by the signs and the squares of both terms.
         values = lines(np.asarray([element]))[0]
-        deviation, d = exact(values, values[j[element]])
+        deviation, d = exactly(values, values[j[element]])
         a, c = deviation * Fraction(gains[element]), Fraction(midpoint) - Fraction(biases[element])
         difference = abs(a) * a - abs(c) * c * d
         return (difference > 0) - (difference < 0)

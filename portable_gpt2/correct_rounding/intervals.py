@@ -59,15 +59,21 @@ class Interval:
         return self + -other
 
     def __mul__(self, other: Interval) -> Interval:
-        return self._pairs(lambda context: context.multiply, other)
+        down, up = self.arithmetic.contexts
+        return self._pairs(other, down.multiply, up.multiply)
 
     def __truediv__(self, other: Interval) -> Interval:
-        return self._pairs(lambda context: context.divide, other)
+        down, up = self.arithmetic.contexts
+        return self._pairs(other, down.divide, up.divide, divides=True)
 
-    def _pairs(self, operation: Callable[[decimal.Context], Callable[..., Decimal]], other: Interval) -> Interval:
-        """Return the smallest and the largest result of an operation on the ends. A divisor must not contain 0."""
-        down, up = map(operation, self.arithmetic.contexts)
-        divides = operation(decimal.Context()).__name__ == "divide"
+    def _pairs(
+        self,
+        other: Interval,
+        down: Callable[[Decimal, Decimal], Decimal],
+        up: Callable[[Decimal, Decimal], Decimal],
+        divides: bool = False,
+    ) -> Interval:
+        """Return the smallest and the largest result of an operation on the ends, in both directions of rounding."""
 
         def ends(a: Decimal, b: Decimal, c: Decimal, d: Decimal) -> tuple[Decimal, Decimal]:
             if not (a.is_finite() and b.is_finite() and c.is_finite() and d.is_finite()) or (divides and c <= 0 <= d):
@@ -112,6 +118,11 @@ class Interval:
         """Return the numbers where is_kept is true, and 0 elsewhere."""
         zero = np.asarray(Decimal(0), object)
         return Interval(np.where(is_kept, self.lower, zero), np.where(is_kept, self.upper, zero), self.arithmetic)
+
+    @property
+    def approximate(self) -> np.ndarray:
+        """Numbers in the intervals."""
+        return self.lower
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Return float64 numbers below and above which the number does not lie, rounded to odd."""

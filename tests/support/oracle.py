@@ -11,6 +11,8 @@ import flint
 import numpy as np
 from flint import arb
 
+FEWEST, MOST = 100, 2**15
+"""The number of bits with which `decided` begins, and the largest number that it tries."""
 LARGEST = Fraction(2) ** 128 - Fraction(2) ** 104
 
 
@@ -76,10 +78,10 @@ def layer_norm(x, g, b, i, eps):
     return rounded(middle if side == 0 else (middle + (number(high) if side > 0 else number(low))) / 2)
 
 
-def decided(evaluate, most=2**15):
-    """Return the rounded value of a ball, with as many bits as it needs. None if `most` bits are not enough."""
-    bits = 100
-    while bits <= most:
+def decided(evaluate):
+    """Return the rounded value of a ball, with as many bits as it needs. None if `MOST` bits are not enough."""
+    bits, before = FEWEST, flint.ctx.prec
+    while bits <= MOST:
         flint.ctx.prec = bits
         try:
             ball = evaluate()
@@ -92,7 +94,7 @@ def decided(evaluate, most=2**15):
                 if rounded(ends[0]) == rounded(ends[1]):
                     return rounded(ends[0])
         finally:
-            flint.ctx.prec = 53
+            flint.ctx.prec = before
         bits *= 2
     return None
 
@@ -120,7 +122,7 @@ def softmax(scores, j, scale=1.0):
     return decided(evaluate)
 
 
-def attention(q, k, v, scale, most=2**15):
+def attention(q, k, v, scale):
     """k has the keys that the query sees, and v one value for each."""
     products = [sum(a * c for a, c in zip(fractions(q), fractions(row), strict=True)) for row in k]
 
@@ -130,7 +132,7 @@ def attention(q, k, v, scale, most=2**15):
         e = [(each - best).exp() for each in s]
         return sum((w * arb(float(x)) for w, x in zip(e, v, strict=True)), arb(0)) / sum(e)
 
-    return decided(evaluate, most)
+    return decided(evaluate)
 
 
 def cross_entropy(logits, targets):
