@@ -44,8 +44,6 @@ class Signature:
 
     Attributes
     ----------
-    definition : callable
-        The definition of the op.
     name : str
         The op's name, with which every message begins.
     arrays : dict
@@ -57,7 +55,6 @@ class Signature:
     """
 
     def __init__(self, definition: Callable[..., Any]) -> None:
-        self.definition = definition
         self._signature = inspect.signature(definition)
         parameters = self._signature.parameters.values()
         self.name = definition.__name__

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 from ..backend import Backend
 from ..numerics import Numerics, stated
 from ..op import interpreted
+from ..ops import embed
 from ..params import Params, flatten
 from ..registry import backend_of
 from ..signature import Signature
@@ -103,6 +106,8 @@ class Interpreter:
     """
 
     def __init__(self, params: Params | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        """For each op, how many elements were computed, undecided, and otherwise wrong."""
         # The keys are identities, which stay valid as long as the arrays exist; the values hold the arrays.
         self._weights = {id(x): _Weight(x) for _, x in flatten(params or {})}
 
@@ -115,7 +120,7 @@ class Interpreter:
         # NaN and infinities are results like any other: NumPy need not warn of them.
         with interpreted(None), backend.permit_64_bits(), np.errstate(all="ignore"):
             if name == "embed":
-                return _without_subnormals(backend, signature.definition(**given))
+                return _without_subnormals(backend, embed(**given))
             weights = {key: self._weights.get(id(x)) or _Weight(x) for key, x in floats.items()}
             options = {key: x for key, x in given.items() if key not in signature.arrays}
             arrays = {key: x for key, x in given.items() if key not in options and x is not None}
@@ -124,6 +129,7 @@ class Interpreter:
                 arrays["w_norms"] = getattr(weights["w"], _NORMS[name])
             attempt = _attempt(backend, name, tuple(options.items()), _numerics(backend, given))
             result, is_open, n, *evaluation = attempt(arrays)
+            self.counts[f"{name}: elements"] += math.prod(backend.shape(result))
             if not _read(name, backend, n):
                 return result
             at = np.nonzero(backend.to_numpy(is_open))
@@ -136,7 +142,10 @@ class Interpreter:
             if undecided.any():
                 on_host = {key: backend.to_numpy(x) for key, x in arrays.items() if key in given}
                 on_host |= {key: weight.host for key, weight in weights.items()}
-                low[undecided] = getattr(exact, name)(**on_host, **options, at=at_undecided)
+                decided = getattr(exact, name)(**on_host, **options, at=at_undecided)
+                self.counts[f"{name}: undecided"] += len(decided)
+                self.counts[f"{name}: otherwise wrong"] += int(np.sum(decided != _narrowed(value[undecided])))
+                low[undecided] = decided
             found = backend.to_numpy(result).copy()
             found[at] = low
             return backend.from_numpy(found, device=backend.placement(result))
