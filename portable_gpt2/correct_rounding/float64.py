@@ -32,8 +32,8 @@ _UNIT = 2.0**-53 * (1 + 2.0**-17)
 _MOST = 2.0**-21
 """The largest relative error that the factor in `_UNIT` permits for a term that depends on the data."""
 
-_TINY = 2.0**-170
-"""The error of a result below 2^-126, the smallest float32: whatever it is within this error, it rounds to 0."""
+_SMALLEST = 2.0**-126
+"""The smallest positive float32. A result that is smaller counts as if it were this large, in bounds of its error."""
 
 
 class Evaluation(NamedTuple):
@@ -184,7 +184,7 @@ def _linear(backend: Any, x: Any, w: Any, w_norms: Any, b: Any = None) -> Evalua
 
 def _never_nan(xp: Any, norms: Any) -> Any:
     """Replace NaN by inf, and make 0 positive, so that no product of two norms is NaN."""
-    return xp.where(norms == norms, norms, math.inf) + 2.0**-300
+    return xp.where(norms == norms, norms, math.inf) + _SMALLEST
 
 
 def softmax(x: Any, *, axis: int = -1, numerics: Numerics) -> Evaluation:
@@ -192,7 +192,8 @@ def softmax(x: Any, *, axis: int = -1, numerics: Numerics) -> Evaluation:
 
     Let d_j = max x - x_j, and g_j the result. The relative errors are (c0 + (1 + c1) d_j) u for each exponential, the
     mean of these with the weights g plus (n - 1) u for the sum, and u for the quotient. The mean of d_j is at most
-    log(n) < 21. If g_j is at least 2^-127, then d_j is at most 89.
+    log(n) < 21. If g_j is at least 2^-127, then d_j is at most 89. The error of a smaller g_j is less than that of
+    2^-126.
 
     Parameters
     ----------
@@ -223,7 +224,7 @@ def softmax(x: Any, *, axis: int = -1, numerics: Numerics) -> Evaluation:
     e = xp.exp(x - xp.max(x, axis=axis, keepdims=True))
     value = e / xp.sum(e, axis=axis, keepdims=True)
     unit = (_float(xp, backend.shape(x)[axis]) + 2 + _exp(numerics, 89) + _exp(numerics, 21)) * _UNIT
-    return Evaluation(value, xp.where(value == value, value * unit + (1 + numerics.exp[1]) * _TINY, 0.0))
+    return Evaluation(value, xp.where(value == value, (value + _SMALLEST) * unit, 0.0))
 
 
 def gelu(x: Any, *, numerics: Numerics) -> Evaluation:
@@ -259,7 +260,7 @@ def gelu(x: Any, *, numerics: Numerics) -> Evaluation:
     square = size * size
     e = xp.exp((-2 * math.sqrt(2 / math.pi)) * (size * (1 + 0.044715 * square)))
     value = xp.where(negative, size * e, size) / (1 + e)
-    error = value * ((3 * 93 + 5 + _exp(numerics, 93)) * _UNIT) + (1 + numerics.exp[1]) * _TINY
+    error = (value + _SMALLEST) * ((3 * 93 + 5 + _exp(numerics, 93)) * _UNIT)
     return Evaluation(xp.where(negative, -value, value), xp.where(square < math.inf, error, 0.0))
 
 
@@ -354,7 +355,7 @@ def attention_scores(
     """
     xp = backend_of(q).xp
     value, size_q, size_k, visible = _scores(q, k, mask, causal, scale)
-    error = size_q * xp.matrix_transpose(size_k) + _TINY
+    error = size_q * xp.matrix_transpose(size_k)
     # As in `_linear`, the error is NaN only where the result is NaN, because no norm of k is 0.
     error = xp.where(error == error, error, 0.0)
     return Evaluation(value, error if visible is None else xp.where(visible, error, 0.0))
@@ -363,8 +364,8 @@ def attention_scores(
 def _scores(q: Any, k: Any, mask: Any, causal: bool, scale: float | None) -> tuple[Any, Any, Any, Any]:
     """Return scores, factors [queries, 1] and [keys, 1] whose product bounds their errors, and which keys are visible.
 
-    The bound is too small by at most 2^-300, because scale q and its square may underflow. If the scores overflow, the
-    bound is infinite.
+    The norms are increased by 2^-126, because scale q and its square may underflow. If the scores overflow, the bound
+    is infinite.
     """
     backend = backend_of(q)
     xp = backend.xp
@@ -373,8 +374,8 @@ def _scores(q: Any, k: Any, mask: Any, causal: bool, scale: float | None) -> tup
     mask = visible_keys(q, k, mask, causal)
     if mask is not None:
         scores = xp.where(mask, scores, -math.inf)
-    size_q = _norms(xp, q, axis=-1) * ((_float(xp, backend.shape(q)[-1]) + 4) * _UNIT)
-    return scores, size_q, _norms(xp, k, axis=-1) + 2.0**-300, mask
+    size_q, size_k = (_norms(xp, each, axis=-1) + _SMALLEST for each in (q, k))
+    return scores, size_q * ((_float(xp, backend.shape(q)[-1]) + 4) * _UNIT), size_k, mask
 
 
 def _shifted(q: Any, k: Any, mask: Any, causal: bool, scale: float | None) -> tuple[Any, Any, Any, Any]:
@@ -428,7 +429,7 @@ def attention_weights(
     e, total, error, is_nan = _shifted(q, k, mask, causal, scale)
     value = e / total
     unit = 2 * error + (_float(xp, backend.shape(k)[-2]) + 2 + _exp(numerics, 89) + _exp(numerics, 21)) * _UNIT
-    return Evaluation(value, _decided(xp, value * unit + (1 + numerics.exp[1]) * _TINY, is_nan))
+    return Evaluation(value, _decided(xp, (value + _SMALLEST) * unit, is_nan))
 
 
 def attention(
@@ -470,7 +471,7 @@ def attention(
     e, total, error, is_nan = _shifted(q, k, mask, causal, scale)
     unit = 2 * error + (2 * _float(xp, backend.shape(k)[-2]) + 2 + _exp(numerics, 746) + _exp(numerics, 21)) * _UNIT
     value, size = backend.split(xp.matmul(e, xp.concat([v, _size(xp, v)], axis=-1)) / total, 2)
-    return Evaluation(value, _decided(xp, size * unit + 2.0**-200, is_nan))
+    return Evaluation(value, _decided(xp, (size + _SMALLEST) * unit, is_nan))
 
 
 def cross_entropy(logits: Any, targets: Any, *, numerics: Numerics) -> Evaluation:
