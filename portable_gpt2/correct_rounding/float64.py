@@ -100,7 +100,8 @@ def conv1d(x: Any, w: Any, b: Any, *, w_norms: Any = None, numerics: Numerics) -
     """Evaluate x w + b. The error is at most nx u (|x| |w| + |b|), and |x| |w| at most the product of two norms.
 
     Products of float32 numbers are exact in float64, and no sum of them overflows or underflows. Each passes through nx
-    additions at most.
+    additions at most. A result is not finite only if one of its arguments is not. It is exact then, but the error is
+    infinite.
 
     Parameters
     ----------
@@ -164,27 +165,21 @@ def unembed(x: Any, w: Any, *, w_norms: Any = None, numerics: Numerics) -> Evalu
 
 
 def _linear(backend: Any, x: Any, w: Any, w_norms: Any, b: Any = None) -> Evaluation:
-    """Evaluate x w + b. With b as one more row of w, and 1 as one more element of x, it has one outer product as error.
-
-    A result that is not finite is exact: it has an infinity or NaN among its arguments, because finite ones cannot
-    overflow. Its error is infinite.
-    """
     xp = backend.xp
     *start, n = backend.shape(x)
     rows = xp.reshape(x, (math.prod(start), n))
     value = xp.matmul(rows, w)
-    squares = xp.sum(rows * rows, axis=-1, keepdims=True)
-    if b is not None:
-        value, squares, w_norms = value + b, squares + 1, xp.sqrt(w_norms * w_norms + b * b)
     unit = (_float(xp, n) + 2) * _UNIT
-    error = _never_nan(xp, xp.sqrt(squares) * unit) * _never_nan(xp, w_norms)
+    error = _never_nan(xp, _norms(xp, rows, axis=-1)) * unit * _never_nan(xp, w_norms)
+    if b is not None:
+        value, error = value + b, error + _never_nan(xp, _size(xp, b)) * unit
     shape = (*start, backend.shape(w_norms)[0])
     return Evaluation(xp.reshape(value, shape), xp.reshape(error, shape))
 
 
-def _never_nan(xp: Any, norms: Any) -> Any:
-    """Replace NaN by inf, and make 0 positive, so that no product of two norms is NaN."""
-    return xp.where(norms == norms, norms, math.inf) + _SMALLEST
+def _never_nan(xp: Any, bounds: Any) -> Any:
+    """Replace NaN by inf, and make 0 positive, so that no product of two bounds is NaN."""
+    return xp.where(bounds == bounds, bounds, math.inf) + _SMALLEST
 
 
 def softmax(x: Any, *, axis: int = -1, numerics: Numerics) -> Evaluation:

@@ -1,7 +1,7 @@
-"""The exact results of the ops as balls of 1,200 bits (`flint.arb`), which all cancellations of float32 numbers leave exact.
+"""The exact results of the ops as balls of 1,200 bits (`flint.arb`).
 
-The arguments are finite float64 arrays that hold float32 numbers. The constants are those float64 numbers that the
-definitions write.
+This precision is enough for every cancellation in sums of products of float32 numbers. The arguments are finite float64
+arrays that hold float32 numbers. The constants are those float64 numbers that the definitions write.
 """
 
 import contextlib

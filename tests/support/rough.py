@@ -1,4 +1,4 @@
-"""A backend whose arithmetic is as inexact as the standard model of rounding allows, in the directions that a test chooses.
+"""A backend whose arithmetic is as inexact as the standard model of rounding allows, in directions that a test chooses.
 
 An operation whose exact result needs more than 35 bits errs by u = 2^-35, relative to the result; exp and log err by as
 much as is stated for them. float64, in which the results are computed, is so much more precise that its own errors do
