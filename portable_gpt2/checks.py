@@ -22,17 +22,38 @@ from .registry import to_numpy
 LARGEST = 2**63 - 1
 """The largest integer that is accepted: NumPy and the frameworks have no larger signed integers."""
 
+_MANY_ITEMS = 100
+
 MANY = 2**20
 """The largest number of items that are taken from an iterable."""
 
 
 def shown(x: Any) -> str:
     """Return the repr of a value for a message, shortened to one line. If the repr raises an error, say so."""
+    if type(x) in (list, tuple) and len(x) > _MANY_ITEMS:  # the whole repr would take far more memory than x
+        return f"{' '.join(repr(x[:_MANY_ITEMS]).split())[:60]}... ({len(x):,} items)"
     try:
         text = " ".join(repr(x).split())
     except Exception as error:  # such as ValueError for an int of more than 4,300 digits
         text = f"<{type(x).__name__} that cannot be printed: {type(error).__name__}>"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def plain(text: str) -> str:
+    r"""Return a text in which characters that do not print, such as those that control a terminal, are escaped.
+
+    Examples
+    --------
+    >>> plain("a\x1b[31mb\n")
+    'a\\x1b[31mb\\n'
+    """
+    escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(escaped)
+
+
+def named(name: str) -> str:
+    """Return a name that was read from a file, for a message: its repr if it is long or does not print."""
+    return name if name.isprintable() and len(name) <= 80 else shown(name)
 
 
 def is_int(x: Any) -> bool:

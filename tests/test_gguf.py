@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import gguf
 import layouts
@@ -95,7 +96,7 @@ def checkpoint(tmp_path_factory):
 def test_files_of_the_gguf_package_are_read(kind, tmp_path):
     """Catches a weight that is not transposed, a name that is taken for another, and a scale that is applied twice."""
     arrays = tiny.weights(CONFIG)
-    write(tmp_path / "m.gguf", CONFIG, arrays, kind)
+    write(tmp_path / "m.gguf", CONFIG, arrays, kind, edit=edited(split__count=0))  # not one of several files
     found = read_checkpoint(tmp_path / "m.gguf")
     names = {Kind.F16: "float16 and float32", Kind.BF16: "bfloat16 and float32"}
     assert found.source == f"GGUF, m.gguf, {names.get(kind, 'float32')}"
@@ -381,11 +382,17 @@ REFUSED = {
     "blk.0.ffn_up.weight has shape [128, 32]; header requires [100, 32]": edited(gpt2__feed_forward_length=100),
     "gpt2.attention.layer_norm_epsilon is None; expected a number": edited(gpt2__attention__layer_norm_epsilon=None),
     "it is one of 3 files; merge them with `llama-gguf-split --merge`": edited(split__count=3),
+    "it is one of 'x' files": edited(split__count="x"),
+    "gpt2.attention.layer_norm_epsilon is 'x'; expected a number": edited(gpt2__attention__layer_norm_epsilon="x"),
+    "layer_norm_epsilon is inf; expected a number": lambda writer: writer.add_key_value(
+        "gpt2.attention.layer_norm_epsilon", 1e300, gguf.GGUFValueType.FLOAT64
+    ),
     "general.alignment is 33; expected a power of two": edited(general__alignment=33),
 }
 
 
 @pytest.mark.parametrize("why", REFUSED)
+@pytest.mark.filterwarnings("error")
 def test_a_file_of_another_model_is_refused_with_the_entry(why, tmp_path):
     """Catches a model that is loaded in a shape that is not its own, and the words of a parser."""
     write(tmp_path / "m.gguf", CONFIG, tiny.weights(CONFIG), edit=REFUSED[why])
@@ -531,11 +538,21 @@ def moved(content, name, by):
     return content[:at] + struct.pack("<Q", offset + by) + content[at + 8 :]
 
 
+def shaped(content, name, length):
+    """Change the length that the header gives for a tensor with one axis."""
+    at = content.index(name.encode()) + len(name) + 4
+    return content[:at] + struct.pack("<Q", length) + content[at + 8 :]
+
+
 HEADERS = {
     "two values have the name 'gpt2.block_count'": lambda c: renamed(c, "gpt2.context_length", "gpt2.block_count"),
     "two tensors have the name 'output_norm.bias'": lambda c: renamed(c, "blk.0.ffn_up.bias", "output_norm.bias"),
     "output_norm.bias is said to begin at byte": lambda c: moved(c, "output_norm.bias", 32),
     "output_norm.weight is said to begin at byte": lambda c: moved(c, "output_norm.weight", -32),
+    "'a\\x1b[31m\\nbias' is said to begin at byte": lambda c: moved(
+        renamed(c, "output_norm.bias", "a\x1b[31m\nbias"), "a\x1b[31m\nbias", 32
+    ),
+    "output_norm.bias has shape [0]; no dimension may be 0": lambda c: shaped(c, "output_norm.bias", 0),
     "the file has": lambda c: c[:-40],
     "the file ends within its header": lambda c: c[:200],
 }
@@ -548,6 +565,41 @@ def test_a_header_that_contradicts_itself_or_the_file_is_refused_before_a_tensor
     with pytest.raises(pg.CheckpointError) as error:
         read_checkpoint(tmp_path / "m.gguf")
     assert str(error.value).startswith(f"{tmp_path / 'm.gguf'}: {why}")
+
+
+def test_a_long_name_or_array_is_shortened(tmp_path):
+    """Catches a message of a megabyte, and memory that is a hundred times that of the file."""
+    text = lambda content: struct.pack("<Q", len(content)) + content  # noqa: E731
+    array = text(b"general.architecture") + struct.pack("<IIQ", 9, 0, 10**6) + bytes(10**6)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array)
+    tracemalloc.start()
+    with pytest.raises(
+        pg.CheckpointError, match=r"architecture is \[0, 0, .*\.\.\. \(1,000,000 items\); expected 'gpt2'"
+    ):
+        read_checkpoint(tmp_path / "m.gguf")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30e6
+    write(tmp_path / "m.gguf", SMALL, tiny.weights(SMALL), tokenizer=None)
+    content = renamed((tmp_path / "m.gguf").read_bytes(), "blk.0.ffn_up.bias", "x" * (17 + 32 * 30_000))
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(pg.CheckpointError, match=r"lacks blk\.0\.ffn_up\.bias; holds 'xxx.* \(960019 char") as error:
+        read_checkpoint(tmp_path / "m.gguf")
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
+
+
+def test_a_message_does_not_control_the_terminal(tmp_path, capsys, monkeypatch):
+    """Catches a file that changes what the terminal shows: escape codes in the names of its tensors, or in its own."""
+    monkeypatch.chdir(tmp_path)
+    arrays = tiny.weights(SMALL)
+    for name in ("m.gguf", "\x1b[31m.gguf"):
+        write(tmp_path / name, SMALL, arrays, Kind.Q4_0, tokenizer=None)
+        content = (tmp_path / name).read_bytes().replace(b"token_embd.weight", b"token_embd.\x1b[31mt")
+        (tmp_path / name).write_bytes(content)
+        assert main(["convert", name, "out"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "'token_embd.\\x1b[31mt' is of type Q4_0" in line
+        assert "\x1b" not in line
 
 
 def test_a_header_has_a_limit(wholes, tmp_path, monkeypatch):

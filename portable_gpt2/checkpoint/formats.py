@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import shown
+from ..checks import named, shown
 from ..host import CheckpointError, StoredTensor
 from ..registry import BackendNotInstalled, available_backends, get_backend, how_to_install
 from .contents import exists, is_safetensors, is_torch, mistaken, read_json, start
@@ -116,7 +116,9 @@ def read_index(file: Path) -> dict[str, list[str]]:
         # The author of an index must not choose other files to be read, so a shard must be in the same directory. The
         # owner of the directory may choose them: symbolic links are followed, and the hub's cache consists of links.
         if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0:*?[]"):
-            raise CheckpointError(f"{file}: {tensor} is said to be in {name!r}; expected the bare name of a file")
+            raise CheckpointError(
+                f"{file}: {named(tensor)} is said to be in {name!r}; expected the bare name of a file"
+            )
         shards.setdefault(name, []).append(tensor)
     return shards
 
@@ -129,12 +131,12 @@ def open_weights(weights: Weights) -> Opened:
     for name, expected in weights.shards.items():
         file = weights.file.parent / name
         if not exists(file):
-            raise CheckpointError(f"{file}: no such file; {weights.file.name} says that it holds {expected[0]}")
+            raise CheckpointError(f"{file}: no such file; {weights.file.name} says that it holds {named(expected[0])}")
         held = _open_file(file, weights.format).tensors
         if held.keys() != set(expected):
             tensor = min(held.keys() ^ set(expected))
             holds, says = ("holds", "does not say so") if tensor in held else ("lacks", "says that it is there")
-            raise CheckpointError(f"{file}: {holds} {tensor}; {weights.file.name} {says}")
+            raise CheckpointError(f"{file}: {holds} {named(tensor)}; {weights.file.name} {says}")
         tensors.update(held)
     return Opened(tensors, {})
 

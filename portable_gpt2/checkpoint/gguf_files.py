@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..checks import shown
+from ..checks import named, shown
 from ..host import CheckpointError, StoredTensor, float_dtypes
 from .contents import LARGEST_TEXT
 from .tensors import OpenFile
@@ -123,7 +123,7 @@ def open_gguf(file: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             values = _read_values(header, n_values)
             if (found := values.get("general.architecture")) != ARCHITECTURE:
                 raise ValueError(f"general.architecture is {shown(found)}; expected {ARCHITECTURE!r}")
-            if values.get("split.count", 1) != 1:
+            if values.get("split.count", 1) not in (0, 1):
                 raise ValueError(
                     f"it is one of {shown(values['split.count'])} files; merge them with `llama-gguf-split --merge`"
                 )
@@ -140,7 +140,10 @@ def _read_start(header: _Header) -> tuple[int, int]:
     if (version := header.number("I")) not in _VERSIONS:
         is_swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
         why = "the file is for big-endian machines" if is_swapped else f"its version is {version}"
-        raise ValueError(f"{why}; expected a little-endian file of version {' or '.join(map(str, _VERSIONS))}")
+        raise ValueError(
+            f"{why}; expected a little-endian file of version {' or '.join(map(str, _VERSIONS))}: "
+            f"convert the model again"
+        )
     return header.number("Q"), header.number("Q")
 
 
@@ -168,15 +171,21 @@ def _read_tensors(header: _Header, n: int, alignment: Any, size: int, opened: Op
         code, offset = header.number("I"), header.number("Q")
         if code not in _TYPES:
             raise ValueError(
-                f"{name} is of type {_OTHER_TYPES.get(code, code)}; tensors of "
+                f"{named(name)} is of type {_OTHER_TYPES.get(code, code)}; tensors of "
                 f"{', '.join(kind.name for kind in _TYPES.values())} can be read: give a file that was quantized less"
             )
         kind = _TYPES[code]
-        if 0 in shape or shape[-1] % kind.length:
-            raise ValueError(f"{name}, {kind.name}, has shape {list(shape)}; expected a multiple of {kind.length}")
+        if 0 in shape:
+            raise ValueError(f"{named(name)} has shape {list(shape)}; no dimension may be 0")
+        if shape[-1] % kind.length:
+            raise ValueError(
+                f"{named(name)} has shape {list(shape)}; {kind.name} requires a multiple of {kind.length} at the end"
+            )
         start = -(-end // alignment) * alignment
         if offset != start:
-            raise ValueError(f"{name} is said to begin at byte {offset:,} of the data; it should follow at {start:,}")
+            raise ValueError(
+                f"{named(name)} is said to begin at byte {offset:,} of the data; it should follow at {start:,}"
+            )
         places[name] = kind, shape, start
         end = start + math.prod(shape) // kind.length * kind.n_bytes
     data = -(-header.position // alignment) * alignment

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import is_int, shown
+from ..checks import is_int, is_number, shown
 from ..config import GPT2Config
 from ..host import CheckpointError, StoredTensor
 from ..tokenizer import Tokenizer
@@ -45,12 +45,13 @@ def read_gguf_config(file: Path, values: Mapping[str, Any], found: Mapping[str, 
         if not is_int(size := values.get(f"{ARCHITECTURE}.{name}")):
             raise CheckpointError(f"{file}: {ARCHITECTURE}.{name} is {shown(size)}; expected a whole number")
         entries[entry] = size
-    if not isinstance(epsilon := values.get(f"{ARCHITECTURE}.{_EPSILON}"), float):
+    if not is_number(epsilon := values.get(f"{ARCHITECTURE}.{_EPSILON}")):
         raise CheckpointError(f"{file}: {ARCHITECTURE}.{_EPSILON} is {shown(epsilon)}; expected a number")
     kv_heads = values.get(f"{ARCHITECTURE}.attention.head_count_kv", entries["n_head"])
     if kv_heads != entries["n_head"]:
         raise CheckpointError(f"{file}: it has {shown(kv_heads)} heads of keys; GPT-2 has one for each of its heads")
-    entries["layer_norm_epsilon"] = float(str(np.float32(epsilon)))  # the decimal that was meant, such as 1e-05
+    with np.errstate(over="ignore"):
+        entries["layer_norm_epsilon"] = float(str(np.float32(epsilon)))  # the decimal that was meant, such as 1e-05
     entries["n_inner"] = None if entries["n_inner"] == 4 * entries["n_embd"] else entries["n_inner"]
     entries |= {entry: values.get(f"{_TOKENS}.{name}") for name, entry in _IDS.items()}
     entries["tie_word_embeddings"] = head is None or (

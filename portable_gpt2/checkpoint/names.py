@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checks import named
 from ..config import GPT2Config
 from ..host import CheckpointError, StoredTensor, float_dtypes
 from ..params import shapes
@@ -211,7 +212,7 @@ def _without_wrappers(file: Path, found: Mapping[str, Found]) -> dict[str, Found
     """Remove the names of PyTorch's wrappers, which may be in the middle of a name, from the names of tensors."""
     names = {name: _WRAPPERS.sub("", name) for name in found}
     if doubles := [name for name, n in Counter(names.values()).items() if n > 1]:
-        both = " and ".join(name for name, plain in names.items() if plain == doubles[0])
+        both = " and ".join(named(name) for name, plain in names.items() if plain == doubles[0])
         raise CheckpointError(f"{file}: holds {both}, which are two names of one parameter")
     return {plain: found[name] for name, plain in names.items()}
 
@@ -230,4 +231,4 @@ def _check_dtype(file: Path, name: str, tensor: StoredTensor) -> None:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+    return ", ".join(map(named, names[:3])) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

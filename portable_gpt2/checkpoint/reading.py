@@ -153,7 +153,9 @@ def _find(source: str | os.PathLike[str]) -> tuple[Path, Path | None, str]:
         if any(fnmatch.fnmatch(directory.name, format.pattern) for format in formats()):
             exists(directory)
             return directory.parent, directory, ""
-    elif isinstance(source, str) and hub.is_id(source):
+        readable = ", ".join(format.pattern for format in formats())
+        raise CheckpointError(f"{directory}: is not a directory, and weights are read from files named {readable}")
+    if isinstance(source, str) and hub.is_id(source):
         directory = hub.download(source)
         return directory, None, f"{source} of the hub at {directory.name[:8]}, "
     raise CheckpointError(

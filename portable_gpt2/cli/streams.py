@@ -91,13 +91,19 @@ def width() -> int:
 
 
 def say(message: str) -> None:
-    """Write a line to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Write a line to stderr. Characters that control a terminal are escaped, because files may contain them."""
+    print(_plain(message), file=sys.stderr, flush=True)
 
 
 def _warning(message: Warning | str, *where: Any, **line: Any) -> str:
     """Return a warning as one line, without the line of source code that Python shows."""
-    return f"portable-gpt2: warning: {' '.join(str(message).split())}\n"
+    return f"portable-gpt2: warning: {_plain(' '.join(str(message).split()))}\n"
+
+
+def _plain(text: str) -> str:
+    from ..checks import plain  # its imports open files, and come after `prepare`
+
+    return plain(text)
 
 
 def stdin() -> BinaryIO:

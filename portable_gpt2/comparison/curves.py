@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
+from ..checks import plain
 from .findings import Growth, OpFinding
-from .report import number, plain, split
+from .report import number, split
 
 _WIDTH, _HEIGHT = 760, 420  # the browser scales the picture
 _LEFT, _RIGHT, _TOP, _BOTTOM = 96, 16, 44, 76  # the margins around the plot

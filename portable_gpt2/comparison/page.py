@@ -9,6 +9,7 @@ from html import escape
 from importlib import resources
 from string import Template
 
+from ..checks import plain
 from . import curves
 from .findings import Comparison, Growth, OpFinding, WeightFinding
 from .report import (
@@ -18,7 +19,6 @@ from .report import (
     known_number,
     logits_facts,
     number,
-    plain,
     ratio_number,
     ratio_text,
     split,

@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
+from ..checks import plain
 from .findings import Comparison, Growth, LogitsFinding, OpFinding, WeightFinding
 from .weights import merged
 
@@ -130,18 +131,6 @@ def grouped(names: Iterable[str]) -> list[str]:
 
 
 # Texts and numbers
-
-
-def plain(text: str) -> str:
-    r"""Return a text in which characters that do not print, such as those that control a terminal, are escaped.
-
-    Examples
-    --------
-    >>> plain("a\x1b[31mb\n")
-    'a\\x1b[31mb\\n'
-    """
-    escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-    return "".join(escaped)
 
 
 def number(x: float) -> str:
