@@ -22,7 +22,7 @@ def rounded(x):
         return -rounded(-x) + np.float32(0)
     if x < Fraction(2) ** -126 - Fraction(2) ** -150:
         return np.float32(0)
-    exponent = -126
+    exponent = max(-126, x.numerator.bit_length() - x.denominator.bit_length() - 1)  # at most 1 too small
     while Fraction(2) ** (exponent + 1) <= x:
         exponent += 1
     unit = Fraction(2) ** (exponent - 23)
