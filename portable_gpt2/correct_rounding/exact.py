@@ -8,14 +8,19 @@ The exact result is that of the op's formula in real arithmetic. Each formula is
 higher and higher precision, until all numbers within the proved bound of its error round to the same float32 number:
 
 1. with about 100 bits (`balls`), for many elements at once. This decides all but the rarest elements.
-2. with 40, 80, 160 ... decimal digits (`intervals`). Sums of products are exact here. Therefore the results that are
-   rational numbers, those of `conv1d`, `unembed` and `attention_scores`, are decided as soon as the digits suffice.
+2. with 40, 80, 160 ... decimal digits (`intervals`). Sums of products are exact here.
 
-That alone does not terminate if the exact result is a midpoint between two float32 numbers, and takes too many digits
-if it differs from a midpoint by something like exp(-1e30). So as soon as only one midpoint is left, an exact comparison
-with this midpoint decides, if the op has one (`compare` in `_rounded`). For the other ops, docs/reproducible.md proves
-that the results are neither midpoints nor so near to them: by the theorem of Lindemann and Weierstrass, exponentials of
-distinct rational numbers are linearly independent over the rational numbers.
+That alone does not end if the exact result is a midpoint between two float32 numbers, and takes too many digits if it
+differs from a midpoint by something like exp(-1e30). Therefore, as soon as only one midpoint m is left, attention,
+cross_entropy and layer_norm compare their exact result with m in another way (`compare` in `_rounded`). The other ops
+need no such comparison:
+
+- Results of conv1d, unembed and attention_scores are rational numbers, which are exact with enough digits.
+- By the theorem of Lindemann and Weierstrass, exponentials of distinct rational numbers are linearly independent over
+  the rational numbers. So gelu(x) = x / (1 + exp(-2 y)) is irrational, unless x and the rational number y are 0. And
+  exp(x_j) = m sum_k exp(x_k) is possible for a rational number m only if all finite x_k are equal. Then m = 1 / n,
+  which is a float32 number or has infinitely many binary digits. So softmax and attention_weights are never midpoints.
+- Terms like exp(-1e30) change these results only next to x, 0 and 1 / n, which are far from midpoints.
 """
 
 from __future__ import annotations
@@ -346,9 +351,10 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, at: At = ()) -> np.nd
         return functools.reduce(lambda a, b: a + b, totals) / number(np.asarray([float(len(ids))]))
 
     def compare(element: int, midpoint: float) -> int | None:
-        # The result is the mean of the largest logits minus those at the targets, plus the mean of log(1 + t), where t
-        # is the sum of the other exponentials. If each row has one largest logit, all t may be as small as exp(-1e30).
-        # They are not all 0, because then the result would be 0.
+        # The result is the mean of the largest logits minus those at the targets, plus the mean of log(c + t), where c
+        # is the number of largest logits, and t the sum of the other exponentials. It is a rational number only if all
+        # c are 1 and all t are 0 (Lindemann and Weierstrass, for the product of all c + t), and is then 0. If all c are
+        # 1, the second mean may be as small as exp(-1e30), so that no number of digits shows it. It is positive.
         signs = np.repeat([1.0, -1.0], len(ids))
         difference = _fraction(exact_dot(np.concatenate([largest, at_target]), signs))
         single = all((np.sum(chosen(rows, (i,)) == largest[i][:, None], axis=-1) == 1).all() for i in blocks)

@@ -98,10 +98,8 @@ def nearest(x: np.ndarray) -> np.ndarray:
     >>> nearest(np.asarray([1 + 2.0**-24, -1e-39, 2.0**128 - 2.0**103]))
     array([ 1.,  0., inf], dtype=float32)
     """
-    size = np.abs(x)
-    x = np.where(size < FLUSHED, 0.0, np.where(size < SMALLEST, np.copysign(SMALLEST, x), x))
     with np.errstate(over="ignore"):
-        found: np.ndarray = x.astype(np.float32)
+        found: np.ndarray = np.where(np.abs(x) < FLUSHED, 0.0, x).astype(np.float32)
     return found
 
 
