@@ -25,62 +25,50 @@ class Case(NamedTuple):
     expected: np.ndarray
 
 
-class Target(NamedTuple):
-    """A sum of float32 numbers near a midpoint, and the float32 number to which it rounds.
-
-    The large terms add to a midpoint, or cancel. The offset is a product of two float32 numbers, far below them.
-    """
-
-    terms: tuple[float, ...]
-    offset: tuple[float, float]
-    expected: float
+def factors(offset):
+    """Return two float32 numbers whose product is an offset, which is a power of two, its negative, or 0."""
+    if offset == 0:
+        return 0.0, 0.0
+    exponent = round(math.log2(abs(offset)))
+    return math.copysign(2.0 ** (exponent // 2), offset), 2.0 ** (exponent - exponent // 2)
 
 
-def targets():
-    """Yield sums on midpoints, and at a relative distance of 2^-80 or much less on both sides."""
-    pairs = [
-        (1.0, 2.0**-24),  # 1 is even
+def sums():
+    """Yield terms of sums near midpoints, an offset far below them, and the correctly rounded sums with the offset."""
+    for low, half in (
+        (1.0, 2.0**-24),  # the last bit of 1 is even
         (1 + 2.0**-23, 2.0**-24),  # the last bit is odd
         (2 - 2.0**-23, 2.0**-24),  # between two binades
         (1.5 * 2.0**100, 2.0**76),
         (-(2.0**-100), -(2.0**-124)),
-    ]
-    for low, half in pairs:
-        high = float(np.nextafter(F(low), F(math.copysign(math.inf, low))))
+    ):
+        high = low + 2 * half
         even = low if F(low).view(np.int32) % 2 == 0 else high
-        far = abs(half) * 2.0**-57  # 2^-80 units in the last place, relative to 2^-23
-        for offset, expected in ((0.0, even), (far, max(low, high)), (-far, min(low, high))):
-            factors = (math.copysign(2.0 ** math.ceil(math.log2(far) / 2), offset) if offset else 0.0,)
-            yield Target((low, half), (*factors, abs(offset / factors[0]) if offset else 0.0), expected)
-            yield Target(
-                (2.0**120, low, half, -(2.0**120)), (*factors, abs(offset / factors[0]) if offset else 0.0), expected
-            )
-    tiny = 2.0**-110  # its product with itself is 2^-220
+        tiny = abs(half) * 2.0**-79  # 2^-80 units in the last place
+        for offset, expected in ((0.0, even), (tiny, max(low, high)), (-tiny, min(low, high))):
+            yield [low, half], offset, expected
+            yield [2.0**120, low, half, -(2.0**120)], offset, expected
     for sign in (1, -1):
-        # the threshold of overflow, 2^128 - 2^103
-        for offset, expected in ((0.0, math.inf), (tiny, math.inf), (-tiny, LARGEST)):
-            yield Target(
-                (sign * LARGEST, sign * 2.0**103), (sign * tiny, math.copysign(abs(offset), offset)), sign * expected
-            )
-        # a sum that does not overflow, although its terms do
-        yield Target((sign * LARGEST, sign * LARGEST, -sign * LARGEST, sign * 2.0**102), (0.0, 0.0), sign * LARGEST)
-        # zero
-        yield Target((sign * 1.0, -sign * 1.0), (0.0, 0.0), 0.0)
-        yield Target((sign * 1.0, -sign * 1.0), (sign * tiny, tiny), 0.0)
-        yield Target((sign * 1e-40,), (0.0, 0.0), 0.0)
-
-
-FLUSHED = tuple((sign, offset) for sign in (1, -1) for offset in (0, 1, -1))
-"""The threshold of the results that become 0, as sign * (2^-126 - 2^-75 2^-75 + offset 2^-115 2^-115)."""
+        for offset in (0.0, 2.0**-220, -(2.0**-220)):
+            # the threshold of overflow, 2^128 - 2^103
+            yield [sign * LARGEST, sign * 2.0**103], sign * offset, sign * (math.inf if offset >= 0 else LARGEST)
+            # 0: exactly, or below all numbers
+            yield [sign * 1.0, -sign * 1.0], offset, 0.0
+        # a partial sum overflows in float32, and the sum does not
+        yield [sign * LARGEST, sign * LARGEST, -sign * LARGEST, sign * 2.0**102], 0.0, sign * LARGEST
+        yield [sign * 1e-40], 0.0, 0.0  # a subnormal number
 
 
 def products():
-    """Yield factors x and w of dot products, and the correctly rounded dot products."""
-    for target in targets():
-        yield [*target.terms, target.offset[0]], [*np.ones(len(target.terms)), target.offset[1]], target.expected
-    for sign, offset in FLUSHED:
-        x, w = [sign * SMALLEST, -sign * 2.0**-75, sign * offset * 2.0**-115], [1.0, 2.0**-75, 2.0**-115]
-        yield x, w, sign * SMALLEST if offset >= 0 else 0.0
+    """Yield factors x and w of dot products near midpoints, and the correctly rounded dot products."""
+    for terms, offset, expected in sums():
+        x, w = factors(offset)
+        yield [*terms, x], [*np.ones(len(terms)), w], expected
+    # the threshold of the results that become 0 is 2^-126 - 2^-75 2^-75
+    for sign, offset in itertools.product((1, -1), (0.0, 2.0**-230, -(2.0**-230))):
+        x, w = factors(sign * offset)
+        expected = sign * SMALLEST if offset >= 0 else 0.0
+        yield [sign * SMALLEST, -sign * 2.0**-75, x], [1.0, 2.0**-75, w], expected
     # many terms, in an order that rounds differently at each step
     n = 1000
     for offset, expected in ((0.0, 1.0), (2.0**-60, 1 + 2.0**-23), (-(2.0**-60), 1.0)):
@@ -99,7 +87,7 @@ def _dots():
 
 
 def linear():
-    """conv1d and unembed: each case is an element; the others, which are not near a midpoint, are left out."""
+    """conv1d and unembed: each case has one element."""
     x, w, expected = _dots()
     zero = np.zeros(1, F)
     for i in range(len(x)):
@@ -130,19 +118,15 @@ def scores():
 
 
 def layer_norms():
-    """layer_norm: the deviations are a and -a, so the result is b + g / sqrt(1 + eps / a^2) for a gain of g."""
-    for n, (low, half), eps, a in itertools.product(
-        (2, 6), ((1.0, 2.0**-24), (1 + 2.0**-23, 2.0**-24)), (0.0, 5e-324, 1e-300, 2.0**-80), (1.0, 3.0, 2.0**-60)
+    """layer_norm: the deviations are a and -a, so the result is b + g / sqrt(1 + eps / a^2) or b - g / sqrt(...)."""
+    for n, low, eps, a in itertools.product(
+        (2, 6), (1.0, 1 + 2.0**-23), (0.0, 5e-324, 1e-300, 2.0**-80), (1.0, 3.0, 2.0**-60)
     ):
-        high, even = low + 2 * half, low if low == 1 else low + 2 * half
-        x = np.asarray([a, -a] * (n // 2), F)
-        # half / sqrt(1 + eps) + low is below the midpoint, and high - half / sqrt(1 + eps) above it
-        g, b = np.full(n, half, F), np.full(n, low, F)
-        expected = [even if eps == 0 else low, low - half]
-        g[1::2], b[1::2] = half, high
-        expected[1] = even if eps == 0 else high
-        arguments = {"x": x, "g": g, "b": b, "eps": eps}
-        yield Case(f"n={n}, {low}, eps={eps}, {a}", "layer_norm", arguments, np.asarray(expected * (n // 2), F))
+        high, even = low + 2.0**-23, 1.0 if low == 1 else low + 2.0**-23
+        x, g, b = np.asarray([a, -a] * (n // 2), F), np.full(n, 2.0**-24, F), np.asarray([low, high] * (n // 2), F)
+        # low + 2^-24 / sqrt(1 + eps / a^2) is below the midpoint, and high - 2^-24 / sqrt(1 + eps / a^2) above it
+        expected = np.asarray([low if eps else even, high if eps else even] * (n // 2), F)
+        yield Case(f"n={n}, {low}, eps={eps}, {a}", "layer_norm", {"x": x, "g": g, "b": b, "eps": eps}, expected)
     # overflow: 2^128 - 2^104 + 2^103 / sqrt(1 + eps)
     for eps, expected in ((0.0, math.inf), (1e-200, LARGEST)):
         x, g, b = np.asarray([1, -1], F), np.full(2, 2.0**103, F), np.asarray([LARGEST, -LARGEST], F)
