@@ -18,11 +18,13 @@ from ported import assert_no_alarm
 
 import portable_gpt2 as pg
 from portable_gpt2.checkpoint import stored
-from portable_gpt2.comparison import steps
+from portable_gpt2.comparison import sides, steps
 from portable_gpt2.comparison.compare import compare, judged
 from portable_gpt2.comparison.growth import of_logits
 from portable_gpt2.comparison.guesses import GUESSES, Case, explain
+from portable_gpt2.comparison.sides import Side, trace_model
 from portable_gpt2.comparison.trace import Trace
+from portable_gpt2.model import gpt2
 from portable_gpt2.numerics import Numerics
 from portable_gpt2.testing.plain_gpt2 import CONFIGS, on_backend, random_weights
 
@@ -167,6 +169,38 @@ def test_elements_that_are_not_judged_are_counted():
     assert "h0/mlp/gelu" in found.missing
     assert "h0/mlp/gelu" not in judged
     assert len(found.notes) == 1
+
+
+def test_progress_covers_every_stage_while_it_runs():
+    """Catches a forward pass during which a progress bar stands still, and a bar that stays incomplete."""
+    model, events = tiny.model(pg.get_backend("numpy")), []
+
+    def progress(items, what, unit):
+        for item in items:
+            yield item
+            events.append(what)
+        events.append(f"end of {what}")
+
+    side = Side("probe", lambda tokens, progress: trace_model(model, tokens, name="it", progress=progress))
+    compare(model, side, [1, 2, 3], progress=progress)
+    n = len(pg.model.observed_names(tiny.CONFIG))
+    stages = ["tracing GPT2", "tracing it", "comparing weights", "judging", "simulating rounding errors"]
+    assert list(dict.fromkeys(events)) == [each for stage in stages for each in (stage, f"end of {stage}")]
+    assert [events.count(stage) for stage in stages] == [n, n, len(tiny.weights()), n, n]
+
+    def interrupted(items, what, unit):
+        for i, item in enumerate(items):
+            if what.startswith("tracing") and i == 5:
+                raise InterruptedError(what)
+            yield item
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        noted = lambda *args, observe: gpt2(*args, observe=lambda *x: (seen.append(x), observe(*x)))  # noqa: E731
+        patch.setattr(sides, "gpt2", noted)
+        with pytest.raises(InterruptedError, match="tracing GPT2"):
+            compare(model, model, [1, 2, 3], progress=interrupted)
+    assert len(seen) == 5
 
 
 def test_no_guess_explains_a_right_op():

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import tiny
 
 import portable_gpt2 as pg
 from portable_gpt2.cli import diff, main, streams
+from portable_gpt2.comparison import sides
 from portable_gpt2.params import nest
 
 
@@ -113,6 +115,20 @@ def test_the_backend_of_b_may_be_another(command, torch):
     status, found = found_by(command, "it", "it", "--backend", "numpy", "--backend-b", "torch", "--dtype-b", "bfloat16")
     assert (found["a"], found["b"]) == ("it on numpy, cpu, float32", "it on torch, cpu, bfloat16")
     assert status == 0
+
+
+def test_a_comparison_that_takes_longer_than_a_second_shows_its_progress(command, monkeypatch):
+    """Catches a silence that looks like a hang, in a forward pass, too."""
+    observe = sides._op_by_op
+
+    def slowly(model, tokens, names, done):
+        return observe(model, tokens, names, lambda: (time.sleep(0.04), done()))
+
+    monkeypatch.setattr(sides, "_op_by_op", slowly)
+    status, _, err = command("it", "it.npz")
+    assert status == 0
+    assert re.search(r"tracing it: +\d+%.*/33 ", err)
+    assert "judging" not in err
 
 
 # The text

@@ -379,12 +379,19 @@ def test_findings_of_one_kind_are_merged():
     assert merged([nan, nan])[0][:2] == ("x and 1 more", "absent in b")
 
 
-def test_a_padded_vocabulary_is_named_where_two_models_cannot_be_compared():
+def test_a_padded_vocabulary_is_named():
     """Catches a message that only says that two numbers differ."""
     config = dataclasses.replace(tiny.CONFIG, n_vocab=390)
     a = tiny.weights()
     b = a | {"wte": np.concatenate([a["wte"], np.zeros((6, 16), np.float32)])}
     models = (pg.GPT2(*model) for model in ((tiny.CONFIG, pg.params.nest(a)), (config, pg.params.nest(b))))
-    why = r"n_vocab is 384 in .* and 390 in .*must be equal \(the weights differ: wte: 6 rows added at the end, all 0\)"
+    found = pg.compare(*models, [1, 2])
+    assert [(each.path, each.kind) for each in found.weights] == [("wte", "6 rows added at the end, all 0")]
+    assert found.verdict.startswith(
+        "The vocabularies differ (384 token ids in the reference, 390 in the judged model),"
+    )
+    narrower = dataclasses.replace(tiny.CONFIG, n_inner=8)
+    models = (pg.GPT2(config, pg.params.nest(tiny.weights(config))) for config in (tiny.CONFIG, narrower))
+    why = r"n_hidden is 64 in .* and 8 in .*must be equal, except for n_vocab \(the weights differ: h0/mlp/c_fc/w"
     with pytest.raises(ValueError, match=why):
-        pg.compare(*models, [1, 2, 3])
+        pg.compare(*models, [1, 2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from ..comparison.compare import compare
 from ..comparison.page import page
 from ..comparison.report import report
 from ..comparison.sides import Side, open_side
-from ..comparison.steps import Step
 from ..comparison.trace import is_trace
 from ..files import check_writable, holds_file, replacing
 from . import signals, streams
@@ -90,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("the text is empty; give one that both models can read, or leave it out")
     a, b = _sides(arguments)
     text = _default(a, b) if text is None else text
-    found = compare(a, b, text, allow_special=allow_special(arguments), progress=_judging)
+    found = compare(a, b, text, allow_special=allow_special(arguments), progress=progress)
     decode = _decoder(a, b)
     signals.clean_up_first()
     if arguments.json not in (None, _STDOUT):
@@ -147,10 +146,6 @@ def _default(a: Side, b: Side) -> list[int] | None:
     tokenizer = a.tokenizer or b.tokenizer
     ids = tokenizer.encode(_TEXT) if tokenizer else [7919 * i % n_vocab for i in range(1, 65)]
     return ids[:n_ctx]
-
-
-def _judging(steps: Iterable[Step]) -> Iterable[Step]:
-    return progress(steps, "judging", "results")
 
 
 def _decoder(a: Side, b: Side) -> Callable[[Sequence[int]], str] | None:

@@ -10,7 +10,7 @@ import numpy as np
 from ..comparison.sides import short_name, trace_model
 from ..comparison.trace import check_target
 from . import signals, streams
-from .options import add_model, add_special, allow_special, load
+from .options import add_model, add_special, allow_special, load, progress
 
 
 def add_to(commands: Any) -> None:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if model.tokenizer is None:
         raise ValueError(f"{arguments.model}: has no tokenizer, so that it cannot read a text")
     tokens = np.asarray([model.tokenizer.encode(arguments.text, allow_special=allow_special(arguments))])
-    trace = trace_model(model, tokens, arguments.names, name=short_name(arguments.model))
+    trace = trace_model(model, tokens, arguments.names, name=short_name(arguments.model), progress=progress)
     trace.save(arguments.output, force=arguments.force, weights=arguments.weights)
     streams.say(f"wrote {arguments.output}: {len(trace.arrays)} results for {tokens.shape[1]} tokens")
     return 0

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from ..config import GPT2Config
 from ..host import StoredTensor
 from .findings import Comparison, OpFinding
 from .growth import growth, largest_jump, of_logits
 from .guesses import Case, Function, explain
+from .progress import Progress, silent
 from .shape import configurations, knows_heads
 from .sides import open_side, traces
-from .steps import Step, call, judge, results, steps, weights_of, with_infinite_scores
+from .steps import call, judge, results, steps, weights_of, with_infinite_scores
 from .trace import Trace
 from .verdict import Evidence, notes, unexpected
 from .weights import differences
-
-Progress: TypeAlias = Callable[[Iterable[Step]], Iterable[Step]]
 
 _SEARCHES = 12
 """The number of results for which all guesses are tried. Later results only try the guesses that explained others."""
@@ -33,7 +32,7 @@ def compare(
     text: str | Sequence[int] | None = None,
     *,
     allow_special: bool | Collection[str] = False,
-    progress: Progress = iter,
+    progress: Progress = silent,
 ) -> Comparison:
     """Find where two models part.
 
@@ -56,7 +55,10 @@ def compare(
         Which special tokens, such as ``<|endoftext|>``, are read as tokens where a text contains them; see
         `GenerationOptions`.
     progress : function, optional
-        Passes the steps of b on while they are judged, and may show how many are left.
+        Called as ``progress(items, what, unit)`` for each stage, such as ``progress(tensors, "comparing weights",
+        "tensors")``. It returns the items, and may show how many are left, as ``tqdm(items, what, unit=unit)`` does.
+        The stages are the traces of a and b, the comparison of the weights, the judgement of each result, and the
+        simulation of rounding errors.
 
     Returns
     -------
@@ -78,13 +80,13 @@ def compare(
     >>> pg.compare(model, model, [1, 2, 3]).verdict
     'Every op is within its bound, and the logits are equal.'
     """
-    a, b = traces(open_side(a), open_side(b), text, allow_special=allow_special)
+    a, b = traces(open_side(a), open_side(b), text, allow_special=allow_special, progress=progress)
     config_a, config_b = configurations(a, b)
     known = bool(a.weights) and bool(b.weights)
-    found = differences(a.weights, b.weights, a.config, b.config) if known else None
+    found = differences(a.weights, b.weights, a.config, b.config, progress) if known else None
     ops, missing = judged(b, config_b, weights_of(a.weights, b.weights, config_b), progress)
     weights = weights_of(b.weights, a.weights, config_a) if knows_heads(a, b) else {}
-    grown = growth(a, b, config_a, weights, [step.name for step in steps(config_a)])
+    grown = growth(a, b, config_a, weights, [step.name for step in steps(config_a)], progress)
     both = "logits" in a.arrays and "logits" in b.arrays
     logits = of_logits(a.arrays["logits"], b.arrays["logits"]) if both else None
     if not ops and not grown:
@@ -115,7 +117,7 @@ def compare(
 
 
 def judged(
-    b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor], progress: Progress = iter
+    b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor], progress: Progress = silent
 ) -> tuple[list[OpFinding], list[str]]:
     """Judge each result of a trace in isolation.
 
@@ -142,7 +144,7 @@ def judged(
     ops, missing, seen, suspects = list[OpFinding](), list[str](), list[str](), set[str]()
     explained: dict[str, list[Function]] = defaultdict(list)
     searches = 0
-    for step in progress(steps(config)):
+    for step in progress(steps(config), "judging", "results"):
         # c_attn follows from q, k and v; a part that is derived from c_attn would only be compared with itself.
         is_known = step.name in b.arrays or step.name.endswith("c_attn")
         whole = computed = result(step.name) if is_known else None

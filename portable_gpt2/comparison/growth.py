@@ -35,6 +35,7 @@ from ..host import StoredTensor
 from ..numerics.bounds import FORMATS, computed_in
 from ..params import shapes
 from .findings import Growth, LogitsFinding
+from .progress import Progress, silent
 from .steps import merge_heads, split_heads, steps, with_infinite_scores
 from .trace import Trace
 
@@ -91,6 +92,7 @@ def simulated(
     n_vocab: int | None = None,
     pairs: int = 3,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> Iterator[tuple[str, float]]:
     """Yield the name of each result, in the order of computation, and twice the largest difference of two copies.
 
@@ -110,6 +112,8 @@ def simulated(
         The number of pairs of copies.
     seed : int
         The seed of the signs.
+    progress : function, optional
+        As for `compare`.
 
     Examples
     --------
@@ -136,7 +140,7 @@ def simulated(
     x = rounding.of_weights(rows, abs(rows)) + rounding.of_weights(places, abs(places))
     known: dict[str, np.ndarray] = {"embedding": rounding(x, abs(x))}
     scores = np.empty(0)
-    for step in steps(config):
+    for step in progress(steps(config), "simulating rounding errors", "results"):
         inputs = [known[name] for name in step.inputs]
         if step.op == "layer_norm":
             y = _layer_norm(rounding, inputs[0], read(f"{step.scope}/g"), read(f"{step.scope}/b"), config)
@@ -215,7 +219,12 @@ def _gelu(rounding: _Rounding, x: np.ndarray) -> np.ndarray:
 
 
 def growth(
-    a: Trace, b: Trace, config: GPT2Config, weights: Mapping[str, StoredTensor], names: list[str]
+    a: Trace,
+    b: Trace,
+    config: GPT2Config,
+    weights: Mapping[str, StoredTensor],
+    names: list[str],
+    progress: Progress = silent,
 ) -> list[Growth]:
     """Return the differences of the results that two traces have, with the differences that rounding may cause.
 
@@ -229,6 +238,8 @@ def growth(
         The parameters of a by path. If some are missing, the differences that rounding may cause are NaN.
     names : list of str
         The names of the results, in the order of computation.
+    progress : function, optional
+        As for `compare`.
     """
     common = [name for name in names if name in a.arrays and name in b.arrays]
     needed = shapes(config).keys() - {"lm_head"}
@@ -236,7 +247,8 @@ def growth(
     if common and needed <= weights.keys() and a.tokens.max() < weights["wte"].shape[0]:
         n = n_common(a, b) if "logits" in common else None
         with np.errstate(all="ignore"):
-            expected.update(simulated(a.tokens, weights, config, (a.dtype, b.dtype), n_vocab=n))
+            dtypes = a.dtype, b.dtype
+            expected.update(simulated(a.tokens, weights, config, dtypes, n_vocab=n, progress=progress))
     return [
         Growth(name, difference(*(_seen(name, each, a, b) for each in (a, b))), expected.get(name, math.nan))
         for name in common

@@ -24,6 +24,7 @@ from ..config import GPT2Config
 from ..host import StoredTensor, float_dtypes
 from ..numerics import stated
 from ..registry import backend_of, to_numpy
+from .progress import Progress, counted, silent
 from .trace import Trace, axes_of, is_result
 
 GPT2_NAMES = {
@@ -49,7 +50,11 @@ def is_module(model: Any) -> bool:
 
 
 def trace_modules(
-    model: Any, tokens: np.ndarray, names: Mapping[str, str] | None = None, config: GPT2Config | None = None
+    model: Any,
+    tokens: np.ndarray,
+    names: Mapping[str, str] | None = None,
+    config: GPT2Config | None = None,
+    progress: Progress = silent,
 ) -> Trace:
     """Return the trace of a model that is made of PyTorch's modules; see `portable_gpt2.probe`.
 
@@ -63,6 +68,8 @@ def trace_modules(
         Our name for the module of each name.
     config : GPT2Config, optional
         The configuration, if the model does not have one of transformers or nanoGPT.
+    progress : function, optional
+        As for `compare`; it sees the modules.
     """
     modules = dict(model.named_modules())
     if [name for name, module in modules.items() if module.training]:
@@ -73,7 +80,9 @@ def trace_modules(
     config = config or _config_of(model)
     first = next(iter(model.parameters()))
     backend = backend_of(first)
-    calls = _run(model, backend.from_numpy(tokens, device=backend.placement(first)), tokens.shape[1], chosen)
+    ids = backend.from_numpy(tokens, device=backend.placement(first))
+    with counted(progress, chosen, f"tracing {type(model).__name__}", "modules") as done:
+        calls = _run(model, ids, tokens.shape[1], chosen, done)
     arrays = _results(calls, chosen, tokens.shape[1], config)
     weights = _weights(chosen)
     if config is not None:
@@ -154,8 +163,11 @@ class Call(NamedTuple):
     """The attention weights, if the output is a tuple that has them."""
 
 
-def _run(model: Any, tokens: Any, seq: int, chosen: Mapping[str, Any]) -> dict[str, Call]:
-    """Call a model; return what each chosen module took and returned at its first call."""
+def _run(model: Any, tokens: Any, seq: int, chosen: Mapping[str, Any], done: Callable[[], None]) -> dict[str, Call]:
+    """Call a model; return what each chosen module took and returned at its first call.
+
+    The function `done` is called after each of these calls.
+    """
     calls: dict[str, Call] = {}
     head_input: list[Any] = []
 
@@ -166,6 +178,7 @@ def _run(model: Any, tokens: Any, seq: int, chosen: Mapping[str, Any]) -> dict[s
             seen = [_host(x) for x in outputs]
             weights = next((x for x in seen[1:] if x is not None and x.ndim == 4), None)
             calls[name] = Call(_host(taken), next(iter(seen), None), weights)
+            done()
             if name == "ln_f":
                 head_input.append(outputs[0])
 

@@ -15,13 +15,14 @@ from ..backend import Backend
 from ..checkpoint import stored
 from ..config import GPT2Config
 from ..language_model import GPT2
-from ..model import gpt2
+from ..model import gpt2, observed_names
 from ..numerics import stated
 from ..numerics.bounds import computed_in
 from ..params import flatten
 from ..registry import to_numpy
 from ..tokenizer import Tokenizer
 from .probes import is_module, trace_modules
+from .progress import Progress, counted, silent
 from .sublayers import is_keras, trace_sublayers
 from .trace import Trace, is_trace
 
@@ -35,7 +36,7 @@ class Side:
     name : str
         A name for messages.
     run : callable
-        Returns the `Trace` of token ids, int64 [1, seq].
+        Returns the `Trace` of token ids, int64 [1, seq]. An optional second argument shows the progress.
     tokenizer : Tokenizer, optional
         The tokenizer of the model, if it is known.
     tokens : int array [1, seq], optional
@@ -45,7 +46,7 @@ class Side:
     """
 
     name: str
-    run: Callable[[np.ndarray], Trace]
+    run: Callable[..., Trace]
     tokenizer: Tokenizer | None = None
     tokens: np.ndarray | None = None
     config: GPT2Config | None = None
@@ -105,7 +106,11 @@ def probe(model: Any, names: Mapping[str, str] | None = None, *, config: GPT2Con
             raise ValueError(f"{name} has names and a configuration of its own; leave names and config out")
         return Side(name, functools.partial(trace_sublayers, model))
     if is_module(model):
-        return Side(name, functools.partial(trace_modules, model, names=names, config=config))
+
+        def run(tokens: np.ndarray, progress: Progress = silent) -> Trace:
+            return trace_modules(model, tokens, names, config, progress)
+
+        return Side(name, run)
     raise TypeError(
         f"{checks.shown(model)} is not a model that can be traced; expected one of PyTorch's modules, or KerasHub's "
         f"GPT-2"
@@ -149,7 +154,7 @@ def open_side(
     if isinstance(side, str | os.PathLike):
         side = Trace.load(side)
     if isinstance(side, Trace):
-        return Side(side.source, lambda tokens: side, tokens=side.tokens)
+        return Side(side.source, lambda tokens, progress=silent: side, tokens=side.tokens)
     if isinstance(side, GPT2):
         return _of_model(side, "GPT2")
     return side if isinstance(side, Side) else probe(side)
@@ -162,10 +167,21 @@ def short_name(source: str | os.PathLike[str]) -> str:
 
 
 def _of_model(model: GPT2, name: str) -> Side:
-    return Side(name, functools.partial(trace_model, model, name=name), model.tokenizer, config=model.config)
+
+    def run(tokens: np.ndarray, progress: Progress = silent) -> Trace:
+        return trace_model(model, tokens, name=name, progress=progress)
+
+    return Side(name, run, model.tokenizer, config=model.config)
 
 
-def trace_model(model: GPT2, tokens: np.ndarray, names: Iterable[str] = ("*",), *, name: str = "GPT2") -> Trace:
+def trace_model(
+    model: GPT2,
+    tokens: np.ndarray,
+    names: Iterable[str] = ("*",),
+    *,
+    name: str = "GPT2",
+    progress: Progress = silent,
+) -> Trace:
     """Return the trace of a model for token ids [1, seq].
 
     Parameters
@@ -178,9 +194,15 @@ def trace_model(model: GPT2, tokens: np.ndarray, names: Iterable[str] = ("*",), 
         The names of the results, as `GPT2.trace` takes them.
     name : str
         What the model is, for `Trace.source`.
+    progress : function, optional
+        As for `compare`. It sees the results of a model that is compiled only after the last one.
     """
     dtype = str(model.backend.dtype_names[model.params["wte"].dtype])
-    found = model.trace(tokens[0], names=names) if computed_in(dtype) == dtype else _op_by_op(model, tokens, names)
+    with counted(progress, observed_names(model.config), f"tracing {name}") as done:
+        if model.backend.compiles_per_shape and computed_in(dtype) == dtype:
+            found = model.trace(tokens[0], names=names)
+        else:
+            found = _op_by_op(model, tokens, names, done)
     arrays = {each: to_numpy(found.pop(each)) for each in list(found)}  # no result stays on the device after its copy
     return Trace(
         f"{name} on {model.backend.name}, {model.device}, {dtype}",
@@ -193,21 +215,33 @@ def trace_model(model: GPT2, tokens: np.ndarray, names: Iterable[str] = ("*",), 
     )
 
 
-def _op_by_op(model: GPT2, tokens: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
-    """Return the results of a model that is not compiled.
+def _op_by_op(model: GPT2, tokens: np.ndarray, names: Iterable[str], done: Callable[[], None]) -> dict[str, Any]:
+    """Return the results of a model that is not compiled, and call a function after each.
 
     In 16 bits, a compiler such as XLA skips the rounding between two ops of a model. Then an op does not read the
     result that is traced, and cannot be judged on it.
     """
     found: dict[str, Any] = {}
+    kept = model._names(names)
+
+    def observe(name: str, x: Any) -> None:
+        done()
+        if name in kept:
+            found[name] = x
+
     ids = checks.token_ids("token ids", tokens, model.config.n_vocab, axes=2)
     checks.positions(ids.shape[1], model.config.n_ctx)
-    gpt2(model.params, model.backend.from_numpy(ids, device=model._device), model.config, observe=found.__setitem__)
-    return {name: found[name] for name in model._names(names)}
+    gpt2(model.params, model.backend.from_numpy(ids, device=model._device), model.config, observe=observe)
+    return found
 
 
 def traces(
-    a: Side, b: Side, text: str | Sequence[int] | None = None, *, allow_special: bool | Collection[str] = False
+    a: Side,
+    b: Side,
+    text: str | Sequence[int] | None = None,
+    *,
+    allow_special: bool | Collection[str] = False,
+    progress: Progress = silent,
 ) -> tuple[Trace, Trace]:
     """Return the traces of two sides for the same tokens.
 
@@ -220,6 +254,8 @@ def traces(
         trace, whose tokens are then taken.
     allow_special : bool or collection of str
         See `GenerationOptions`.
+    progress : function, optional
+        As for `compare`.
 
     Raises
     ------
@@ -233,7 +269,7 @@ def traces(
                 f"{side.name} is a trace of the tokens {_some(side.tokens)}, and the text has the tokens "
                 f"{_some(tokens)}; leave the text out, or trace that model again"
             )
-    return a.run(tokens), b.run(tokens)
+    return a.run(tokens, progress), b.run(tokens, progress)
 
 
 def _tokens(a: Side, b: Side, text: Any, allow_special: bool | Collection[str]) -> np.ndarray:

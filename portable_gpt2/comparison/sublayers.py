@@ -18,6 +18,7 @@ from ..host import StoredTensor
 from ..numerics import stated
 from ..registry import backend_of, to_numpy
 from .probes import concatenated, described, transposed
+from .progress import Progress, silent
 from .trace import Trace
 
 
@@ -26,14 +27,15 @@ def is_keras(model: Any) -> bool:
     return hasattr(getattr(model, "backbone", model), "transformer_layers")
 
 
-def trace_sublayers(model: Any, tokens: np.ndarray) -> Trace:
+def trace_sublayers(model: Any, tokens: np.ndarray, progress: Progress = silent) -> Trace:
     """Return the trace of a ``GPT2CausalLM`` or a ``GPT2Backbone`` of KerasHub; see `portable_gpt2.probe`."""
     backbone = getattr(model, "backbone", model)
     ids, mask = tokens.astype(np.int32), np.ones(tokens.shape, np.int32)
     embedded = backbone.token_embedding(ids)
     x = backbone.embeddings_add((embedded, backbone.position_embedding(embedded)))
     backend, arrays = backend_of(x), {"embedding": _host(x)}
-    for i, layer in enumerate(backbone.transformer_layers):
+    layers = progress(backbone.transformer_layers, f"tracing {type(model).__name__}", "layers")
+    for i, layer in enumerate(layers):
         output = layer(x, decoder_padding_mask=mask, training=False)
         inner = {name: _host(y) for name, y in _inside(layer, x, mask)}
         arrays[f"h{i}/residual"] = _host(output)

@@ -13,6 +13,7 @@ import numpy as np
 from ..config import GPT2Config
 from ..host import StoredTensor
 from .findings import WeightFinding
+from .progress import Progress, silent
 from .rounding import BLOCK, ROWS, Precision, blocks, conversion, everywhere, is_near, precision_of, rounding
 
 
@@ -21,6 +22,7 @@ def differences(
     b: Mapping[str, StoredTensor],
     config_a: GPT2Config | None = None,
     config_b: GPT2Config | None = None,
+    progress: Progress = silent,
 ) -> list[WeightFinding]:
     """Return the tensors in which two models differ, each with the kind of its difference.
 
@@ -51,6 +53,8 @@ def differences(
         The parameters by path, as `read_checkpoint` returns them.
     config_a, config_b : GPT2Config, optional
         The shapes of the two models. Without config_a, the arrangements of heads are not looked for.
+    progress : function, optional
+        As for `compare`.
 
     Returns
     -------
@@ -69,7 +73,7 @@ def differences(
     found: dict[str, WeightFinding] = {}
     samples: dict[str, np.ndarray] = {}
     unexplained: dict[str, np.ndarray] = {}
-    for path in dict.fromkeys([*a, *b]):
+    for path in progress(dict.fromkeys([*a, *b]), "comparing weights", "tensors"):
         own = path in a, path in b
         first, second = (tensors.get(path, tensors.get("wte") if path == "lm_head" else None) for tensors in (a, b))
         if first is None or second is None:
