@@ -478,7 +478,7 @@ def test_everything_that_can_be_a_side_is_traced(checkpoint, tmp_path):
     trace.save(tmp_path / "it.npz")
     trace.save(tmp_path / "it.safetensors")
     sides = [checkpoint, str(checkpoint), model, trace, tmp_path / "it.npz", str(tmp_path / "it.safetensors")]
-    for side in [*sides, checkpoint / "model.safetensors", Side("mine", lambda tokens: trace)]:
+    for side in [*sides, checkpoint / "model.safetensors", Side("mine", lambda tokens, progress: trace)]:
         first, second = traces(open_side(model), open_side(side), "To be")
         assert first.tokens.tolist() == second.tokens.tolist() == trace.tokens.tolist()
         np.testing.assert_array_equal(first.arrays["logits"], second.arrays["logits"])

@@ -33,7 +33,11 @@ def counted(progress: Progress, items: Iterable[Any], what: str, unit: str = "re
     tracing b
     """
     left = iter(progress(items, what, unit))
-    next(left, None)
-    yield lambda: next(left, None)
+
+    def done() -> None:
+        next(left, None)
+
+    done()  # the first item begins
+    yield done
     for _ in left:  # also those that the stage did not count
         pass
