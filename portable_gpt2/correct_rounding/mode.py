@@ -23,7 +23,7 @@ import numpy as np
 from ..backend import Backend
 from ..numerics import Numerics, stated
 from ..op import interpreted
-from ..ops import embed
+from ..ops import embed, in_range
 from ..params import Params, flatten
 from ..registry import backend_of
 from ..signature import Signature
@@ -117,6 +117,8 @@ class Interpreter:
         floats = {key: x for key, x in given.items() if key in signature.floats}
         for key, x in floats.items():
             check(backend, backend.dtype_names[x.dtype], f"{name}: {key}: ")
+        if "targets" in given:  # ids that are out of range raise an error here, because compiled code cannot do so
+            in_range(f"{name}: targets", given["targets"], backend.shape(given["logits"])[-1])
         # NaN and infinities are results like any other: NumPy need not warn of them.
         with interpreted(None), backend.permit_64_bits(), np.errstate(all="ignore"):
             if name == "embed":
@@ -127,27 +129,30 @@ class Interpreter:
             arrays |= {key: weight.wide for key, weight in weights.items()}
             if name in _NORMS:
                 arrays["w_norms"] = getattr(weights["w"], _NORMS[name])
-            attempt = _attempt(backend, name, tuple(options.items()), _numerics(backend, given))
+            attempt = _attempt(backend, name, tuple(options.items()), _numerics(name, backend, given))
             result, is_open, n, *evaluation = attempt(arrays)
             self.counts[f"{name}: elements"] += math.prod(backend.shape(result))
-            if not _read(name, backend, n):
+            with _refuse_tracers(name):
+                n_open = int(backend.to_numpy(n))
+            if not n_open:
                 return result
-            at = np.nonzero(backend.to_numpy(is_open))
-            value, error = (np.broadcast_to(backend.to_numpy(x), is_open.shape)[at] for x in evaluation)
+            mask = backend.to_numpy(is_open)
+            places = np.flatnonzero(mask)
+            value, error = (np.broadcast_to(backend.to_numpy(x), mask.shape).reshape(-1)[places] for x in evaluation)
             if name in _NORMS:  # an infinity or NaN is exact
                 error = np.where(np.isfinite(value), error, 0.0)
             low, high = _narrowed(value - error), _narrowed(value + error)
             undecided = (low != high) & (error != 0)
-            at_undecided = tuple(index[undecided] for index in at)
             if undecided.any():
                 on_host = {key: backend.to_numpy(x) for key, x in arrays.items() if key in given}
                 on_host |= {key: weight.host for key, weight in weights.items()}
-                decided = getattr(exact, name)(**on_host, **options, at=at_undecided)
+                at = np.unravel_index(places[undecided], mask.shape) if mask.shape else ()
+                decided = getattr(exact, name)(**on_host, **options, at=at)
                 self.counts[f"{name}: undecided"] += len(decided)
                 self.counts[f"{name}: otherwise wrong"] += int(np.sum(decided != _narrowed(value[undecided])))
                 low[undecided] = decided
             found = backend.to_numpy(result).copy()
-            found[at] = low
+            found.reshape(-1)[places] = low
             return backend.from_numpy(found, device=backend.placement(result))
 
     def add(self, x: Any, y: Any) -> Any:
@@ -194,9 +199,10 @@ def _widened(backend: Backend, x: Any) -> Any:
     return _without_subnormals(backend, backend.xp.astype(x, backend.xp.float64))
 
 
-def _numerics(backend: Backend, given: dict[str, Any]) -> Numerics:
+def _numerics(name: str, backend: Backend, given: dict[str, Any]) -> Numerics:
     """Return the errors that the backend states for float64 on the device of the arrays."""
-    device = backend.device(next(iter(given.values())))
+    with _refuse_tracers(name):
+        device = backend.device(next(iter(given.values())))
     return _stated(backend, device.partition(":")[0])
 
 
@@ -216,10 +222,11 @@ def check(backend: Backend, dtype: str, who: str = "") -> None:
         raise ValueError(f"{who}dtype is {dtype}; the reproducible mode takes and returns float32")
 
 
-def _read(name: str, backend: Backend, n: Any) -> int:
-    """Return the value of an integer array."""
+@contextlib.contextmanager
+def _refuse_tracers(name: str) -> Iterator[None]:
+    """Replace an error that a framework raises for an array that has no values."""
     try:
-        return int(backend.to_numpy(n))
+        yield
     except Exception as error:
         raise TypeError(
             f"{name}: the reproducible mode reads the values of arrays, but here they have none, because a function is "
