@@ -457,11 +457,11 @@ ATTAINED = {
     ),
     "scores in attention": (
         "attention",
-        (8 * FEW, np.concatenate([FEW * 0.6, FEW]), np.asarray([[1.0], [0.0]])),
+        (8 * FEW, np.concatenate([FEW, FEW]), np.asarray([[1.0], [-1.0]])),
         {"scale": 0.9},
         PRECISE,
         {"matmul": ("at", 0), "*": 1},
-        0.2,
+        0.4,
     ),
     "additions in attention": (
         "attention",
@@ -473,19 +473,19 @@ ATTAINED = {
     ),
     "exp in attention": (
         "attention",
-        (ALONE, np.asarray([[0.0], [-5.0]]), np.asarray([[0.0], [1.0]])),
+        (ALONE, np.zeros((2, 1)), np.asarray([[-1.0], [1.0]])),
         {},
         Numerics(exp=(1e4, 0.0)),
         {"exp": ("at", 1)},
-        0.8,
+        0.4,
     ),
     "the slope in attention": (
         "attention",
-        (ALONE, np.asarray([[0.0], [-80.0]]), np.asarray([[0.0], [1.0]])),
+        (ALONE, np.asarray([[0.0], *[[-math.log(N)]] * N]), np.asarray([[0.0], *[[1.0]] * N])),
         {},
         Numerics(exp=(0.0, 100.0)),
-        {"exp": ("at", 1)},
-        0.1,
+        {"exp": 1},
+        0.03,
     ),
     "additions in cross_entropy": ("cross_entropy", (TAIL, np.zeros(1, int)), {}, PRECISE, {"sum": 1}, 0.8),
     "exp in cross_entropy": (

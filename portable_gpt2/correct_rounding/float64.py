@@ -56,7 +56,7 @@ class Evaluation(NamedTuple):
 def column_norms(w: Any) -> Any:
     """Return the Euclidean norms of the columns of a matrix [nx, nf] or [1, nx, nf]: a float64 array [nf].
 
-    The relative error is below 2^-22, which the bounds account for.
+    The relative error is below 2^-22, which the bounds account for. The norm is infinite if the column has NaN.
 
     Examples
     --------
@@ -65,12 +65,17 @@ def column_norms(w: Any) -> Any:
     array([5., 1.])
     """
     backend = backend_of(w)
-    return backend.xp.reshape(_norms(backend.xp, w, axis=-2), (backend.shape(w)[-1],))
+    return _never_nan(backend.xp, backend.xp.reshape(_norms(backend.xp, w, axis=-2), (backend.shape(w)[-1],)))
 
 
 def _norms(xp: Any, x: Any, axis: int) -> Any:
     """Return Euclidean norms along an axis, which stays with length 1. No square of a float32 number underflows."""
     return xp.sqrt(xp.sum(x * x, axis=axis, keepdims=True))
+
+
+def _never_nan(xp: Any, bounds: Any) -> Any:
+    """Replace NaN by inf, and make 0 positive, so that no product of two bounds is NaN."""
+    return xp.where(bounds == bounds, bounds, math.inf) + _SMALLEST
 
 
 def _float(xp: Any, n: Any) -> Any:
@@ -170,16 +175,11 @@ def _linear(backend: Any, x: Any, w: Any, w_norms: Any, b: Any = None) -> Evalua
     rows = xp.reshape(x, (math.prod(start), n))
     value = xp.matmul(rows, w)
     unit = (_float(xp, n) + 2) * _UNIT
-    error = _never_nan(xp, _norms(xp, rows, axis=-1)) * unit * _never_nan(xp, w_norms)
+    error = _never_nan(xp, _norms(xp, rows, axis=-1)) * unit * w_norms
     if b is not None:
         value, error = value + b, error + _never_nan(xp, _size(xp, b)) * unit
     shape = (*start, backend.shape(w_norms)[0])
     return Evaluation(xp.reshape(value, shape), xp.reshape(error, shape))
-
-
-def _never_nan(xp: Any, bounds: Any) -> Any:
-    """Replace NaN by inf, and make 0 positive, so that no product of two bounds is NaN."""
-    return xp.where(bounds == bounds, bounds, math.inf) + _SMALLEST
 
 
 def softmax(x: Any, *, axis: int = -1, numerics: Numerics) -> Evaluation:
@@ -222,13 +222,17 @@ def softmax(x: Any, *, axis: int = -1, numerics: Numerics) -> Evaluation:
     return Evaluation(value, xp.where(value == value, (value + _SMALLEST) * unit, 0.0))
 
 
+_A = -2 * math.sqrt(2 / math.pi)
+_B = _A * 0.044715
+
+
 def gelu(x: Any, *, numerics: Numerics) -> Evaluation:
     """Evaluate x / (1 + exp(-2 t)), t = sqrt(2/pi) (x + 0.044715 x^3), which equals x/2 (1 + tanh(t)).
 
     In this form nothing cancels for negative x. With E = exp(-2 |t|), the result is x / (1 + E) for positive x, and x E
-    / (1 + E) for negative x. The argument of exp has a relative error of 4u: the square of x is exact, and two
-    products, a sum and the constant remain. The result has three more roundings. If |y| is at least 2^-127, then 2 |t|
-    is at most 93 for negative x; for positive x, exp has less influence.
+    / (1 + E) for negative x. The argument of exp has a relative error of 4u: the square of x and the square root of
+    this are exact; a rounded constant, two products and a sum remain. The result has three more roundings. If |y| is at
+    least 2^-127, then 2 |t| is at most 93 for negative x; for positive x, exp has less influence.
 
     Parameters
     ----------
@@ -250,13 +254,12 @@ def gelu(x: Any, *, numerics: Numerics) -> Evaluation:
     (array([-0.1588,  0.    ,  0.8412]), True)
     """
     xp = backend_of(x).xp
-    negative = x < 0
-    size = xp.where(negative, -x, x)
-    square = size * size
-    e = xp.exp((-2 * math.sqrt(2 / math.pi)) * (size * (1 + 0.044715 * square)))
-    value = xp.where(negative, size * e, size) / (1 + e)
-    error = (value + _SMALLEST) * ((3 * 93 + 5 + _exp(numerics, 93)) * _UNIT)
-    return Evaluation(xp.where(negative, -value, value), xp.where(square < math.inf, error, 0.0))
+    square = x * x
+    size = xp.sqrt(square)
+    e = xp.exp(size * (_A + _B * square))
+    value = xp.where(x < 0, x * e, x) / (1 + e)
+    error = (xp.sqrt(value * value) + _SMALLEST) * ((3 * 93 + 5 + _exp(numerics, 93)) * _UNIT)
+    return Evaluation(value, xp.where(square < math.inf, error, 0.0))
 
 
 def layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5, numerics: Numerics) -> Evaluation:
@@ -307,7 +310,7 @@ def layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5, numerics: Numerics)
     shift = (n + 1) * _UNIT * (_size(xp, mean) + xp.sqrt(variance)) / r
     factor = (n / 2 + 12) * _UNIT + shift * shift
     shift = xp.where(shift <= _MOST, shift * (1 + 2.0**-17), math.inf)
-    error = _size(xp, product) * factor + _size(xp, g) * shift + _size(xp, b) * (3 * _UNIT)
+    error = xp.sqrt(product * product) * factor + (_size(xp, g) * shift + _size(xp, b) * (3 * _UNIT))
     # Where the error is NaN, nothing is known, unless an element of the row is not finite. The row is NaN then.
     zero = mean - mean
     unknown = xp.where(zero == 0, math.inf, xp.astype(zero == 0, xp.float64))
@@ -432,11 +435,14 @@ def attention(
 ) -> Evaluation:
     """Evaluate softmax(scale q k^T) v.
 
-    Let s be the bound on the errors of a query's scores, w_j its weights, and n the number of keys. The relative error
-    of exp(score - maximum) is at most s + (c0 + (1 + c1) 746) u, because exp underflows below -746. The sum of the
-    exponentials has their mean error, which is at most s + (c0 + (1 + c1) 21) u, plus (n - 1) u. The product with v has
-    n roundings, and the quotient one. All of these errors are relative to sum_j w_j |v_j|, which a second product
-    computes.
+    Let s be the bound on the errors of a query's scores, w_j its weights, d_j the distances of its scores to their
+    maximum, and n the number of keys. The errors are relative to the root mean square V of the values with the weights
+    w, which a second product computes: sum_j w_j |v_j| <= V, because the weights have the sum 1.
+
+    - The relative error of exp(-d_j) is s + (c0 + (1 + c1) d_j) u. By the inequality of Cauchy and Schwarz, sum_j w_j
+      d_j |v_j| <= V sqrt(sum_j w_j d_j^2), and this root is at most log(n) + 1.2 < 22.
+    - The sum of the exponentials has the mean of these errors, where the mean of d_j is at most log(n), plus (n - 1) u.
+    - The product with v has n roundings, and the quotient one.
 
     Parameters
     ----------
@@ -464,9 +470,9 @@ def attention(
     backend = backend_of(q)
     xp = backend.xp
     e, total, error, is_nan = _shifted(q, k, mask, causal, scale)
-    unit = 2 * error + (2 * _float(xp, backend.shape(k)[-2]) + 2 + _exp(numerics, 746) + _exp(numerics, 21)) * _UNIT
-    value, size = backend.split(xp.matmul(e, xp.concat([v, _size(xp, v)], axis=-1)) / total, 2)
-    return Evaluation(value, _decided(xp, (size + _SMALLEST) * unit, is_nan))
+    unit = 2 * error + (2 * _float(xp, backend.shape(k)[-2]) + 2 + 2 * _exp(numerics, 22)) * _UNIT
+    size = xp.sqrt(xp.matmul(e, v * v) / total)
+    return Evaluation(xp.matmul(e, v) / total, _decided(xp, (size + _SMALLEST) * unit, is_nan))
 
 
 def cross_entropy(logits: Any, targets: Any, *, numerics: Numerics) -> Evaluation:
