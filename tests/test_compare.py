@@ -42,8 +42,13 @@ def placed(bug, config, weights, tokens):
     """Return the result where a mistake should be found, and the first result of the port that is beyond its bound."""
     with np.errstate(all="ignore"):
         wrong = traced(config, ported.port(config, weights, tokens, bug), tokens)
-    ops, _ = judged(wrong, config, traced(config, wrong.arrays, tokens, weights).weights)
-    return bug.culprit(pg.model.observed_names(config)), next((op for op in ops if not op.within), None)
+    culprit = next((op for op in judge_all(wrong, weights) if not op.within), None)
+    return bug.culprit(pg.model.observed_names(config)), culprit
+
+
+def judge_all(trace, weights):
+    """Return the judgement on each result, with the weights as arrays."""
+    return judged(trace, trace.config, {path: stored(a) for path, a in weights.items()})[0]
 
 
 def test_porting_bugs_are_placed_at_their_op_and_explained():
@@ -277,6 +282,36 @@ def test_roundings_to_16_bits_within_an_op_are_named(form):
         arrays = {"h0/mlp/c_fc": x, "h0/mlp/gelu": y}
         found = compare(*[traced(config, arrays, np.arange(24)[None] % 20, dtype=form)] * 2)
         assert found.culprit.guess == f"each elementary step of GELU is rounded to {form}"
+
+
+UNKNOWN = {
+    "noise": lambda x, random: x * (1 + 1e-3 * random.standard_normal(x.shape)),
+    "absolute noise": lambda x, random: x + 1e-3 * random.standard_normal(x.shape),
+    "a smooth function": lambda x, random: x + 1e-3 * np.abs(x).max() * np.sin(x),
+    "a gain": lambda x, random: x * (1 + 1e-4 * np.arange(x.shape[-1])),
+    "zeros": lambda x, random: np.where(random.random(x.shape) < 0.1, 0, x),
+    "a square": lambda x, random: x + 1e-4 * x * x,
+    "sorted": lambda x, random: np.sort(x, axis=-1),
+    "two factors": lambda x, random: np.where(x > 0.1, x, 1.01 * x),
+    "columns shifted": lambda x, random: np.roll(x, 3, axis=-1),
+}
+
+
+@pytest.mark.parametrize("mistake", UNKNOWN)
+def test_no_guess_explains_a_mistake_that_is_not_in_the_list(mistake):
+    """Catches a guess that resembles the result, and errors of any kind that are taken for those of 16 bits."""
+    random = np.random.default_rng(6)
+    config = ported.some_config(random)
+    weights = ported.some_weights(config, random)
+    tokens = random.integers(0, config.n_vocab, (1, 20))
+    right = ported.port(config, weights, tokens)
+    names = [name for name in right if "scores" not in name]  # a function of hidden scores is another mask
+    for name in names[:: 1 if THOROUGH else 9]:
+        wrong = UNKNOWN[mistake](right[name].astype(np.float64), random).astype(np.float32)
+        ops = judge_all(traced(config, {**right, name: wrong}, tokens), weights)
+        first = next(op for op in ops if not op.within)
+        assert (first.name, first.guess) == (name, "")
+        assert all(not op.guess or "it follows from" in op.guess for op in ops)
 
 
 def test_there_are_guesses_for_every_op():

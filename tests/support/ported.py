@@ -16,7 +16,8 @@ import numpy as np
 import portable_gpt2 as pg
 from portable_gpt2.testing.plain_gpt2 import random_weights
 
-FORMATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+FORMATS = {"float16": np.float16}
+FORMATS |= {name: getattr(ml_dtypes, name) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,8 @@ def port(config, flat, tokens, bug=Bug(), *, style="plain", seed=0):
             x = np.where(x > np.quantile(x, 0.9), np.float32(np.nan), x)
         if bug.hits("overflow", name):
             x = np.where(abs(x) > 65504, np.copysign(np.float32(np.inf), x), x)
+        if bug.hits("few digits", name):
+            x = np.round(x.astype(np.float64), bug.value) if bug.value > 0 else np.rint(x * 64) / 64
         if bug.hits("one head", name):
             x = np.concatenate([x[:, :1], x[:, 1:2, :, ::-1], x[:, 2:]], axis=1)
         if bug.hits("one position", name):
@@ -570,7 +573,11 @@ KINDS = {
             "embedding",
             "logits",
         ],
-        {form: f"result is rounded to {form}" for form in ("float16", "bfloat16")},
+        {form: f"result is rounded to {form}" for form in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")},
+    ),
+    "few digits": Kind(
+        [EVERY + "ln_1", EVERY + "mlp/c_fc", EVERY + "attn/weights", "logits"],
+        {4: "rounded to 4 decimals", 2: "rounded to 2 decimals", 0: "rounded to multiples of 1/64"},
     ),
     "positions": Kind(
         ["embedding"],

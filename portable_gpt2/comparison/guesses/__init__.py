@@ -1,8 +1,8 @@
 """Guesses at the cause of a wrong result: other definitions of an op.
 
 A guess is a sentence and an alternative: what each element of the result is under another definition, with a bound on
-the error of computing it. It is accepted only if it explains every element within this bound, and the worst element
-better than the right definition. So a guess is never a mere resemblance. Two definitions that rounding cannot tell
+the error of computing it. It is accepted only if it explains every element within this bound, and halves the errors of
+the worst element and of its row. So a guess is never a mere resemblance. Two definitions that rounding cannot tell
 apart, such as eps = 1e-6 and eps = 1e-12 for a large variance, are both named.
 
 An alternative is made in one of four ways (`Case`): the same op on other inputs, parameters or options (``but``), with

@@ -65,17 +65,16 @@ def _in_float32(x: np.ndarray) -> np.ndarray:
 
 def follows(case: Case) -> Guesses:
     """Yield attention from the model's own scores or weights, where these are wrong already."""
-
-    def own(name: str) -> np.ndarray | None:
-        found = case.result(name)
-        return None if found is None else found.astype(float_dtypes[case.call.dtype], copy=False)
-
-    before, op = case.beside("scores" if case.step.op == "attention_weights" else "weights"), case.step.op
-    if before not in case.suspects or op == "attention_scores" or (x := own(before)) is None:
+    name = case.beside({"attention_weights": "scores", "attention": "weights"}.get(case.step.op, ""))
+    own = case.result(name) if name in case.suspects else None
+    if own is None:
         return
-    call = case.call.but(op="softmax", inputs=(x,), options={"mask": None})
-    softmaxed = by(call, lambda c: bounds.softmax(*c.inputs, numerics=c.numerics))
-    yield f"it follows from {before}", softmaxed if op == "attention_weights" else averaged(case, x)
+    own = own.astype(float_dtypes[case.call.dtype], copy=False)
+    if case.step.op == "attention":
+        yield f"it follows from {name}", averaged(case, own)
+    else:
+        call = case.call.but(op="softmax", inputs=(own,), options={"mask": None})
+        yield f"it follows from {name}", by(call, lambda c: bounds.softmax(*c.inputs, numerics=c.numerics))
 
 
 def averaged(case: Case, w: np.ndarray) -> Alternative:
@@ -275,4 +274,4 @@ def _from_scores(call: Call, s: Computed) -> Computed:
     return softmax(s) if call.op == "attention_weights" else softmax(s) @ computed(call.inputs[2], s.u)
 
 
-FUNCTIONS = (follows, scale, mask, hidden, roles, formulas, inputs_rounded, weights_rounded)
+FUNCTIONS = (scale, mask, hidden, roles, formulas, inputs_rounded, weights_rounded)

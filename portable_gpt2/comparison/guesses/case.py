@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from ...config import GPT2Config
-from ...host import StoredTensor, float_dtypes
+from ...host import StoredTensor
 from ...numerics import bounds
 from ...numerics.bounds import FORMATS, Bounded
 from ..steps import Alternative, Call, Results, Step, evaluate, selection, within
@@ -148,10 +149,11 @@ def copied(x: np.ndarray) -> Bounded:
 
 
 FORMS = ("float16", "bfloat16", "TF32")
+FORMS_OF_8_BITS = ("float8_e4m3fn", "float8_e5m2")
 
 
 def rounded(x: np.ndarray, form: str) -> np.ndarray:
-    """Return an array that is rounded to ``float16``, ``bfloat16`` or ``TF32`` (11 significant bits), in its dtype.
+    """Return an array that is rounded to a format, in its own dtype. TF32 has 11 significant bits.
 
     Examples
     --------
@@ -163,9 +165,17 @@ def rounded(x: np.ndarray, form: str) -> np.ndarray:
         nearest = (bits + 0x0FFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)
         return nearest.astype(np.uint32).view(np.float32).astype(x.dtype)
     with np.errstate(over="ignore"):
-        return x.astype(float_dtypes[form]).astype(x.dtype)
+        return x.astype(getattr(ml_dtypes, form, form)).astype(x.dtype)
 
 
 def unit(form: str) -> float:
-    """Return the unit round-off of ``float16``, ``bfloat16`` or ``TF32``."""
-    return 2.0**-11 if form == "TF32" else FORMATS[form].unit
+    """Return the unit round-off of a format."""
+    return 2.0**-11 if form == "TF32" else float(_finfo(getattr(ml_dtypes, form, form)).eps) / 2
+
+
+def smallest(form: str) -> float:
+    """Return the distance of the two numbers of a format that are nearest to 0."""
+    return 2.0**-136 if form == "TF32" else float(_finfo(getattr(ml_dtypes, form, form)).smallest_subnormal)
+
+
+_finfo: Any = ml_dtypes.finfo  # it has no types

@@ -33,15 +33,17 @@ _LAST: dict[str, tuple[Function, ...]] = {
     "conv1d": (products.weight_scaled,),
     "layer_norm": (layer_norms.one_pass,),
 }
-LAST_GUESSES = {op: (*_LAST.get(op, ()), *everywhere.LAST, precision.in_16_bits) for op in GUESSES}
+LAST_GUESSES: dict[str, tuple[Function, ...]] = {
+    op: (*_LAST.get(op, ()), *everywhere.LAST, precision.in_16_bits) for op in GUESSES
+}
 """For each op, functions whose definitions have a free parameter, or describe an error only by its size. Each is tried
 if no function before it explains the result."""
 
 BY_SIZE = (everywhere.result_rounded, attention.weights_rounded, layer_norms.one_pass, precision.in_16_bits)
 """Functions that yield the same exact result with a larger bound. All others must have smaller errors.
 
-The error must be at most half at the worst element, or a quarter in total, because a single element may lie near the
-middle of two 16-bit numbers.
+The error must be at most half at the worst element and in its row, or a quarter in total, because a single element may
+lie near the middle of two 16-bit numbers.
 """
 
 
@@ -70,11 +72,16 @@ def explain(case: Case, first: Sequence[Function] = (), *, only_first: bool = Fa
     part = within(case.computed, rows, columns)
     place = (*case.worst[:-2], rows.tolist().index(case.worst[-2]), columns.tolist().index(case.worst[-1]))
 
+    def size(error: np.ndarray) -> float:
+        """Return the norm of the errors in the row of the worst element, which in 16 bits tells nothing."""
+        return float(np.linalg.norm(error[place[:-1]])) if case.call.dtype in ("float32", "float64") else 0.0
+
     def accepts(alternative: Alternative, function: Function) -> bool:
         """Return whether an alternative explains a part of the result, then the worst element, then all of it."""
         expected = alternative(rows, columns)
         error = errors(part, expected)
-        is_better = error[place] <= usual[place] / 2 or error.sum() <= usual.sum() / 4 < math.inf
+        is_half = error[place] <= usual[place] / 2 and size(error) <= size(usual) / 2
+        is_better = is_half or error.sum() <= usual.sum() / 4 < math.inf
         return bool(
             bounds.quotient(error, expected.error).max() <= 1
             and (function in BY_SIZE or is_better)
@@ -85,8 +92,10 @@ def explain(case: Case, first: Sequence[Function] = (), *, only_first: bool = Fa
         usual = errors(part, evaluate(case.call.at(rows, columns)))
         functions, last = GUESSES[case.step.op], LAST_GUESSES[case.step.op]
         known = [f for f in (*functions, *last) if f in first]
-        others = [[f for f in functions if f not in known], *([f] for f in last)]
-        for group in [known] if only_first else [known, *others]:
+        others = [f for f in functions if f not in known]
+        groups: list[Sequence[Function]] = [known, [attention.follows], others]
+        groups += [[f] for f in last]
+        for group in groups[:1] if only_first else groups:
             accepted = [
                 (cause, function)
                 for function in group
