@@ -1,7 +1,8 @@
-"""The exact results of the ops as balls of 1,200 bits (`flint.arb`).
+"""The exact results of the ops as balls of 320 bits (`flint.arb`).
 
-This precision is enough for every cancellation in sums of products of float32 numbers. The arguments are finite float64
-arrays that hold float32 numbers. The constants are those float64 numbers that the definitions write.
+The bounds of the errors are relative to sums in which nothing cancels, so this precision is enough where the result is
+nearly 0 too. The arguments are finite float64 arrays that hold float32 numbers. The constants are those float64 numbers
+that the definitions write.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ arb = flint.arb
 
 @contextlib.contextmanager
 def precise():
-    before, flint.ctx.prec = flint.ctx.prec, 1200
+    before, flint.ctx.prec = flint.ctx.prec, 320
     try:
         yield
     finally:
