@@ -11,7 +11,7 @@ import midpoints
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 
 from portable_gpt2.correct_rounding import exact, rounding
 from portable_gpt2.correct_rounding.balls import Ball, DoubleDouble
@@ -127,8 +127,9 @@ def test_layer_norm_is_correctly_rounded(x, g, b, eps):
 @given(floats(2, 4), st.lists(st.integers(0, 3), min_size=2, max_size=2))
 def test_cross_entropy_is_correctly_rounded(logits, targets):
     """Catches a wrong bound of a logarithm or of the mean."""
-    found = exact.cross_entropy(logits, np.asarray(targets))
-    assert_equal(found, oracle.cross_entropy(clean(logits).tolist(), targets))
+    expected = oracle.cross_entropy(clean(logits).tolist(), targets)
+    assume(expected is not None)  # the oracle needs more than 32,768 bits for a midpoint and exp(-30000), for instance
+    assert_equal(exact.cross_entropy(logits, np.asarray(targets)), expected)
 
 
 SCALES = st.sampled_from([None, 0.0, -0.25, 0.3]) | st.floats(-30, 30)
@@ -153,6 +154,7 @@ def test_attention_is_correctly_rounded(q, k, v, mask, causal, scale):
         place = {j: index for index, j in enumerate(visible)}
         weights += [oracle.softmax(products, place[j], factor) if j in place else 0 for j in range(4)]
         results += [oracle.attention(query, keys, column, factor) for column in values.T]
+    assume(None not in results)  # see above
     assert_equal(exact.attention_scores(q, k, every(2, 2, 4), **options), scores)
     assert_equal(exact.attention_weights(q, k, every(2, 2, 4), **options), weights)
     assert_equal(exact.attention(q, k, v, every(2, 2, 2), **options), results)

@@ -123,7 +123,7 @@ def softmax(scores, j, scale=1.0):
 
 
 def attention(q, k, v, scale):
-    """k has the keys that the query sees, and v one value for each."""
+    """k has the keys that the query sees, and v one value for each. A tie is recognised by equal means of groups."""
     products = [sum(a * c for a, c in zip(fractions(q), fractions(row), strict=True)) for row in k]
 
     def evaluate():
@@ -132,7 +132,14 @@ def attention(q, k, v, scale):
         e = [(each - best).exp() for each in s]
         return sum((w * arb(float(x)) for w, x in zip(e, v, strict=True)), arb(0)) / sum(e)
 
-    return decided(evaluate)
+    found = decided(evaluate)
+    if found is None:
+        groups = {}
+        for product, x in zip(products, fractions(v), strict=True):
+            groups.setdefault(product * Fraction(scale), []).append(x)
+        means = {sum(group) / len(group) for group in groups.values()}
+        found = rounded(means.pop()) if len(means) == 1 else None
+    return found
 
 
 def cross_entropy(logits, targets):
