@@ -135,7 +135,8 @@ class Ball:
         With n the integer nearest to 1024 x / log 2, exp(x) = 2^(n / 1024) exp(r), and |r| <= 0.00034 < 2^-11.5. The
         powers of 2 are in a table. The Taylor series of exp(r) ends after degree 8. Float64 is enough for the terms
         from degree 3 on, t r^3 with t about 1/6: the relative error of this product is at most 2^-48, and the terms
-        that are missing are below 2^-70 of it. So the relative error of the result is about 2^-84.
+        that are missing are below 2^-70 of it. The radius of r changes it by at most r^2 times the radius. So the
+        relative error of the result is about 2^-84.
         """
         log2, powers = _constants()
         with np.errstate(invalid="ignore"):
@@ -146,8 +147,9 @@ class Ball:
         t = np.full(np.shape(n), 1 / math.factorial(8))
         for k in range(7, 2, -1):
             t = t * r.high + 1 / math.factorial(k)
-        t *= r.high * r.high * r.high
-        rest = Ball(t, np.zeros(np.shape(n)), 2.0**-48 * np.abs(t) + _TINY)
+        r_squared = r.high * r.high
+        t *= r_squared * r.high
+        rest = Ball(t, np.zeros(np.shape(n)), (2.0**-48 * np.abs(t) + r_squared * r.error) * _UP + _TINY)
         square = r * r
         half = Ball(square.high / 2, square.low / 2, square.error / 2)
         n = n.astype(np.int64)
