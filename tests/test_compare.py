@@ -6,6 +6,7 @@ A thorough run has every bug several times, and hundreds of correct pairs. CONTR
 import dataclasses
 import math
 import re
+import warnings
 from types import MappingProxyType
 
 import hypothesis
@@ -22,6 +23,7 @@ from portable_gpt2.comparison import sides, steps
 from portable_gpt2.comparison.compare import compare, judged
 from portable_gpt2.comparison.growth import of_logits
 from portable_gpt2.comparison.guesses import GUESSES, Case, explain
+from portable_gpt2.comparison.report import report
 from portable_gpt2.comparison.sides import Side, trace_model
 from portable_gpt2.comparison.trace import Trace
 from portable_gpt2.model import gpt2
@@ -174,6 +176,42 @@ def test_elements_that_are_not_judged_are_counted():
     assert "h0/mlp/gelu" in found.missing
     assert "h0/mlp/gelu" not in judged
     assert len(found.notes) == 1
+
+
+def test_results_in_fewer_bits_than_the_computation_are_noted():
+    """Catches an alarm about results that were rounded when they were written, without a word about the rounding."""
+    random = np.random.default_rng(32)
+    config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_vocab=50, n_ctx=16, eos_token_id=None)
+    weights, tokens = ported.some_weights(config, random), random.integers(0, 50, (1, 12))
+    arrays = ported.port(config, weights, tokens)
+    right = traced(config, arrays, tokens, weights)
+    narrow = {**arrays, "h0/ln_1": arrays["h0/ln_1"].astype(np.float16)}
+    found = compare(right, traced(config, narrow, tokens))
+    assert found.notes[0].startswith(
+        "The judged model computes in float32, and 1 of its 18 results have fewer bits, such"
+    )
+    assert found.culprit.guess.startswith("its result is rounded to float16")
+    wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+    found = compare(right, traced(config, wide, tokens, dtype="float64"))
+    assert found.culprit.guess == "its result is rounded to float32"
+    assert compare(right, traced(config, wide, tokens, dtype="")).equal
+
+
+def test_no_warning_is_shown_for_nan_and_infinity():
+    """Catches a warning of NumPy between the lines of a report."""
+    random = np.random.default_rng(33)
+    config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_vocab=50, n_ctx=16, eos_token_id=None)
+    weights, tokens = ported.some_weights(config, random), random.integers(0, 50, (1, 12))
+    right = traced(config, ported.port(config, weights, tokens), tokens, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value, dtype in ((np.nan, "float32"), (np.inf, "float32"), (1e38, "float32"), (1e30, "float64")):
+            for name in ("h0/ln_1", "h0/attn/scores", "h0/attn/attention", "h0/mlp/c_fc", "logits"):
+                changed = right.arrays[name].astype(dtype)
+                changed[..., 3, 2] = value
+                found = compare(right, traced(config, {**right.arrays, name: changed}, tokens, dtype=dtype))
+                assert not found.equal
+                report(found)
 
 
 def test_progress_covers_every_stage_while_it_runs():

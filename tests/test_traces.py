@@ -174,7 +174,7 @@ def test_a_file_that_was_written_by_hand_is_loaded(tmp_path, save, prefix):
     else:
         save(file, tokens=tokens, **arrays)
     trace = pg.Trace.load(file)
-    assert (trace.source, trace.dtype, trace.config) == (file.name, "float64", None)
+    assert (trace.source, trace.dtype, trace.config) == (file.name, "float32", None)
     assert trace.tokens.tolist() == TOKENS.tolist()
     shapes = {name: (x.shape, x.dtype.name) for name, x in trace.arrays.items()}
     assert shapes == {
@@ -191,6 +191,28 @@ def test_metadata_may_be_written_by_hand(tmp_path):
     np.savez(tmp_path / "a.npz", tokens=TOKENS, dtype="bfloat16", source=["mine"], config=config, **small())
     trace = pg.Trace.load(tmp_path / "a.npz")
     assert (trace.dtype, trace.source, trace.config) == ("bfloat16", "mine", CONFIG)
+
+
+def test_the_dtype_of_the_computation_follows_from_the_results():
+    """Catches results of bfloat16 that NumPy stores in float32 and that are judged as float32, and a model in float32
+    that is judged as float64 because one of its results became float64.
+    """
+    x = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    scores = np.full((2, 3, 3), np.finfo(np.float32).min)
+    bfloat16 = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    for arrays, dtype in [
+        ({"ln_f": x}, "float32"),
+        ({"ln_f": x.astype(np.float64)}, "float32"),
+        ({"ln_f": x.astype(np.float64) / 3}, "float64"),
+        ({"ln_f": x, "logits": x.astype(np.float64) / 3}, "float32"),
+        ({"ln_f": bfloat16, "h0/attn/scores": scores}, "bfloat16"),
+        ({"ln_f": bfloat16, "embedding": x}, "float32"),
+        ({"ln_f": x.astype(np.float16).astype(np.float32)}, "float16"),
+        ({"ln_f": bfloat16[:, :8]}, "float32"),  # a few numbers of few digits prove nothing
+        ({"ln_f": x.astype(np.float16), "embedding": bfloat16.astype(ml_dtypes.bfloat16)}, "bfloat16"),
+    ]:
+        assert pg.Trace("it", TOKENS, arrays).dtype == dtype
+    assert pg.Trace("it", TOKENS, {"ln_f": bfloat16}, "float32").dtype == "float32"
 
 
 def test_other_byte_orders_and_numpy_s_bfloat16_are_read(tmp_path):

@@ -102,8 +102,8 @@ def compare(
         jump=largest_jump(a, b, config_a, {each.name: each for each in grown}),
     )
     return Comparison(
-        a=a.source,
-        b=b.source,
+        a=_described(a),
+        b=_described(b),
         tokens=b.tokens[0].tolist(),
         verdict=evidence.verdict(),
         equal=evidence.equal,
@@ -114,6 +114,11 @@ def compare(
         missing=missing,
         notes=list(notes(a, b, evidence)),
     )
+
+
+def _described(side: Trace) -> str:
+    """Return the source of a trace with its dtype, which the source of a file may lack."""
+    return side.source if side.source.endswith(side.dtype) else f"{side.source}, {side.dtype}"
 
 
 def judged(

@@ -348,7 +348,7 @@ def call(
         options = {"scale": config.attention_scale(step.layer), "mask": np.tri(seq, dtype=np.bool_)}
     if step.op == "embedding":
         given = [tokens[..., None], np.arange(tokens.shape[1])[None, :, None]]
-        computed = dtype
+        computed = narrowest([x for x in (result(step.name),) if x is not None], dtype)[0].dtype.name
     else:
         given = narrowest(inputs, dtype)  # type: ignore[arg-type]
         computed = given[0].dtype.name
@@ -380,7 +380,8 @@ def errors(computed: np.ndarray, expected: Bounded) -> np.ndarray:
 
 def compared(computed: np.ndarray, expected: Bounded) -> Judgement:
     """Return the element with the largest ratio of error and bound. An element with an infinite bound is not judged."""
-    ratios = bounds.quotient(errors(computed, expected), expected.error)
+    with np.errstate(over="ignore"):
+        ratios = bounds.quotient(errors(computed, expected), expected.error)
     index = np.unravel_index(int(ratios.argmax()), ratios.shape)
     at = tuple(int(i) for i in index)
     worst = float(computed[at]), float(expected.value[at]), float(expected.error[at])

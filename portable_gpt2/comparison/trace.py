@@ -106,8 +106,9 @@ class Trace:
         scopes have: ``model/h0/ln_1``. NaN and infinity are allowed. The attribute has NumPy's arrays in the order of
         computation, by names without the prefix.
     dtype : str
-        The dtype that the ops compute in: ``float32``, ``float64``, ``bfloat16`` or ``float16``. Unless given, it is
-        that of the widest array. The arrays may be wider than the computation.
+        The dtype that the ops compute in: ``float32``, ``float64``, ``bfloat16`` or ``float16``. The arrays may be
+        wider than the computation. Unless given, it is that of the widest array, where float64 counts only if all
+        arrays have it, or the narrowest dtype that holds the values of all arrays.
     config : GPT2Config, optional
         The model's shape and options, if they are known.
     weights : dict of float arrays
@@ -145,7 +146,7 @@ class Trace:
     def __post_init__(self) -> None:
         tokens = _tokens(self.tokens, self.config)
         arrays = _shaped(_named(self.arrays), tokens.shape[1], self.config)
-        dtype = self.dtype or _widest(arrays.values())
+        dtype = self.dtype or _computed_in(arrays)
         if dtype not in float_dtypes:
             raise ValueError(f"dtype is {checks.shown(dtype)}; expected {_either(float_dtypes)}")
         weights = {path: _tensor(f"{PARAMS}{path}", x) for path, x in self.weights.items()}
@@ -418,9 +419,36 @@ def _of_host(x: np.ndarray) -> StoredTensor:
     return StoredTensor(x.shape, x.dtype.name, functools.partial(np.asarray, x))
 
 
-def _widest(arrays: Iterable[np.ndarray]) -> str:
-    """Return the dtype of the widest array; bfloat16, whose unit round-off is larger, before float16."""
-    return max((x.dtype for x in arrays), key=lambda dtype: (dtype.itemsize, dtype == ml_dtypes.bfloat16)).name
+def _computed_in(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the dtype that a model probably computes in.
+
+    It is that of the widest array; bfloat16, whose unit round-off is larger, counts as wider than float16. But float64
+    counts only if all arrays have it, because NumPy makes float64 of float32 easily. And if a narrower dtype holds the
+    values of all arrays, it is that one: programs convert bfloat16, which NumPy lacks, to float32 when they write it.
+    """
+    dtypes = {x.dtype for x in arrays.values()}
+    narrower = {dtype for dtype in dtypes if dtype != np.float64}
+    widest = max(narrower or dtypes, key=lambda dtype: (dtype.itemsize, dtype == ml_dtypes.bfloat16))
+    # Scores may be kept in float32, and hidden scores are numbers of any dtype.
+    shown = [x for name, x in arrays.items() if not name.endswith("/scores")]
+    if sum(len(np.unique(x.reshape(-1)[:4096].astype(np.float64))) for x in shown) >= _ENOUGH:
+        for name in ("bfloat16", "float16", "float32"):
+            if float_dtypes[name].itemsize < widest.itemsize and all(_holds(name, x) for x in shown):
+                return name
+    return str(widest.name)
+
+
+_ENOUGH = 128  # different numbers; fewer may have few digits by chance
+
+
+def _holds(dtype: str, x: np.ndarray) -> bool:
+    """Return whether a dtype holds the values of an array."""
+    flat, n = x.reshape(-1), 1 << 20
+    with np.errstate(over="ignore"):
+        return all(
+            np.array_equal(part.astype(float_dtypes[dtype]).astype(x.dtype), part, equal_nan=True)
+            for part in (flat[i : i + n] for i in range(0, len(flat), n))
+        )
 
 
 def _config(text: str) -> GPT2Config:

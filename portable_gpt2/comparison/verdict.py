@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ..host import float_dtypes
 from .findings import Growth, LogitsFinding, OpFinding, WeightFinding
 from .shape import n_vocab
 from .trace import Trace
@@ -126,7 +127,10 @@ class Evidence:
         else:
             error = f"{first.op} has an element that rounding cannot change"
         cause = f": {first.guess}" if first.guess else ", and no guess explains it"
-        more = f" ({len(others)} more results are beyond their bounds)" if others else ""
+        count = "one more result is beyond its bound"
+        if len(others) > 1:
+            count = f"{len(others)} more results are beyond their bounds"
+        more = f" ({count})" if others else ""
         return f"the models part at {first.name}, where {error}{cause}{more}"
 
     def _of_judged(self) -> str:
@@ -134,9 +138,13 @@ class Evidence:
 
     def _of_rounding(self) -> str:
         which = "" if self.has_one_vocabulary else " that both have"
-        size = "" if self.logits is None else f" of the logits{which}, which is at most {self.logits.largest:.2g}"
-        if self.complete and self.logits is not None and not self.logits.largest:
-            return f"every op is within its bound, and the logits{which} are equal"
+        size = ""
+        if self.logits is not None:
+            size = f" of the logits{which}, which is at most {self.logits.largest:.2g}"
+            if not self.logits.largest:
+                size = f", and the logits{which} are equal"
+                if self.complete:
+                    return f"every op is within its bound{size}"
         if self.complete:
             return f"every op is within its bound, so rounding explains the difference{size}"
         judged = self._of_judged()
@@ -177,6 +185,12 @@ def notes(a: Trace, b: Trace, evidence: Evidence) -> Iterator[str]:
                 f"The difference grows most at {name}: relative to the largest element, it is {factor:.2g} times that "
                 f"of the inputs."
             )
+    if narrow := [name for name, x in b.arrays.items() if x.dtype.itemsize < float_dtypes[b.dtype].itemsize]:
+        yield (
+            f"The judged model computes in {b.dtype}, and {len(narrow):,} of its {len(b.arrays):,} results have fewer "
+            f"bits, such as {narrow[0]} ({b.arrays[narrow[0]].dtype.name}). If they were rounded when they were "
+            f"written, an op that reads them read other inputs, and may be called wrong for that reason."
+        )
     judged, elements = (sum(getattr(op, name) for op in evidence.ops) for name in ("judged", "elements"))
     if judged < elements:
         yield (

@@ -70,9 +70,8 @@ def position(case: Case) -> Guesses:
 
 def result_rounded(case: Case) -> Guesses:
     """Yield a result that is stored in fewer bits, or with few decimals."""
-    if case.call.dtype != "float32":
-        return
-    for form in (*FORMS, *FORMS_OF_8_BITS):
+    forms = {"float32": (*FORMS, *FORMS_OF_8_BITS), "float64": ("float32",)}
+    for form in forms.get(case.call.dtype, ()):
         if np.array_equal(rounded(case.computed, form), case.computed, equal_nan=True):
 
             def in_form(y: Computed, form: str = form) -> Computed:
@@ -80,6 +79,8 @@ def result_rounded(case: Case) -> Guesses:
                 return Computed(y.value, u * abs(y.value) + (1 + u) * y.error + tiny, y.u)
 
             yield f"its result is rounded to {form}", case.then(in_form)
+    if case.call.dtype != "float32":
+        return
     finite = case.computed[np.isfinite(case.computed)].astype(np.float64)
     for step, name in _STEPS.items():
         multiple = finite / step

@@ -172,7 +172,7 @@ def changed_parts(case: Case) -> Guesses:
         "qkv"[case.call.options["part"]],
         (case.config.attention_scale(case.step.layer), case.config.head_size),
     )
-    right = evaluate(case.call).value.astype(case.computed.dtype)
+    right = evaluate(case.call).value.astype(np.float64).astype(case.computed.dtype)
     if case.call.dtype == "float32":
         for form in FORMS:
             note = ", as in a cache" if part != "q" else ""
