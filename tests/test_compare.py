@@ -28,6 +28,7 @@ from portable_gpt2.comparison.sides import Side, trace_model
 from portable_gpt2.comparison.trace import Trace
 from portable_gpt2.model import gpt2
 from portable_gpt2.numerics import Numerics
+from portable_gpt2.numerics.bounds import Bounded
 from portable_gpt2.testing.plain_gpt2 import CONFIGS, on_backend, random_weights
 
 ALL = ["numpy", "tensorflow", "jax", "torch"]
@@ -205,13 +206,14 @@ def test_no_warning_is_shown_for_nan_and_infinity():
     right = traced(config, ported.port(config, weights, tokens), tokens, weights)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for value, dtype in ((np.nan, "float32"), (np.inf, "float32"), (1e38, "float32"), (1e30, "float64")):
-            for name in ("h0/ln_1", "h0/attn/scores", "h0/attn/attention", "h0/mlp/c_fc", "logits"):
-                changed = right.arrays[name].astype(dtype)
-                changed[..., 3, 2] = value
-                found = compare(right, traced(config, {**right.arrays, name: changed}, tokens, dtype=dtype))
-                assert not found.equal
-                report(found)
+        for name, value in (("h0/attn/scores", np.nan), ("h0/mlp/c_fc", np.inf)):
+            changed = right.arrays[name].copy()
+            changed[..., 3, 2] = value
+            found = compare(right, traced(config, {**right.arrays, name: changed}, tokens))
+            assert found.culprit.name == name
+            report(found)
+        huge, tiny = np.full((1, 1, 1), 1e300), np.full((1, 1, 1), 1e-300)
+        assert steps.compared(huge, Bounded(0 * huge, tiny)).ratio == np.inf
 
 
 def test_progress_covers_every_stage_while_it_runs():
