@@ -317,6 +317,72 @@ def test_whole_numbers_with_scales(scope, bits, seed):
     }
 
 
+def grouped(x, levels, offset=False, n=32):
+    """Round groups of n elements of a row to whole numbers with a scale, and an offset if asked for."""
+    z = x.reshape(-1, n)
+    low = z.min(axis=1, keepdims=True) if offset else 0
+    high = z.max(axis=1, keepdims=True) - low if offset else abs(z).max(axis=1, keepdims=True)
+    scale = high / np.float32(2 * levels + 1 if offset else levels)
+    return (np.rint((z - low) / scale) * scale + low).astype(np.float32).reshape(x.shape)
+
+
+CHANGES = {
+    "rounded to int8 with one scale for each 32 elements of a row": lambda x: grouped(x, 127),
+    "rounded to int4 with one scale for each 32 elements of a column": lambda x: grouped(x.T, 7).T,
+    "rounded to int4 with one scale and one offset for each 32 elements of a row": lambda x: grouped(x, 7, True),
+    "rounded to int8 with one scale and one offset for each row": lambda x: grouped(x, 127, True, 64),
+    "rounded to 3 decimals": lambda x: np.round(x.astype(np.float64), 3).astype(np.float32),
+    "0 in some elements: 4,096 of 8,192; the others are equal": lambda x: np.where(abs(x) < np.median(abs(x)), 0, x),
+    "clipped: to the interval from -0.5 to 0.5": lambda x: np.clip(x, -0.5, 0.5),
+    "each row multiplied by a number of its own, as where a gain is folded in": lambda x: (
+        x * np.linspace(0.5, 2, 128, dtype=np.float32)[:, None]
+    ),
+    "each column multiplied by a number of its own, as where a gain is folded in": lambda x: (
+        x * np.linspace(0.5, 2, 64, dtype=np.float32)
+    ),
+    "a number added to each row, as where means are subtracted": lambda x: x - x.mean(axis=1, keepdims=True),
+    "a number added to each column, as where means are subtracted": lambda x: x - x.mean(axis=0),
+    "columns in another order: 64 were moved; column 0 of b is column 63 of a": lambda x: x[:, ::-1],
+    "read in the other memory order": lambda x: x.T.reshape(x.shape),
+    "bytes in the opposite order": lambda x: x.byteswap(),
+    "2 rows added at row 10, all 0": lambda x: np.insert(x, [10, 10], 0, axis=0),
+    "3 rows missing at row 4": lambda x: np.delete(x, [4, 5, 6], axis=0),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_changes_of_a_matrix(kind):
+    """Catches a change that is only called a difference, and one that is stated although one element differs."""
+    x = np.random.default_rng(3).standard_normal((128, 64), np.float32)
+    a, y = {"wpe": x}, np.ascontiguousarray(CHANGES[kind](x))
+    assert kinds(a, {"wpe": y}, tiny.CONFIG) == {"wpe": kind}
+    y[8, 20] = 0.75 * x[8, 20] + 0.01
+    assert kinds(a, {"wpe": y}, tiny.CONFIG)["wpe"].startswith(("differs", "other shape", "NaN"))
+
+
+def test_infinity_of_float16_is_named():
+    """Catches weights that overflow in float16 and that are called rounded, or only infinite."""
+    x = np.random.default_rng(4).standard_normal((8, 16), np.float32)
+    x[2, 5] = 1e5
+    with np.errstate(over="ignore"):
+        y = x.astype(np.float16)
+    kind = "rounded through float16 with overflow to infinity: 1 element of b, the first at [2, 5]"
+    for b in (y, y.astype(np.float32)):
+        assert kinds({"wte": x}, {"wte": b}) == {"wte": kind}
+
+
+def test_layers_that_are_missing_or_repeated():
+    """Catches layers of a that are only known to be absent in b, and a text that is true for another layer."""
+    a = tiny.weights(dataclasses.replace(tiny.CONFIG, n_layer=3))
+    a = {path: x for path, x in a.items() if path.endswith("c_fc/w")}
+    b = {f"h{i}/mlp/c_fc/w": a[f"h{j}/mlp/c_fc/w"] for i, j in enumerate([0, 2])}
+    assert kinds(a, b) == {"h1/mlp/c_fc/w": "layer shifted: h2 of a", "h2/mlp/c_fc/w": "absent in b"}
+    assert kinds(b, a)["h2/mlp/c_fc/w"] == "absent in a: layer shifted: h1 of a"
+    c = {f"h{i}/mlp/c_fc/w": a[f"h{j}/mlp/c_fc/w"] for i, j in enumerate([2, 0, 1])}
+    (found,) = merged(differences(*({path: stored(x) for path, x in side.items()} for side in (a, c))))
+    assert found[:2] == ("h0/mlp/c_fc/w and 2 more", "layer shifted: h2 of a")
+
+
 def test_a_bias_that_was_dropped():
     """Catches a model that was made without biases, as nanoGPT's are with bias=False."""
     a = tiny.weights()
@@ -334,7 +400,7 @@ def test_no_number():
     a = tiny.weights()
     b = a["wpe"].copy()
     b[3, 4] = np.nan
-    assert kinds(a, {**a, "wpe": b}) == {"wpe": "NaN or infinity in b: 1 elements of b, the first at [3, 4]"}
+    assert kinds(a, {**a, "wpe": b}) == {"wpe": "NaN or infinity in b: 1 element of b, the first at [3, 4]"}
     assert kinds({**a, "wpe": -np.inf * a["wpe"]}, {**a, "wpe": b})["wpe"].startswith("NaN or infinity in a and b: ")
 
 

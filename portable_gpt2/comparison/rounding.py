@@ -16,7 +16,6 @@ ROWS = 32  # a multiple of the length of Q8_0's blocks
 BLOCK = 1 << 18  # the number of elements that a check reads at once
 _FORMATS = {name: float_dtypes[name] for name in ("bfloat16", "float16", "float32", "float64")}
 _FORMATS |= {name: np.dtype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fn", "float8_e5m2")}
-_SCOPES = {"the tensor": None, "each row": 1, "each column": 0}  # what shares a scale, and the axis of its elements
 
 
 def _format(name: str) -> Any:
@@ -69,7 +68,7 @@ def conversion(x: np.ndarray, y: np.ndarray, dtype_x: str, dtype_y: str) -> str 
     if dtype_x == dtype_y:
         return None
     for words, p, q, name in (("", x, y, dtype_y), ("a is ", y, x, dtype_x)):
-        if everywhere(_converts_to, p, q, name):
+        if everywhere(converts_to, p, q, name):
             return f"{words}rounded through {name}"
     (u, d), (v, e) = (precision_of(name) for name in (dtype_x, dtype_y))
     if everywhere(_is_within, x, y, 1.01 * (u + v), d + e):
@@ -95,7 +94,7 @@ def _one_way(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
     if not everywhere(is_near, x, y):
         return None
     for name in _FORMATS:
-        if everywhere(_converts_to, x, y, name):
+        if everywhere(converts_to, x, y, name):
             return f"rounded through {name}"
     if x.ndim > 1 or not by_columns:
         z, w = (x.T, y.T) if by_columns else (x, y)
@@ -106,16 +105,41 @@ def _one_way(x: np.ndarray, y: np.ndarray, by_columns: bool) -> str | None:
             if everywhere(_becomes, x, y, how, bits):
                 known = {7: ", those of bfloat16", 10: ", those of TF32"}.get(bits, "")
                 return f"{words} {bits} bits after the binary point{known}"
-    for scope, axis in _SCOPES.items():
-        if (axis is None and x.size >= ROWS) or (axis is not None and x.ndim == 2 and x.shape[axis] >= ROWS):
-            largest = np.maximum(y.max(axis=axis, keepdims=True), -y.min(axis=axis, keepdims=True))
-            for name, levels in {"int8": 127, "int4": 7}.items():
-                if _is_on_grid(x, y, largest / levels):
-                    return f"rounded to {name} with one scale for {scope}"
+    for digits in range(1, 8):
+        if everywhere(_has_decimals, x, y, digits):
+            return f"rounded to {digits} decimals"
+    return _whole_numbers(x, y)
+
+
+def _has_decimals(x: np.ndarray, y: np.ndarray, digits: int) -> Any:
+    exact = np.round(x.astype(np.float64), digits)
+    return (np.abs(y - exact) <= np.finfo(y.dtype).eps * np.abs(exact)).all()
+
+
+def _whole_numbers(x: np.ndarray, y: np.ndarray) -> str | None:
+    """Explain y by whole numbers that have a scale, or a scale and an offset, in common."""
+    scopes: dict[str, tuple[int | None, np.ndarray, np.ndarray]] = {
+        "the tensor": (None, x, y),
+        "each row": (1, x, y),
+        "each column": (0, x, y),
+    }
+    for name, z, w in (("row", x, y), ("column", x.T, y.T)):
+        for n in (32, 64, 128) if x.ndim == 2 else ():
+            if z.shape[1] % n == 0:
+                scopes[f"each {n} elements of a {name}"] = (1, z.reshape(-1, n), w.reshape(-1, n))
+    for (scope, (axis, p, q)), (name, levels) in itertools.product(scopes.items(), {"int8": 127, "int4": 7}.items()):
+        if (p.size if axis is None else p.shape[axis] if p.ndim == 2 else 0) < ROWS:
+            continue
+        low, high = q.min(axis=axis, keepdims=True), q.max(axis=axis, keepdims=True)
+        if _is_on_grid(p, q, np.maximum(high, -low) / levels):
+            return f"rounded to {name} with one scale for {scope}"
+        if _is_on_grid(p, q, (high - low) / (2 * levels + 1), low):
+            return f"rounded to {name} with one scale and one offset for {scope}"
     return None
 
 
-def _converts_to(x: np.ndarray, y: np.ndarray, name: str) -> bool:
+def converts_to(x: np.ndarray, y: np.ndarray, name: str) -> bool:
+    """Return whether y is x after it was rounded to a dtype."""
     return np.array_equal(x.astype(_format(name)).astype(y.dtype), y)
 
 
@@ -132,14 +156,14 @@ def is_near(x: np.ndarray, y: np.ndarray) -> Any:
     return (np.abs(x - y) <= 0.126 * np.abs(x) + np.abs(x).max(initial=0.0) / 6).all()
 
 
-def _is_on_grid(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> bool:
-    """Return whether y has the multiples of its scale that are nearest to x.
+def _is_on_grid(x: np.ndarray, y: np.ndarray, scale: np.ndarray, offset: np.ndarray | float = 0.0) -> bool:
+    """Return whether y has the multiples of its scale, plus an offset, that are nearest to x.
 
     A multiple is accepted with a tolerance, because a tie of x may have been rounded either way.
     """
-    scales = np.broadcast_to(scale, x.shape)
-    for (p, q), (s, _) in zip(blocks(x, y), blocks(scales, y), strict=True):
-        multiple = np.divide(q, s, out=np.zeros_like(q), where=s > 0)
+    scales, offsets = (np.broadcast_to(each, x.shape) for each in (scale, offset))
+    for (p, q), (s, zero) in zip(blocks(x, y), blocks(scales, offsets), strict=True):
+        multiple = np.divide(q - zero, s, out=np.zeros_like(q), where=s > 0)
         if not ((np.abs(multiple - np.rint(multiple)) < 1e-3) & (np.abs(p - q) <= 0.5001 * s)).all():
             return False
     return True

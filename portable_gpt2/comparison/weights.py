@@ -14,7 +14,18 @@ from ..config import GPT2Config
 from ..host import StoredTensor
 from .findings import WeightFinding
 from .progress import Progress, silent
-from .rounding import BLOCK, ROWS, Precision, blocks, conversion, everywhere, is_near, precision_of, rounding
+from .rounding import (
+    BLOCK,
+    ROWS,
+    Precision,
+    blocks,
+    conversion,
+    converts_to,
+    everywhere,
+    is_near,
+    precision_of,
+    rounding,
+)
 
 
 def differences(
@@ -32,11 +43,14 @@ def differences(
     - ``absent in b``, ``other shape``, ``reshaped``, ``transposed``;
     - ``q, k, v are k, q, v of a`` (any order), ``columns are [head, 3, head_size]`` (any order of these axes);
     - ``multiplied by 0.125 = 1/8 or 1/sqrt(head_size)``, ``of the opposite sign``, ``1 less than in a``;
-    - ``47 rows added at the end``, ``rows shifted by 2``, ``rows in another order``;
+    - ``each row multiplied by a number of its own``, ``a number added to each column``;
+    - ``47 rows added at the end``, ``rows shifted by 2``, ``rows in another order``, ``columns in another order``;
     - ``layer shifted: h2 of a``, and the name of any other tensor of a;
-    - ``rounded through bfloat16``, float16, float8, TF32 and other formats, int8 and int4 with one scale for each row,
-      Q8_0 of GGUF; ``rounded through float16, a through bfloat16`` if two such tensors may be roundings of one tensor;
-    - ``all 0 in b``, as where a bias was dropped.
+    - ``rounded through bfloat16``, float16, float8, TF32 and other formats, a number of decimals, int8 and int4 with a
+      scale, and possibly an offset, for each row or group of elements, Q8_0 of GGUF; ``rounded through float16, a
+      through bfloat16`` if two such tensors may be roundings of one tensor;
+    - ``all 0 in b``, as where a bias was dropped, ``0 in some elements``, ``clipped``;
+    - ``read in the other memory order``, ``bytes in the opposite order``.
 
     A tensor may be rounded in addition to another change. If no change explains the tensor, the kind begins with
     ``differs`` and describes the largest difference. NaN and infinity are a kind of their own.
@@ -80,13 +94,15 @@ def differences(
             there = first or second
             if there is not None and not (path.endswith("/b") and not there.read().any()):
                 found[path] = WeightFinding(path, "absent in b" if second is None else "absent in a", math.nan)
+                (samples if second is None else unexplained)[path] = _sample(there.read())
             continue
         x, y = _values(first, second)
         samples[path] = _sample(x)
         if (kind := conversion(x, y, first.dtype, second.dtype)) == "":
             continue
+        kind = _nonfinite(x, y) or kind
         if kind is None:
-            kind = _nonfinite(x, y) or _kind(path, x, y, config_a, precision_of(first.dtype, second.dtype))
+            kind = _kind(path, x, y, config_a, precision_of(first.dtype, second.dtype))
         if kind is None:
             kind = _difference(path, x, y)
             if all(own):
@@ -96,7 +112,7 @@ def differences(
         found[path] = WeightFinding(path, kind, _largest(x, y))
     for path, sample in unexplained.items():
         if (kind := _elsewhere(path, sample, a, b, samples)) is not None:
-            found[path] = found[path]._replace(kind=kind)
+            found[path] = found[path]._replace(kind=kind if path in a else f"absent in a: {kind}")
     return list(found.values())
 
 
@@ -104,7 +120,7 @@ def merged(findings: Iterable[WeightFinding]) -> list[WeightFinding]:
     """Return one finding for each kind, with the largest of its differences.
 
     The path of several tensors is the first path, and the number of the others. Two kinds are the same if their texts
-    are equal up to the first colon. The text of the finding with the largest difference is used.
+    are equal up to the first colon. The text is that of the first path.
 
     Examples
     --------
@@ -117,8 +133,10 @@ def merged(findings: Iterable[WeightFinding]) -> list[WeightFinding]:
     for finding in findings:
         groups.setdefault(finding.kind.partition(":")[0], []).append(finding)
     return [
-        max(group, key=lambda finding: -1.0 if math.isnan(finding.largest) else finding.largest)._replace(
-            path=group[0].path + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+        WeightFinding(
+            group[0].path + (f" and {len(group) - 1} more" if len(group) > 1 else ""),
+            group[0].kind,
+            max(finding.largest for finding in sorted(group, key=lambda finding: not math.isnan(finding.largest))),
         )
         for group in groups.values()
     ]
@@ -146,12 +164,21 @@ def _largest(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _nonfinite(x: np.ndarray, y: np.ndarray) -> str | None:
+    if x.dtype == y.dtype and everywhere(_has_swapped_bytes, x, y):
+        return "bytes in the opposite order"
     spoilt = {name: z for name, z in (("a", x), ("b", y)) if not everywhere(lambda p, _: np.isfinite(p).all(), z, z)}
     if not spoilt:
         return None
     name, z = list(spoilt.items())[-1]
     where = np.argwhere(~np.isfinite(z))
-    return f"NaN or infinity in {' and '.join(spoilt)}: {len(where):,} elements of {name}, the first at {_at(where[0])}"
+    said = f"{len(where):,} element{'s' * (len(where) > 1)} of {name}, the first at {_at(where[0])}"
+    if everywhere(converts_to, x, y, "float16"):
+        return f"rounded through float16 with overflow to infinity: {said}"
+    return f"NaN or infinity in {' and '.join(spoilt)}: {said}"
+
+
+def _has_swapped_bytes(x: np.ndarray, y: np.ndarray) -> bool:
+    return np.ascontiguousarray(x).byteswap().tobytes() == y.tobytes() != x.tobytes()
 
 
 def _difference(path: str, x: np.ndarray, y: np.ndarray) -> str:
@@ -197,7 +224,9 @@ def _kind(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None, pr
             )
         if kind is not None:
             return " and ".join(filter(None, ["transposed" if turned else "", kind]))
-    if x.size == y.size and x.shape != y.shape:
+    if x.shape == y.shape:
+        return _other_memory_order(x, y) or _partial(x, y, precision) or _rows(path, x, y) or _order(x, y)
+    if x.size == y.size:
         if (kind := rounding(x.reshape(-1), y.reshape(-1), by_columns)) is None:
             return None
         return " and ".join(filter(None, [f"reshaped from {list(x.shape)} to {list(y.shape)}", kind]))
@@ -214,7 +243,7 @@ def _change(
         return ""
     for name, z in (("b", y), ("a", x)):
         if z.size > 1 and everywhere(_is_constant, z, z, z.flat[0]):
-            return f"all {z.flat[0]:.6g} in {name}"
+            return f"all {z.flat[0] + 0.0:.6g} in {name}"  # not -0
     if (kind := rounding(x, y, by_columns)) is not None:
         return kind
     for offset, words in ((-1, "1 less than in a, as where the op adds 1 to it"), (1, "1 more than in a")):
@@ -235,17 +264,12 @@ def _multiple(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None
     """Explain a difference by a constant factor."""
     if np.count_nonzero(x) < 2:
         return None
-    unit, tiny = precision
     p, q = (z.reshape(-1)[:BLOCK].astype(np.float64) for z in (x, y))
     if not (squares := p @ p):
         return None
 
     def is_factor(c: float) -> bool:
-        def check(p: np.ndarray, q: np.ndarray) -> Any:
-            product = c * p.astype(np.float64)
-            return (np.abs(q - product) <= 4 * unit * np.abs(product) + tiny).all()
-
-        return everywhere(check, x, y)
+        return everywhere(lambda p, q: _is_scaled(p.astype(np.float64), q, precision, c), x, y)
 
     c = float(p @ q / squares)
     if c == 0 or not is_factor(c):
@@ -253,7 +277,7 @@ def _multiple(path: str, x: np.ndarray, y: np.ndarray, config: GPT2Config | None
     names = {
         name: value
         for name, value in _factors(path, config).items()
-        if abs(abs(c) / value - 1) < 4 * unit and is_factor(math.copysign(value, c))
+        if abs(abs(c) / value - 1) < 4 * precision.unit and is_factor(math.copysign(value, c))
     }
     if "1" in names:
         return "of the opposite sign" if c < 0 else None
@@ -363,15 +387,66 @@ def _rows(path: str, x: np.ndarray, y: np.ndarray) -> str | None:
             added = _described(np.concatenate([y[: start + shift], y[end + shift :]]), x) if more > 0 else ""
             words.insert(0, f"{abs(more)} rows {'added' if more > 0 else 'missing'} at the {where}{added}")
         return " and ".join(filter(None, words))
-    if more == 0:
-        places = {hash(row.tobytes()): i for i, row in enumerate(x)}
-        order = [places.get(hash(row.tobytes()), -1) for row in y]
-        if sorted(order) == list(range(n)) and all(np.array_equal(x[j], row) for j, row in zip(order, y, strict=True)):
-            moved = [i for i, j in enumerate(order) if i != j]
-            return (
-                f"rows in another order: {len(moved):,} were moved; row {moved[0]} of b is row {order[moved[0]]} of a"
-            )
+    short, long = (x, y) if more > 0 else (y, x)
+    start = int(np.argmin([*(short == long[: len(short)]).all(axis=1), False]))
+    if more and np.array_equal(long[start + abs(more) :], short[start:]):
+        rows = _described(long[start : start + more], x) if more > 0 else ""
+        return f"{abs(more)} rows {'added' if more > 0 else 'missing'} at row {start}{rows}"
     return None
+
+
+def _order(x: np.ndarray, y: np.ndarray) -> str | None:
+    """Explain a difference by rows or columns in another order, as of heads or of hidden units."""
+    for name, p, q in (("row", x, y), ("column", x.T, y.T)) if x.ndim == 2 else ():
+        places = {hash(row.tobytes()): i for i, row in enumerate(p)}
+        order = [places.get(hash(row.tobytes()), -1) for row in q]
+        if sorted(order) == list(range(len(p))) and np.array_equal(p[order], q):
+            moved = [i for i, j in enumerate(order) if i != j]
+            first = f"{name} {moved[0]} of b is {name} {order[moved[0]]} of a"
+            return f"{name}s in another order: {len(moved):,} were moved; {first}"
+    return None
+
+
+def _other_memory_order(x: np.ndarray, y: np.ndarray) -> str | None:
+    """Explain a difference by the order of the elements in memory, as where Fortran's was taken for C's."""
+    if x.ndim == 2 and any(np.array_equal(each, y) for each in (x.T.reshape(x.shape), x.reshape(x.shape[::-1]).T)):
+        return "read in the other memory order"
+    return None
+
+
+def _partial(x: np.ndarray, y: np.ndarray, precision: Precision) -> str | None:
+    """Explain a difference by zeros, by limits, or by a number for each row or column."""
+    if everywhere(lambda p, q: ((q == p) | (q == 0)).all(), x, y):
+        n = int(np.count_nonzero(x != y))
+        return f"0 in some elements: {n:,} of {x.size:,}; the others are equal"
+    low, high = float(y.min()), float(y.max())
+    if np.count_nonzero(x != y) > 1 and everywhere(lambda p, q: np.array_equal(np.clip(p, low, high), q), x, y):
+        return f"clipped: to the interval from {low:.6g} to {high:.6g}"
+    if x.ndim == 2 and min(x.shape) >= 3 and not everywhere(_is_scaled, x, y, precision):
+        for name, p, q in (("row", x, y), ("column", x.T, y.T)):
+            if everywhere(_is_scaled_by_rows, p, q, precision):
+                return f"each {name} multiplied by a number of its own, as where a gain is folded in"
+            if everywhere(_is_moved_by_rows, p, q, precision.unit):
+                return f"a number added to each {name}, as where means are subtracted"
+    return None
+
+
+def _is_scaled(x: np.ndarray, y: np.ndarray, precision: Precision, by: np.ndarray | float = 1.0) -> Any:
+    product = x * by
+    return (np.abs(y - product) <= 4 * precision.unit * np.abs(product) + precision.tiny).all()
+
+
+def _is_scaled_by_rows(x: np.ndarray, y: np.ndarray, precision: Precision) -> Any:
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    factors = (x * y).sum(axis=1, keepdims=True) / np.maximum((x * x).sum(axis=1, keepdims=True), 1e-300)
+    return _is_scaled(x, y, precision, factors)
+
+
+def _is_moved_by_rows(x: np.ndarray, y: np.ndarray, unit: float) -> Any:
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    added = (y - x).mean(axis=1, keepdims=True)
+    usual = np.abs(x).mean(axis=1, keepdims=True)
+    return (np.abs(y - (x + added)) <= 4 * unit * (np.abs(x) + np.abs(added) + usual)).all()
 
 
 def _described(rows: np.ndarray, others: np.ndarray) -> str:
