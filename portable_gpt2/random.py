@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
+from collections.abc import Callable
 
 import numpy as np
 from numpy.random import Philox  # not in a function, because a Ctrl-C during the import would be lost there
@@ -51,7 +52,14 @@ def normal(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)])[:n].reshape(shape)
 
 
-def gumbel(kept: np.ndarray, n_vocab: int, position: int, seed: int, index: int = 0) -> np.ndarray:
+def gumbel(
+    kept: np.ndarray,
+    n_vocab: int,
+    position: int,
+    seed: int,
+    index: int = 0,
+    log: Callable[[np.ndarray], np.ndarray] = np.log,
+) -> np.ndarray:
     """Return the standard Gumbel variates, -log(-log u), of some entries of the vocabulary, float64 [len(kept)].
 
     Every entry of the vocabulary has a word, whether it is kept or not: a filter does not change the variates of the
@@ -67,8 +75,10 @@ def gumbel(kept: np.ndarray, n_vocab: int, position: int, seed: int, index: int 
         The position in the text of the token that is sampled.
     seed, index : int
         The seed, and the index of this sample among several samples of one text.
+    log : callable
+        The natural logarithm of a float64 array.
     """
-    return np.asarray(-np.log(-np.log(uniform(words(n_vocab, seed, index, position)[kept]))))
+    return np.asarray(-log(-log(uniform(words(n_vocab, seed, index, position)[kept]))))
 
 
 def window_starts(n: int, n_places: int, index: int, seed: int) -> np.ndarray:

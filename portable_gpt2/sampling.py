@@ -10,7 +10,7 @@ To add an option, add a field to `Sampling`, its type to `SamplingOptions`, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -21,6 +21,8 @@ from .host import float_dtypes
 from .options import documented, option, validate
 from .random import gumbel, new_seed
 from .registry import to_numpy
+
+Function = Callable[[np.ndarray], np.ndarray]
 
 
 @documented
@@ -160,17 +162,28 @@ def sample(
     return sample_with(sampling, x, position, seen, index)
 
 
-def sample_with(sampling: Sampling, logits: np.ndarray, position: int, seen: Sequence[int], index: int) -> int:
-    """Sample a token as `sample` does, from arguments that have been validated."""
+def sample_with(
+    sampling: Sampling,
+    logits: np.ndarray,
+    position: int,
+    seen: Sequence[int],
+    index: int,
+    exp: Function = np.exp,
+    log: Function = np.log,
+) -> int:
+    """Sample a token as `sample` does, from arguments that have been validated.
+
+    The reproducible mode passes its own exp and log, because the last bit of NumPy's depends on the processor.
+    """
     x = logits if logits.dtype in (np.float32, np.float64) else logits.astype(np.float32)
     check_finite(x.max())
     if sampling.repetition_penalty != 1 and len(seen):
         x = apply_repetition_penalty(x.astype(np.float64), seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(np.argmax(x))
-    kept, scaled = filter_logits(x, sampling)
+    kept, scaled = filter_logits(x, sampling, exp)
     assert sampling.seed is not None
-    return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, sampling.seed, index))])
+    return int(kept[np.argmax(scaled + gumbel(kept, x.size, position, sampling.seed, index, log))])
 
 
 def check_finite(largest: Any) -> None:
@@ -194,7 +207,7 @@ def apply_repetition_penalty(logits: np.ndarray, seen: Sequence[int], penalty: f
     return x
 
 
-def filter_logits(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+def filter_logits(logits: np.ndarray, sampling: Sampling, exp: Function = np.exp) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids that the filters keep, ascending, and their logits divided by the temperature, float64.
 
     The largest logit is subtracted before the division, so that the largest result is 0.
@@ -206,17 +219,17 @@ def filter_logits(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, n
     with np.errstate(over="ignore"):  # a tiny temperature gives -inf
         scaled = (logits[kept].astype(np.float64) - float(logits.max())) / sampling.temperature
     if sampling.top_p is not None and sampling.top_p < 1:
-        nucleus = _nucleus(scaled, sampling.top_p)
+        nucleus = _nucleus(scaled, sampling.top_p, exp)
         kept, scaled = kept[nucleus], scaled[nucleus]
     if sampling.min_p is not None:
-        likely = np.exp(scaled) >= sampling.min_p
+        likely = exp(scaled) >= sampling.min_p
         kept, scaled = kept[likely], scaled[likely]
     return kept, scaled
 
 
-def _nucleus(scaled: np.ndarray, top_p: float) -> np.ndarray:
+def _nucleus(scaled: np.ndarray, top_p: float, exp: Function) -> np.ndarray:
     """Return the indices, ascending, of the smallest set of entries whose total probability reaches top_p."""
     order = np.argsort(-scaled, kind="stable")
-    weights = np.exp(scaled[order])
+    weights = exp(scaled[order])
     before = np.cumsum(weights) - weights
     return np.sort(order[before < top_p * weights.sum()])

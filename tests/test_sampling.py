@@ -1,6 +1,7 @@
 """From logits to a token: the same draw everywhere, from the right distribution, on one pinned random stream."""
 
 import dataclasses
+import decimal
 import math
 import typing
 from itertools import pairwise
@@ -14,8 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import portable_gpt2 as pg
+from portable_gpt2.correct_rounding import functions
 from portable_gpt2.random import gumbel
-from portable_gpt2.sampling import Sampling, SamplingOptions, apply_repetition_penalty, filter_logits, sample
+from portable_gpt2.sampling import (
+    Sampling,
+    SamplingOptions,
+    apply_repetition_penalty,
+    filter_logits,
+    sample,
+    sample_with,
+)
 
 # The random stream
 
@@ -532,3 +541,26 @@ def test_logits_are_a_plain_array_or_a_list(logits):
     with pytest.raises(TypeError, match=r"convert it with|expected an array"):
         sample(logits, 0, temperature=0)
     assert sample([0.0, 9.0], 0, temperature=0) == 1
+
+
+@given(st.lists(st.floats(-700, 0) | st.floats(2.0**-1022, 1e300), min_size=1, max_size=20))
+def test_the_functions_of_the_reproducible_mode_are_rounded_correctly(numbers):
+    """Catches an exp or log whose last bit is not decided."""
+    x = np.asarray(numbers)
+    positive, negative = x[x > 0], x[x <= 0]
+    digits = decimal.Context(prec=100)
+    logs = [float(decimal.Decimal(float(each)).ln(digits)) for each in positive]
+    powers = [float(decimal.Decimal(float(each)).exp(digits)) if each > -600 else 0.0 for each in negative]
+    np.testing.assert_array_equal(functions.log(positive), logs)
+    np.testing.assert_array_equal(functions.exp(negative), powers)
+
+
+def test_sampling_with_those_functions_differs_only_by_rounding():
+    """Catches functions that are not passed on to the noise, to top-p or to min-p."""
+    x, calls = np.random.default_rng(0).standard_normal(40), []
+    for options in ({"top_p": 0.7}, {"min_p": 0.1}):
+        sampling = Sampling(seed=3, **options)
+        exp, log = (lambda a, f=f: calls.append(f) or f(a) for f in (functions.exp, functions.log))
+        assert sample_with(sampling, x, 5, [], 0, exp, log) == sample_with(sampling, x, 5, [], 0)
+        assert calls == [functions.exp, functions.log, functions.log]
+        calls.clear()

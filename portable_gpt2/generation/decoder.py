@@ -20,6 +20,7 @@ import numpy as np
 from ..backend import Backend
 from ..cache import KVCache, grow_cache, new_cache
 from ..config import GPT2Config
+from ..correct_rounding import functions
 from ..model import head, transformer
 from ..params import Params
 from ..sampling import Sampling, sample_with
@@ -85,8 +86,8 @@ class Decoder:
         The device of the parameters, as the framework's own object.
     compile : callable
         ``backend.compile``, or another function with its signature.
-    may_run_ahead : bool
-        Whether an accelerator may choose the tokens.
+    reproducible : bool
+        Whether the choice of a token must not depend on the processor. The host then chooses all tokens.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Decoder:
         device: Any,
         compile: Callable[..., Any],
         *,
-        may_run_ahead: bool = True,
+        reproducible: bool = False,
     ) -> None:
         self.backend, self.params, self.config, self.device = backend, params, config, device
 
@@ -108,7 +109,8 @@ class Decoder:
 
         self._step = compile(step, params, donate=("cache",))
         wte = params["wte"]
-        self.runs_ahead = may_run_ahead and backend.dtype_names[wte.dtype] != "float64" and backend.runs_ahead(wte)
+        self.runs_ahead = not reproducible and backend.dtype_names[wte.dtype] != "float64" and backend.runs_ahead(wte)
+        self._functions = (functions.exp, functions.log) if reproducible else ()
         self._n_steps = _STEPS if backend.compiles_per_shape else 1
         self._runs: dict[Rule, Callable[[State], tuple[Any, State]]] = {}
 
@@ -220,7 +222,8 @@ class Decoder:
             for generation, row in zip(generations, logits, strict=True):
                 if not generation.finished:
                     seen = generation.tokens
-                    seen.append(sample_with(generation.sampling, row, len(seen), seen, generation.index))
+                    arguments = (generation.sampling, row, len(seen), seen, generation.index)
+                    seen.append(sample_with(*arguments, *self._functions))
                     yield generation
             length += 1
             if all(generation.finished for generation in generations):
