@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
@@ -48,6 +49,7 @@ class Interpreter(Protocol):
 
 _INTERPRETER: ContextVar[Interpreter | None] = ContextVar("interpreter", default=None)
 _n_interpreters = 0  # in all threads; `torch.compile` can read an int, and cannot read a context variable
+_counting = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -58,11 +60,13 @@ def interpreted(interpreter: Interpreter | None) -> Iterator[None]:
     """
     global _n_interpreters
     token = _INTERPRETER.set(interpreter)
-    _n_interpreters += 1
+    with _counting:
+        _n_interpreters += 1
     try:
         yield
     finally:
-        _n_interpreters -= 1
+        with _counting:
+            _n_interpreters -= 1
         _INTERPRETER.reset(token)
 
 

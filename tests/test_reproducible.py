@@ -7,6 +7,7 @@ bounds. Here, every element that the mode computes on a backend is compared with
 import contextlib
 import functools
 import inspect
+import typing
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import portable_gpt2 as pg
 from portable_gpt2.checkpoint import SHIPPED
 from portable_gpt2.cli import main
 from portable_gpt2.correct_rounding import exact, mode
+from portable_gpt2.registry import registered
 from portable_gpt2.testing.plain_gpt2 import CONFIGS, PASSAGE, on_backend, random_weights, some_tokens
 
 pytestmark = pytest.mark.every_device
@@ -286,13 +288,35 @@ def test_other_dtypes_are_refused(backend):
         pg.GPT2.load("shakespeare", backend=backend, dtype=narrow, reproducible=True)
 
 
-def test_a_backend_without_float64_is_refused(monkeypatch):
-    backend = pg.get_backend("numpy")
-    monkeypatch.setattr(type(backend), "dtypes", {"float32": np.float32})
-    with pytest.raises(TypeError, match="numpy does not have; choose another backend"), pg.reproducible():
-        pg.gelu(np.ones(2, np.float32))
-    with pytest.raises(TypeError, match="numpy does not have; choose another backend"):
-        pg.GPT2.load("shakespeare", backend=backend, reproducible=True)
+def test_a_backend_without_float64_is_refused(numpy_backend):
+    """Catches a backend, or a device, on which float64 does not exist or is narrowed without an error."""
+
+    class Narrow(type(numpy_backend)):
+        name, array_types = "narrow", (Mine,)
+        refusal = staticmethod(lambda x: None)
+
+        def put(self, a, device):
+            return np.asarray(a, np.float32).view(Mine) if a.dtype == np.float64 else np.asarray(a).view(Mine)
+
+    class Single(Narrow):
+        dtypes: typing.ClassVar = {"float32": np.dtype(np.float32)}
+
+    for backend in (Narrow(), Single()):
+        message = "computes in float64, which narrow does not have; choose another backend or device"
+        with registered(backend):
+            with pytest.raises(TypeError, match=f"gelu: x: the reproducible mode {message}"), pg.reproducible():
+                pg.gelu(backend.from_numpy(f32(2)))
+            with pytest.raises(TypeError, match=message):
+                pg.GPT2.load("shakespeare", backend=backend, reproducible=True)
+
+
+class Mine(np.ndarray):
+    """The arrays of a backend that has no float64."""
+
+
+@pytest.fixture
+def numpy_backend():
+    return pg.get_backend("numpy")
 
 
 def test_a_traced_function_is_refused(jax):

@@ -203,21 +203,36 @@ def _numerics(name: str, backend: Backend, given: dict[str, Any]) -> Numerics:
     """Return the errors that the backend states for float64 on the device of the arrays."""
     with _refuse_tracers(name):
         device = backend.device(next(iter(given.values())))
-    return _stated(backend, device.partition(":")[0])
+    return _stated(backend, device)
 
 
 @functools.cache
-def _stated(backend: Backend, kind: str) -> Numerics:
-    return stated(backend, "float64", kind)
+def _stated(backend: Backend, device: str) -> Numerics:
+    if not _has_float64(backend, device):
+        raise TypeError(_NO_FLOAT64.format(f"{backend.name} does not have on {device}"))
+    return stated(backend, "float64", device.partition(":")[0])
+
+
+_NO_FLOAT64 = "the reproducible mode computes in float64, which {}; choose another backend or device"
+
+
+@functools.cache
+def _has_float64(backend: Backend, device: str | None) -> bool:
+    """Return whether a device, or that on which the backend creates arrays, computes in float64."""
+    if "float64" not in backend.dtypes:
+        return False
+    try:
+        with backend.permit_64_bits():
+            x = backend.from_numpy(np.asarray([1.0, 2.0**-40]), device=device)
+            return float(backend.to_numpy(backend.xp.sum(x))) == 1 + 2.0**-40
+    except Exception:  # a framework's own error, such as that of PyTorch on Apple's GPU
+        return False
 
 
 def check(backend: Backend, dtype: str, who: str = "") -> None:
     """Refuse a dtype other than float32, and a backend that has no float64."""
-    if "float64" not in backend.dtypes:
-        raise TypeError(
-            f"{who}the reproducible mode computes in float64, which {backend.name} does not have; choose another "
-            "backend"
-        )
+    if not _has_float64(backend, None):
+        raise TypeError(who + _NO_FLOAT64.format(f"{backend.name} does not have"))
     if dtype != "float32":
         raise ValueError(f"{who}dtype is {dtype}; the reproducible mode takes and returns float32")
 
