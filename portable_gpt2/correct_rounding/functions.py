@@ -5,6 +5,7 @@ The last bit of NumPy's own functions depends on the instructions that the proce
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from decimal import Context, Decimal
 
 import numpy as np
@@ -40,9 +41,10 @@ def exp(x: np.ndarray) -> np.ndarray:
     return found
 
 
-def _nearest(ball: Ball, x: np.ndarray, function: object) -> np.ndarray:
+def _nearest(ball: Ball, x: np.ndarray, function: Callable[[Decimal, Context], Decimal]) -> np.ndarray:
     """Return the float64 numbers nearest to the elements of a ball, which encloses a function of x."""
     margin = ball.error * (1 + 2.0**-50) + abs(ball.low) * 2.0**-52
+    low: np.ndarray
     low, high = ball.high + (ball.low - margin), ball.high + (ball.low + margin)
     for i in np.flatnonzero(low != high):
         low.flat[i] = float(function(Decimal(float(x.flat[i])), _CONTEXT))
