@@ -125,14 +125,122 @@ def test_a_model_that_cannot_be_traced_is_refused(nano, ports, torch):
         open_side(nano).run(TOKENS)
     nano.eval()
     port = ports.Port(CONFIG).eval()
+
+    class Other(torch.nn.Linear):
+        def forward(self, x):
+            return {"x": 1}
+
+        def register_forward_hook(self, *args, **kwargs):
+            if self.bias is None:
+                raise RuntimeError("no")
+            return super().register_forward_hook(*args, **kwargs)
+
     for model, names, why in [
         (port, None, r"the modules of Port do not have GPT-2's names, such as h\.0\.ln_1; give our name for each"),
         (port, {"norm1": "ln_f"}, r"the model has no module 'norm1'; the nearest names are norm, layers\.1\.norm1, "),
         (port, {"norm": "lnf"}, r"'lnf' is neither wte, wpe, h\{\}/attn nor the name of a result, such as h\{\}/ln_1"),
+        (port, {"norm": "h{x}/ln_1"}, r"'h\{x\}/ln_1' is neither wte"),
+        (port, {"norm": "h{}/ln_1"}, r"'norm' and 'h\{\}/ln_1' do not both have \{\}, which stands for"),
+        (port, {"layers.{}.norm1": "ln_f"}, r"'layers\.\{\}\.norm1' and 'ln_f' do not both have"),
+        (
+            port,
+            {"norm": "ln_f", "layers.0.norm1": "ln_f"},
+            r"two modules the name ln_f, 'layers\.0\.norm1' being the s",
+        ),
+        (Other(2, 2).eval(), {"": "logits"}, r"the module for logits returned \{'x': 1\}; expected an array of floats"),
         (nano, {"transformer.h": "h0/ln_1"}, "the model computed without calling its modules for h0/ln_1; if it is"),
+        (torch.nn.Tanh().eval(), {"": "logits"}, "Tanh has no parameters, which say on which device it computes"),
+        (Other(2, 2, False).eval(), {"": "logits"}, r"Other takes no hooks \(no\); give the model from which it was"),
     ]:
         with pytest.raises(ValueError, match=why):
             pg.probe(model, names).run(TOKENS)
+    for names in ([1], {1: "ln_f"}, {"norm": 1}):
+        with pytest.raises(TypeError, match=r"names (is|has) .*; expected"):
+            pg.probe(port, names).run(TOKENS)
+    with pytest.raises(TypeError, match=r"<class 'ports\.GPT'> is not a model that can be traced"):
+        pg.probe(ports.GPT)
+
+
+def test_layers_that_share_their_modules_are_told_apart_by_their_calls(ports):
+    """Catches results of the first layer that are missing for the second, or have another layer's name."""
+    weights = random_weights(CONFIG)
+    shared = weights | {path.replace("h0", "h1"): a for path, a in weights.items() if path.startswith("h0/")}
+    model = ports.fill(ports.GPT(CONFIG), in_dtype(weights, np.float32))
+    model.transformer.h[1] = model.transformer.h[0]
+    trace = open_side(model).run(TOKENS)
+    assert list(trace.arrays) == [name for name in observed_names(CONFIG) if name not in UNSEEN]
+    truth.assert_near(trace, shared, CONFIG)
+    for path, a in shared.items():
+        np.testing.assert_array_equal(trace.weights[path].read(), a, err_msg=path)
+
+
+def test_modules_that_are_called_several_times_are_refused(nano, torch):
+    """Catches results of a first call, on other tokens, that are taken for those of the text."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nano
+
+        def forward(self, ids):
+            return self.model(ids.flip(-1)), self.model(ids)
+
+    with pytest.raises(ValueError, match="called 18 of its modules several times, such as that for wte; give a model"):
+        open_side(Twice().eval()).run(TOKENS)
+
+
+def test_a_wrapped_model_is_traced_as_it_is_without_the_wrapper(nano, torch):
+    """Catches q, k and v that are left out because the wrapper has no configuration."""
+    expected = open_side(nano).run(TOKENS)
+    trace = open_side(torch.nn.DataParallel(nano).eval()).run(TOKENS)
+    assert trace.config == expected.config
+    assert list(trace.arrays) == list(expected.arrays)
+
+
+def test_no_gradients_are_prepared_while_a_model_is_traced(nano, torch):
+    """Catches activations that are kept for a backward pass, and kernels that only run in training."""
+    seen = []
+    nano.transformer.ln_f.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    open_side(nano).run(TOKENS)
+    assert seen == [False]
+    assert nano(torch.from_numpy(TOKENS))[0].requires_grad
+
+
+def test_weights_that_are_not_arrays_are_not_known(nano, torch):
+    """Catches an AttributeError: the weight of a quantized module is a method."""
+
+    class Quantized(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def weight(self):
+            raise AssertionError
+
+        def forward(self, x):
+            return self.linear(x)
+
+    mlp = nano.transformer.h[0].mlp
+    mlp.c_fc = Quantized(mlp.c_fc).eval()
+    trace = open_side(nano).run(TOKENS)
+    assert random_weights(CONFIG).keys() - trace.weights.keys() == {"h0/mlp/c_fc/w", "h0/mlp/c_fc/b"}
+    assert "h0/mlp/c_fc" in trace.arrays
+
+
+def test_logits_of_the_last_position_may_have_lost_their_axis(ports):
+    """Catches an IndexError for logits [n_vocab]."""
+
+    class Last(ports.GPT):
+        def forward(self, ids):
+            t = self.transformer
+            x = t.drop(t.wte(ids) + t.wpe.weight[: ids.shape[1]])
+            for block in t.h:
+                x = block(x)
+            return self.lm_head(t.ln_f(x)[0, -1])
+
+    model = ports.fill(Last(CONFIG), in_dtype(random_weights(CONFIG), np.float32))
+    names = {"transformer.ln_f": "ln_f", "lm_head": "logits"}
+    truth.assert_near(pg.probe(model, names).run(TOKENS), random_weights(CONFIG), CONFIG)
 
 
 def test_some_names_give_some_results(nano, torch):
@@ -142,3 +250,5 @@ def test_some_names_give_some_results(nano, torch):
     assert list(found) == ["embedding", "h0/ln_1", "h0/residual", "h1/ln_1"]
     found = pg.probe(nano, names | {"transformer.ln_f": "ln_f"}).run(TOKENS).arrays
     assert list(found) == ["embedding", "h0/ln_1", "h0/residual", "h1/ln_1", "h1/residual", "ln_f", "logits"]
+    found = pg.probe(nano, {"transformer.h.0.ln_1": "h0/ln_1", "transformer.ln_f": "ln_f"}).run(TOKENS).arrays
+    assert list(found) == ["embedding", "h0/ln_1", "ln_f"]  # what ln_f takes is the result of another layer

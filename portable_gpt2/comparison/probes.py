@@ -11,12 +11,16 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import checks
 from ..backend import Backend
 from ..checkpoint import stored
 from ..checkpoint.names import PREFIX, prefix_of
@@ -42,11 +46,21 @@ HEAD = "lm_head"
 _INPUTS = {"ln_2": "attn/residual", "attn/c_proj": "attn/attention", "mlp/c_proj": "mlp/gelu"}
 """The results that are the inputs of a module of the same layer, by the name of the module."""
 _PARTS = ("attn/q", "attn/k", "attn/v")
+_ORDER = (
+    *("wte", "wpe", "embedding", "ln_1", "attn/c_attn", *_PARTS, "attn/scores", "attn/weights", "attn/attention"),
+    *("attn/c_proj", "attn", "attn/residual", "ln_2", "mlp/c_fc", "mlp/gelu", "mlp/c_proj", "residual"),
+)
+"""The modules in the order in which a model calls them. Those of a layer come between wpe and ln_f."""
 
 
 def is_module(model: Any) -> bool:
     """Return whether an object has the methods of PyTorch's modules that `trace_modules` uses."""
-    return callable(model) and hasattr(model, "named_modules") and hasattr(model, "register_forward_hook")
+    return (
+        not isinstance(model, type)
+        and callable(model)
+        and hasattr(model, "named_modules")
+        and hasattr(model, "register_forward_hook")
+    )
 
 
 def trace_modules(
@@ -71,17 +85,19 @@ def trace_modules(
     progress : function, optional
         As for `compare`; it sees the modules.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if [name for name, module in modules.items() if module.training]:
         raise ValueError(
             f"{type(model).__name__} is in training mode, in which dropout changes the results; call eval() first"
         )
     chosen = _chosen(modules, names if names is not None else _gpt2_names(model))
-    config = config or _config_of(model)
-    first = next(iter(model.parameters()))
+    config = config or _config_of(modules.values())
+    first = next(iter(model.parameters()), None)
+    if first is None:
+        raise ValueError(f"{type(model).__name__} has no parameters, which say on which device it computes")
     backend = backend_of(first)
     ids = backend.from_numpy(tokens, device=backend.placement(first))
-    with counted(progress, chosen, f"tracing {type(model).__name__}", "modules") as done:
+    with counted(progress, chosen, f"tracing {type(model).__name__}", "modules") as done, _without_gradients(first):
         calls = _run(model, ids, tokens.shape[1], chosen, done)
     arrays = _results(calls, chosen, tokens.shape[1], config)
     weights = _weights(chosen)
@@ -97,6 +113,13 @@ def trace_modules(
         weights,
         stated(backend, dtype, device.partition(":")[0]),
     )
+
+
+def _without_gradients(parameter: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which PyTorch stores nothing for a backward pass, as in generation."""
+    framework = sys.modules[type(parameter).__module__.partition(".")[0]]
+    context: contextlib.AbstractContextManager[Any] = getattr(framework, "no_grad", contextlib.nullcontext)()
+    return context
 
 
 def described(model: Any, backend: Backend, device: str, dtype: str) -> str:
@@ -124,30 +147,43 @@ def _gpt2_names(model: Any) -> dict[str, str]:
 def _chosen(modules: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return the modules by our names. In both names, ``{}`` stands for the number of a layer."""
     chosen: dict[str, Any] = {}
+    if not isinstance(names, Mapping):
+        raise TypeError(f"names is {checks.shown(names)}; expected a dict of our name for the module of each name")
     for theirs, ours in names.items():
-        if not (ours.format(0) in ("wte", "wpe", "h0/attn") or is_result(ours.format(0))):
+        if not isinstance(theirs, str) or not isinstance(ours, str):
+            raise TypeError(f"names has {checks.shown(theirs)}: {checks.shown(ours)}; expected two strs")
+        plain = ours.replace("{}", "0")
+        if not (plain in ("wte", "wpe") or re.fullmatch(r"h\d+/attn", plain) or is_result(plain)):
             raise ValueError(f"{ours!r} is neither wte, wpe, h{{}}/attn nor the name of a result, such as h{{}}/ln_1")
+        if theirs.count("{}") != ours.count("{}"):
+            raise ValueError(f"{theirs!r} and {ours!r} do not both have {{}}, which stands for the number of a layer")
         pattern = re.compile(re.escape(theirs).replace(r"\{\}", r"(\d+)"))
         matches = [match for name in modules if (match := pattern.fullmatch(name))]
         if not matches:
             nearest = difflib.get_close_matches(theirs.replace("{}", "0"), list(modules), n=3, cutoff=0)
             raise ValueError(f"the model has no module {theirs!r}; the nearest names are {', '.join(nearest)}")
-        chosen |= {ours.format(*match.groups()): modules[match[0]] for match in matches}
+        for match in matches:
+            name = ours.format(*match.groups())
+            if name in chosen:
+                raise ValueError(f"names gives two modules the name {name}, {match[0]!r} being the second; give one")
+            chosen[name] = modules[match[0]]
     return chosen
 
 
-def _config_of(model: Any) -> GPT2Config | None:
+def _config_of(modules: Iterable[Any]) -> GPT2Config | None:
     """Return the configuration of a model of transformers or nanoGPT, and None for other models.
 
-    The form of GELU is not part of it: a model with another form is compared with GPT-2.
+    The first module that has one is the model, or a model that is inside a wrapper such as DataParallel. The form of
+    GELU is not part of the configuration: a model with another form is compared with GPT-2.
     """
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        entries = config.to_dict()
-        return GPT2Config.from_dict({name: x for name, x in entries.items() if name != "activation_function"})
-    if hasattr(config, "block_size"):
-        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-        return GPT2Config.from_nanogpt({name: getattr(config, name) for name in names})
+    for module in modules:
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "to_dict"):
+            entries = config.to_dict()
+            return GPT2Config.from_dict({name: x for name, x in entries.items() if name != "activation_function"})
+        if hasattr(config, "block_size"):
+            names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+            return GPT2Config.from_nanogpt({name: getattr(config, name) for name in names})
     return None
 
 
@@ -164,41 +200,73 @@ class Call(NamedTuple):
 
 
 def _run(model: Any, tokens: Any, seq: int, chosen: Mapping[str, Any], done: Callable[[], None]) -> dict[str, Call]:
-    """Call a model; return what each chosen module took and returned at its first call.
+    """Call a model; return what each chosen module took and returned.
 
-    The function `done` is called after each of these calls.
+    Names may share a module, as the layers of some models do. Each call of it then belongs to the next name. The
+    function `done` is called after each of these calls.
     """
+    names: dict[Any, list[str]] = defaultdict(list)
+    for name in sorted(chosen, key=_when):
+        names[chosen[name]].append(name)
     calls: dict[str, Call] = {}
+    counts: dict[Any, int] = defaultdict(int)
     head_input: list[Any] = []
 
-    def hook(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if name not in calls:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        counts[module] += 1
+        if counts[module] <= len(names[module]):
+            name = names[module][counts[module] - 1]
             outputs = output if isinstance(output, tuple | list) else (output,)
             taken = next(iter((*args, *kwargs.values())), None)
             seen = [_host(x) for x in outputs]
             weights = next((x for x in seen[1:] if x is not None and x.ndim == 4), None)
             calls[name] = Call(_host(taken), next(iter(seen), None), weights)
             done()
+            if is_result(name) and calls[name].returned is None:
+                raise ValueError(
+                    f"the module for {name} returned {checks.shown(output)}; expected an array of floats, or a tuple "
+                    f"that begins with one"
+                )
             if name == "ln_f":
                 head_input.append(outputs[0])
 
     with contextlib.ExitStack() as stack:
-        for name, module in chosen.items():
-            handle = module.register_forward_hook(functools.partial(hook, name), with_kwargs=True)
+        for module in names:
+            try:
+                handle = module.register_forward_hook(hook, with_kwargs=True)
+            except RuntimeError as error:  # a module that was compiled by TorchScript
+                kind = type(module).__name__
+                raise ValueError(f"{kind} takes no hooks ({error}); give the model from which it was made") from None
             stack.callback(handle.remove)
         model(tokens)
     if missed := [name for name in chosen if name not in calls]:
-        listed = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
         raise ValueError(
-            f"the model computed without calling its modules for {listed}; if it is compiled, give the model that was "
-            f"not compiled"
+            f"the model computed without calling its modules for {_some(missed)}; if it is compiled, give the model "
+            f"that was not compiled"
+        )
+    if repeated := [name for name in chosen if counts[chosen[name]] > len(names[chosen[name]])]:
+        raise ValueError(
+            f"the model called {len(repeated)} of its modules several times, such as that for {repeated[0]}; give a "
+            f"model, perhaps a part of this one, that reads all tokens in one pass"
         )
     logits = calls["logits"].returned if "logits" in calls else None
-    if logits is not None and logits.shape[1] != seq:
+    if logits is not None and logits.shape[-2:-1] != (seq,):
         # nanoGPT computes the logits of the last position only, unless it is given targets.
         again = _host(chosen["logits"](head_input[0])) if head_input else None
         calls["logits"] = Call(None, again, None)
     return calls
+
+
+def _when(name: str) -> tuple[float, int]:
+    """Return a key that sorts names in the order in which a model calls their modules."""
+    match = re.fullmatch(r"h(\d+)/(.+)", name)
+    if match is not None:
+        return int(match[1]), _ORDER.index(match[2])
+    return (-1, _ORDER.index(name)) if name in _ORDER else (math.inf, ("ln_f", "logits").index(name))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _host(x: Any) -> np.ndarray | None:
@@ -225,7 +293,7 @@ def _results(
                 found.setdefault(result, calls[taker].taken)
         if f"{h}/attn" in calls:
             found.setdefault(f"{h}/attn/weights", calls[f"{h}/attn"].weights)
-    if "ln_f" in calls and layers:
+    if "ln_f" in calls and layers and (config is None or layers[-1] == config.n_layer - 1):
         found.setdefault(f"h{layers[-1]}/residual", calls["ln_f"].taken)
     arrays = {name: x for name, x in found.items() if x is not None}
     for i in layers:
@@ -259,11 +327,11 @@ def _weights(chosen: Mapping[str, Any]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     # PyTorch's Linear has weights [out, in]. The square ones are recognised by the others.
     wide = [each for name, each in chosen.items() if name.endswith(("attn/c_attn", "mlp/c_fc"))]
-    is_linear = any(_is_linear(each) for each in wide if hasattr(each, "weight"))
+    is_linear = any(_is_linear(each) for each in wide if _has_weight(each))
     for name, module in chosen.items():
-        weight = getattr(module, "weight", None)
-        if weight is None:
+        if not _has_weight(module):
             continue
+        weight = module.weight
         tensor = stored(weight)
         if name in ("wte", "wpe"):
             found[name] = tensor
@@ -285,6 +353,11 @@ def _weights(chosen: Mapping[str, Any]) -> dict[str, StoredTensor]:
         if is_one or np.array_equal(found["wte"].read(), found["lm_head"].read()):
             del found["lm_head"]
     return found
+
+
+def _has_weight(module: Any) -> bool:
+    """Return whether a module has an array of weights. That of a quantized module, for instance, is not an array."""
+    return getattr(getattr(module, "weight", None), "shape", None) is not None
 
 
 def transposed(tensor: StoredTensor) -> StoredTensor:

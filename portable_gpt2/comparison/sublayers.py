@@ -21,10 +21,13 @@ from .probes import concatenated, described, transposed
 from .progress import Progress, silent
 from .trace import Trace
 
+_PARTS = ("token_embedding", "position_embedding", "embeddings_add", "transformer_layers", "layer_norm")
+
 
 def is_keras(model: Any) -> bool:
     """Return whether an object has the layers of KerasHub's GPT-2: a backbone, or a task that has one."""
-    return hasattr(getattr(model, "backbone", model), "transformer_layers")
+    backbone = getattr(model, "backbone", model)
+    return not isinstance(model, type) and all(hasattr(backbone, part) for part in _PARTS)
 
 
 def trace_sublayers(model: Any, tokens: np.ndarray, progress: Progress = silent) -> Trace:
