@@ -164,9 +164,11 @@ def test_a_model_that_cannot_be_traced_is_refused(nano, ports, torch):
 def test_layers_that_share_their_modules_are_told_apart_by_their_calls(ports):
     """Catches results of the first layer that are missing for the second, or have another layer's name."""
     weights = random_weights(CONFIG)
+    weights |= {path.replace("ln_1", "ln_2"): a for path, a in weights.items() if "ln_1" in path}
     shared = weights | {path.replace("h0", "h1"): a for path, a in weights.items() if path.startswith("h0/")}
     model = ports.fill(ports.GPT(CONFIG), in_dtype(weights, np.float32))
     model.transformer.h[1] = model.transformer.h[0]
+    model.transformer.h[0].ln_2 = model.transformer.h[0].ln_1
     trace = open_side(model).run(TOKENS)
     assert list(trace.arrays) == [name for name in observed_names(CONFIG) if name not in UNSEEN]
     truth.assert_near(trace, shared, CONFIG)
