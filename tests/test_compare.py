@@ -354,6 +354,19 @@ def test_no_guess_explains_a_mistake_that_is_not_in_the_list(mistake):
         assert all(not op.guess or "it follows from" in op.guess for op in ops)
 
 
+def test_a_nan_is_judged_where_it_arises():
+    """Catches a copy of NaN that is called wrong because NaN is unequal to itself, with a guess that NaN permits."""
+    random = np.random.default_rng(20)
+    config = pg.GPT2Config(n_layer=3, n_head=2, n_embd=16, n_vocab=61, n_ctx=40, eos_token_id=None)
+    weights = ported.some_weights(config, random)
+    tokens = random.integers(0, config.n_vocab, (1, 20))
+    with np.errstate(invalid="ignore"):
+        arrays = ported.port(config, weights, tokens, ported.Bug("not a number", "h0/mlp/gelu"))
+    (found,) = [op for op in judge_all(traced(config, arrays, tokens), weights) if not op.within]
+    assert found.name == "h0/mlp/gelu"
+    assert re.fullmatch(r"128 of its 1,280 elements are NaN, and the others are right", found.guess)
+
+
 def test_there_are_guesses_for_every_op():
     """Catches an op without guesses."""
     assert GUESSES.keys() == steps.OPS.keys()

@@ -221,10 +221,10 @@ def logits_facts(logits: LogitsFinding, tokens: Sequence[int], decode: Decode | 
 def _told_apart(computed: float, exact: float) -> tuple[str, str]:
     """Return two numbers with as many digits as tell them apart: from 9, as for float32, to 17."""
     for digits in (9, 12, 17):
-        texts = f"{computed:.{digits}g}", f"{exact:.{digits}g}"
+        texts = tuple(f"{x:.{digits}g}" if math.isfinite(x) else number(x) for x in (computed, exact))
         if texts[0] != texts[1] or computed == exact:
             break
-    return texts
+    return texts[0], texts[1]
 
 
 # Parts of the report

@@ -178,8 +178,12 @@ def _conv1d(call: Call) -> Bounded:
 
 def _split(call: Call) -> Bounded:
     (c,) = call.inputs
-    part = bounds.exact(split_heads(np.split(c, 3, axis=-1)[call.options["part"]], call.options["n_head"]))
-    return Bounded(part, np.zeros(part.shape))
+    return copied(split_heads(np.split(c, 3, axis=-1)[call.options["part"]], call.options["n_head"]))
+
+
+def copied(x: np.ndarray) -> Bounded:
+    """Return an array as an exact result. A NaN is not judged."""
+    return Bounded(bounds.exact(x), np.where(np.isnan(x), np.inf, 0.0))
 
 
 def _visible(f: Callable[[Call], Bounded]) -> Callable[[Call], Bounded]:

@@ -13,7 +13,7 @@ from ...config import GPT2Config
 from ...host import StoredTensor
 from ...numerics import bounds
 from ...numerics.bounds import FORMATS, Bounded
-from ..steps import Alternative, Call, Results, Step, evaluate, selection, within
+from ..steps import Alternative, Call, Results, Step, copied, evaluate, selection, within
 from .arithmetic import Computed, computed
 
 
@@ -141,11 +141,6 @@ def once(whole: Callable[[], Bounded]) -> Alternative:
         return Bounded(value, error)
 
     return alternative
-
-
-def copied(x: np.ndarray) -> Bounded:
-    """Return an array as an exact result."""
-    return Bounded(bounds.exact(x), np.zeros(x.shape))
 
 
 FORMS = ("float16", "bfloat16", "TF32")
