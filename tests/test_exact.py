@@ -387,6 +387,24 @@ def test_intervals_contain_the_exact_results_and_are_small(name):
             assert all(allowed < 1e-36 * max(size, 1e-3) for _, allowed, size in measured)
 
 
+def test_bounds_are_on_both_sides_of_the_ball():
+    """Catches an end without the error, and a division by an interval with 0 that has an end."""
+    tie = 1 + 2.0**-24
+    for low, error, expected in (
+        (2.0**-90, 2.0**-80, [1, 1 + 2.0**-23]),
+        (-(2.0**-90), 2.0**-80, [1, 1 + 2.0**-23]),
+        (2.0**-80, 2.0**-90, [1 + 2.0**-23] * 2),
+        (-(2.0**-80), 2.0**-90, [1, 1]),
+        (0.0, 0.0, [1, 1]),
+    ):
+        ends = Ball(*(np.asarray([x]) for x in (tie, low, error))).bounds()
+        assert [float(rounding.nearest(end)[0]) for end in ends] == expected
+    one, number = Decimals(40).number([1.0]), Decimals(40).number
+    around_0 = Interval(number([-1.0]).lower, one.upper, one.arithmetic)
+    for divisor in (around_0, number([0.0]), Interval(number([0.0]).lower, one.upper, one.arithmetic)):
+        assert [end[0] for end in (one / divisor).bounds()] == [-math.inf, math.inf]
+
+
 @given(hnp.arrays(np.float64, (3, 7), elements=MODERATE), hnp.arrays(np.float64, (3, 7), elements=MODERATE))
 def test_sums_contain_the_exact_sums(x, y):
     """Catches a wrong bound of a dot product or of a sum of balls, and terms that are left out."""
