@@ -353,12 +353,11 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, at: At = ()) -> np.nd
     def compare(element: int, midpoint: float) -> int | None:
         # The result is the mean of the largest logits minus those at the targets, plus the mean of log(c + t), where c
         # is the number of largest logits, and t the sum of the other exponentials. It is a rational number only if all
-        # c are 1 and all t are 0 (Lindemann and Weierstrass, for the product of all c + t), and is then 0. If all c are
-        # 1, the second mean may be as small as exp(-1e30), so that no number of digits shows it. It is positive.
+        # c are 1 and all t are 0 (Lindemann and Weierstrass, for the product of all c + t), and is then 0. Otherwise,
+        # the second mean is positive, but may be as small as exp(-1e30), so that no number of digits shows it.
         signs = np.repeat([1.0, -1.0], len(ids))
         difference = _fraction(exact_dot(np.concatenate([largest, at_target]), signs))
-        single = all((np.sum(chosen(rows, (i,)) == largest[i][:, None], axis=-1) == 1).all() for i in blocks)
-        return 1 if single and difference == Fraction(midpoint) * len(ids) else None
+        return 1 if difference == Fraction(midpoint) * len(ids) else None
 
     return _rounded(evaluate, np.zeros(1, np.int64), 1, np.zeros(1), compare)
 

@@ -127,6 +127,9 @@ def layer_norms():
         # low + 2^-24 / sqrt(1 + eps / a^2) is below the midpoint, and high - 2^-24 / sqrt(1 + eps / a^2) above it
         expected = np.asarray([low if eps else even, high if eps else even] * (n // 2), F)
         yield Case(f"n={n}, {low}, eps={eps}, {a}", "layer_norm", {"x": x, "g": g, "b": b, "eps": eps}, expected)
+    # the variance is 16, and 4 / sqrt(16 + 9) is 4 / 5: ties
+    x, g, b = np.asarray([4, -4], F), np.full(2, 5 * 2.0**-26, F), np.asarray([1, 1 + 2.0**-22], F)
+    yield Case("variance 16", "layer_norm", {"x": x, "g": g, "b": b, "eps": 9.0}, np.asarray([1, 1 + 2.0**-22], F))
     # overflow: 2^128 - 2^104 + 2^103 / sqrt(1 + eps)
     for eps, expected in ((0.0, math.inf), (1e-200, LARGEST)):
         x, g, b = np.asarray([1, -1], F), np.full(2, 2.0**103, F), np.asarray([LARGEST, -LARGEST], F)
@@ -227,6 +230,11 @@ def attentions():
                 expected = np.asarray([[high if value > low else low]], F)
                 arguments = {"q": one, "k": k, "v": v3, "scale": 1.0}
                 yield Case(f"gap {gap} {value}", "attention", arguments, expected)
+        # two more keys, of which the first decides
+        k4, v4 = np.asarray([[0], [0], [-1e30], [-2e30]], F), np.asarray([[low], [high], [high], [0]], F)
+        for sign in (1, -1):
+            arguments = {"q": one, "k": sign * k4, "v": v4, "scale": float(sign)}
+            yield Case(f"two gaps {low} {sign}", "attention", arguments, np.asarray([[high]], F))
         # groups of keys with different scores: both groups have the midpoint as their mean
         v4, k4 = np.asarray([[low], [high], [high], [low]], F), np.asarray([[0], [0], [-3], [-3]], F)
         arguments = {"q": one, "k": k4, "v": v4, "scale": 1.0}
