@@ -534,12 +534,38 @@ def test_padding_that_wins_and_padding_that_is_wrong_are_found():
         assert 0 < found.logits.outside == wins.sum() < 12
         assert 60 in found.logits.greedy
         assert f"an id that only one side has at {wins.sum()} of 12 positions" in found.verdict
+    of_common = [compare(x, y).growth[-1].rounding for x, y in ((a, b), (b, a))]
+    assert max(of_common) < 3 * min(of_common)  # the logits of padding are larger, and are not compared
+    rolled = {**a.arrays, "logits": np.roll(a.arrays["logits"], 1, axis=-1)}
+    found = compare(b, traced(small, rolled, tokens))
+    assert (found.culprit.name, found.culprit.guess) == ("logits", "the token ids are off by +1")
     b.arrays["logits"][0, 3, 62] += 1
     found = compare(a, b)
     assert (found.culprit.name, found.culprit.element) == ("logits", (0, 3, 62))
     assert found.logits.largest < 1e-4
     assert found.verdict.startswith("The vocabularies differ (50 token ids in the reference, 64 in the judged model), ")
     assert "and the models part at logits, where the error of unembed is" in found.verdict
+
+
+@pytest.mark.parametrize("rows", [12, 16, 20])
+def test_contexts_of_two_sizes_are_compared(rows):
+    """Catches positions that are taken for unknown because one model has more of them."""
+    random = np.random.default_rng(24)
+    config = pg.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_vocab=50, n_ctx=16, eos_token_id=None)
+    weights, tokens = ported.some_weights(config, random), random.integers(0, 50, (1, 12))
+    arrays = ported.port(config, weights, tokens)
+    other = {**weights, "wpe": np.resize(weights["wpe"], (rows, 16))}
+    own = dataclasses.replace(config, n_ctx=rows)
+    for x, y in ((weights, other), (other, weights), ({}, other), (other, {})):
+        found = compare(traced(config, arrays, tokens, x), traced(own, arrays, tokens, y))
+        assert found.missing == []
+        assert all(op.within for op in found.ops)
+        assert not any(math.isnan(each.rounding) for each in found.growth)
+    for path, n in (("wte", int(tokens.max())), ("wpe", 11)):
+        fewer = {**weights, path: weights[path][:n]}
+        found = compare(*[traced(None, arrays, tokens, fewer)] * 2)
+        assert found.missing == ["embedding"]
+        assert all(math.isnan(each.rounding) for each in found.growth)
 
 
 PARAMETER_FREE = ("split", "attention_scores", "attention_weights", "attention", "add", "gelu")
@@ -603,7 +629,7 @@ def test_a_few_results_without_a_configuration_are_compared():
     a, b = (traced(None, arrays, tokens, weights) for _ in range(2))
     found = compare(a, b)
     assert all(op.within for op in found.ops)
-    assert {"h0/ln_1", "h0/attn/c_attn", "h0/mlp/c_proj", "logits"} <= {op.name for op in found.ops}
+    assert {"embedding", "h0/ln_1", "h0/attn/c_attn", "h0/mlp/c_proj", "logits"} <= {op.name for op in found.ops}
     assert all(math.isnan(each.rounding) for each in found.growth)
 
 

@@ -20,7 +20,7 @@ from .options import add_computation, add_special, allow_special, progress
 from .texts import Texts
 
 _PART = 1
-"""The exit status if the models part."""
+"""The exit status if the models part, or if it is not known whether rounding explains a difference."""
 
 _STDOUT = "-"
 
@@ -37,8 +37,8 @@ def add_to(commands: Any) -> None:
         description="Compare two models: their weights, the result of each operation, and the growth of the difference "
         "from layer to layer. A is the reference. Each operation of B is computed again in higher precision from the "
         "inputs that it had in B. An error that is larger than rounding can cause shows which operation is wrong. The "
-        "exit status is 0 if rounding explains every difference, 1 if the models part, and 2 after wrong use or "
-        "another error.",
+        "exit status is 0 if rounding explains every difference, 1 if the models part or if it is not known whether "
+        "rounding explains a difference, and 2 after wrong use or another error.",
     )
     add = parser.add_argument
     side = (

@@ -129,7 +129,8 @@ class Comparison:
     verdict : str
         A sentence: where the models part, or that rounding explains the difference.
     equal : bool
-        Whether no difference was found that rounding does not explain.
+        Whether rounding explains all differences, as far as is known. This is false if the vocabularies differ in size,
+        and if it is not known whether rounding explains a difference.
     weights : list of WeightFinding or None
         The tensors that differ; None if the weights of one side are not known.
     ops : list of OpFinding

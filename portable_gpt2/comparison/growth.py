@@ -36,7 +36,7 @@ from ..numerics.bounds import FORMATS, computed_in
 from ..params import shapes
 from .findings import Growth, LogitsFinding
 from .progress import Progress, silent
-from .steps import merge_heads, split_heads, steps, with_infinite_scores
+from .steps import has_rows, merge_heads, split_heads, steps, with_infinite_scores
 from .trace import Trace
 
 _VOCABULARY_AT_ONCE = 8192
@@ -244,7 +244,7 @@ def growth(
     common = [name for name in names if name in a.arrays and name in b.arrays]
     needed = shapes(config).keys() - {"lm_head"}
     expected = dict[str, float]()
-    if common and needed <= weights.keys() and a.tokens.max() < weights["wte"].shape[0]:
+    if common and needed <= weights.keys() and has_rows(weights, a.tokens):
         n = n_common(a, b) if "logits" in common else None
         with np.errstate(all="ignore"):
             dtypes = a.dtype, b.dtype

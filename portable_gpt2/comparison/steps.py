@@ -279,15 +279,15 @@ def weights_of(
 ) -> dict[str, StoredTensor]:
     """Return the weights of the judged model; those of the reference stand for the ones that are not known.
 
-    A tensor of another shape than the configuration says is not known either. But wte and lm_head may have another
-    number of rows, because two models may have vocabularies of different sizes: then the rows that both have are known.
+    A tensor of another shape than the configuration says is not known either. But the vocabularies and the contexts of
+    two models may differ in size. So wte and lm_head have the rows that both models have, and wpe may have any number.
     """
     expected = {**shapes(config), "lm_head": (config.n_vocab, config.n_embd)}
     found = dict[str, StoredTensor]()
     for weights in (reference, judged):
         for path, tensor in weights.items():
-            if path in ("wte", "lm_head") and tensor.shape[1:] == (config.n_embd,):
-                found[path] = first_rows(tensor, config.n_vocab)
+            if path in ("wte", "lm_head", "wpe") and tensor.shape[1:] == (config.n_embd,):
+                found[path] = tensor if path == "wpe" else first_rows(tensor, config.n_vocab)
             elif tensor.shape == expected.get(path):
                 found[path] = tensor
     if "wte" in judged and "lm_head" not in judged:
@@ -300,6 +300,11 @@ def first_rows(tensor: StoredTensor, n: int) -> StoredTensor:
     if tensor.shape[0] <= n:
         return tensor
     return StoredTensor((n, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:n])
+
+
+def has_rows(weights: Mapping[str, StoredTensor], tokens: np.ndarray) -> bool:
+    """Return whether wte and wpe have the rows of all tokens and positions."""
+    return bool(tokens.max() < weights["wte"].shape[0] and tokens.shape[1] <= weights["wpe"].shape[0])
 
 
 def narrowest(arrays: list[np.ndarray], dtype: str) -> list[np.ndarray]:
@@ -339,7 +344,7 @@ def call(
         paths = {"w": "lm_head" if "lm_head" in weights else "wte"}
     if any(x is None for x in inputs) or not weights.keys() >= set(paths.values()):
         return None
-    if step.op == "embedding" and tokens.max() >= weights["wte"].shape[0]:
+    if step.op == "embedding" and not has_rows(weights, tokens):
         return None
     params = {name: weights[path].read() for name, path in paths.items()}
     options: dict[str, Any] = {}
