@@ -31,7 +31,7 @@ from portable_gpt2.numerics import Numerics
 from portable_gpt2.numerics.bounds import Bounded
 from portable_gpt2.testing.plain_gpt2 import CONFIGS, on_backend, random_weights
 
-ALL = ["numpy", "tensorflow", "jax", "torch"]
+ALL = ["numpy", "tensorflow", "jax", "torch", "mlx"]
 THOROUGH = hypothesis.settings.get_current_profile_name().endswith("thorough")
 OF_NUMPY = Numerics(exp=(3.6, 0.0), log=8.0)
 
@@ -56,15 +56,13 @@ def judge_all(trace, weights):
 
 def test_porting_bugs_are_placed_at_their_op_and_explained():
     """Catches an op that is judged on other inputs than its own, and a guess that explains nothing or too much."""
-    n, found = (6 if THOROUGH else 1) * len(ported.KINDS), []
+    n, misses = (6 if THOROUGH else 1) * len(ported.KINDS), []
     for bug, *rest in ported.bugs(n, seed=0 if THOROUGH else 19):
         name, culprit = placed(bug, *rest)
-        is_placed = culprit is not None and culprit.name == name
-        found.append((is_placed, is_placed and bool(re.search(bug.cause, culprit.guess)), bug, culprit))
-    misses = [f"{bug}\n    {culprit}" for is_placed, explained, bug, culprit in found if not (is_placed and explained)]
-    print("\n".join([f"{n} mistakes, {len(misses)} of which are not placed or not explained", *misses]))
-    assert sum(is_placed for is_placed, *_ in found) >= 0.99 * n
-    assert sum(explained for _, explained, *_ in found) >= 0.98 * n
+        if culprit is None or culprit.name != name or not re.search(bug.cause, culprit.guess):
+            misses.append(f"{bug}\n    {culprit}")
+    print(f"{n} mistakes, {len(misses)} of which are not placed or not explained")
+    assert not misses, "\n".join(misses)
 
 
 def weight_mistakes(config, weights, random):
@@ -352,6 +350,15 @@ def test_no_guess_explains_a_mistake_that_is_not_in_the_list(mistake):
         first = next(op for op in ops if not op.within)
         assert (first.name, first.guess) == (name, "")
         assert all(not op.guess or "it follows from" in op.guess for op in ops)
+
+
+def test_a_definition_without_a_value_explains_nothing(monkeypatch):
+    """Catches a formula whose result is NaN, which permits any number, as an explanation."""
+    monkeypatch.setitem(GUESSES, "gelu", (lambda case: iter([("NaN", case.then(lambda y: y * np.nan))]),))
+    random = np.random.default_rng(21)
+    config = ported.some_config(random)
+    rest = config, ported.some_weights(config, random), random.integers(0, config.n_vocab, (1, 20))
+    assert placed(ported.Bug("activation", "h0/mlp/gelu", "relu"), *rest)[1].guess == ""
 
 
 def test_a_nan_is_judged_where_it_arises():
