@@ -180,6 +180,9 @@ def test_texts_scores_and_traces_are_those_of_numpy(backend):
     np.testing.assert_array_equal(score.log_probs, np.float32(score.log_probs))
     plain = pg.GPT2.load("shakespeare", backend="numpy", dtype="float64").score_ids(ids)
     np.testing.assert_allclose(score.log_probs, plain.log_probs, atol=1e-4)
+    found = pg.compare(numpys, mine, ids)
+    assert found.notes[0].startswith("The logits are equal to the last bit. Their fingerprint is ")
+    assert {each.difference for each in found.growth} == {0}
     traced, expected = (each.trace(ids) for each in (mine, numpys))
     for name, x in traced.items():
         np.testing.assert_array_equal(bits(backend.to_numpy(x)), bits(expected[name]), err_msg=name)

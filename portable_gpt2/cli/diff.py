@@ -16,7 +16,7 @@ from ..comparison.sides import Side, open_side
 from ..comparison.trace import is_trace
 from ..files import check_writable, holds_file, replacing
 from . import signals, streams
-from .options import add_computation, add_special, allow_special, progress
+from .options import add_computation, add_reproducible, add_special, allow_special, progress
 from .texts import Texts
 
 _PART = 1
@@ -57,6 +57,7 @@ def add_to(commands: Any) -> None:
     text.add_argument("--text-file", metavar="FILE", help="file with the text in UTF-8; - is stdin")
     add_special(parser, "the text")
     add_computation(parser)
+    add_reproducible(parser)
     for name, metavar in (("backend", "NAME"), ("device", "DEVICE"), ("dtype", "DTYPE")):
         add(f"--{name}-b", metavar=metavar, help=f"{name} of B, if it differs from that of A (default: --{name})")
     add(
@@ -122,13 +123,15 @@ def _sides(arguments: argparse.Namespace) -> tuple[Side, Side]:
     """Return the two sides. An option without ``-b`` is for both; one that no side takes is refused."""
     names = ("backend", "device", "dtype")
     for_both = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.reproducible:
+        for_both["reproducible"] = True
     for_b = {name: value for name in names if (value := getattr(arguments, f"{name}_b")) is not None}
     if is_trace(arguments.b) and for_b:
         raise ValueError(f"--{next(iter(for_b))}-b is given, but {arguments.b} is a trace, which is not computed again")
     if is_trace(arguments.a) and is_trace(arguments.b) and for_both:
         raise ValueError(f"--{next(iter(for_both))} is given, but both sides are traces, which are not computed again")
 
-    def side(source: str, options: dict[str, str]) -> Side:
+    def side(source: str, options: dict[str, Any]) -> Side:
         return open_side(source, **({} if is_trace(source) else options), progress=progress)
 
     return side(arguments.a, for_both), side(arguments.b, {**for_both, **for_b})

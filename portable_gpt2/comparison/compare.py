@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..config import GPT2Config
+from ..fingerprint import hash_of_logits
 from ..host import StoredTensor
 from .findings import Comparison, OpFinding
 from .growth import growth, largest_jump, of_logits
@@ -112,8 +113,22 @@ def compare(
         growth=grown,
         logits=logits,
         missing=missing,
-        notes=list(notes(a, b, evidence)),
+        notes=[*_fingerprints(a, b), *notes(a, b, evidence)],
     )
+
+
+def _fingerprints(a: Trace, b: Trace) -> Iterator[str]:
+    """Yield a sentence if both traces have logits in float32, of which `GPT2.fingerprint` is a hash."""
+    traces = [each for each in (a, b) if each.dtype == "float32" and "logits" in each.arrays]
+    if len(traces) == 2:
+        of_a, of_b = (hash_of_logits(each.tokens[0].tolist(), each.arrays["logits"][0]) for each in traces)
+        if of_a == of_b:
+            yield f"The logits are equal to the last bit. Their fingerprint is {of_a}."
+        else:
+            yield (
+                f"The fingerprints of the logits are {of_a[:16]} and {of_b[:16]}. In the reproducible mode, equal "
+                f"models have the same."
+            )
 
 
 def _described(side: Trace) -> str:

@@ -123,6 +123,7 @@ def open_side(
     backend: str | Backend | None = None,
     device: Any = None,
     dtype: str | None = None,
+    reproducible: bool | None = None,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Side:
     """Return a side of a comparison, which can be traced.
@@ -132,8 +133,8 @@ def open_side(
     side : GPT2, Trace, Side, path, str, or a model of another program
         A model or a trace; the file of a trace (``.npz`` or ``.safetensors``); a checkpoint, as `GPT2.load` takes it;
         or a model that `probe` takes.
-    backend, device, dtype, progress
-        For a checkpoint, as in `GPT2.load`. Other sides have a backend, a device and a dtype of their own.
+    backend, device, dtype, reproducible, progress
+        For a checkpoint, as in `GPT2.load`. Other sides have a backend, a device, a dtype and a mode of their own.
 
     Returns
     -------
@@ -142,13 +143,13 @@ def open_side(
     Raises
     ------
     ValueError
-        If a backend, a device or a dtype is given for something other than a checkpoint.
+        If a backend, a device, a dtype or a mode is given for something other than a checkpoint.
     """
     if isinstance(side, str | os.PathLike) and not is_trace(side):
-        return _of_model(
-            GPT2.load(side, backend=backend, device=device, dtype=dtype, progress=progress), short_name(side)
-        )
-    for name, value in (("backend", backend), ("device", device), ("dtype", dtype)):
+        options = {"backend": backend, "device": device, "dtype": dtype, "reproducible": bool(reproducible)}
+        return _of_model(GPT2.load(side, **options, progress=progress), short_name(side))
+    given = {"backend": backend, "device": device, "dtype": dtype, "reproducible": reproducible}
+    for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name} is given for {checks.shown(side)}; only a checkpoint is loaded with one")
     if isinstance(side, str | os.PathLike):
@@ -195,11 +196,11 @@ def trace_model(
     name : str
         What the model is, for `Trace.source`.
     progress : function, optional
-        As for `compare`. It sees the results of a model that is compiled only after the last one.
+        As for `compare`. It sees the results of a model that is compiled or reproducible only after the last one.
     """
     dtype = str(model.backend.dtype_names[model.params["wte"].dtype])
     with counted(progress, observed_names(model.config), f"tracing {name}") as done:
-        if model.backend.compiles_per_shape and computed_in(dtype) == dtype:
+        if model.reproducible or (model.backend.compiles_per_shape and computed_in(dtype) == dtype):
             found = model.trace(tokens[0], names=names)
         else:
             found = _op_by_op(model, tokens, names, done)
