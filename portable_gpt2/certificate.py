@@ -243,7 +243,7 @@ def certify(
     ids = model._prompt_ids(text, allow_special) if isinstance(text, str) else text
     prompt = checks.token_ids("token ids", ids, model.config.n_vocab).tolist()
     checks.positions(len(prompt), model.config.n_ctx)
-    max_new_tokens = checks.new_tokens(max_new_tokens, None, [prompt], model.config.n_ctx)
+    max_new_tokens = checks.new_tokens(max_new_tokens, False, [prompt], model.config.n_ctx, may_slide=False)
     _check_memory((len(prompt) + max_new_tokens) * model.config.n_vocab)
     greedy = model.stream_ids(prompt, max_new_tokens=max_new_tokens, temperature=0)
     new = list(greedy) if max_new_tokens else []

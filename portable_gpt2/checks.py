@@ -304,13 +304,15 @@ def positions(n: int, n_ctx: int) -> None:
         raise ValueError(f"{n} tokens were given; the model has n_ctx = {n_ctx} positions")
 
 
-def new_tokens(max_new_tokens: int, sliding: bool | None, prompts: Sequence[Sequence[int]], n_ctx: int) -> int:
+def new_tokens(
+    max_new_tokens: int, sliding: bool, prompts: Sequence[Sequence[int]], n_ctx: int, *, may_slide: bool = True
+) -> int:
     """Return `max_new_tokens` as Python's int. Prompts that leave no room for so many tokens are refused.
 
-    `sliding` is None if the caller has no such option.
+    If the caller has no option `sliding`, `may_slide` is false, and the message does not advise to use it.
     """
     max_new_tokens = integer("max_new_tokens", max_new_tokens)
-    if sliding is not None and flag("sliding", sliding):
+    if flag("sliding", sliding):
         if n_ctx < 2:
             raise ValueError("sliding needs a context of at least two tokens; the model has n_ctx = 1")
         return max_new_tokens
@@ -318,7 +320,7 @@ def new_tokens(max_new_tokens: int, sliding: bool | None, prompts: Sequence[Sequ
     if longest + max_new_tokens > n_ctx:
         room = n_ctx - longest
         advice = f"give at most {room}" if room > 0 else "shorten the prompt"
-        advice += "" if sliding is None else ", or let the window slide (sliding)"
+        advice += ", or let the window slide (sliding)" if may_slide else ""
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} do not fit into n_ctx = {n_ctx}: "
             f"{advice}"

@@ -84,7 +84,7 @@ def arguments():
                 yield command, sub, action
 
 
-TEXTS = {("generate", "prompt"), ("attend", "text"), ("trace", "text"), ("certify", "text"), ("diff", "text")}
+TEXTS = {("generate", "prompt")} | {(name, "text") for name in ("attend", "certify", "diff", "fingerprint", "trace")}
 
 
 @pytest.mark.parametrize(

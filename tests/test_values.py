@@ -7,6 +7,7 @@ parameter. The parameters are read from the signatures, so that one that is adde
 import inspect
 import math
 import re
+import tempfile
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import tiny
 
 import portable_gpt2 as pg
 from portable_gpt2 import plot, sampling, score, training
+from portable_gpt2.comparison.sides import trace_model
 
 CONFIG = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=384, n_ctx=16, eos_token_id=0)
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_vocab": 16, "n_ctx": 8, "eos_token_id": None}
@@ -88,9 +90,18 @@ def weights():
     return pg.init_params(CONFIG, backend="numpy")
 
 
+def saved(model, **options):
+    """Save a trace, and return the names that the file has."""
+    with tempfile.TemporaryDirectory() as directory:
+        trace_model(model, np.asarray([[1, 2]])).save(f"{directory}/it.npz", **options)
+        return sorted(np.load(f"{directory}/it.npz").files)
+
+
 X = np.asarray([[0.5, -1.0, 2.0]])
 LOGITS = np.arange(300.0)
 CALLS = {  # how to call with a value of the parameter, by the callable; and a value that is accepted
+    "GPT2": lambda m, **x: repr(pg.GPT2(CONFIG, weights(), **x)),
+    "Trace.save": lambda m, **x: saved(m, **x),
     "GPT2.stream_ids": lambda m, **x: m.stream_ids([1, 2, 3], **{"seed": 7, "max_new_tokens": 4, **x}),
     "GPT2.stream": lambda m, **x: m.stream("To", **{"seed": 7, "max_new_tokens": 4, **x}),
     "GPT2.complete": lambda m, **x: m.complete(["To", "be"], **{"seed": 7, "max_new_tokens": 4, **x}),
