@@ -201,7 +201,7 @@ class Trace:
         texts = {"source": self.source, "dtype": self.dtype, "numerics": json.dumps(dataclasses.asdict(self.numerics))}
         if self.config is not None:
             texts["config"] = json.dumps(self.config.to_dict())
-        if weights and not self.weights:
+        if checks.flag("weights", weights) and not self.weights:
             raise ValueError(f"the weights of {self.source} are not known, so that they cannot be written")
         tensors = {"tokens": _of_host(self.tokens), **{name: _of_host(x) for name, x in self.arrays.items()}}
         if weights:
