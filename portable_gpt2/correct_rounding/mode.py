@@ -151,6 +151,7 @@ class Interpreter:
                 self.counts[f"{name}: undecided"] += len(decided)
                 self.counts[f"{name}: otherwise wrong"] += int(np.sum(decided != _narrowed(value[undecided])))
                 low[undecided] = decided
+            low[np.isnan(low)] = np.nan  # frameworks give NaN different bits
             found = backend.to_numpy(result).copy()
             found.reshape(-1)[places] = low
             return backend.from_numpy(found, device=backend.placement(result))
