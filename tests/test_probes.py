@@ -57,8 +57,10 @@ def test_nothing_of_the_model_is_changed(nano, torch):
     state = torch.get_rng_state()
     side = pg.probe(nano)
     side.run(TOKENS)
-    with pytest.raises(IndexError):
-        side.run(np.full((1, 3), 1000))  # not in the vocabulary
+    failing = nano.transformer.ln_f.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        side.run(TOKENS)
+    failing.remove()
     assert not any(module._forward_hooks for module in nano.modules())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(x, before[name]) for name, x in nano.state_dict().items())
@@ -124,6 +126,12 @@ def test_a_model_that_cannot_be_traced_is_refused(nano, ports, torch):
     with pytest.raises(ValueError, match="is in training mode"):
         open_side(nano).run(TOKENS)
     nano.eval()
+    for tokens, why in {
+        (1000, 3): "token id 1000 is not in the vocabulary, which has ids 0 to 100",
+        (1, 17): "17 tokens were given; the model has n_ctx = 16 positions",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            open_side(nano).run(np.full((1, tokens[1]), tokens[0]))
     port = ports.Port(CONFIG).eval()
 
     class Other(torch.nn.Linear):

@@ -92,12 +92,13 @@ def trace_modules(
         )
     chosen = _chosen(modules, names if names is not None else _gpt2_names(model))
     config = config or _config_of(modules.values())
+    check_tokens(tokens, config)
     first = next(iter(model.parameters()), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no parameters, which say on which device it computes")
     backend = backend_of(first)
     ids = backend.from_numpy(tokens, device=backend.placement(first))
-    with counted(progress, chosen, f"tracing {type(model).__name__}", "modules") as done, _without_gradients(first):
+    with counted(progress, chosen, f"tracing {type(model).__name__}", "modules") as done, without_gradients(first):
         calls = _run(model, ids, tokens.shape[1], chosen, done)
     arrays = _results(calls, chosen, tokens.shape[1], config)
     weights = _weights(chosen)
@@ -115,9 +116,16 @@ def trace_modules(
     )
 
 
-def _without_gradients(parameter: Any) -> contextlib.AbstractContextManager[Any]:
+def check_tokens(tokens: np.ndarray, config: GPT2Config | None) -> None:
+    """Refuse tokens that a model cannot read, before a framework reads another row or raises an error of its own."""
+    if config is not None:
+        checks.token_ids("tokens", tokens, config.n_vocab, axes=2)
+        checks.positions(tokens.shape[1], config.n_ctx)
+
+
+def without_gradients(parameter: Any) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which PyTorch stores nothing for a backward pass, as in generation."""
-    framework = sys.modules[type(parameter).__module__.partition(".")[0]]
+    framework = sys.modules.get(type(parameter).__module__.partition(".")[0])
     context: contextlib.AbstractContextManager[Any] = getattr(framework, "no_grad", contextlib.nullcontext)()
     return context
 

@@ -17,7 +17,7 @@ from ..config import GPT2Config
 from ..host import StoredTensor
 from ..numerics import stated
 from ..registry import backend_of, to_numpy
-from .probes import concatenated, described, transposed
+from .probes import check_tokens, concatenated, described, transposed, without_gradients
 from .progress import Progress, silent
 from .trace import Trace
 
@@ -33,10 +33,29 @@ def is_keras(model: Any) -> bool:
 def trace_sublayers(model: Any, tokens: np.ndarray, progress: Progress = silent) -> Trace:
     """Return the trace of a ``GPT2CausalLM`` or a ``GPT2Backbone`` of KerasHub; see `portable_gpt2.probe`."""
     backbone = getattr(model, "backbone", model)
+    config = _config(backbone)
+    check_tokens(tokens, config)
+    with without_gradients(backbone.token_embedding.embeddings.value):
+        arrays, x = _results(model, backbone, tokens, progress)
+    backend = backend_of(x)
+    dtype, device = str(backbone.transformer_layers[0].compute_dtype), backend.device(x)
+    return Trace(
+        described(model, backend, device, dtype),
+        tokens,
+        arrays,
+        dtype,
+        config,
+        dict(_weights(backbone)),
+        stated(backend, dtype, device.partition(":")[0]),
+    )
+
+
+def _results(model: Any, backbone: Any, tokens: np.ndarray, progress: Progress) -> tuple[dict[str, np.ndarray], Any]:
+    """Return the results by our names, and the output of the last layer as an array of the framework."""
     ids, mask = tokens.astype(np.int32), np.ones(tokens.shape, np.int32)
     embedded = backbone.token_embedding(ids)
     x = backbone.embeddings_add((embedded, backbone.position_embedding(embedded)))
-    backend, arrays = backend_of(x), {"embedding": _host(x)}
+    arrays = {"embedding": _host(x)}
     layers = progress(backbone.transformer_layers, f"tracing {type(model).__name__}", "layers")
     for i, layer in enumerate(layers):
         output = layer(x, decoder_padding_mask=mask, training=False)
@@ -53,16 +72,7 @@ def trace_sublayers(model: Any, tokens: np.ndarray, progress: Progress = silent)
         if all(part is not None for part in parts):
             merged = [np.moveaxis(part, 1, 2).reshape(*tokens.shape, -1) for part in parts if part is not None]
             arrays[f"h{i}/attn/c_attn"] = np.concatenate(merged, axis=-1)
-    dtype, device = str(backbone.transformer_layers[0].compute_dtype), backend.device(x)
-    return Trace(
-        described(model, backend, device, dtype),
-        tokens,
-        arrays,
-        dtype,
-        _config(backbone),
-        dict(_weights(backbone)),
-        stated(backend, dtype, device.partition(":")[0]),
-    )
+    return arrays, x
 
 
 def _inside(layer: Any, x: Any, mask: np.ndarray) -> Iterator[tuple[str, Any]]:
