@@ -59,9 +59,9 @@ def probe(model: Any, names: Mapping[str, str] | None = None, *, config: GPT2Con
     """Return a side of a comparison for a model of another program.
 
     A model of PyTorch's modules is called once, without gradients, with hooks on its modules, which are removed
-    afterwards. Layers may share their modules. The results are the
-    outputs of these modules and, for ``embedding``, ``*/attn/attention``, ``*/attn/residual``, ``*/mlp/gelu`` and
-    ``*/residual``, the inputs of the modules that follow. ``*/attn/q``, ``*/attn/k`` and ``*/attn/v`` are the output of
+    afterwards. Layers may share their modules. The results are the outputs of these modules and, for ``embedding``,
+    ``*/attn/attention``, ``*/attn/residual``, ``*/mlp/gelu`` and ``*/residual``, the inputs of the modules that follow.
+    ``*/attn/q``, ``*/attn/k`` and ``*/attn/v`` are the output of
     ``c_attn``, split as GPT-2 splits it. The scores are never seen, and the weights only if the module of attention
     returns them, as transformers' does with ``attn_implementation="eager"``.
 
@@ -91,8 +91,8 @@ def probe(model: Any, names: Mapping[str, str] | None = None, *, config: GPT2Con
     TypeError
         If the object is no such model.
     ValueError
-        If a name of `names` is not known. When the model is traced: if it is in training mode, has no such module, calls
-        a module several times, or cannot read the tokens. Errors of the model itself are raised unchanged.
+        If a name of `names` is not known. When the model is traced: if it is in training mode, has no such module,
+        calls a module several times, or cannot read the tokens. Errors of the model itself are raised unchanged.
 
     Examples
     --------
