@@ -356,11 +356,11 @@ def test_no_guess_explains_a_mistake_that_is_not_in_the_list(mistake):
 
 def test_a_definition_without_a_value_explains_nothing(monkeypatch):
     """Catches a formula whose result is NaN, which permits any number, as an explanation."""
-    monkeypatch.setitem(GUESSES, "gelu", (lambda case: iter([("NaN", case.then(lambda y: y * np.nan))]),))
+    monkeypatch.setitem(GUESSES, "attention_scores", (lambda case: iter([("NaN", case.then(lambda y: y * np.nan))]),))
     random = np.random.default_rng(21)
     config = ported.some_config(random)
     rest = config, ported.some_weights(config, random), random.integers(0, config.n_vocab, (1, 20))
-    assert placed(ported.Bug("activation", "h0/mlp/gelu", "relu"), *rest)[1].guess == ""
+    assert placed(ported.Bug("no mask", "h0/attn/scores"), *rest)[1].guess == ""
 
 
 def test_a_nan_is_judged_where_it_arises():
