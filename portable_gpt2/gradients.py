@@ -14,12 +14,14 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import model, ops
 from .backend import Backend
 from .config import GPT2Config
+from .op import current_interpreter, formula, interpreted
 from .params import Params, check_params, map_tree
 from .registry import _own, backend_of
 
@@ -45,6 +47,7 @@ def conv1d(
     return ops.conv1d(x, w, b), lambda dy: conv1d_backward(x, w, dy)
 
 
+@formula
 def conv1d_backward(x: Any, w: Any, dy: Any) -> Params:
     """Return dx = dy w^T, dw = x^T dy, and db, the sum of dy over all rows."""
     backend = backend_of(x)
@@ -60,6 +63,7 @@ def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> tuple[Float[Array, 
     return ops.softmax(x, axis=axis), lambda dy: softmax_backward(x, dy, axis=axis)
 
 
+@formula
 def softmax_backward(x: Any, dy: Any, *, axis: int = -1) -> Params:
     """Return dx = y (dy - sum_k y_k dy_k)."""
     y, xp = ops.softmax(x, axis=axis), backend_of(x).xp
@@ -71,6 +75,7 @@ def gelu(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Backward]:
     return ops.gelu(x), lambda dy: gelu_backward(x, dy)
 
 
+@formula
 def gelu_backward(x: Any, dy: Any) -> Params:
     """Return dx = dy ((1 + t) + x (1 - t^2) du/dx) / 2."""
     xp, c = backend_of(x).xp, math.sqrt(2 / math.pi)
@@ -85,6 +90,7 @@ def layer_norm(
     return ops.layer_norm(x, g, b, eps=eps), lambda dy: layer_norm_backward(x, g, dy, eps=eps)
 
 
+@formula
 def layer_norm_backward(x: Any, g: Any, dy: Any, *, eps: float = 1e-5) -> Params:
     """Return dx = (dz - mean(dz) - z mean(dz z)) / s with dz = dy g, and the sums of dy z (dg) and of dy (db)."""
     xp = backend_of(x).xp
@@ -108,14 +114,26 @@ def attention(
     """Compute y = w v, where w is the softmax of scale q k^T. Masked keys have weight 0, so they get no gradient."""
     backend, _ = ops.attention.check(q, k, v, mask=mask, causal=causal, scale=scale)  # attention_weights checks no v
     scale = max(backend.shape(q)[-1], 1) ** -0.5 if scale is None else scale
+    if current_interpreter() is not None:
+        y = ops.attention(q, k, v, mask=mask, causal=causal, scale=scale)
+        return y, lambda dy: attention_backward(q, k, v, dy, mask, causal=causal, scale=scale)
     if causal and mask is None and backend.shape(q)[-2] == backend.shape(k)[-2]:
         return _causal_attention(q, k, v, scale=scale)
     w = ops.attention_weights(q, k, mask=mask, causal=causal, scale=scale)
-    return backend.xp.matmul(w, v), lambda dy: attention_backward(q, k, v, dy, w=w, scale=scale)
+    return backend.xp.matmul(w, v), lambda dy: _attention_backward(q, k, v, dy, w, scale)
 
 
-def attention_backward(q: Any, k: Any, v: Any, dy: Any, *, w: Any, scale: float) -> Params:
+@formula
+def attention_backward(
+    q: Any, k: Any, v: Any, dy: Any, mask: Any = None, *, causal: bool = False, scale: float
+) -> Params:
     """Return dq = ds k, dk = ds^T q and dv = w^T dy, with ds = scale w (dw - sum_j w_j dw_j) and dw = dy v^T."""
+    w = ops.attention_weights(q, k, mask=mask, causal=causal, scale=scale)
+    return _attention_backward(q, k, v, dy, w, scale)
+
+
+def _attention_backward(q: Any, k: Any, v: Any, dy: Any, w: Any, scale: float) -> Params:
+    """Return the gradients of attention, whose weights w are known."""
     xp, t = backend_of(q).xp, backend_of(q).xp.matrix_transpose
     dw = xp.matmul(dy, t(v))
     ds = scale * w * (dw - xp.sum(w * dw, axis=-1, keepdims=True))
@@ -162,6 +180,7 @@ def embed(ids: Int[Array, "*batch"], w: Float[Array, "vocab d"]) -> tuple[Float[
     return ops.embed(ids, w), lambda dy: embed_backward(ids, dy, n_vocab=n_vocab)
 
 
+@formula
 def embed_backward(ids: Any, dy: Any, *, n_vocab: int) -> Params:
     """Return dw: its row j is the sum of dy_i over all i with ids_i = j."""
     backend = backend_of(dy)
@@ -178,6 +197,7 @@ def unembed(x: Float[Array, "*batch d"], w: Float[Array, "vocab d"]) -> tuple[Fl
     return ops.unembed(x, w), lambda dy: unembed_backward(x, w, dy)
 
 
+@formula
 def unembed_backward(x: Any, w: Any, dy: Any) -> Params:
     """Return dx = dy w and dw = dy^T x."""
     backend = backend_of(x)
@@ -200,6 +220,7 @@ def cross_entropy(
     return ops.cross_entropy(logits, targets), backward
 
 
+@formula
 def cross_entropy_backward(logits: Any, targets: Any, *, factor: Any) -> Params:
     """Return dlogits = factor (p - 1) at the targets, and factor p elsewhere."""
     backend = backend_of(logits)
@@ -210,6 +231,33 @@ def cross_entropy_backward(logits: Any, targets: Any, *, factor: Any) -> Params:
     if known is not None:
         p = xp.where(known[..., None], p, math.nan)
     return {"logits": xp.where(is_target, p - 1, p) * factor}
+
+
+@formula
+def add_backward(dy: Any, *, n_axes: int) -> Params:
+    """Return the gradient of an array that was broadcast along the first axes of dy: the sum along these axes."""
+    xp = backend_of(dy).xp
+    return {"y": xp.sum(dy, axis=tuple(range(n_axes)))}
+
+
+class _Tape:
+    """The calls that were recorded.
+
+    An `Interpreter` computes the ops of the arrays, and not those of the variables, which the rules compute: it is
+    suspended while the model runs, and resumed in the rules.
+    """
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self._interpreter = current_interpreter()
+
+    def model(self) -> AbstractContextManager[None]:
+        """Return the context in which the model runs."""
+        return nullcontext() if self._interpreter is None else interpreted(None)
+
+    def rules(self) -> AbstractContextManager[None]:
+        """Return the context in which a rule runs."""
+        return nullcontext() if self._interpreter is None else interpreted(self._interpreter)
 
 
 @functools.cache
@@ -228,24 +276,25 @@ def _tape_of(backend: Backend) -> Backend:
         def call(*args: Any, **options: Any) -> Any:
             given = {**dict(zip(names, args, strict=False)), **options}
             variables = {name: x for name, x in given.items() if isinstance(x, Variable)}
-            y, backward = rule(**{name: x.array if name in variables else x for name, x in given.items()})
             tape = next(iter(variables.values())).tape
+            with tape.rules():
+                y, backward = rule(**{name: x.array if name in variables else x for name, x in given.items()})
             results = [Variable(each, tape) for each in (y if isinstance(y, list) else [y])]
-            tape.append((results, variables, backward))
+            tape.items.append((results, variables, backward))
             return results if isinstance(y, list) else results[0]
 
         return call
 
     def add(x: Any, y: Any) -> tuple[Any, Backward]:
-        axes = tuple(range(len(shape(x)) - len(shape(y))))  # the axes along which y is broadcast
-        return x + y, lambda dy: {"x": dy, "y": xp.sum(dy, axis=axes) if axes else dy}
+        n_axes = len(shape(x)) - len(shape(y))  # the number of axes along which y is broadcast
+        return ops.add(x, y), lambda dy: {"x": dy, "y": add_backward(dy, n_axes=n_axes)["y"] if n_axes else dy}
 
     def permute_dims(x: Any, axes: tuple[int, ...]) -> tuple[Any, Backward]:
         inverse = tuple(sorted(range(len(axes)), key=axes.index))
         return xp.permute_dims(x, axes), lambda dy: {"x": xp.permute_dims(dy, inverse)}
 
     class Variable:
-        def __init__(self, array: Any, tape: list[Any]) -> None:
+        def __init__(self, array: Any, tape: _Tape) -> None:
             self.array, self.tape, self.dtype = array, tape, array.dtype
 
         __add__ = recorded(add)
@@ -292,16 +341,17 @@ def loss(
     """
     model.check_inputs(params, tokens, config, targets=1)
     check_params(params, config)
-    (variable,), tape = _tape_of(backend_of(tokens)).array_types, list[Any]()
+    (variable,), tape = _tape_of(backend_of(tokens)).array_types, _Tape()
     variables = map_tree(lambda x: variable(x, tape), params)
-    value = model.loss(variables, variable(tokens, tape), config)
+    with tape.model():
+        value = model.loss(variables, variable(tokens, tape), config)
 
     def backward(dy: Any = 1.0) -> Params:
         grads = {value: dy}
-        for results, arguments, back in reversed(tape):
+        for results, arguments, back in reversed(tape.items):
             for name, dx in back(*map(grads.pop, results)).items():
                 x = arguments[name]
-                grads[x] = grads[x] + dx if x in grads else dx
+                grads[x] = ops.add(grads[x], dx) if x in grads else dx
         return map_tree(lambda x: grads[x], variables)
 
     return value.array, backward

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -45,6 +46,9 @@ class Interpreter(Protocol):
 
     def add(self, x: Any, y: Any) -> Any:
         """Return x + y, where y may have fewer leading axes than x."""
+
+    def formula(self, name: str, arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """Return the results of a formula that has several: see `formula`."""
 
 
 _INTERPRETER: ContextVar[Interpreter | None] = ContextVar("interpreter", default=None)
@@ -128,6 +132,20 @@ def op(definition: Callable[P, R]) -> Op[P, R]:
 
     dispatch.check, dispatch.reference = check, reference  # type: ignore[attr-defined]
     return dispatch  # type: ignore[return-value]
+
+
+def formula(definition: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
+    """Let an `Interpreter` compute a function that takes arrays, and options by keyword, and returns arrays by name."""
+    names = list(inspect.signature(definition).parameters)
+
+    @functools.wraps(definition)
+    def call(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        interpreter = current_interpreter()
+        if interpreter is None:
+            return definition(*args, **kwargs)
+        return interpreter.formula(definition.__name__, dict(zip(names, args, strict=False)), kwargs)
+
+    return call
 
 
 _PLAIN = (float, int, type(None))

@@ -129,6 +129,9 @@ def add_fields(group: argparse._ActionsContainer, cls: type, defaults: Mapping[s
     """
     for field in dataclasses.fields(cls):
         if defaults is None or field.name in defaults:
+            if field.type == "bool":
+                group.add_argument(flag(field.name), action="store_true", default=None, help=field.metadata["help"])
+                continue
             kind, metavar = _KINDS[str(field.type)]
             default = field.metadata["default"] if defaults is None else defaults[field.name]
             text = f"{field.metadata['help']} (default: {default})"

@@ -502,32 +502,39 @@ def attention(
         return (e[line] * arithmetic.number(own)).sum() / e.sum()[line]
 
     def compare(element: int, midpoint: float) -> int:
-        # The sign of sum_j exp(s_j) (v_j - midpoint). The keys are grouped by their scores, exactly, and groups whose
-        # sum of v_j - midpoint is 0 are left out. If no group is left, the result is the midpoint. Otherwise it is not,
-        # and the sign is found with a small number of digits, even if other groups are smaller by exp(-1e30).
+        # The sign of sum_j exp(s_j) (v_j - midpoint), where the keys are grouped by their exact scores.
         products, is_used = rows.products(element)
         v, scale = values(np.asarray([element]))[0], rows.scale
         sums: dict[Decimal, Fraction] = {}
         for j in np.flatnonzero(is_used):
             key = products[j] if scale else Decimal(0)
             sums[key] = sums.get(key, Fraction(0)) + Fraction(float(v[j])) - Fraction(midpoint)
-        groups = {key: each for key, each in sums.items() if each}
-        if not groups:
-            return 0
-        best = max(groups) if scale >= 0 else min(groups)
-
-        def total(digits: int) -> Interval:
-            number = Decimals(digits).number
-            exponents = (number(list(groups)) - number([best])) * number([scale])
-            numerators, denominators = zip(*(each.as_integer_ratio() for each in groups.values()), strict=True)
-            return (number(numerators) / number(denominators) * exponents.exp()).sum()
-
-        digits = 40
-        while (sign := total(digits).sign()) is None:
-            digits *= 2
-        return sign
+        return dominant_sign(sums, scale)
 
     return _rounded(evaluate, rows.numbers, rows.length, rows.special, compare)
+
+
+def dominant_sign(sums: dict[Decimal, Fraction], scale: float) -> int:
+    """Return the sign of the sum of exp(scale key) times the fraction, over the items of a dict.
+
+    Exponentials of distinct rational numbers are linearly independent, so the sum is 0 only if all fractions are 0. The
+    largest exponential decides with a small number of digits, even if the others are smaller by exp(-1e30).
+    """
+    groups = {key: each for key, each in sums.items() if each}
+    if not groups:
+        return 0
+    best = max(groups) if scale >= 0 else min(groups)
+
+    def total(digits: int) -> Interval:
+        number = Decimals(digits).number
+        exponents = (number(list(groups)) - number([best])) * number([scale])
+        numerators, denominators = zip(*(each.as_integer_ratio() for each in groups.values()), strict=True)
+        return (number(numerators) / number(denominators) * exponents.exp()).sum()
+
+    digits = 40
+    while (sign := total(digits).sign()) is None:
+        digits *= 2
+    return sign
 
 
 def _scale(q: np.ndarray, scale: float | None) -> float:

@@ -15,7 +15,8 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,9 @@ from ..ops import embed, in_range
 from ..params import Params, flatten
 from ..registry import backend_of
 from ..signature import Signature
-from . import exact, float64
+from . import exact, exact_gradients, float64, float64_gradients
+
+At = tuple[np.ndarray, ...]
 
 _SMALLEST = 2.0**-126  # the smallest normal float32
 _ZERO_BELOW = _SMALLEST - 2.0**-150  # a number of this magnitude rounds to _SMALLEST, and a smaller one counts as 0
@@ -130,31 +133,109 @@ class Interpreter:
             if name in _NORMS:
                 arrays["w_norms"] = getattr(weights["w"], _NORMS[name])
             attempt = _attempt(backend, name, tuple(options.items()), _numerics(name, backend, given))
-            result, is_open, n, *evaluation = attempt(arrays)
-            self.counts[f"{name}: elements"] += math.prod(backend.shape(result))
+
+            def exactly(at: dict[str, At]) -> dict[str, np.ndarray]:
+                on_host = {key: backend.to_numpy(x) for key, x in arrays.items() if key in given}
+                on_host |= {key: weight.host for key, weight in weights.items()}
+                return {"": getattr(exact, name)(**on_host, **options, at=at[""])}
+
+            return self._decided(name, backend, attempt(arrays), exactly)[""]
+
+    def formula(
+        self,
+        name: str,
+        arrays: dict[str, Any],
+        options: Mapping[str, Any] = MappingProxyType({}),
+        constants: Sequence[float] = (),
+    ) -> dict[str, Any]:
+        """Return the results of a function of `float64_gradients`.
+
+        The arrays are float32, integers or bools. Options that differ between calls are given as constants. If an
+        element of a float32 array is NaN or infinite, every result is NaN.
+        """
+        arrays = {key: x for key, x in arrays.items() if x is not None}
+        backend = backend_of(next(iter(arrays.values())))
+        floats = [key for key, x in arrays.items() if x.dtype in backend.dtype_names]
+        for key in floats:
+            check(backend, backend.dtype_names[arrays[key].dtype], f"{name}: {key}: ")
+        with interpreted(None), backend.permit_64_bits(), np.errstate(all="ignore"):
+            given = dict(arrays)
+            if constants:
+                place = backend.placement(arrays[floats[0]])
+                given["constants"] = backend.from_numpy(np.asarray(constants, np.float64), "float64", place)
+            numerics = _numerics(name, backend, {key: arrays[key] for key in floats})
+            attempt = _attempt(backend, name, tuple(options.items()), numerics, tuple(floats))
+
+            def exactly(at: dict[str, At]) -> dict[str, np.ndarray]:
+                on_host = {key: backend.to_numpy(x) for key, x in arrays.items()}
+                if constants:
+                    on_host["constants"] = np.asarray(constants, np.float64)
+                found: dict[str, np.ndarray] = getattr(exact_gradients, name)(**on_host, **options, at=at)
+                return found
+
+            return self._decided(name, backend, attempt(given), exactly)
+
+    def norm(self, arrays: Sequence[Any], n: int) -> float:
+        """Return the norm of the vector of all elements of float32 arrays, divided by n, rounded to float32.
+
+        The squares of float32 numbers are exact, and the relative error of a sum of k of them is at most k u. If an
+        element is NaN or infinite, the result is NaN.
+        """
+        backend, totals, size = backend_of(arrays[0]), [], 0
+        with backend.permit_64_bits(), np.errstate(all="ignore"):
+            for x in arrays:
+                totals.append(float(backend.to_numpy(_square_sum(backend)(x))))
+                size = max(size, math.prod(backend.shape(x)))
+        if not all(map(math.isfinite, totals)):
+            return math.nan
+        value = math.sqrt(math.fsum(totals)) / n
+        error = value * (size + 8) * 2.0**-53
+        low, high = (float(_narrowed(np.asarray(each))) for each in (value - error, value + error))
+        return low if low == high else exact_gradients.norm([backend.to_numpy(x) for x in arrays], n)
+
+    def _decided(
+        self,
+        name: str,
+        backend: Backend,
+        attempts: dict[str, tuple[Any, Any, Any, Any, Any]],
+        exactly: Callable[[dict[str, At]], dict[str, np.ndarray]],
+    ) -> dict[str, Any]:
+        """Return the results that `_attempt` found, with the open elements decided on the host.
+
+        `exactly` takes the indices of the undecided elements of each result, and returns the correctly rounded
+        elements.
+        """
+        results: dict[str, Any] = {}
+        opened: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+        at_undecided: dict[str, At] = {}
+        for key, (result, is_open, n, value, error) in attempts.items():
+            results[key], shape = result, backend.shape(result)
+            self.counts[f"{name}: elements"] += math.prod(shape)
             with _refuse_tracers(name):
                 n_open = int(backend.to_numpy(n))
             if not n_open:
-                return result
-            mask = backend.to_numpy(is_open)
-            places = np.flatnonzero(mask)
-            value, error = (np.broadcast_to(backend.to_numpy(x), mask.shape).reshape(-1)[places] for x in evaluation)
+                at_undecided[key] = (np.zeros(0, np.int64),) * len(shape)
+                continue
+            places = np.flatnonzero(backend.to_numpy(is_open))
+            value, error = (np.broadcast_to(backend.to_numpy(x), shape).reshape(-1)[places] for x in (value, error))
             if name in _NORMS:  # an infinity or NaN is exact
                 error = np.where(np.isfinite(value), error, 0.0)
             low, high = _narrowed(value - error), _narrowed(value + error)
             undecided = (low != high) & (error != 0)
-            if undecided.any():
-                on_host = {key: backend.to_numpy(x) for key, x in arrays.items() if key in given}
-                on_host |= {key: weight.host for key, weight in weights.items()}
-                at = np.unravel_index(places[undecided], mask.shape) if mask.shape else ()
-                decided = getattr(exact, name)(**on_host, **options, at=at)
-                self.counts[f"{name}: undecided"] += len(decided)
-                self.counts[f"{name}: otherwise wrong"] += int(np.sum(decided != _narrowed(value[undecided])))
-                low[undecided] = decided
+            at_undecided[key] = np.unravel_index(places[undecided], shape) if shape else ()
+            opened[key] = places, low, undecided, value
+        if any(undecided.any() for _, _, undecided, _ in opened.values()):
+            decided = exactly(at_undecided)
+            for key, (_, low, undecided, value) in opened.items():
+                self.counts[f"{name}: undecided"] += int(np.sum(undecided))
+                self.counts[f"{name}: otherwise wrong"] += int(np.sum(decided[key] != _narrowed(value[undecided])))
+                low[undecided] = decided[key]
+        for key, (places, low, _, _) in opened.items():
             low[np.isnan(low)] = np.nan  # frameworks give NaN different bits
-            found = backend.to_numpy(result).copy()
+            found = backend.to_numpy(results[key]).copy()
             found.reshape(-1)[places] = low
-            return backend.from_numpy(found, device=backend.placement(result))
+            results[key] = backend.from_numpy(found, device=backend.placement(results[key]))
+        return results
 
     def add(self, x: Any, y: Any) -> Any:
         """Return x + y. IEEE 754 rounds a sum correctly, so only subnormal results are left to be replaced by 0."""
@@ -166,20 +247,44 @@ _NORMS = {"conv1d": "column_norms", "unembed": "row_norms"}
 
 
 @functools.cache
-def _attempt(backend: Backend, name: str, options: tuple[tuple[str, Any], ...], numerics: Numerics) -> Any:
-    """Return a function of the arrays of an op in float64.
+def _square_sum(backend: Backend) -> Callable[[Any], Any]:
+    """Return a function that returns the sum of the squares of a float32 array, in float64."""
 
-    It returns the result in float32; a bool array that is True where the host must look, because the result is
-    undecided or may be subnormal; the number of such elements; and the `Evaluation`.
+    def square_sum(x: Any) -> Any:
+        wide = _widened(backend, x)
+        return backend.xp.sum(wide * wide)
+
+    return backend.compile(square_sum)
+
+
+@functools.cache
+def _attempt(
+    backend: Backend, name: str, options: tuple[tuple[str, Any], ...], numerics: Numerics, finite: tuple[str, ...] = ()
+) -> Any:
+    """Return a function of the float64 arguments of an op, or of a formula that has several results.
+
+    It returns a dict with an entry for each result: the float32 array; a bool array that is True where the host must
+    look, because an element is undecided or may be subnormal; the number of such elements; and the `Evaluation`. All
+    results are NaN if an element of an argument that is named in `finite` is NaN or infinite. These arguments are
+    float32, and are converted here.
     """
-    evaluate, xp = getattr(float64, name), backend.xp
+    xp, several = backend.xp, bool(finite)
+    evaluate = getattr(float64_gradients if several else float64, name)
 
-    def attempt(arrays: dict[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
-        value, error = evaluate(**arrays, **dict(options), numerics=numerics)
-        low, high = xp.astype(value - error, xp.float32), xp.astype(value + error, xp.float32)
-        # A framework may flush subnormal numbers, and then they are 0 here.
-        is_open = (low != high) | ((low >= -_SMALLEST) & (low <= _SMALLEST))
-        return low, is_open, xp.sum(xp.astype(is_open, xp.int32)), value, error
+    def attempt(arrays: dict[str, Any]) -> dict[str, tuple[Any, Any, Any, Any, Any]]:
+        arrays = arrays | {key: _widened(backend, arrays[key]) for key in finite}
+        evaluations = evaluate(**arrays, **dict(options), numerics=numerics)
+        found = {}
+        nan = sum(xp.sum(arrays[key] - arrays[key]) for key in finite)  # 0, or NaN
+        for key, (value, error) in evaluations.items() if several else [("", evaluations)]:
+            if finite:
+                value, error = value + nan, xp.where(nan == 0, error, 0.0)
+            low, high = xp.astype(value - error, xp.float32), xp.astype(value + error, xp.float32)
+            # A framework may flush subnormal numbers, and then they are 0 here.
+            is_open = (low != high) | ((low >= -_SMALLEST) & (low <= _SMALLEST) & ((value != 0) | (error != 0)))
+            low = xp.where(low == 0, 0.0, low)
+            found[key] = low, is_open, xp.sum(xp.astype(is_open, xp.int32)), value, error
+        return found
 
     return backend.compile(attempt)
 

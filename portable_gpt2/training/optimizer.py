@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import decimal
 import functools
-import math
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..checks import integer
+from ..correct_rounding.mode import Interpreter
 from ..params import Params, flatten, map_tree, nest
 from ..registry import backend_of
 from .recipe import Recipe
 
 _SMALLEST = float(np.finfo(np.float32).smallest_normal)
+_CONTEXT = decimal.Context(prec=50)
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 
 
 class Moments(NamedTuple):
@@ -48,8 +52,22 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    share = recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    share = recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * (1 + _cos_pi(min(1.0, done))) / 2
     return recipe.learning_rate * share
+
+
+def _cos_pi(x: float) -> float:
+    """Return cos(pi x) for x from 0 to 1, by 50 digits of its Taylor series.
+
+    The last bits of ``math.cos``, and of powers of floats, differ between platforms.
+    """
+    with decimal.localcontext(_CONTEXT):
+        square = (_PI * Decimal(x)) ** 2
+        term = total = Decimal(1)
+        for k in range(1, 61, 2):
+            term = -term * square / (k * (k + 1))
+            total += term
+        return float(total)
 
 
 def rates(step: int, recipe: Recipe) -> np.ndarray:
@@ -58,7 +76,8 @@ def rates(step: int, recipe: Recipe) -> np.ndarray:
     A bias correction is 1 / (1 - beta^t), where t counts the steps from 1. The numbers are an array because a compiler
     would treat Python's numbers as constants, and compile each step.
     """
-    bias = (1 / (1 - beta ** (step + 1)) for beta in (recipe.beta1, recipe.beta2))
+    powers = (float(_CONTEXT.power(Decimal(beta), step + 1)) for beta in (recipe.beta1, recipe.beta2))
+    bias = (1 / (1 - power) for power in powers)
     return np.asarray([learning_rate(step, recipe), *bias])
 
 
@@ -123,4 +142,31 @@ def update(params: Params, grads: Params, moments: Moments, rates: Any, recipe: 
         found = backend.for_each(functools.partial(step, options), *lists)
         for path, after in zip(paths, found, strict=True):
             p[path], m[path], v[path] = after
+    return nest(p), Moments(nest(m), nest(v)), norm
+
+
+def reproducible_update(
+    params: Params, grads: Params, moments: Moments, rates: np.ndarray, recipe: Recipe, interpreter: Interpreter
+) -> tuple[Params, Moments, float]:
+    """Take the step of `update` in the reproducible mode, in which each result is rounded once.
+
+    The arguments and the results are those of `update`, except that `rates` and the norm are on the host. Numbers such
+    as the scale of the gradient are computed on the host in float64, in the order in which they are written here. The
+    moments are each one formula of float32 arrays, and the parameters are one formula of the new moments.
+    """
+    n = recipe.gradient_accumulation_steps
+    norm = interpreter.norm([g for _, g in flatten(grads)], n)
+    scale = 1 / n
+    if recipe.max_grad_norm is not None and norm > recipe.max_grad_norm:
+        scale = scale * (recipe.max_grad_norm / (norm + 1e-6))
+    rate, bias_m, bias_v = map(float, rates)
+    new, rest = 1 - recipe.beta1, 1 - recipe.beta2
+    of_moments = [recipe.beta1, new * scale, recipe.beta2, rest * (scale * scale)]
+    p, g, m, v = (dict(flatten(tree)) for tree in (params, grads, *moments))
+    for path, x in p.items():
+        after = interpreter.formula("moments", {"g": g[path], "m": m[path], "v": v[path]}, constants=of_moments)
+        m[path], v[path] = after["m"], after["v"]
+        decay = recipe.weight_decay if len(backend_of(x).shape(x)) >= 2 else 0.0
+        of_step = [1 - rate * decay, rate * bias_m, bias_v, recipe.eps]
+        p[path] = interpreter.formula("adamw", {"p": x, "m": m[path], "v": v[path]}, constants=of_step)["p"]
     return nest(p), Moments(nest(m), nest(v)), norm

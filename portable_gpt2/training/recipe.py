@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import integer, number, seed, shown
+from ..checks import flag, integer, number, seed, shown
 from ..options import documented, option, validate
 
 _DTYPES = ("float32", "float64", "bfloat16")
@@ -103,8 +103,17 @@ class Recipe:
         low=1,
     )
 
+    reproducible: bool = option(
+        False,
+        "round every operation of a step correctly, so that training has the same bits on every backend, device and "
+        "processor; a step then takes about 10 times as long",
+        flag,
+    )
+
     def __post_init__(self) -> None:
         validate(self)
+        if self.reproducible and self.dtype != "float32":
+            raise ValueError(f"dtype is {self.dtype}; reproducible training is in float32")
 
     @property
     def master_dtype(self) -> str:
@@ -117,10 +126,14 @@ class Recipe:
         return {_NAMES_IN_FILES.get(field.name, field.name): field.name for field in dataclasses.fields(Recipe)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values by their names in the files of a run."""
-        return {stored: getattr(self, name) for stored, name in self.names_in_files().items()}
+        """Return the values by their names in the files of a run. Older files have no entry ``reproducible``."""
+        entries = {stored: getattr(self, name) for stored, name in self.names_in_files().items()}
+        if not self.reproducible:
+            del entries["reproducible"]
+        return entries
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Recipe:
         """Return the recipe that `to_dict` of another recipe describes."""
-        return cls(**{name: entries[stored] for stored, name in cls.names_in_files().items()})
+        names = cls.names_in_files()
+        return cls(**{names[stored]: value for stored, value in entries.items() if stored in names})

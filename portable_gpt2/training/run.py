@@ -423,7 +423,10 @@ def _read_run(file: Path) -> dict[str, Any]:
     """Return the entries of a run's record: its recipe, the size of its texts, and the number of training tokens."""
     entries = records.read_record(file, "recipe", "n_training", "tokens", "where")
     try:
-        recipe = Recipe.from_dict(records.fields(file, "recipe", entries["recipe"], *Recipe.names_in_files()))
+        names = Recipe.names_in_files()
+        if isinstance(entries["recipe"], dict) and "reproducible" not in entries["recipe"]:
+            del names["reproducible"]
+        recipe = Recipe.from_dict(records.fields(file, "recipe", entries["recipe"], *names))
         tokens = records.fields(file, "tokens", entries["tokens"], "bytes", "sha256")
         size = integer("the size of the tokens", tokens["bytes"])
         n_training = integer("n_training", entries["n_training"], 0, size // 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +13,13 @@ from .. import gradients
 from ..backend import Backend
 from ..checks import positions, shown, token_ids
 from ..config import GPT2Config
+from ..correct_rounding import mode
 from ..model import loss
+from ..op import interpreted
+from ..ops import add
 from ..params import Params, check_params, flatten, map_tree, nest
 from ..registry import get_backend
-from .optimizer import Moments, no_moments, rates, update
+from .optimizer import Moments, no_moments, rates, reproducible_update, update
 from .recipe import Recipe
 
 # Only NumPy warns of an overflow. The loss or the gradient then is NaN, which `train` reports.
@@ -96,15 +99,24 @@ class Trainer:
         backend = get_backend(backend)
         backend.dtype(recipe.dtype)
         self.config, self.recipe, self.backend = config, recipe, backend
-        self._loss = backend.compile(self._loss_of)
+        compile: Callable[..., Any] = backend.compile
+        self._update: Callable[..., Any]
+        if recipe.reproducible:
+            mode.check(backend, recipe.dtype)
+            interpreter = mode.Interpreter()
+            # The mode compiles each op by itself.
+            compile = functools.partial(functools.partial, _call_interpreted, interpreter)
+            self._update = functools.partial(reproducible_update, recipe=recipe, interpreter=interpreter)
+        else:
+            self._update = backend.compile(
+                lambda params, grads, moments, rates: update(params, grads, moments, rates, recipe)
+            )
+        self._loss = compile(self._loss_of)
         self._gradient = {
-            is_handwritten: backend.compile(functools.partial(self._gradient_of, is_handwritten))
+            is_handwritten: compile(functools.partial(self._gradient_of, is_handwritten))
             for is_handwritten in (True, False)
         }
-        self._add = backend.compile(self._sum_of)
-        self._update = backend.compile(
-            lambda params, grads, moments, rates: update(params, grads, moments, rates, recipe)
-        )
+        self._add = compile(self._sum_of)
 
     def start(self, params: Params) -> State:
         """Return the state before the first step.
@@ -159,7 +171,9 @@ class Trainer:
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches is {shown(batches)}; expected arrays of windows, int [batch, seq + 1]")
         backend, wte = self.backend, state.params["wte"]
-        device, size = backend.placement(wte), micro_batch_tokens(backend, wte)
+        device = backend.placement(wte)
+        # In the reproducible mode, the sums over the rows of a batch are rounded once.
+        size = None if self.recipe.reproducible else micro_batch_tokens(backend, wte)
         windows = [_split(self._windows(tokens), size) for tokens in batches]
         if len(windows) != self.recipe.gradient_accumulation_steps:
             raise ValueError(
@@ -169,7 +183,9 @@ class Trainer:
         # An accelerator computes while the host prepares its next calls. A copy to or from the device waits until the
         # device is done, so all copies are before the first call or after the last.
         with _QUIET():
-            now = backend.from_numpy(rates(state.step, self.recipe), self.recipe.master_dtype, device)
+            now = rates(state.step, self.recipe)
+            if not self.recipe.reproducible:
+                now = backend.from_numpy(now, self.recipe.master_dtype, device)
             micro_batches = [backend.from_numpy(each, device=device) for each in windows]
             gradient, values, grads = self._gradient[self._is_handwritten(wte)], [], None
             for each in micro_batches:
@@ -178,7 +194,8 @@ class Trainer:
                 grads = more if grads is None else self._add(grads, more)
             params, moments, norm = self._update(state.params, grads, state.moments, now)
             losses = [float(backend.to_numpy(value)) for value in values]
-            return State(state.step + 1, params, moments), float(np.mean(losses)), float(backend.to_numpy(norm))
+            norm = norm if self.recipe.reproducible else float(backend.to_numpy(norm))
+            return State(state.step + 1, params, moments), math.fsum(losses) / len(losses), norm
 
     def evaluate(self, params: Params, windows: np.ndarray) -> float:
         """Return the mean loss of windows of text, int [n, seq + 1], in nats per token. Errors are those of `step`."""
@@ -190,7 +207,7 @@ class Trainer:
                 batch = windows[i : i + size]
                 value = self._loss(params, self.backend.from_numpy(batch, device=device))
                 losses.append(len(batch) * float(self.backend.to_numpy(value)))
-        return float(np.sum(losses) / len(windows))
+        return math.fsum(losses) / len(windows)
 
     def _windows(self, given: Any) -> np.ndarray:
         tokens = token_ids("token ids", given, self.config.n_vocab, axes=2)
@@ -202,7 +219,7 @@ class Trainer:
     def _sum_of(self, one: Params, other: Params) -> Params:
         paths, xs = zip(*flatten(one), strict=True)
         ys = [y for _, y in flatten(other)]
-        return nest(dict(zip(paths, self.backend.for_each(lambda x, y: x + y, xs, ys), strict=True)))
+        return nest(dict(zip(paths, self.backend.for_each(add, xs, ys), strict=True)))
 
     def _loss_of(self, params: Params, tokens: Any) -> Any:
         return loss(self._computing(params), tokens, self.config)
@@ -214,7 +231,7 @@ class Trainer:
         jax.value_and_grad and 0.91 times as long as tf.GradientTape. Eagerly it is slower: it took 1.4 times as long as
         PyTorch's autograd. On an accelerator, attention in thirds takes long to compile, and uses no fused kernel.
         """
-        if not _has_gradients(self.backend):
+        if self.recipe.reproducible or not _has_gradients(self.backend):
             return True
         is_wide = self.recipe.dtype == self.recipe.master_dtype
         return is_wide and self.backend.handwritten_gradient_is_faster and _is_on_cpu(self.backend, x)
@@ -258,6 +275,12 @@ class Trainer:
             return params
         xp, dtype = self.backend.xp, self.backend.dtype(self.recipe.dtype)
         return map_tree(lambda x: xp.astype(x, dtype), params)
+
+
+def _call_interpreted(interpreter: mode.Interpreter, fn: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in the reproducible mode."""
+    with interpreted(interpreter):
+        return fn(*args)
 
 
 def _split(tokens: np.ndarray, size: int | None) -> np.ndarray:
