@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,7 +117,7 @@ class GPT2Config:
 
     def attention_scale(self, layer: int) -> float:
         """Return the factor of the attention scores of a layer, counted from 0."""
-        scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
+        scale = 1 / math.sqrt(self.head_size) if self.scale_attn_weights else 1.0
         layer = integer("layer", layer)
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 

@@ -538,7 +538,7 @@ def dominant_sign(sums: dict[Decimal, Fraction], scale: float) -> int:
 
 
 def _scale(q: np.ndarray, scale: float | None) -> float:
-    return float(max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
+    return 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
 
 
 def _seen(shape: tuple[int, ...], mask: np.ndarray | None, causal: bool, at: At) -> np.ndarray:

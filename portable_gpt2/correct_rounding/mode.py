@@ -128,6 +128,9 @@ class Interpreter:
                 return _without_subnormals(backend, embed(**given))
             weights = {key: self._weights.get(id(x)) or _Weight(x) for key, x in floats.items()}
             options = {key: x for key, x in given.items() if key not in signature.arrays}
+            if name.startswith("attention") and options.get("scale") is None:
+                # d ** -0.5 would be a function of the platform's library; these two operations are rounded correctly.
+                options["scale"] = 1 / math.sqrt(max(backend.shape(given["q"])[-1], 1))
             arrays = {key: x for key, x in given.items() if key not in options and x is not None}
             arrays |= {key: weight.wide for key, weight in weights.items()}
             if name in _NORMS:
@@ -337,6 +340,8 @@ def _has_float64(backend: Backend, device: str | None) -> bool:
 
 def check(backend: Backend, dtype: str, who: str = "") -> None:
     """Refuse a dtype other than float32, and a backend that has no float64."""
+    if type(backend).enclosure is not Backend.enclosure:
+        raise TypeError(f"{who}the results of {backend.name} are enclosures; the reproducible mode rounds numbers")
     if not _has_float64(backend, None):
         raise TypeError(who + _NO_FLOAT64.format(f"{backend.name} does not have"))
     if dtype != "float32":
