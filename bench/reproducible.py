@@ -43,7 +43,7 @@ def main() -> int:
     if chosen.child:
         print(json.dumps(_CHILDREN[chosen.child](chosen)))
         return 0
-    settings: list[tuple[str, str, dict[str, str]]] = [("1", "own choice", {})]
+    settings: list[tuple[str, str, dict[str, str]]] = [("2" if chosen.costs else "1", "own choice", {})]
     if not chosen.costs and chosen.texts is None:
         settings = [(threads, name, KERNELS[name]) for threads, name in itertools.product("12", KERNELS)]
     seen = set()
