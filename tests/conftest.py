@@ -75,6 +75,8 @@ def pytest_collection_modifyitems(config, items):
 
     def is_run(item):
         dtype = getattr(getattr(item, "callspec", None), "params", {}).get("dtype")
+        if plugin.backend_param(item) in getattr(item.module, "NOT_FOR", ()):
+            return False
         is_x64 = "x64" in item.keywords or (plugin.backend_param(item), dtype) == ("jax", "float64")
         return is_x64 == X64 and backend_of(item) in backends
 

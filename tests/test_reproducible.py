@@ -21,6 +21,7 @@ from portable_gpt2.correct_rounding import exact, mode
 from portable_gpt2.registry import registered
 from portable_gpt2.testing.plain_gpt2 import CONFIGS, PASSAGE, on_backend, random_weights, some_tokens
 
+NOT_FOR = ("flint",)  # the mode refuses a backend whose arrays enclose exact results
 pytestmark = pytest.mark.every_device
 
 TINY = 2.0**-126
@@ -181,7 +182,7 @@ def test_texts_scores_and_traces_are_those_of_numpy(backend):
     plain = pg.GPT2.load("shakespeare", backend="numpy", dtype="float64").score_ids(ids)
     np.testing.assert_allclose(score.log_probs, plain.log_probs, atol=1e-4)
     found = pg.compare(numpys, mine, ids)
-    assert found.notes[0].startswith("The logits are equal to the last bit. Their fingerprint is ")
+    assert found.notes[-1].startswith("The logits are equal to the last bit. Their fingerprint is ")
     assert {each.difference for each in found.growth} == {0}
     traced, expected = (each.trace(ids) for each in (mine, numpys))
     for name, x in traced.items():
@@ -321,6 +322,12 @@ class Mine(np.ndarray):
 @pytest.fixture
 def numpy_backend():
     return pg.get_backend("numpy")
+
+
+def test_enclosures_are_refused():
+    flint = pytest.importorskip("portable_gpt2_backends.flint").FlintBackend()
+    with registered(flint), pytest.raises(TypeError, match="float64, which flint does not have"), pg.reproducible():
+        pg.gelu(flint.from_numpy(f32(2)))
 
 
 def test_a_traced_function_is_refused(jax):

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..config import GPT2Config
 from ..fingerprint import hash_of_logits
 from ..host import StoredTensor
@@ -113,22 +115,16 @@ def compare(
         growth=grown,
         logits=logits,
         missing=missing,
-        notes=[*_fingerprints(a, b), *notes(a, b, evidence)],
+        notes=[*notes(a, b, evidence), *_fingerprint(a, b)],
     )
 
 
-def _fingerprints(a: Trace, b: Trace) -> Iterator[str]:
-    """Yield a sentence if both traces have logits in float32, of which `GPT2.fingerprint` is a hash."""
-    traces = [each for each in (a, b) if each.dtype == "float32" and "logits" in each.arrays]
-    if len(traces) == 2:
-        of_a, of_b = (hash_of_logits(each.tokens[0].tolist(), each.arrays["logits"][0]) for each in traces)
-        if of_a == of_b:
-            yield f"The logits are equal to the last bit. Their fingerprint is {of_a}."
-        else:
-            yield (
-                f"The fingerprints of the logits are {of_a[:16]} and {of_b[:16]}. In the reproducible mode, equal "
-                f"models have the same."
-            )
+def _fingerprint(a: Trace, b: Trace) -> Iterator[str]:
+    """Yield a sentence if both traces have the same logits in float32, of which `GPT2.fingerprint` is a hash."""
+    both = [(each, each.arrays["logits"][0]) for each in (a, b) if "logits" in each.arrays]
+    hashes = [hash_of_logits(each.tokens[0].tolist(), x) for each, x in both if x.dtype == np.float32]
+    if len(hashes) == 2 and hashes[0] == hashes[1]:
+        yield f"The logits are equal to the last bit. Their fingerprint is {hashes[0]}."
 
 
 def _described(side: Trace) -> str:
