@@ -134,7 +134,7 @@ class GPT2:
         self.reproducible = checks.flag("reproducible", reproducible)
         self._compile = mode.compiler(self.backend, self.params) if reproducible else self.backend.compile
         self._decoder = Decoder(
-            self.backend, self.params, config, self._device, self._compile, reproducible=reproducible
+            self.backend, self.params, config, self._device, compile=self._compile, reproducible=reproducible
         )
         self._logits = self._compile(lambda params, tokens: gpt2(params, tokens, config)[0], self.params)
         self._traced: dict[tuple[str, ...], Callable[..., dict[str, Any]]] = {}  # by the names that are kept

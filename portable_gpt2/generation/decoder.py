@@ -84,8 +84,8 @@ class Decoder:
         The model's shape.
     device : device
         The device of the parameters, as the framework's own object.
-    compile : callable
-        ``backend.compile``, or another function with its signature.
+    compile : callable, optional
+        A function with the signature of `Backend.compile`, which it is unless given.
     reproducible : bool
         Whether the choice of a token must not depend on the processor. The host then chooses all tokens.
     """
@@ -96,8 +96,8 @@ class Decoder:
         params: Params,
         config: GPT2Config,
         device: Any,
-        compile: Callable[..., Any],
         *,
+        compile: Callable[..., Any] | None = None,
         reproducible: bool = False,
     ) -> None:
         self.backend, self.params, self.config, self.device = backend, params, config, device
@@ -107,7 +107,7 @@ class Decoder:
             h, extended = transformer(params, tokens, config, cache)
             return head(params, backend.xp.take(h, last, axis=1)), extended
 
-        self._step = compile(step, params, donate=("cache",))
+        self._step = (compile or backend.compile)(step, params, donate=("cache",))
         wte = params["wte"]
         self.runs_ahead = not reproducible and backend.dtype_names[wte.dtype] != "float64" and backend.runs_ahead(wte)
         self._functions = (functions.exp, functions.log) if reproducible else ()
