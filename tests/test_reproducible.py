@@ -10,6 +10,7 @@ import inspect
 import typing
 from pathlib import Path
 
+import midpoints
 import numpy as np
 import pytest
 from processes import run
@@ -111,6 +112,24 @@ def test_every_element_is_that_of_the_host(backend, case):
     expected = getattr(exact, name)(**given, **options, at=everywhere(found.shape))
     assert found.dtype == np.float32
     np.testing.assert_array_equal(bits(found).reshape(-1), bits(expected))
+
+
+def test_midpoints_are_decided(backend):
+    """Catches an element that is decided by its float64 value although it lies on a midpoint, or next to one."""
+    cases = [*midpoints.cases()]
+    if backend.compiles_per_shape:  # each case has a shape of its own
+        cases = cases[::24]
+    for case in cases:
+        arrays = {key: x for key, x in case.arguments.items() if isinstance(x, np.ndarray)}
+        given = {
+            key: backend.from_numpy(np.asarray(x, _NARROW.get(x.dtype.kind, x.dtype))) for key, x in arrays.items()
+        }
+        with pg.reproducible():
+            found = backend.to_numpy(getattr(pg, case.op)(**{**case.arguments, **given}))
+        np.testing.assert_array_equal(bits(found), bits(np.reshape(case.expected, found.shape)), err_msg=case.name)
+
+
+_NARROW = {"f": np.float32, "i": np.int32}
 
 
 @pytest.fixture(scope="module")
