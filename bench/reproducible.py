@@ -36,7 +36,7 @@ def main() -> int:
     add = parser.add_argument
     add("--model", default="shakespeare", metavar="DIR", help="checkpoint (default: the shipped model)")
     add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="run only these backends")
-    add("--costs", action="store_true", help="measure times and memory in place of the check")
+    add("--costs", action="store_true", help="measure times and memory instead of the check")
     add("--texts", type=int, metavar="N", help="hash the logits of N texts, with one process for each backend")
     add("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args()

@@ -39,7 +39,7 @@ class Op(Protocol[P, R]):
 
 @runtime_checkable
 class Interpreter(Protocol):
-    """Computes the results of ops in place of kernels and definitions: see `interpreted`."""
+    """Computes the results of ops instead of kernels and definitions: see `interpreted`."""
 
     def __call__(self, signature: Signature, backend: Backend, given: dict[str, Any]) -> Any:
         """Return the result of an op, for arguments by name that fit its signature."""

@@ -389,7 +389,7 @@ def compiler(backend: Backend, params: Params) -> Callable[..., Callable[..., An
 
 
 def _with_arrays(backend: Backend, tree: Any) -> Any:
-    """Return a tree with arrays of int32 in place of ints."""
+    """Return a tree with arrays of int32 instead of ints."""
     if isinstance(tree, int):
         return backend.from_numpy(np.asarray(tree, np.int32))
     if isinstance(tree, dict):
