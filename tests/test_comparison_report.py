@@ -88,7 +88,7 @@ def test_numbers_that_differ_late_are_shown_with_enough_digits():
 
 def test_what_was_not_judged_is_said():
     """Catches a note or a number of judged elements that is left out of the text, the JSON or the page."""
-    note = "Of the 30 elements of the results that were judged, 20 were judged."
+    note = "The results above have 30 elements, and 20 were judged."
     op = OpFinding("ln_f", "layer_norm", 2.0, (0,), 2.0, 1.0, 0.5, judged=20, elements=30)
     found = comparison(ops=[op, op._replace(name="logits", judged=30)], notes=[note])
     assert note in report(found).splitlines()

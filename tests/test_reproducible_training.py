@@ -88,7 +88,7 @@ def test_a_formula_has_the_bits_of_exact_arithmetic(backend, name):
         assert found[key].ravel().tobytes() == expected.tobytes(), key
 
 
-# Of the parameters and moments after the fourth step.
+# The SHA-256 of the parameters and moments after the fourth step.
 PUBLISHED = "f8dfa12414c7ef2b9b08ae17ecbb83e3b319be7d092c128f72c1b9a66c50efd7"
 
 

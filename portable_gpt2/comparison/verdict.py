@@ -194,7 +194,6 @@ def notes(a: Trace, b: Trace, evidence: Evidence) -> Iterator[str]:
     judged, elements = (sum(getattr(op, name) for op in evidence.ops) for name in ("judged", "elements"))
     if judged < elements:
         yield (
-            f"Of the {elements:,} elements of the results that were judged, {judged:,} were judged. In float64, a "
-            f"selection is judged. There is no bound for an element that is computed from NaN or infinity or may "
-            f"overflow."
+            f"The results above have {elements:,} elements, and {judged:,} were judged. In float64, only a selection "
+            f"is judged. An element that may overflow, or that is computed from NaN or infinity, has no bound."
         )
