@@ -40,7 +40,18 @@ KIT = ["--pyargs", "tests", "portable_gpt2.testing"]  # our tests, and those of 
 NUMPY_ALONE = [
     f"tests/test_{name}.py"
     for name in (
-        *("add_a_backend", "bench", "check", "checkout", "cli_streams", "contents", "cupy", "damage", "examples"),
+        *(
+            "add_a_backend",
+            "bench",
+            "check",
+            "checkout",
+            "cli_streams",
+            "contents",
+            "cupy",
+            "damage",
+            "docs",
+            "examples",
+        ),
         *("files", "gguf", "hub", "kills", "paths", "plot", "rules", "run_damage", "runs", "sampling", "score"),
         *("targets", "tokenizer", "tokenizer_files", "traces", "training_command", "training_data"),
         *("unusable_tokenizers", "values", "weight_differences"),
@@ -248,6 +259,21 @@ def typing(session: nox.Session) -> None:
     packages = ["-p", "portable_gpt2", "-p", "portable_gpt2_backends"]
     session.run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *packages)
     session.run("mypy", "--strict", str(ROOT / "tests" / "user.py"))  # user code, with a user's settings
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build docs/ as a site in docs/_build, execute its notebooks, and run the commands of its pages.
+
+    A warning is an error. ``nox -s docs -- linkcheck`` asks for the external addresses of the pages instead, which
+    needs a network. Nothing else needs one, once the packages are installed.
+    """
+    install(session, "all,plot,exact,onnx,testing,docs", "test")
+    env = {"PYTHONDONTWRITEBYTECODE": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    builder = "linkcheck" if "linkcheck" in session.posargs else "html"
+    strict = ["--fail-on-warning", "--keep-going", "--fresh-env", "--quiet"]
+    site = ROOT / "docs" / "_build" / builder
+    session.run("sphinx-build", *strict, "-b", builder, str(ROOT / "docs"), str(site), env=env)
 
 
 @nox.session(default=False, venv_backend="none")
