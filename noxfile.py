@@ -36,25 +36,15 @@ SUITE = "55fcc60179efa2680ddd6cd926ddf17b83530e2b"  # of April 2026; its expecte
 PARITY = "tests/test_parity*.py"  # the tests that need transformers
 KIT = ["--pyargs", "tests", "portable_gpt2.testing"]  # our tests, and those of every backend, of the installed package
 # Framework-independent tests run with NumPy alone, and once more with all frameworks in one process. The tests in these
-# files are about source text, arguments, files, texts, sampling and the command: they run with NumPy alone only.
+# files are about source text, docstrings, files, texts, comparisons, sampling and the command: NumPy alone runs them.
 NUMPY_ALONE = [
     f"tests/test_{name}.py"
     for name in (
-        *(
-            "add_a_backend",
-            "bench",
-            "check",
-            "checkout",
-            "cli_streams",
-            "contents",
-            "cupy",
-            "damage",
-            "docs",
-            "examples",
-        ),
-        *("files", "gguf", "hub", "kills", "paths", "plot", "rules", "run_damage", "runs", "sampling", "score"),
-        *("targets", "tokenizer", "tokenizer_files", "traces", "training_command", "training_data"),
-        *("unusable_tokenizers", "values", "weight_differences"),
+        *("add_a_backend", "bench", "check", "checkout", "cli_streams", "compare", "comparison_report", "contents"),
+        *("cupy", "damage", "diff_command", "docs", "docstrings", "examples", "files", "gguf", "hub"),
+        *("guess_arithmetic", "kills", "paths", "plot", "rules", "run_damage", "runs", "sampling", "score", "targets"),
+        *("tokenizer", "tokenizer_files", "traces", "training_command", "training_data", "values"),
+        *("unusable_tokenizers", "weight_differences"),
     )
 ]
 # The processes of one run share the functions that JAX has compiled.
