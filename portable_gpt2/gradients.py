@@ -113,7 +113,7 @@ def attention(
 ) -> tuple[Float[Array, "*batch queries dv"], Backward]:
     """Compute y = w v, where w is the softmax of scale q k^T. Masked keys have weight 0, so they get no gradient."""
     backend, _ = ops.attention.check(q, k, v, mask=mask, causal=causal, scale=scale)  # attention_weights checks no v
-    scale = max(backend.shape(q)[-1], 1) ** -0.5 if scale is None else scale
+    scale = 1 / math.sqrt(max(backend.shape(q)[-1], 1)) if scale is None else scale
     if current_interpreter() is not None:
         y = ops.attention(q, k, v, mask=mask, causal=causal, scale=scale)
         return y, lambda dy: attention_backward(q, k, v, dy, mask, causal=causal, scale=scale)

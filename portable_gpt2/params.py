@@ -265,7 +265,7 @@ def _initial(path: str, shape: tuple[int, ...], stdev: float, seed: int) -> np.n
         return np.full(shape, 1.0 if leaf == "g" else 0.0)
     # Five arrays exist at the same time: the random words, two uniform variates, the radius and the result.
     checks.memory(5 * 8 * math.prod(shape), f"the random numbers of {path}, {list(shape)},")
-    return stdev * random.normal(path, shape, seed)
+    return random.normal(path, shape, seed, stdev)
 
 
 def check_config(config: Any) -> None:

@@ -178,6 +178,23 @@ def test_ties_of_gradients_go_to_even():
         assert of_logits.tolist() == [[-1, 1]]
 
 
+def test_the_sum_of_all_elements_has_no_axes():
+    """Catches an exact formula that needs the index of an element."""
+    dy = np.asarray([1, HALF, 2.0**-60], np.float32)
+    with pg.reproducible():
+        found = gradients.add_backward(dy, n_axes=1)["y"]
+    assert (found.shape, float(found)) == ((), 1 + 2 * HALF)
+
+
+def test_scores_that_overflow_in_float64():
+    """Catches an exact formula that never ends, because it subtracts a score that is far from the largest."""
+    q, k, v, dy = (np.full((2, 2), x, np.float32) for x in (1e38, 1e38, 1, 1))
+    k[1], v[1] = 1, 3
+    with pg.reproducible(), np.errstate(all="ignore"):
+        found = gradients.attention_backward(q, k, v, dy, scale=-1e300)
+    assert [found[name].tolist() for name in "qkv"] == [[[0, 0]] * 2, [[0, 0]] * 2, [[0, 0], [2, 2]]]
+
+
 def test_the_last_exponential_decides_next_to_a_tie():
     """Catches an exact formula that computes with ever more digits: the result is a midpoint less exp(-1e30)."""
     logits = np.asarray([[0, -1e30]], np.float32)

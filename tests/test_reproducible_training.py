@@ -19,7 +19,7 @@ from portable_gpt2.correct_rounding import exact_gradients, mode
 from portable_gpt2.params import flatten, init_params, nest
 from portable_gpt2.training import Moments, Recipe, Run, State, Trainer, batch, learning_rate, train
 from portable_gpt2.training import trainer as trainer_module
-from portable_gpt2.training.optimizer import rates
+from portable_gpt2.training.optimizer import no_moments, rates, reproducible_update
 
 CONFIG = pg.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_vocab=128, n_ctx=8, eos_token_id=None)
 RECIPE = Recipe(
@@ -137,6 +137,21 @@ def test_a_step_is_near_that_in_float32():
                 if path.endswith("c_attn/b"):  # the keys' bias changes no weight: its gradient is only rounding errors
                     a, b = np.delete(a, slice(8, 16)), np.delete(b, slice(8, 16))
                 assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b), path
+
+
+def test_an_eps_that_frameworks_flush_counts_as_0(monkeypatch):
+    """Catches a step that divides by such a number on one framework, and by 1 on another."""
+    given = []
+    monkeypatch.setattr(
+        mode.Interpreter,
+        "formula",
+        lambda self, name, arrays, **options: given.append(options) or {**arrays, "p": arrays.get("p")},
+    )
+    for eps in (1e-8, 1e-320):
+        recipe = dataclasses.replace(RECIPE, eps=eps)
+        params = {"w": np.ones(2, np.float32)}
+        reproducible_update(params, params, no_moments(params), rates(0, recipe), recipe, mode.Interpreter())
+    assert [each["constants"][3] for each in given[1::2]] == [1e-8, 0.0]
 
 
 def test_the_recipe_of_a_run_keeps_the_mode(tmp_path):

@@ -264,7 +264,11 @@ def _exponentials(scores: Number, is_used: np.ndarray) -> Number:
     """
     best = np.where(is_used, scores.approximate, -np.inf).argmax(axis=-1)
     differences = scores - scores[np.arange(len(best)), best][:, None]
-    return differences.only(is_used).exp().only(is_used)
+    if not isinstance(differences, Ball):
+        return differences.only(is_used).exp().only(is_used)
+    found, e = Ball(*(np.zeros(is_used.shape) for _ in range(3))), differences[is_used].exp()
+    found.high[is_used], found.low[is_used], found.error[is_used] = e.high, e.low, e.error
+    return found
 
 
 def _weights(scores: Number, is_used: np.ndarray, row: np.ndarray, j: np.ndarray) -> Number:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from .balls import Ball, DoubleDouble
-from .exact import _rounded, _rows, _seen, dominant_sign, unembed
+from .exact import _exponentials, _rounded, _rows, _seen, dominant_sign, unembed
 from .intervals import Decimals, exact_dot
 from .rounding import nearest
 
@@ -76,7 +76,7 @@ def _columns(x: np.ndarray, at: At) -> np.ndarray:
 def add_backward(dy: np.ndarray, *, n_axes: int, at: dict[str, At]) -> Elements:
     """Return elements of the sum of dy over its first axes."""
     shape = dy.shape[n_axes:]
-    columns = np.ravel_multi_index(at["y"], shape) if shape else np.zeros(len(at["y"][0]), np.int64)
+    columns = np.ravel_multi_index(at["y"], shape) if shape else np.zeros(1, np.int64)
     return {"y": _columns(dy.reshape(math.prod(dy.shape[:n_axes]), -1), (columns,))}
 
 
@@ -182,15 +182,9 @@ def layer_norm_backward(
     }
 
 
-def _softmax_parts(arithmetic: Arithmetic, scores: Number, is_used: np.ndarray, best: np.ndarray) -> Number:
-    """Return softmax of scores [rows, n] over the entries that are used; best is the index of a large score."""
-    differences = scores - scores[np.arange(len(best)), best][:, None]
-    if isinstance(differences, Ball):  # compute the exponentials that are used
-        of_used = differences[is_used].exp()
-        e = Ball(*(np.zeros(is_used.shape) for _ in range(3)))
-        e.high[is_used], e.low[is_used], e.error[is_used] = of_used.high, of_used.low, of_used.error
-    else:
-        e = differences.only(is_used).exp().only(is_used)
+def _softmax(scores: Number, is_used: np.ndarray) -> Number:
+    """Return the softmax of scores [rows, n] over the entries that are used."""
+    e = _exponentials(scores, is_used)
     return e / e.sum()[:, None]
 
 
@@ -206,7 +200,7 @@ def softmax_backward(x: np.ndarray, dy: np.ndarray, *, axis: int = -1, at: dict[
         number = arithmetic.number
         rows, line = np.unique(i[elements], return_inverse=True)
         is_used = np.ones((len(rows), x.shape[-1]), np.bool_)
-        y = _softmax_parts(arithmetic, number(scores[rows]), is_used, scores[rows].argmax(axis=-1))
+        y = _softmax(number(scores[rows]), is_used)
         mean = (y * number(factors[rows])).sum()
         return y[line, j[elements]] * (number(factors[i[elements], j[elements]]) - mean[line])
 
@@ -221,11 +215,10 @@ def attention_backward(
     mask: np.ndarray | None = None,
     *,
     causal: bool = False,
-    scale: float | None = None,
+    scale: float,
     at: dict[str, At],
 ) -> Elements:
     """Return elements of dq = scale ds k, dk = scale ds^T q and dv = w^T dy, with ds = w (dw - sum_j w_j dw_j)."""
-    factor = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     *start, queries, _ = q.shape
     keys = k.shape[-2]
     heads = {name: _rows((*at[name][:-2], at[name][-1]), tuple(start)) for name in "qkv"}
@@ -235,7 +228,7 @@ def attention_backward(
         own_q, own_k, own_v, own_dy = (_flushed(a[index]) for a in (q, k, v, dy))
         every = tuple(np.full(queries, part) for part in index)
         is_used = _seen((*start, queries, keys), mask, causal, (*every, np.arange(queries)))
-        of_head = _Head(own_q, own_k, own_v, own_dy, is_used, factor)
+        of_head = _Head(own_q, own_k, own_v, own_dy, is_used, scale)
         for name in "qkv":
             chosen = np.flatnonzero(heads[name] == head)
             i, j = (part[chosen] for part in at[name][-2:])
@@ -299,10 +292,7 @@ class _Head:
     def _tables(self, arithmetic: Arithmetic, rows: np.ndarray) -> tuple[Number, Number]:
         """Return w and scale ds for some queries, [rows, keys]."""
         q, dy, is_used = self._q[rows], self._dy[rows], self._is_used[rows]
-        approximate = (q.astype(np.float64) @ self._k.T.astype(np.float64)) * self._scale
-        best = np.where(is_used, approximate, -np.inf).argmax(axis=-1)
-        scores = _matmul(arithmetic, q, self._k) * arithmetic.number(self._scale)
-        weights = _softmax_parts(arithmetic, scores, is_used, best)
+        weights = _softmax(_matmul(arithmetic, q, self._k) * arithmetic.number(self._scale), is_used)
         dw = _matmul(arithmetic, dy, self._v)
         return weights, weights * (dw - (weights * dw).sum()[:, None]) * arithmetic.number(self._scale)
 

@@ -240,7 +240,7 @@ def attention_backward(
     mask: Any = None,
     *,
     causal: bool = False,
-    scale: float | None = None,
+    scale: float,
     numerics: Numerics,
 ) -> Evaluations:
     """Evaluate dq = scale ds k, dk = scale ds^T q and dv = w^T dy, with ds = w (dw - sum_j w_j dw_j) and dw = dy v^T.
@@ -250,7 +250,7 @@ def attention_backward(
     """
     backend = backend_of(q)
     xp, t = backend.xp, backend.xp.matrix_transpose
-    *_, queries, d = backend.shape(q)
+    queries = backend.shape(q)[-2]
     keys = backend.shape(k)[-2]
     scores, errors = attention_scores(q, k, mask, causal=causal, scale=scale, numerics=numerics)
     weights, relative = _weights(scores, errors, numerics)
@@ -262,19 +262,16 @@ def attention_backward(
     if visible is not None:  # a query that sees only one key has a weight of 1, whatever its score
         is_one = xp.sum(xp.astype(visible, xp.int32), axis=-1, keepdims=True) == 1
         ds, of_ds = (xp.where(is_one, 0.0, x) for x in (ds, of_ds))
-    if scale is None:
-        scale = max(d, 1) ** -0.5 if isinstance(d, int) else xp.astype(d, xp.float64) ** -0.5
-    size = scale if not isinstance(scale, float) else abs(scale)
 
-    def product(x: Any, errors: Any, n: Any, y: Any, scale: Any, size: Any) -> Evaluation:
+    def product(x: Any, errors: Any, n: Any, y: Any, scale: float) -> Evaluation:
         errors = errors + _size(xp, x) * ((_float(xp, n) + 4) * _UNIT)
-        error = xp.matmul(errors, _size(xp, y)) * ((1 + 2.0**-17) * size)
+        error = xp.matmul(errors, _size(xp, y)) * ((1 + 2.0**-17) * abs(scale))
         return Evaluation(scale * xp.matmul(x, y), error + _SMALL)
 
     return {
-        "q": product(ds, of_ds, keys, k, scale, size),
-        "k": product(t(ds), t(of_ds), queries, q, scale, size),
-        "v": product(t(weights), t(weights * relative), queries, dy, 1.0, 1.0),
+        "q": product(ds, of_ds, keys, k, scale),
+        "k": product(t(ds), t(of_ds), queries, q, scale),
+        "v": product(t(weights), t(weights * relative), queries, dy, 1.0),
     }
 
 
@@ -318,6 +315,7 @@ def _with_underflow(value: Any, error: Any) -> Any:
 def adamw(p: Any, m: Any, v: Any, constants: Any, *, numerics: Numerics) -> Evaluations:
     """Evaluate c p - a m / (sqrt(b v) + eps) for constants [c, a, b, eps]; a denominator of 0 is replaced by 1.
 
+    eps is 0 or at least 2^-500. So is the denominator, and a product that underflows has no influence.
     The quotient has six roundings, two of them under the square root or before it.
     """
     xp = backend_of(p).xp

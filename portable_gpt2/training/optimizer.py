@@ -13,12 +13,13 @@ import numpy as np
 from ..checks import integer
 from ..correct_rounding.mode import Interpreter
 from ..params import Params, flatten, map_tree, nest
+from ..random import cos_pi
 from ..registry import backend_of
 from .recipe import Recipe
 
 _SMALLEST = float(np.finfo(np.float32).smallest_normal)
+_LEAST_EPS = 2.0**-500  # in the reproducible mode, a smaller eps counts as 0, as frameworks replace 1e-310 by 0
 _CONTEXT = decimal.Context(prec=50)
-_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 
 
 class Moments(NamedTuple):
@@ -52,22 +53,8 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    share = recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * (1 + _cos_pi(min(1.0, done))) / 2
+    share = recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * (1 + float(cos_pi(Decimal(min(1.0, done))))) / 2
     return recipe.learning_rate * share
-
-
-def _cos_pi(x: float) -> float:
-    """Return cos(pi x) for x from 0 to 1, by 50 digits of its Taylor series.
-
-    The last bits of ``math.cos``, and of powers of floats, differ between platforms.
-    """
-    with decimal.localcontext(_CONTEXT):
-        square = (_PI * Decimal(x)) ** 2
-        term = total = Decimal(1)
-        for k in range(1, 61, 2):
-            term = -term * square / (k * (k + 1))
-            total += term
-        return float(total)
 
 
 def rates(step: int, recipe: Recipe) -> np.ndarray:
@@ -167,6 +154,6 @@ def reproducible_update(
         after = interpreter.formula("moments", {"g": g[path], "m": m[path], "v": v[path]}, constants=of_moments)
         m[path], v[path] = after["m"], after["v"]
         decay = recipe.weight_decay if len(backend_of(x).shape(x)) >= 2 else 0.0
-        of_step = [1 - rate * decay, rate * bias_m, bias_v, recipe.eps]
+        of_step = [1 - rate * decay, rate * bias_m, bias_v, recipe.eps if recipe.eps >= _LEAST_EPS else 0.0]
         p[path] = interpreter.formula("adamw", {"p": x, "m": m[path], "v": v[path]}, constants=of_step)["p"]
     return nest(p), Moments(nest(m), nest(v)), norm
