@@ -76,7 +76,7 @@ def test_an_empty_path_is_refused_by_every_function(name, empty, tmp_path, monke
 
 def arguments():
     """Yield every argument of every command that takes a value: the command, its parser, the action."""
-    parser = commands._parser()
+    parser = commands.parser()
     [subparsers] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     for command, sub in subparsers.choices.items():
         for action in sub._actions:
@@ -103,7 +103,7 @@ def test_an_empty_value_is_refused_by_every_option_that_is_not_text(
         elif not other.option_strings and (other.nargs != "*" or other is action):
             given += [value]
     if (command, action.dest) in TEXTS:
-        commands._parser().parse_args(given)
+        commands.parser().parse_args(given)
         return
     with pytest.raises(SystemExit) as exit_:
         main(given)

@@ -59,8 +59,9 @@ def bits(directory):
     return found
 
 
-def test_texts_become_a_model(command, room, backend):
+def test_texts_become_a_model(command, room, backend, monkeypatch):
     """Catches options that are lost on the way, and a directory that is not a checkpoint."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # the bar is for terminals
     recipe = ["--steps", "3", "--eval-every", "2", "--learning-rate", "0.01", "--seed", "9", "--dtype", "float32"]
     args = ["--data", "a.txt", "b.txt", "--out", "run", *SMALL, *recipe, "--backend", backend.name]
     status, out, err = command(

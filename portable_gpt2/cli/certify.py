@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 from .. import strict_json
 from ..certificate import certify
 from ..language_model import GPT2
 from . import streams
-from .options import add_model, add_special, allow_special, at_least, load
-from .options import progress as loading
-
-_T = TypeVar("_T")
+from .options import add_model, add_special, allow_special, at_least, load, progress
 
 
 def add_to(commands: Any) -> None:
@@ -62,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     streams.say(f"{model!r}, from {model.source}")
     weights = None
     if arguments.original_weights:
-        weights = GPT2.load(arguments.model, backend="numpy", dtype="float64", progress=loading)
+        weights = GPT2.load(arguments.model, backend="numpy", dtype="float64", progress=progress)
     certificate = certify(
         model,
         arguments.text,
@@ -70,15 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         radius=arguments.radius,
         weights=weights,
         allow_special=allow_special(arguments),
-        progress=progress,
+        progress=partial(progress, what="certifying", unit="results"),
     )
     streams.write(strict_json.line(certificate.summary()) if arguments.json else f"{certificate}\n")
     return 0
-
-
-def progress(items: Iterable[_T]) -> Iterable[_T]:
-    """Show a progress bar while logits are enclosed, if that takes longer than a second."""
-    from tqdm import tqdm
-
-    bar: Iterable[_T] = tqdm(items, desc="certifying", unit=" results", delay=1, leave=False)
-    return bar

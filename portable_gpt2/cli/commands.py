@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.metadata
 import signal
+import sys
+from typing import Any
 
 from . import (
     attend,
     backends,
     certify,
     check,
+    completion,
     convert,
     diff,
     export,
@@ -28,8 +32,30 @@ from .options import FAILED, Command, Parser
 _SIGPIPE = 13
 
 
-def _parser() -> argparse.ArgumentParser:
+_FIRST_STEPS = """GPT-2, written once, on the array framework of your choice. Try:
+
+  portable-gpt2 generate "To be, or not to be"    continue a text
+  portable-gpt2 generate "In 1905" --model gpt2   use OpenAI's GPT-2
+  portable-gpt2 backends                          list the array frameworks
+
+`portable-gpt2 --help` lists all commands, and `portable-gpt2 COMMAND --help`
+explains one of them.
+"""
+"""The text that is written if no arguments are given."""
+
+
+class _Version(argparse.Action):
+    """Writes the version. It is looked up only if it is asked for."""
+
+    def __call__(self, parser: Any, *_: Any, **__: Any) -> None:
+        streams.write(f"portable-gpt2 {importlib.metadata.version('portable-gpt2')}\n")
+        parser.exit()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command."""
     parser = Parser(prog="portable-gpt2", description="GPT-2, written once, on the array framework of your choice.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
     for command in (
         generate,
@@ -44,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         export,
         backends,
         check,
+        completion,
     ):
         command.add_to(commands)
     return parser
@@ -56,7 +83,10 @@ def run(argv: list[str] | None) -> int:
     is a bug, and its traceback is shown.
     """
     try:
-        arguments = _parser().parse_args(argv)
+        if not (sys.argv[1:] if argv is None else argv):
+            streams.write(_FIRST_STEPS)
+            return 0
+        arguments = parser().parse_args(argv)
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
         return signals.status(signal.SIGINT)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import difflib
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from ..checkpoint import SHIPPED
@@ -25,18 +28,46 @@ FAILED = 2
 class Parser(argparse.ArgumentParser):
     """A parser whose errors take one line, which names the option, the value, and the values that are expected.
 
-    An option must be written in full: an abbreviation that is unique today may be ambiguous in the next release.
+    An option must be written in full: an abbreviation that is unique today may be ambiguous in the next release. If an
+    option or a value is unknown, the error suggests the nearest one that exists.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
         self.register("type", int, _integer)
         self.register("type", float, _number)
+        self._given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments. Arguments that are left over are an error of the command to which they were given."""
+        self._given = sys.argv[1:] if args is None else args
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
         """End the process."""
-        streams.say(f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)")
+        message = f"{' '.join(message.split())}{self._suggestion(message)}"
+        streams.say(f"{self.prog}: {message} (see {self.prog} --help)")
         self.exit(FAILED)
+
+    def _suggestion(self, message: str) -> str:
+        """Return the end of an error: the first given option that does not exist, and the nearest that does."""
+        known = list(self._option_string_actions)
+        for argument in itertools.takewhile(lambda argument: argument != "--", self._given):
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                unknown = "" if name in message else f"; {name} is not an option of {self.prog}"
+                place = "; write options after the command" if unknown and self._subparsers else ""
+                return f"{unknown}{did_you_mean(name, known) or place}"
+        return ""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            message = f"{shown(value)} is not one of {', '.join(known)}{did_you_mean(str(value), known)}"
+            raise argparse.ArgumentError(action, message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # The message is the help. Unlike argparse, this raises an error if stdout is closed or full.
@@ -52,6 +83,21 @@ class Command(Parser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.register("type", None, _not_empty)
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return a question that suggests the known name that is nearest to an unknown one, or an empty text.
+
+    Examples
+    --------
+    >>> did_you_mean("--max-new-token", ["--max-new-tokens", "--seed"])
+    '; did you mean --max-new-tokens?'
+    >>> did_you_mean("--frobnicate", ["--max-new-tokens", "--seed"])
+    ''
+    """
+    longer = [each for each in known if len(name) > 3 and each.startswith(name)]
+    near = longer or difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def at_least(low: int, alternative: str = "") -> Callable[[str], int]:
@@ -207,10 +253,13 @@ def load(arguments: argparse.Namespace) -> GPT2:
 
 
 def progress(items: Iterable[_T], what: str = "loading", unit: str = "tensors") -> Iterable[_T]:
-    """Show a progress bar while items are processed, if that takes longer than a second."""
+    """Show a progress bar on stderr while items are processed, if that takes longer than a second.
+
+    Nothing is shown if stderr is not a terminal, because a bar would fill a log with its many states.
+    """
     from tqdm import tqdm
 
-    bar: Iterable[_T] = tqdm(items, desc=what, unit=f" {unit}", delay=1, leave=False)
+    bar: Iterable[_T] = tqdm(items, desc=what, unit=f" {unit}", delay=1, leave=False, disable=None)
     return bar
 
 

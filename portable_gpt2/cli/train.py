@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,10 +27,8 @@ from ..training.recipe import Recipe
 from ..training.run import Run, check_new
 from ..training.trainer import State, Trainer, micro_batch_tokens
 from . import signals, streams
-from .options import add_backend, add_fields, at_least, flag, given_fields
+from .options import add_backend, add_fields, at_least, flag, given_fields, progress
 from .texts import Texts
-
-_T = TypeVar("_T")
 
 _SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ctx": 256}
 """The shape of a new model: the fields of GPT2Config that have options, and their defaults."""
@@ -149,7 +147,8 @@ def _train(run: Run, trainer: Trainer, state: State) -> list[int]:
     n_tokens = recipe.batch_size * recipe.gradient_accumulation_steps * (recipe.context or run.config.n_ctx)
     where = f"{trainer.backend.name}, {trainer.backend.device(state.params['wte'])}"
     streams.say(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens per step")
-    bar = tqdm(total=recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5)
+    # With disable=None, the bar is shown only if stderr is a terminal.
+    bar = tqdm(total=recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5, disable=None)
     reports = train(run, trainer, state)
     # The signal is Ctrl-C, or the one by which a scheduler announces that it will end the process.
     with signals.Noted() as stopped:
@@ -236,7 +235,7 @@ def _begin(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
 
         Return the number of ids to train on.
         """
-        n = encode(texts, file=file, progress=_progress)
+        n = encode(texts, file=file, progress=partial(progress, what="tokenizing", unit="pieces"))
         n_held_out = encode(held_out, file=file) if share is None else round(share * n)
         n_training = n if share is None else n - n_held_out
         check_window(n_training, length, "text")
@@ -321,10 +320,3 @@ def _check_memory(config: GPT2Config, recipe: Recipe, backend: Backend) -> None:
     # units; and the logits.
     activations = config.n_layer * (5 * config.n_embd + config.n_hidden) + config.n_vocab
     check_memory(4 * n + at_once * activations, scalar, f"training on {at_once:,} tokens at a time")
-
-
-def _progress(pieces: Iterable[_T]) -> Iterable[_T]:
-    from tqdm import tqdm
-
-    bar: Iterable[_T] = tqdm(pieces, desc="tokenizing", unit=" pieces", delay=1, leave=False)
-    return bar
