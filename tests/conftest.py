@@ -44,6 +44,7 @@ X64 = os.environ.get("JAX_ENABLE_X64") == "1"
 
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="count a skipped test as a failure")
+    parser.addoption("--full-notebooks", action="store_true", help="run the notebooks at full size, on every backend")
 
 
 def pytest_sessionfinish(session):

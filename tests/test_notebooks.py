@@ -1,9 +1,14 @@
-"""The two notebooks of 2019 that this project began as, "Softmax function" and "1D Convolution": all that they print.
+"""The notebooks of the documentation run on every backend, and the numbers of the notebooks of 2019 are the same.
+
+The two notebooks of 2019 that this project began as are "Softmax function" and "1D Convolution".
 
 They ran TensorFlow 1 in float32. What they print is compared as it is printed; what follows from it, and is not
 printed, is held to its bound. The notebooks' two questions about speed are rows of `bench.ops`. On a GPU they have not
 been measured yet; ``python -m bench.gpu`` measures them there.
 """
+
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +17,38 @@ import portable_gpt2 as pg
 from portable_gpt2.numerics import bounds, stated
 from portable_gpt2.testing import claims
 
-pytestmark = pytest.mark.every_device
+NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
+
+SMALL = {  # assignments that are replaced, so that a notebook runs in seconds
+    "conv1d": {"SECONDS": "0.001"},
+    "gpt2_in_one_sitting": {"LENGTH": "3"},
+    "softmax": {"SECONDS": "0.001"},
+}
+COMPILE_LONG = ("gpt2_in_one_sitting",)
+"""The notebooks that take half a minute where a function is compiled for each shape."""
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in NOTEBOOKS.glob("*.py")))
+def test_a_notebook_runs(backend, name, capsys, monkeypatch, request):
+    """Catches a notebook that fails, or whose own assertions do, on one of the backends.
+
+    With --full-notebooks it runs as it is. Otherwise some sizes are smaller.
+    """
+    is_full = request.config.getoption("--full-notebooks")
+    if not is_full and backend.compiles_per_shape and name in COMPILE_LONG:
+        pytest.skip("compiles for half a minute; runs with --full-notebooks")
+    pytest.importorskip("matplotlib")
+    source = (NOTEBOOKS / f"{name}.py").read_text()
+    for variable, value in {} if is_full else SMALL[name].items():
+        source, n = re.subn(rf"(?m)^{variable} = [^#\n]*", f"{variable} = {value}  ", source)
+        assert n == 1, f"{name}.py assigns {variable} {n} times"
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    with pg.use_backend(backend), np.errstate():  # the notebooks change NumPy's error handling
+        exec(compile(source, str(NOTEBOOKS / f"{name}.py"), "exec"), {"__name__": "notebook"})
+    if name == "gpt2_in_one_sitting":
+        n_lines = len(source.splitlines()) + len(capsys.readouterr().out.splitlines())
+        assert n_lines <= 400
+
 
 X = {
     "x": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]],
@@ -70,6 +106,7 @@ def assert_prints(result, printed, ulps=0):
     assert np.all(np.abs(result - printed) <= allowed)
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("table", [X, Y], ids=["x", "y"])
 def test_every_step_of_softmax_prints_what_the_notebook_prints(backend, table):
     """Catches a namespace whose max, difference or exp is not the notebook's, or that reduces the wrong axis.
@@ -85,6 +122,7 @@ def test_every_step_of_softmax_prints_what_the_notebook_prints(backend, table):
     assert_prints(backend.to_numpy(xp.exp(shifted)), table["ex"], ulps=1)
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("table", [X, Y], ids=["x", "y"])
 def test_softmax_prints_what_the_notebook_prints(backend, table):
     """Catches any other function; the exact values and ours each lie within a unit in the last place of the printed."""
@@ -92,6 +130,7 @@ def test_softmax_prints_what_the_notebook_prints(backend, table):
         assert_prints(computed, table["softmax"], ulps=1)
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("table", [X, Y], ids=["x", "y"])
 def test_all_equal(backend, table):
     """Catches a definition that is not its four lines: the notebook compares them, and prints True throughout."""
@@ -102,6 +141,7 @@ def test_all_equal(backend, table):
     np.testing.assert_array_equal(backend.to_numpy(pg.softmax.reference(x)), by_hand)
 
 
+@pytest.mark.every_device
 @pytest.mark.parametrize("shape", [(4, 3, 2), (36, 10, 4, 3, 2)], ids=["t1", "t2"])
 def test_softmax_of_the_larger_tensors(backend, shape):
     """Catches axes that are mixed up beyond two of them; a spread, of 70 in t1, that over- or underflows."""
@@ -112,6 +152,7 @@ def test_softmax_of_the_larger_tensors(backend, shape):
     claims.assert_within(bound, claims.results(pg.softmax, backend, t))
 
 
+@pytest.mark.every_device
 def test_conv1d_of_the_notebook(backend):
     """Catches a weight that is transposed, or axes that are flattened in another order than they are restored."""
     x = np.random.default_rng(2019).uniform(-0.13, 0.13, (10, 5, 2, 5)).astype(np.float32)
