@@ -324,10 +324,10 @@ OPERATIONS = {
 N = 500
 
 
-def operands(radius):
+def operands(radius, exponent=0):
     """Return random numbers as pairs of float64 numbers, their radii, and numbers in these balls as balls of FLINT."""
     random = np.random.default_rng(0)
-    high = random.standard_normal(N) * 2.0 ** random.integers(-3, 6, N)
+    high = random.standard_normal(N) * 2.0 ** (random.integers(-3, 6, N) + exponent)
     low = high * 2.0**-54 * random.uniform(-1, 1, N)
     error = abs(high) * radius
     sides = random.integers(-1, 2, N)
@@ -337,10 +337,9 @@ def operands(radius):
     return high, low, error, [oracle.exact_arb(each) for each in inside]
 
 
-def distances(name, radius, low, high):
+def distances(name, x, y, low, high):
     """Return the distances of exact results to the middles of intervals, and the radii of the intervals, in order."""
-    exact_operands = [operands(radius)[3], operands(radius)[3][::-1]]
-    for x, y, a, b in zip(*exact_operands, low, high, strict=True):
+    for x, y, a, b in zip(x, y, low, high, strict=True):  # noqa: B020
         middle = oracle.exact_arb((Fraction(a) + Fraction(b)) / 2)
         yield (
             float(abs(OPERATIONS[name](x, y) - middle).upper()),
@@ -361,18 +360,34 @@ def bits():
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_balls_contain_the_exact_results_and_are_small(name):
     """Catches a bound that is 2^10 times too small or that ignores an operand's error, and one that is too large."""
-    for radius in (0.0, 2.0**-90, 2.0**-70):
-        high, low, error, _ = operands(radius)
-        x = Ball(high, low, error)
-        found = OPERATIONS[name](x, x[::-1])
-        middles = [Fraction(a) + Fraction(b) for a, b in zip(found.high, found.low, strict=True)]
-        radii = list(map(Fraction, found.error))
-        ends = ([sign * r + m for m, r in zip(middles, radii, strict=True)] for sign in (-1, 1))
-        measured = list(distances(name, radius, *ends))
+    for radius in (0.0, 2.0**-90, 2.0**-70, 2.0**-3):
+        *parts, inside = operands(radius)
+        x = Ball(*parts)
+        measured = measure(name, OPERATIONS[name](x, x[::-1]), inside, inside[::-1])
         assert all(distance <= allowed for distance, allowed, _ in measured)
         assert max(distance / allowed for distance, allowed, _ in measured) > 2.0**-9
         if not radius and name not in ("add", "subtract", "log"):  # they cancel
             assert all(allowed < 2.0**-80 * max(size, 2.0**-10) for _, allowed, size in measured)
+
+
+def measure(name, found, x, y):
+    """Return the `distances` of exact results to the balls that are found, for the finite ones."""
+    known = np.flatnonzero(np.isfinite(found.error))
+    assert len(known) > 20
+    middles = [Fraction(found.high[i]) + Fraction(found.low[i]) for i in known]
+    ends = ([m + sign * Fraction(found.error[i]) for m, i in zip(middles, known, strict=True)] for sign in (-1, 1))
+    return list(distances(name, [x[i] for i in known], [y[i] for i in known], *ends))
+
+
+@pytest.mark.usefixtures("bits")
+@pytest.mark.parametrize(("name", "exponents"), [("multiply", (-520, -520)), ("divide", (-900, 200))])
+def test_balls_contain_results_that_underflow(name, exponents):
+    """Catches a bound that becomes 0 because it is below all float64 numbers."""
+    x, y = (operands(0.0, each) for each in exponents)
+    found = OPERATIONS[name](Ball(*x[:3]), Ball(*y[:3]))
+    for *inside, high, low, error in zip(x[3], y[3], found.high, found.low, found.error, strict=True):
+        middle = oracle.exact_arb(Fraction(high) + Fraction(low))
+        assert abs(OPERATIONS[name](*inside) - middle) <= oracle.exact_arb(Fraction(error))
 
 
 @pytest.mark.usefixtures("bits")
@@ -384,7 +399,7 @@ def test_intervals_contain_the_exact_results_and_are_small(name):
         middle, error = number(parts[0]) + number(parts[1]), number(parts[2])
         x = Interval((middle - error).lower, (middle + error).upper, middle.arithmetic)
         found = OPERATIONS[name](x, x[::-1])
-        measured = list(distances(name, radius, found.lower, found.upper))
+        measured = list(distances(name, parts[3], parts[3][::-1], found.lower, found.upper))
         assert all(distance <= allowed * (1 + 1e-12) + 1e-300 for distance, allowed, _ in measured)
         if not radius and name not in ("add", "subtract"):
             assert all(allowed < 1e-36 * max(size, 1e-3) for _, allowed, size in measured)
@@ -394,14 +409,19 @@ def test_bounds_are_on_both_sides_of_the_ball():
     """Catches an end without the error, and a division by an interval with 0 that has an end."""
     tie = 1 + 2.0**-24
     for low, error, expected in (
-        (2.0**-90, 2.0**-80, [1, 1 + 2.0**-23]),
-        (-(2.0**-90), 2.0**-80, [1, 1 + 2.0**-23]),
+        (2.0**-90, 2.0**-89, [1, 1 + 2.0**-23]),
+        (-(2.0**-90), 2.0**-89, [1, 1 + 2.0**-23]),
         (2.0**-80, 2.0**-90, [1 + 2.0**-23] * 2),
         (-(2.0**-80), 2.0**-90, [1, 1]),
         (0.0, 0.0, [1, 1]),
     ):
         ends = Ball(*(np.asarray([x]) for x in (tie, low, error))).bounds()
         assert [float(rounding.nearest(end)[0]) for end in ends] == expected
+    # The exact ends are 2^-113 beyond a tie that goes to the other side; low - error, rounded, is the tie.
+    low, error = 2.0**-60 * (1 - 2.0**-53), 2.0**-52 + 2.0**-60
+    for sign in (1, -1):
+        ends = Ball(*(np.asarray([x]) for x in (sign * (1 + 3 * 2.0**-24 + 2.0**-52), sign * low, error))).bounds()
+        assert len({float(rounding.nearest(end)[0]) for end in ends}) == 2
     one, number = Decimals(40).number([1.0]), Decimals(40).number
     around_0 = Interval(number([-1.0]).lower, one.upper, one.arithmetic)
     for divisor in (around_0, number([0.0]), Interval(number([0.0]).lower, one.upper, one.arithmetic)):
@@ -459,6 +479,16 @@ def test_exponentials_of_large_arguments():
     for x in (601.0, 1e300, math.nan):
         found = DoubleDouble().number([x]).exp()
         assert not np.isfinite(found.high + found.error)
+
+
+def test_functions_of_balls_about_which_nothing_is_known():
+    """Catches bounds of series that are used outside of the range in which they hold."""
+    for found in (
+        Ball(*np.asarray([-700.0, 0, 500])).exp(),
+        Ball(*np.asarray([1.0, 0, 0.99])).log(),
+        Ball(*np.asarray([1.0, 0, 1])) / Ball(*np.asarray([1.0, 0, 1])),
+    ):
+        assert not found.error <= 1e300
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | ANY, st.sampled_from([-1.0, 0.0, 1.0]))

@@ -149,17 +149,17 @@ class Ball:
             t = t * r.high + 1 / math.factorial(k)
         r_squared = r.high * r.high
         t *= r_squared * r.high
-        rest = Ball(t, np.zeros(np.shape(n)), (2.0**-48 * np.abs(t) + r_squared * r.error) * _UP + _TINY)
+        rest = Ball(t, np.zeros(np.shape(n)), (2.0**-48 * np.abs(t) + r_squared * r.error) * _UP)
         square = r * r
         half = Ball(square.high / 2, square.low / 2, square.error / 2)
         n = n.astype(np.int64)
         power = powers[n % 1024]
         found = power + power * (r + (half + rest))
         high, low, error = (np.ldexp(part, n // 1024) for part in (found.high, found.low, found.error))
-        # exp(x + d) differs from exp(x) by at most exp(x) (exp(d) - 1), which is below 1.01 d exp(x) for d <= 2^-7.
+        # exp(x + d) differs from exp(x) by at most exp(x) (exp(d) - 1), which is below 1.004 d exp(x) for d <= 2^-7.
         with np.errstate(invalid="ignore"):
             growth = np.where(self.error <= 2.0**-7, 1.01 * self.error, np.inf)
-            error = (error + (high + error) * growth) * _UP + _TINY
+            error = (error + high * growth) * _UP
             # Far below the range, the result is between 0 and exp(-590) < 2^-850, if the argument is known well enough.
             is_zero = (self.high < -600) & (self.error <= 10)
         zero = np.where(in_range | is_zero, 1.0, np.nan)
