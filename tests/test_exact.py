@@ -444,6 +444,13 @@ def test_sums_contain_the_exact_sums(x, y):
             assert error <= Fraction(found.error[i]) <= Fraction(2) ** -85 * 500
 
 
+def test_the_ends_of_a_sum_of_intervals_are_rounded_outwards():
+    """Catches an end of a sum that is rounded to the wrong side."""
+    number = Decimals(40).number
+    total = (number([1.0] * 7) / number([3.0] * 7)).sum()
+    assert Fraction(total.lower.item()) < Fraction(7, 3) < Fraction(total.upper.item())
+
+
 def test_long_sums_are_within_their_bounds():
     """Catches a bound of a sum that is 2^10 times too small, and errors of terms that are ignored."""
     random = np.random.default_rng(0)

@@ -109,6 +109,11 @@ LARGER = {  # arrays that are large enough for the roundings to add up
         [3000 + normal(9, 12), normal(12), normal(9, 12, seed=1)],
         {"eps": 1e-5},
     ),
+    # The sum over rows has more roundings than a row.
+    "layer_norm_backward of many rows": (
+        [np.tile(np.asarray([[-1, 1]], np.float32), (400, 1)), normal(2), np.full((400, 2), 0.1, np.float32)],
+        {"eps": 1e-5},
+    ),
     "attention_backward with large scores": (
         [normal(2, 9, 4), 3000 + normal(2, 9, 4, seed=1), normal(2, 9, 5), normal(2, 9, 5, seed=1)],
         {"scale": 0.5},
