@@ -231,5 +231,5 @@ def _nucleus(scaled: np.ndarray, top_p: float, exp: Function) -> np.ndarray:
     """Return the indices, ascending, of the smallest set of entries whose total probability reaches top_p."""
     order = np.argsort(-scaled, kind="stable")
     weights = exp(scaled[order])
-    before = np.cumsum(weights) - weights
-    return np.sort(order[before < top_p * weights.sum()])
+    sums = np.cumsum(weights)  # its last element is the total; the order of np.sum is not specified
+    return np.sort(order[sums - weights < top_p * sums[-1]])

@@ -122,6 +122,8 @@ LARGER = {  # arrays that are large enough for the roundings to add up
         [normal(2, 9, 4), normal(2, 9, 4, seed=1), 3000 + normal(2, 9, 5), normal(2, 9, 5, seed=1)],
         {"scale": 0.5},
     ),
+    # The last bit of the sum is lost.
+    "add_backward of 54 bits": ([np.asarray([[1], [2.0**-30 + 2.0**-53]], np.float32)], {"n_axes": 1}),
     # Each of the small numbers is lost.
     "add_backward of one large number": ([np.asarray([[1], *59 * [[2.0**-54]]], np.float32)], {"n_axes": 1}),
     "embed_backward of one large number": (
@@ -189,6 +191,7 @@ def test_the_sum_of_all_elements_has_no_axes():
     with pg.reproducible():
         found = gradients.add_backward(dy, n_axes=1)["y"]
     assert (found.shape, float(found)) == ((), 1 + 2 * HALF)
+    assert float64_gradients.add_backward(np.asarray([1, HALF]), n_axes=1, numerics=None)["y"].error == 0  # a tie
 
 
 def test_scores_that_overflow_in_float64():
