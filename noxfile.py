@@ -264,6 +264,8 @@ def docs(session: nox.Session) -> None:
     strict = ["--fail-on-warning", "--keep-going", "--fresh-env", "--quiet"]
     site = ROOT / "docs" / "_build" / builder
     session.run("sphinx-build", *strict, "-b", builder, str(ROOT / "docs"), str(site), env=env)
+    if builder == "html":
+        session.run("python", str(ROOT / "tools" / "run_pages.py"), env=env)
 
 
 @nox.session(default=False, venv_backend="none")

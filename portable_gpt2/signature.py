@@ -58,6 +58,11 @@ class Signature:
         self._signature = inspect.signature(definition)
         parameters = self._signature.parameters.values()
         self.name = definition.__name__
+        if not all(isinstance(p.annotation, str) for p in parameters if p.annotation is not p.empty):
+            raise TypeError(
+                f"{self.name}: an annotation is an object, and the checks are read from its text; begin the file with "
+                f"`from __future__ import annotations`"
+            )
         self.arrays = {p.name: read for p in parameters if (read := array_type(p.annotation))}
         self.floats = frozenset(name for name, read in self.arrays.items() if read.kind == "Float")
         self._names = dict.fromkeys(self._signature.parameters)

@@ -99,8 +99,38 @@ def test_links_lead_somewhere(page):
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{page.name} links to {target}"
         if fragment:
-            headings = re.findall(r"^#+ (.*)$", outside_code(file), re.MULTILINE)
+            text = outside_code(file) + (command_reference.page() if file.stem == "command" else "")
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
             assert fragment in map(anchor, headings), f"{page.name} links to {target}; {file.name} has no such heading"
+
+
+def source_files():
+    return [
+        file
+        for folder in ("portable_gpt2", "backends")
+        for file in (ROOT / folder).rglob("*.py")
+        if "testing" not in file.parts
+    ]
+
+
+def test_the_messages_of_the_page_of_errors_are_the_programs():
+    """Catches a message that was reworded, so that nobody finds it on the page."""
+    source = "".join(file.read_text("utf-8") for file in source_files())
+    source = re.sub(r'"\n *f?"', "", source)  # a string that is written on several lines
+    page = (DOCS / "reference" / "errors.md").read_text("utf-8").partition("\n## Messages")[2]
+    cells = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
+    assert len(cells) > 30
+    for message in (each for cell in cells for each in re.findall(r"`(.+?)`(?:, |$)", cell)):
+        for part in map(str.strip, message.split("...")):
+            assert part in source, message
+
+
+def test_every_warning_is_on_the_page_of_errors():
+    """Catches a new warning that the page does not explain."""
+    n_warnings = sum(file.read_text("utf-8").count("warnings.warn(") for file in source_files())
+    page = (DOCS / "reference" / "errors.md").read_text("utf-8").partition("\n## Warnings")[2]
+    messages = re.findall(r"^\| (`.*`) \| \w+Warning", page, re.MULTILINE)
+    assert sum(len(re.findall("`.+?`", each)) for each in messages) == n_warnings + 1  # one has two forms
 
 
 def test_every_page_is_in_the_site():

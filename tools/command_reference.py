@@ -4,12 +4,12 @@ import argparse
 import re
 from collections.abc import Iterator
 
-from portable_gpt2.cli.commands import _parser
+from portable_gpt2.cli import commands
 
 
 def subcommands() -> dict[str, tuple[argparse.ArgumentParser, str]]:
     """Return the parser of each subcommand, and its description in a few words, by name."""
-    found = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    found = next(action for action in commands.parser()._actions if isinstance(action, argparse._SubParsersAction))
     short = {choice.dest: choice.help or "" for choice in found._choices_actions}
     return {name: (parser, short[name]) for name, parser in found.choices.items()}
 
