@@ -397,12 +397,14 @@ def first(n, *, then):
 PRECISE = Numerics(exp=(0.0, 0.0), log=0.0)
 N = 120
 FEW = first(N, then=2.0**-24)
+MANY = first(9000, then=2.0**-24)
 ALONE = np.ones((1, 1))
 TAIL = np.asarray([[0.0, *[-24.0] * (N - 1)]])
 NEAR = np.asarray([[0.001], *[[0.0]] * (N - 1)])
 ATTAINED = {
     # name: (op, arguments, options, numerics, directions of the errors, least ratio)
     "additions in conv1d": ("conv1d", (FEW, FEW.T, np.zeros(1)), {}, PRECISE, {"matmul": 1}, 0.9),
+    "additions of products in conv1d": ("conv1d", (MANY, MANY.T, np.zeros(1)), {}, PRECISE, {"matmul": 1, "+": 1}, 0.9),
     "the bias": ("conv1d", (2.0**-20 * ALONE, 2.0**-20 * ALONE, np.ones(1)), {}, PRECISE, {"+": 1}, 0.3),
     "additions in unembed": ("unembed", (FEW, FEW), {}, PRECISE, {"matmul": 1}, 0.9),
     "additions in softmax": ("softmax", (TAIL,), {}, PRECISE, {"sum": 1, "/": -1}, 0.5),

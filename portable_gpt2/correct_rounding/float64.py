@@ -83,10 +83,6 @@ def _float(xp: Any, n: Any) -> Any:
     return n if isinstance(n, int) else xp.astype(n, xp.float64)
 
 
-def _size(xp: Any, x: Any) -> Any:
-    return xp.where(x < 0, -x, x)
-
-
 def _exp(numerics: Numerics, largest: float) -> float:
     """Return the error of exp(-x), 0 <= x <= largest, where x itself has the error u x: units of u.
 
@@ -102,11 +98,11 @@ def _exp(numerics: Numerics, largest: float) -> float:
 
 
 def conv1d(x: Any, w: Any, b: Any, *, w_norms: Any = None, numerics: Numerics) -> Evaluation:
-    """Evaluate x w + b. The error is at most nx u (|x| |w| + |b|), and |x| |w| at most the product of two norms.
+    """Evaluate x w + b. The error is at most a u (|x| |w| + |b|), and |x| |w| at most the product of two norms.
 
-    Products of float32 numbers are exact in float64, and no sum of them overflows or underflows. Each passes through nx
-    additions at most. A result is not finite only if one of its arguments is not. It is exact then, but the error is
-    infinite.
+    Products of float32 numbers are exact in float64, and no sum of them overflows or underflows. Each passes through a
+    additions at most: see `_linear`. A result is not finite only if one of its arguments is not. It is exact then, but
+    the error is infinite.
 
     Parameters
     ----------
@@ -170,14 +166,21 @@ def unembed(x: Any, w: Any, *, w_norms: Any = None, numerics: Numerics) -> Evalu
 
 
 def _linear(backend: Any, x: Any, w: Any, w_norms: Any, b: Any = None) -> Evaluation:
+    """Evaluate x w + b as a sum of products of at most `_TERMS` terms each, which have fewer roundings than one.
+
+    A term passes through the additions in its product, those of the products, and that of the bias: at most min(n, 256)
+    + ceil(n / 256) - 1 in all.
+    """
     xp = backend.xp
     *start, n = backend.shape(x)
     rows = xp.reshape(x, (math.prod(start), n))
-    value = xp.matmul(rows, w)
-    unit = (_float(xp, n) + 2) * _UNIT
+    value = xp.matmul(rows[:, :_TERMS], w[:_TERMS, :])
+    for i in range(_TERMS, n, _TERMS):
+        value += xp.matmul(rows[:, i : i + _TERMS], w[i : i + _TERMS, :])
+    unit = (min(n, _TERMS) + max(0, n - 1) // _TERMS + 2) * _UNIT
     error = _never_nan(xp, _norms(xp, rows, axis=-1)) * unit * w_norms
     if b is not None:
-        value, error = value + b, error + _never_nan(xp, _size(xp, b)) * unit
+        value, error = value + b, error + _never_nan(xp, abs(b)) * unit
     shape = (*start, backend.shape(w_norms)[0])
     return Evaluation(xp.reshape(value, shape), xp.reshape(error, shape))
 
@@ -222,6 +225,9 @@ def softmax(x: Any, *, axis: int = -1, numerics: Numerics) -> Evaluation:
     return Evaluation(value, xp.where(value == value, (value + _SMALLEST) * unit, 0.0))
 
 
+_TERMS = 256
+"""The most terms of a matrix product. With fewer, the products would take longer than the elements that they decide."""
+
 _A = -2 * math.sqrt(2 / math.pi)
 _B = _A * 0.044715
 
@@ -229,10 +235,9 @@ _B = _A * 0.044715
 def gelu(x: Any, *, numerics: Numerics) -> Evaluation:
     """Evaluate x / (1 + exp(-2 t)), t = sqrt(2/pi) (x + 0.044715 x^3), which equals x/2 (1 + tanh(t)).
 
-    In this form nothing cancels for negative x. With E = exp(-2 |t|), the result is x / (1 + E) for positive x, and x E
-    / (1 + E) for negative x. The argument of exp has a relative error of 4u: the square of x and the square root of
-    this are exact; a rounded constant, two products and a sum remain. The result has three more roundings. If |y| is at
-    least 2^-127, then 2 |t| is at most 93 for negative x; for positive x, exp has less influence.
+    In this form nothing cancels. The argument of exp has a relative error of 4u: the square of x is exact; a rounded
+    constant, two products and a sum remain. The result has two more roundings. If |y| is at least 2^-127, then |2 t| is
+    at most 93 for negative x; for positive x, exp has less influence. If exp overflows, y is nearly 0.
 
     Parameters
     ----------
@@ -255,10 +260,8 @@ def gelu(x: Any, *, numerics: Numerics) -> Evaluation:
     """
     xp = backend_of(x).xp
     square = x * x
-    size = xp.sqrt(square)
-    e = xp.exp(size * (_A + _B * square))
-    value = xp.where(x < 0, x * e, x) / (1 + e)
-    error = (xp.sqrt(value * value) + _SMALLEST) * ((3 * 93 + 5 + _exp(numerics, 93)) * _UNIT)
+    value = x / (1 + xp.exp(x * (_A + _B * square)))
+    error = (abs(value) + _SMALLEST) * ((3 * 93 + 4 + _exp(numerics, 93)) * _UNIT)
     return Evaluation(value, xp.where(square < math.inf, error, 0.0))
 
 
@@ -307,10 +310,10 @@ def layer_norm(x: Any, g: Any, b: Any, *, eps: float = 1e-5, numerics: Numerics)
     variance = xp.sum(d * d, axis=-1, keepdims=True) / n
     r = xp.sqrt(variance + eps)
     product = d / r * g
-    shift = (n + 1) * _UNIT * (_size(xp, mean) + xp.sqrt(variance)) / r
+    shift = (n + 1) * _UNIT * (abs(mean) + xp.sqrt(variance)) / r
     factor = (n / 2 + 12) * _UNIT + shift * shift
     shift = xp.where(shift <= _MOST, shift * (1 + 2.0**-17), math.inf)
-    error = xp.sqrt(product * product) * factor + (_size(xp, g) * shift + _size(xp, b) * (3 * _UNIT))
+    error = abs(product) * factor + (abs(g) * shift + abs(b) * (3 * _UNIT))
     # Where the error is NaN, nothing is known, unless an element of the row is not finite. The row is NaN then.
     zero = mean - mean
     unknown = xp.where(zero == 0, math.inf, xp.astype(zero == 0, xp.float64))

@@ -15,7 +15,7 @@ from typing import Any
 from ..numerics import Numerics
 from ..ops import in_range, visible_keys
 from ..registry import backend_of
-from .float64 import _MOST, _UNIT, Evaluation, _exp, _float, _norms, _size, attention_scores
+from .float64 import _MOST, _UNIT, Evaluation, _exp, _float, _norms, attention_scores
 
 Evaluations = dict[str, Evaluation]
 
@@ -33,13 +33,13 @@ def _sum(x: Any) -> Evaluation:
     """Evaluate the sum along the first axis, of length n. Its error is at most (n - 1) u times the sum of |x|."""
     backend = backend_of(x)
     xp, n = backend.xp, backend.shape(x)[0]
-    return Evaluation(xp.sum(x, axis=0), xp.sum(_size(xp, x), axis=0) * ((_float(xp, n) + 2) * _UNIT))
+    return Evaluation(xp.sum(x, axis=0), xp.sum(abs(x), axis=0) * ((_float(xp, n) + 2) * _UNIT))
 
 
 def _sum_of_floats(x: Any) -> Evaluation:
     """Evaluate the sum of float32 numbers along the first axis; see `_known` for sums without an error."""
     backend = backend_of(x)
-    xp, size = backend.xp, _size(backend.xp, x)
+    xp, size = backend.xp, abs(x)
     unit = (_float(xp, backend.shape(x)[0]) + 2) * _UNIT
     inverse = xp.max(_inverse(xp, size), axis=0, keepdims=True)[0, ...]
     return Evaluation(xp.sum(x, axis=0), _known(xp, xp.sum(size, axis=0), inverse, unit))
@@ -108,8 +108,8 @@ def embed_backward(ids: Any, dy: Any, *, n_vocab: int, numerics: Numerics) -> Ev
     xp, d = backend.xp, backend.shape(dy)[-1]
     index, known = in_range("embed: ids", ids, n_vocab)
     rows = _rows(backend, dy)
-    inverse = xp.max(_inverse(xp, _size(xp, rows)), axis=0, keepdims=True)
-    rows = xp.concat([rows, _size(xp, rows), rows[:, :1] * 0 + 1], axis=-1)
+    inverse = xp.max(_inverse(xp, abs(rows)), axis=0, keepdims=True)
+    rows = xp.concat([rows, abs(rows), rows[:, :1] * 0 + 1], axis=-1)
     flat = xp.reshape(index, (math.prod(backend.shape(ids)),))
     if known is not None:
         rows = xp.where(xp.reshape(known, (math.prod(backend.shape(ids)), 1)), rows, 0)
@@ -130,7 +130,7 @@ def gelu_backward(x: Any, dy: Any, *, numerics: Numerics) -> Evaluations:
     xp = backend_of(x).xp
     c = 2 * math.sqrt(2 / math.pi)
     negative = x < 0
-    size = _size(xp, x)
+    size = abs(x)
     square = size * size
     distance = c * (size * (1 + 0.044715 * square))
     e = xp.exp(-distance)
@@ -140,7 +140,7 @@ def gelu_backward(x: Any, dy: Any, *, numerics: Numerics) -> Evaluations:
     total = xp.where(negative, s - part, s + part)
     c0, c1 = _exp(numerics, 0), numerics.exp[1]
     unit = (c0 + 17 + (4 + c1) * xp.where(distance > 200, 200.0, distance)) * _UNIT
-    return {"x": Evaluation(dy * total, _size(xp, dy) * ((s + part) * unit + 2.0**-270))}
+    return {"x": Evaluation(dy * total, abs(dy) * ((s + part) * unit + 2.0**-270))}
 
 
 def layer_norm_backward(x: Any, g: Any, dy: Any, *, eps: float = 1e-5, numerics: Numerics) -> Evaluations:
@@ -165,22 +165,22 @@ def layer_norm_backward(x: Any, g: Any, dy: Any, *, eps: float = 1e-5, numerics:
     variance = mean(d * d)
     r = xp.sqrt(variance + eps)
     normal = d / r
-    h = (n + 1) * _UNIT * (_size(xp, middle) + xp.sqrt(variance)) / r
+    h = (n + 1) * _UNIT * (abs(middle) + xp.sqrt(variance)) / r
     h = xp.where(h <= _MOST, h * (1 + 2.0**-17), math.inf)
-    size = _size(xp, normal)
+    size = abs(normal)
     error = h + size * ((n / 2 + 8) * _UNIT + h * h)
     dz = dy * g
-    size_z = _size(xp, dz)
+    size_z = abs(dz)
     all_z, covariance = mean(size_z), mean(dz * normal)
     of_covariance = mean(size_z * error) + (n + 2) * _UNIT * mean(size_z * size)
     total = dz - mean(dz) - normal * covariance
     of_total = (
-        error * _size(xp, covariance)
+        error * abs(covariance)
         + (size + error) * of_covariance
-        + _UNIT * (2 * size_z + (n + 3) * all_z + 2 * size * _size(xp, covariance))
-        + _size(xp, total) * ((n / 2 + 9) * _UNIT + h * h)
+        + _UNIT * (2 * size_z + (n + 3) * all_z + 2 * size * abs(covariance))
+        + abs(total) * ((n / 2 + 9) * _UNIT + h * h)
     )
-    rows, sizes = _rows(backend, dy * normal), _rows(backend, _size(xp, dy) * error)
+    rows, sizes = _rows(backend, dy * normal), _rows(backend, abs(dy) * error)
     dg = _sum(rows)
     return {
         "x": Evaluation(total / r, of_total * (1 + 2.0**-16) / r + _SMALL),
@@ -213,7 +213,7 @@ def _centred(weights: Any, relative: Any, a: Any, errors: Any, axis: int = -1) -
     The error of the sum is at most sum_k w_k (relative_k |a_k| + error_k) + n u sum_k w_k |a_k|.
     """
     backend = backend_of(a)
-    xp, size = backend.xp, _size(backend.xp, a)
+    xp, size = backend.xp, abs(a)
 
     def total(x: Any) -> Any:
         return xp.sum(x, axis=axis, keepdims=True)
@@ -222,8 +222,8 @@ def _centred(weights: Any, relative: Any, a: Any, errors: Any, axis: int = -1) -
     unit = (_float(xp, backend.shape(a)[axis]) + 1) * _UNIT
     of_mean = total(weights * ((relative + unit) * size + errors)) * (1 + 2.0**-17)
     difference = a - mean
-    of_difference = of_mean + errors + _UNIT * (size + _size(xp, mean))
-    error = weights * ((relative + 4 * _UNIT) * _size(xp, difference) + of_difference * (1 + 2.0**-17))
+    of_difference = of_mean + errors + _UNIT * (size + abs(mean))
+    error = weights * ((relative + 4 * _UNIT) * abs(difference) + of_difference * (1 + 2.0**-17))
     return Evaluation(weights * difference, error + _SMALL)
 
 
@@ -264,8 +264,8 @@ def attention_backward(
         ds, of_ds = (xp.where(is_one, 0.0, x) for x in (ds, of_ds))
 
     def product(x: Any, errors: Any, n: Any, y: Any, scale: float) -> Evaluation:
-        errors = errors + _size(xp, x) * ((_float(xp, n) + 4) * _UNIT)
-        error = xp.matmul(errors, _size(xp, y)) * ((1 + 2.0**-17) * abs(scale))
+        errors = errors + abs(x) * ((_float(xp, n) + 4) * _UNIT)
+        error = xp.matmul(errors, abs(y)) * ((1 + 2.0**-17) * abs(scale))
         return Evaluation(scale * xp.matmul(x, y), error + _SMALL)
 
     return {
@@ -290,7 +290,7 @@ def cross_entropy_backward(logits: Any, targets: Any, *, factor: float, numerics
     value = xp.where(is_target, -others, e) / xp.sum(e, axis=-1, keepdims=True) * factor
     unit = (2 * _float(xp, n) + 5 + _exp(numerics, 200) + _exp(numerics, 21)) * _UNIT
     small = 2.0**-270 if abs(factor) <= 2.0**100 else math.inf
-    error = _size(xp, value) * unit + small * abs(factor)
+    error = abs(value) * unit + small * abs(factor)
     if known is not None:
         value, error = xp.where(known[..., None], value, math.nan), xp.where(known[..., None], error, 0.0)
     return {"logits": Evaluation(value, error)}
@@ -298,11 +298,10 @@ def cross_entropy_backward(logits: Any, targets: Any, *, factor: float, numerics
 
 def moments(g: Any, m: Any, v: Any, constants: Any, *, numerics: Numerics) -> Evaluations:
     """Evaluate b1 m + a1 g and b2 v + a2 g^2 for constants [b1, a1, b2, a2]. The square of g is exact."""
-    xp = backend_of(g).xp
     b1, a1, b2, a2 = (constants[i] for i in range(4))
     old, new, square = b1 * m, a1 * g, b2 * v + a2 * (g * g)
     return {
-        "m": Evaluation(old + new, _with_underflow(old + new, (_size(xp, old) + _size(xp, new)) * (5 * _UNIT))),
+        "m": Evaluation(old + new, _with_underflow(old + new, (abs(old) + abs(new)) * (5 * _UNIT))),
         "v": Evaluation(square, _with_underflow(square, square * (5 * _UNIT))),
     }
 
@@ -322,5 +321,5 @@ def adamw(p: Any, m: Any, v: Any, constants: Any, *, numerics: Numerics) -> Eval
     c, a, b, eps = (constants[i] for i in range(4))
     denominator = xp.sqrt(b * v) + eps
     step, kept = a * m / xp.where(denominator == 0, 1.0, denominator), c * p
-    value, error = kept - step, (_size(xp, kept) + 2 * _size(xp, step)) * (5 * _UNIT)
+    value, error = kept - step, (abs(kept) + 2 * abs(step)) * (5 * _UNIT)
     return {"p": Evaluation(value, _with_underflow(value, error))}

@@ -126,16 +126,17 @@ class Interpreter:
         with interpreted(None), backend.permit_64_bits(), np.errstate(all="ignore"):
             if name == "embed":
                 return _without_subnormals(backend, embed(**given))
-            weights = {key: self._weights.get(id(x)) or _Weight(x) for key, x in floats.items()}
+            weights = {key: self._weights[id(x)] for key, x in floats.items() if id(x) in self._weights}
             options = {key: x for key, x in given.items() if key not in signature.arrays}
             if name.startswith("attention") and options.get("scale") is None:
                 # d ** -0.5 would be a function of the platform's library; these two operations are rounded correctly.
                 options["scale"] = 1 / math.sqrt(max(backend.shape(given["q"])[-1], 1))
             arrays = {key: x for key, x in given.items() if key not in options and x is not None}
             arrays |= {key: weight.wide for key, weight in weights.items()}
-            if name in _NORMS:
+            if name in _NORMS and "w" in weights:
                 arrays["w_norms"] = getattr(weights["w"], _NORMS[name])
-            attempt = _attempt(backend, name, tuple(options.items()), _numerics(name, backend, given))
+            narrow = tuple(key for key in floats if key not in weights)
+            attempt = _attempt(backend, name, tuple(options.items()), _numerics(name, backend, given), narrow)
 
             def exactly(at: dict[str, At]) -> dict[str, np.ndarray]:
                 on_host = {key: backend.to_numpy(x) for key, x in arrays.items() if key in given}
@@ -167,7 +168,7 @@ class Interpreter:
                 place = backend.placement(arrays[floats[0]])
                 given["constants"] = backend.from_numpy(np.asarray(constants, np.float64), "float64", place)
             numerics = _numerics(name, backend, {key: arrays[key] for key in floats})
-            attempt = _attempt(backend, name, tuple(options.items()), numerics, tuple(floats))
+            attempt = _attempt(backend, name, tuple(options.items()), numerics, tuple(floats), several=True)
 
             def exactly(at: dict[str, At]) -> dict[str, np.ndarray]:
                 on_host = {key: backend.to_numpy(x) for key, x in arrays.items()}
@@ -200,7 +201,7 @@ class Interpreter:
         self,
         name: str,
         backend: Backend,
-        attempts: dict[str, tuple[Any, Any, Any, Any, Any]],
+        attempts: dict[str, tuple[Any, Any, Any, Any]],
         exactly: Callable[[dict[str, At]], dict[str, np.ndarray]],
     ) -> dict[str, Any]:
         """Return the results that `_attempt` found, with the open elements decided on the host.
@@ -211,15 +212,14 @@ class Interpreter:
         results: dict[str, Any] = {}
         opened: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
         at_undecided: dict[str, At] = {}
-        for key, (result, is_open, n, value, error) in attempts.items():
+        for key, (result, is_open, value, error) in attempts.items():
             results[key], shape = result, backend.shape(result)
             self.counts[f"{name}: elements"] += math.prod(shape)
             with _refuse_tracers(name):
-                n_open = int(backend.to_numpy(n))
-            if not n_open:
+                places = np.flatnonzero(backend.to_numpy(is_open))
+            if not len(places):
                 at_undecided[key] = (np.zeros(0, np.int64),) * len(shape)
                 continue
-            places = np.flatnonzero(backend.to_numpy(is_open))
             value, error = (np.broadcast_to(backend.to_numpy(x), shape).reshape(-1)[places] for x in (value, error))
             if name in _NORMS:  # an infinity or NaN is exact
                 error = np.where(np.isfinite(value), error, 0.0)
@@ -235,7 +235,7 @@ class Interpreter:
                 low[undecided] = decided[key]
         for key, (places, low, _, _) in opened.items():
             low[np.isnan(low)] = np.nan  # frameworks give NaN different bits
-            found = backend.to_numpy(results[key]).copy()
+            found = np.require(backend.to_numpy(results[key]), requirements="W")
             found.reshape(-1)[places] = low
             results[key] = backend.from_numpy(found, device=backend.placement(results[key]))
         return results
@@ -262,31 +262,35 @@ def _square_sum(backend: Backend) -> Callable[[Any], Any]:
 
 @functools.cache
 def _attempt(
-    backend: Backend, name: str, options: tuple[tuple[str, Any], ...], numerics: Numerics, finite: tuple[str, ...] = ()
+    backend: Backend,
+    name: str,
+    options: tuple[tuple[str, Any], ...],
+    numerics: Numerics,
+    narrow: tuple[str, ...],
+    several: bool = False,
 ) -> Any:
-    """Return a function of the float64 arguments of an op, or of a formula that has several results.
+    """Return a function of the arguments of an op, or of a formula that has several results.
 
     It returns a dict with an entry for each result: the float32 array; a bool array that is True where the host must
-    look, because an element is undecided or may be subnormal; the number of such elements; and the `Evaluation`. All
-    results are NaN if an element of an argument that is named in `finite` is NaN or infinite. These arguments are
-    float32, and are converted here.
+    look, because an element is undecided or may be subnormal; and the `Evaluation`. The arguments that are named in
+    `narrow` are float32, and the other floats are float64. All results of a formula are NaN if an element of one of its
+    arguments is NaN or infinite.
     """
-    xp, several = backend.xp, bool(finite)
+    xp = backend.xp
     evaluate = getattr(float64_gradients if several else float64, name)
 
-    def attempt(arrays: dict[str, Any]) -> dict[str, tuple[Any, Any, Any, Any, Any]]:
-        arrays = arrays | {key: _widened(backend, arrays[key]) for key in finite}
+    def attempt(arrays: dict[str, Any]) -> dict[str, tuple[Any, Any, Any, Any]]:
+        arrays = arrays | {key: _widened(backend, arrays[key]) for key in narrow}
         evaluations = evaluate(**arrays, **dict(options), numerics=numerics)
         found = {}
-        nan = sum(xp.sum(arrays[key] - arrays[key]) for key in finite)  # 0, or NaN
+        nan = sum(xp.sum(arrays[key] - arrays[key]) for key in narrow) if several else 0  # 0, or NaN
         for key, (value, error) in evaluations.items() if several else [("", evaluations)]:
-            if finite:
-                value, error = value + nan, xp.where(nan == 0, error, 0.0)
+            if several:
+                value, error = value + nan, xp.where(nan == 0, error, 0.0)  # the sum with 0 changes -0 to 0
             low, high = xp.astype(value - error, xp.float32), xp.astype(value + error, xp.float32)
             # A framework may flush subnormal numbers, and then they are 0 here.
-            is_open = (low != high) | ((low >= -_SMALLEST) & (low <= _SMALLEST) & ((value != 0) | (error != 0)))
-            low = xp.where(low == 0, 0.0, low)
-            found[key] = low, is_open, xp.sum(xp.astype(is_open, xp.int32)), value, error
+            is_open = (low != high) | ((abs(low) <= _SMALLEST) & ((value != 0) | (error != 0)))
+            found[key] = low, is_open, value, error
         return found
 
     return backend.compile(attempt)

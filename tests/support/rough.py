@@ -116,6 +116,7 @@ for _name, _function in {
 }.items():
     setattr(Array, f"__{_name}__", operator(_function))
 Array.__neg__ = lambda self: Array(-self.a)
+Array.__abs__ = lambda self: Array(abs(self.a))
 
 
 class Namespace:

@@ -120,6 +120,7 @@ _WIDE = Group(  # 16-bit arrays are converted before they are computed with
         "1.5 / x": {"x": _POSITIVE},
         "s ** -0.5": {"s": np.asarray(4.0)},
         "-x": {"x": _X},
+        "abs(x)": {"x": _X},
         "x == y": {"x": _X, "y": _Y},
         "x < y": {"x": _X, "y": _Y},
         "x <= y": {"x": _X, "y": _Y},
