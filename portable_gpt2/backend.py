@@ -99,7 +99,7 @@ class Backend:
     The defaults of `put`, `arange`, `zeros` and `top_k` also use ``asarray(a, device=device)``,
     ``arange(n, device=device)``, ``zeros(shape, dtype=dtype, device=device)`` and ``argsort(x, axis=-1)``.
 
-    Arrays support ``+ - * /``, ``**``, ``-x``, ``abs(x)``, comparisons, ``& |`` of bools, and ``& ^`` of integers. The
+    Arrays support ``+ - * /``, ``**``, ``-x``, ``abs``, comparisons, ``& |`` of bools, and ``& ^`` of integers. The
     operands are arrays of one dtype, or a Python number on either side, which does not change the dtype. An index is
     made of ints, slices, ``None`` and ``...``; an int may be traced. Arithmetic of int64 wraps around. 16-bit arrays
     are only added, moved, indexed and converted. `portable_gpt2.testing.contract.namespace` has examples of all of
