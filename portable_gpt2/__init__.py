@@ -8,6 +8,7 @@ TYPE_CHECKING = False  # importing the constant from typing would take 3 ms
 
 if TYPE_CHECKING:
     from . import gradients as gradients
+    from . import pages as pages
     from . import training as training
     from .api import *  # noqa: F403
     from .ops import *  # noqa: F403

@@ -21,7 +21,7 @@ from .backend import Backend
 from .cache import KVCache
 from .checkpoint import cast
 from .config import GPT2Config
-from .files import holds_file, replacing
+from .files import already_exists, holds_file, replacing
 from .host import StoredTensor, float_dtypes
 from .model import gpt2, head, transformer
 from .params import nest
@@ -121,7 +121,7 @@ def export(
         drafts = [stack.enter_context(replacing(each)) for each in written]
         for each in written:
             if holds_file(each) and not force:
-                raise FileExistsError(f"{each}: exists already; give a new name, or replace this file by force")
+                raise already_exists(each)
         with contextlib.ExitStack() as opened:
             out, *weights = (opened.enter_context(draft.open("wb")) for draft in drafts)
             backend.write_graph(

@@ -99,6 +99,33 @@ def check_writable(file: Path) -> None:
         raise OSError(f"{file.parent}: cannot be written to: {error.strerror}") from error
 
 
+def already_exists(file: Path) -> FileExistsError:
+    """Return the error for a file that exists and must not be replaced."""
+    how = "give a new name, or replace this file by force (--force, or force=True in Python)"
+    return FileExistsError(f"{file}: exists already; {how}")
+
+
+def check_new(file: Path, force: bool) -> None:
+    """Refuse a file that could not be written, and one that exists unless force is true.
+
+    Raises
+    ------
+    OSError
+        As for `check_writable`; FileExistsError if the file exists.
+    """
+    check_writable(file)
+    if holds_file(file) and not force:
+        raise already_exists(file)
+
+
+def write_text(file: Path, text: str, force: bool) -> None:
+    """Write a text in UTF-8 to a file, which appears complete or not at all. See `check_new` for force."""
+    check_new(file, force)
+    with replacing(file) as draft:
+        draft.write_text(text, "utf-8")
+        check_new(file, force)  # again, because another process may have written it meanwhile
+
+
 class Locked(OSError):
     """Another process, or another thread of this one, holds the lock. `pid` is the holder's process id, if known."""
 

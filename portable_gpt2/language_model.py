@@ -28,7 +28,7 @@ from .model import gpt2, observed_names
 from .params import Params, check_device, check_memory, check_params, flatten, nest, shapes
 from .registry import backend_of, get_backend
 from .sampling import Sampling, SamplingOptions
-from .score import Score, log_probs
+from .score import Score, score_tokens
 from .tokenizer import Tokenizer
 
 Stop: TypeAlias = str | int | Iterable[str | int] | None
@@ -495,7 +495,14 @@ class GPT2:
 
     @overload
     def score(
-        self, texts: str, *, stride: int | None = None, bos: bool = False, allow_special: AllowSpecial = False
+        self,
+        texts: str,
+        *,
+        stride: int | None = None,
+        bos: bool = False,
+        allow_special: AllowSpecial = False,
+        alternatives: int = 0,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> Score: ...
 
     @overload
@@ -506,6 +513,8 @@ class GPT2:
         stride: int | None = None,
         bos: bool = False,
         allow_special: AllowSpecial = False,
+        alternatives: int = 0,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> list[Score]: ...
 
     def score(
@@ -515,6 +524,8 @@ class GPT2:
         stride: int | None = None,
         bos: bool = False,
         allow_special: AllowSpecial = False,
+        alternatives: int = 0,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> Score | list[Score]:
         """Return the log-probability of every token of a text given the tokens before it; for several texts, a list.
 
@@ -534,6 +545,11 @@ class GPT2:
             because no token comes before the first one.
         allow_special : bool or collection of str
             See `GenerationOptions`.
+        alternatives : int
+            The number of the most likely tokens that are returned for each position, with their log-probabilities and
+            the rank of the text's own token; none of these if it is 0.
+        progress : callable, optional
+            Wraps the list of the windows of each text while they are read, as tqdm does.
 
         Returns
         -------
@@ -546,17 +562,26 @@ class GPT2:
         """
         given = [texts] if isinstance(texts, str) else checks.several("texts", texts, "a text, or several")
         encoded = [self._encode(text, allow_special) for text in given]
-        scores = [self.score_ids(ids, stride=stride, bos=bos) for ids in encoded]
+        options: dict[str, Any] = {"stride": stride, "bos": bos, "alternatives": alternatives, "progress": progress}
+        scores = [self.score_ids(ids, **options) for ids in encoded]
         return scores[0] if isinstance(texts, str) else scores
 
-    def score_ids(self, ids: Any, *, stride: int | None = None, bos: bool = False) -> Score:
+    def score_ids(
+        self,
+        ids: Any,
+        *,
+        stride: int | None = None,
+        bos: bool = False,
+        alternatives: int = 0,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> Score:
         """Return the log-probability of each token id of a text, as `score` does. No tokenizer is needed.
 
         Parameters
         ----------
         ids : int [seq]
             The text: a list or an array.
-        stride, bos
+        stride, bos, alternatives, progress
             As for `score`.
         """
         n_ctx = self.config.n_ctx
@@ -570,8 +595,11 @@ class GPT2:
             return rows
 
         lengths = [0 if self.tokenizer is None else len(self.tokenizer.token_bytes(token)) for token in tokens]
-        found = log_probs(logits_of, start + tokens, n_ctx, stride, self.reproducible)[len(start) :]
-        return Score(tokens, found, sum(n for n, p in zip(lengths, found, strict=True) if not np.isnan(p)))
+        alternatives = checks.integer("alternatives", alternatives, 0, self.config.n_vocab)
+        scored = score_tokens(logits_of, start + tokens, n_ctx, stride, self.reproducible, alternatives, progress)
+        found, *ranking = (each[len(start) :] for each in scored if each is not None)
+        n_bytes = sum(n for n, p in zip(lengths, found.tolist(), strict=True) if not math.isnan(p))
+        return Score(tokens, found, n_bytes, *ranking)
 
     def fingerprint(self, text: str | Any = None, *, allow_special: AllowSpecial = False) -> Fingerprint:
         """Return hashes of the model that are equal on every backend, device and processor.

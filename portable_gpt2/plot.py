@@ -1,4 +1,4 @@
-"""Plots of attention weights and of losses, with matplotlib (the extra ``plot``)."""
+"""Plots of attention weights and of training, with matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -74,30 +74,43 @@ def draw_grid(maps: Mapping[str, np.ndarray], columns: int, title: str) -> Any:
     return figure
 
 
-def draw_losses(metrics: Iterable[Mapping[str, Any]], title: str = "") -> Any:
-    """Plot the training loss and the held-out loss over the steps.
+def draw_training(metrics: Iterable[Mapping[str, Any]], title: str = "") -> Any:
+    """Plot the course of training over the steps: the losses, the norm of the gradient, and the learning rate.
 
     Parameters
     ----------
     metrics : dicts
-        The metrics of each step, as `training.Run.metrics` returns them: ``step``, and ``loss``, ``held_out`` or both.
+        The metrics of each step, as `training.Run.metrics` returns them: ``step``, and those of ``loss``, ``held_out``,
+        ``norm`` and ``rate`` that are known.
     title : str, optional
         The title of the plot.
 
     Returns
     -------
     matplotlib.figure.Figure
+        Three plots with one axis of steps.
     """
     metrics = list(metrics)
-    figure = _figure(7, 4.5)
-    axes = figure.subplots()
-    for name, label, style in (("loss", "training", {"linewidth": 0.6}), ("held_out", "held-out", {"marker": "o"})):
+    figure = _figure(7, 7.5)
+    losses, norms, rates = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+
+    def draw(axes: Any, name: str, label: str, **style: Any) -> None:
         found = [(entry["step"], entry[name]) for entry in metrics if name in entry]
         if found:
-            axes.plot(*zip(*found, strict=True), label=f"{label}, at the end {found[-1][1]:.3f}", **style)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title.replace("$", r"\$"))
-    axes.grid(alpha=0.3)
-    axes.legend()
+            label = f"{label}, at the end {found[-1][1]:.3f}" if label else ""
+            axes.plot(*zip(*found, strict=True), label=label, **style)
+
+    draw(losses, "loss", "training", linewidth=0.6, color="tab:blue")
+    draw(losses, "held_out", "held-out", marker="o", color="tab:orange")
+    draw(norms, "norm", "", linewidth=0.6, color="tab:blue")
+    draw(rates, "rate", "", color="tab:blue")
+    losses.set(ylabel="loss, nats per token", title=title.replace("$", r"\$"))
+    norms.set(ylabel="norm of the\ngradient", yscale="log")
+    rates.set(ylabel="learning rate", xlabel="step")
+    if losses.lines:
+        losses.legend()
+    for axes in (losses, norms, rates):
+        axes.grid(alpha=0.3)
     return figure
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,13 @@ class Score:
         beginning of a document.
     n_bytes : int
         The length in UTF-8 of the tokens that have a log-probability.
+    ranks : int array [len(tokens)], optional
+        The rank of each token among all tokens of the vocabulary, from 1, the most likely one; 0 for a token without a
+        log-probability. None if the text was scored without ``alternatives``.
+    likeliest : int array [len(tokens), alternatives], optional
+        For each token, the ids of the most likely tokens in its place, in descending order.
+    likeliest_log_probs : float64 array [len(tokens), alternatives], optional
+        Their log-probabilities.
 
     Examples
     --------
@@ -42,6 +50,9 @@ class Score:
     tokens: list[int]
     log_probs: np.ndarray
     n_bytes: int
+    ranks: np.ndarray | None = None
+    likeliest: np.ndarray | None = None
+    likeliest_log_probs: np.ndarray | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -96,10 +107,25 @@ def _windows(n: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, int]]:
         start, first = start + stride, end
 
 
-def log_probs(
-    logits_of: Callable[[list[int]], np.ndarray], tokens: list[int], n_ctx: int, stride: int, reproducible: bool = False
-) -> np.ndarray:
-    """Return the log-probability of each token given the tokens before it, float64 [len(tokens)]; the first is NaN.
+class Scored(NamedTuple):
+    """The arrays of a `Score`, with an entry for each token of a text."""
+
+    log_probs: np.ndarray
+    ranks: np.ndarray | None
+    likeliest: np.ndarray | None
+    likeliest_log_probs: np.ndarray | None
+
+
+def score_tokens(
+    logits_of: Callable[[list[int]], np.ndarray],
+    tokens: list[int],
+    n_ctx: int,
+    stride: int,
+    reproducible: bool = False,
+    alternatives: int = 0,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Scored:
+    """Return the log-probability of each token given the tokens before it; the first is NaN.
 
     Parameters
     ----------
@@ -111,14 +137,24 @@ def log_probs(
         See `windows`; stride is from 1 to n_ctx - 1.
     reproducible : bool
         Whether to round each log-probability correctly to float32, so that it is the same on every processor.
+    alternatives : int
+        The number of the most likely tokens to return. If it is 0, there are no ranks either.
+    progress : callable
+        Wraps the list of windows.
 
     Raises
     ------
     ValueError
         If a token's logits contain a NaN, or the largest of them is not finite.
     """
-    found = np.full(len(tokens), math.nan)
-    for start, first, end in windows(len(tokens), n_ctx, stride):
+    n = len(tokens)
+    found = np.full(n, math.nan)
+    ranks, likeliest, likeliest_log_probs = (
+        np.zeros(n, int),
+        np.zeros((n, alternatives), int),
+        np.full((n, alternatives), math.nan),
+    )
+    for start, first, end in progress(list(windows(n, n_ctx, stride))):
         logits = logits_of(tokens[start:end])
         for i in range(first, end, _ROWS):
             j = min(i + _ROWS, end)
@@ -126,12 +162,23 @@ def log_probs(
             largest = rows.max(axis=-1, keepdims=True)
             for each in largest.flat:
                 check_finite(each)
+            rows -= largest
+            rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+            found[i:j] = own = rows[np.arange(j - i), tokens[i:j]]
+            if alternatives:
+                ranks[i:j] = 1 + np.count_nonzero(rows > own[:, None], axis=-1)
+                likeliest[i:j] = ids = _largest(rows, alternatives)
+                likeliest_log_probs[i:j] = np.take_along_axis(rows, ids, axis=-1)
             if reproducible:
                 found[i:j] = _correctly_rounded(logits[i - 1 - start : j - 1 - start], tokens[i:j])
-                continue
-            rows -= largest
-            found[i:j] = rows[np.arange(j - i), tokens[i:j]] - np.log(np.exp(rows).sum(axis=-1))
-    return found
+    return Scored(found, *((ranks, likeliest, likeliest_log_probs) if alternatives else (None, None, None)))
+
+
+def _largest(rows: np.ndarray, n: int) -> np.ndarray:
+    """Return the columns of the n largest elements of each row, in descending order."""
+    ids = np.argpartition(-rows, n - 1, axis=-1)[:, :n]
+    order = np.argsort(-np.take_along_axis(rows, ids, axis=-1), axis=-1, kind="stable")
+    return np.take_along_axis(ids, order, axis=-1)
 
 
 def _correctly_rounded(logits: np.ndarray, tokens: list[int]) -> list[float]:

@@ -3,10 +3,9 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
-from importlib import resources
 
 import pytest
+from markup import Page, colours, contrast
 
 import portable_gpt2 as pg
 from portable_gpt2 import strict_json
@@ -268,44 +267,6 @@ def test_json_has_null_where_a_number_is_not_finite(value):
 
 # The page
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-SVG = {"path", "circle"}
-
-
-class Page(HTMLParser):
-    """Reads a page: its elements in order, each with its attributes and text. Every element must be closed in order."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.elements = [], []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        element = {"tag": tag, "text": "", **dict(attrs)}
-        assert len(element) == len(attrs) + 2, "an attribute is there twice"
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag, attrs):
-        assert tag in SVG
-        self.elements.append({"tag": tag, "text": "", **dict(attrs)})
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()["tag"] == tag
-
-    def handle_data(self, data):
-        for element in self.open:
-            element["text"] += data
-
-    def all(self, tag, **attributes):
-        return [e for e in self.elements if e["tag"] == tag and all(e.get(k) == v for k, v in attributes.items())]
-
-    def of_class(self, name):
-        return [e for e in self.elements if name in e.get("class", "").split()]
-
 
 def test_the_page_begins_with_the_verdict():
     """Catches a verdict that is left out, and a page whose colour contradicts it."""
@@ -413,25 +374,9 @@ def test_classes_of_the_page_are_in_its_style_sheet():
     assert used - {"plot"} <= set(re.findall(r"\.([a-z][\w-]*)", style))
 
 
-def luminance(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(a, b):
-    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
 def test_colours_have_contrast():
     """Catches a text that is hard to read, in light and in dark (WCAG 2.2: 4.5, and 3 for lines)."""
-    style = resources.files("portable_gpt2.comparison").joinpath("page.html").read_text("utf-8")
-    light = dict(re.findall(r"--([\w-]+): (#[\da-f]{6});", style.split("@media")[0]))
-    dark = dict(re.findall(r"--([\w-]+): (#[\da-f]{6});", style.split("@media")[1]))
-    assert set(light) == set(dark)
-    assert contrast("#ffffff", "#000000") == pytest.approx(21)
-    for scheme in (light, dark):
+    for scheme in colours(page(comparison())):
         for text in ("text", "muted", "good", "bad", "difference", "rounding"):
             assert contrast(scheme[text], scheme["page"]) >= 4.5, text
             assert contrast(scheme[text], scheme["card"]) >= 4.5, text

@@ -17,6 +17,7 @@ import tiny
 import portable_gpt2 as pg
 from portable_gpt2.cli import diff, main, streams
 from portable_gpt2.comparison import sides
+from portable_gpt2.files import already_exists
 from portable_gpt2.params import nest
 
 
@@ -125,6 +126,7 @@ def test_a_comparison_that_takes_longer_than_a_second_shows_its_progress(command
         return observe(model, tokens, names, lambda: (time.sleep(0.04), done()))
 
     monkeypatch.setattr(sides, "_op_by_op", slowly)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     status, _, err = command("it", "it.npz")
     assert status == 0
     assert re.search(r"tracing it: +\d+%.*/33 ", err)
@@ -196,7 +198,7 @@ def test_a_file_that_exists_is_replaced_by_force_only(command, tmp_path, option)
     file.write_text("precious")
     status, out, err = command("it", "it", option, "kept")
     assert (status, out) == (2, "")
-    assert err == "portable-gpt2: kept: exists already; give another name, or replace the file with --force\n"
+    assert err == f"portable-gpt2: {already_exists('kept')}\n"
     assert file.read_text() == "precious"
     assert command("it", "it", option, "kept", "--force")[0] == 0
     assert file.read_text() != "precious"

@@ -144,20 +144,21 @@ def test_a_completion_script_knows_every_option(command, shell, tmp_path):
         assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
-def test_fish_completes_commands_options_and_values(command, tmp_path):
-    """Catches a condition that fish reads in another way, and values of another option."""
-    _, script, _ = command("completion", "fish")
+if shutil.which("fish"):
 
-    def completed(line):
-        code = f"{script}\ncomplete -C {shlex.quote(line)}"
-        environment = {**os.environ, "HOME": str(tmp_path)}
-        done = subprocess.run(["fish", "-c", code], capture_output=True, encoding="utf-8", env=environment)
-        assert (done.returncode, done.stderr) == (0, "")
-        return [each.split("\t")[0] for each in done.stdout.splitlines()]
+    def test_fish_completes_commands_options_and_values(command, tmp_path):
+        """Catches a condition that fish reads in another way, and values of another option."""
+        _, script, _ = command("completion", "fish")
 
-    assert sorted(completed("portable-gpt2 ")) == sorted(parsers())
-    assert completed("portable-gpt2 generate x --max") == ["--max-new-tokens"]
-    assert completed("portable-gpt2 generate x --backend ") == known_backends()
-    assert completed("portable-gpt2 check numpy --level o") == ["ops"]
-    assert completed("portable-gpt2 completion ") == ["bash", "fish", "zsh"]
+        def completed(line):
+            code = f"{script}\ncomplete -C {shlex.quote(line)}"
+            environment = {**os.environ, "HOME": str(tmp_path)}
+            done = subprocess.run(["fish", "-c", code], capture_output=True, encoding="utf-8", env=environment)
+            assert (done.returncode, done.stderr) == (0, "")
+            return [each.split("\t")[0] for each in done.stdout.splitlines()]
+
+        assert sorted(completed("portable-gpt2 ")) == sorted(parsers())
+        assert completed("portable-gpt2 generate x --max") == ["--max-new-tokens"]
+        assert completed("portable-gpt2 generate x --backend ") == known_backends()
+        assert completed("portable-gpt2 check numpy --level o") == ["ops"]
+        assert completed("portable-gpt2 completion ") == ["bash", "fish", "zsh"]

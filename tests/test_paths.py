@@ -67,7 +67,7 @@ def test_an_empty_path_is_refused_by_every_function(name, empty, tmp_path, monke
             if p.default is p.empty and p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         }
         given = {**others, each.name: empty, **({"force": True} if "force" in parameters else {})}
-        instance = [object.__new__(owner)] if "self" in parameters and function.__name__ != "__init__" else []
+        instance = [owner.__new__(owner)] if "self" in parameters and function.__name__ != "__init__" else []
         call = owner if function.__name__ == "__init__" else function
         with pytest.raises(ValueError, match=f"{each.name} is an empty path; if it comes from a variable"):
             call(*instance, **given)

@@ -31,15 +31,24 @@ def test_a_long_text_is_labelled_where_there_is_room():
     assert max(figure.get_size_inches()) < 20
 
 
-def test_losses_are_drawn_where_they_are_known():
+def test_training_is_drawn_where_it_is_known():
     """Catches curves that are exchanged, and steps without an evaluation drawn as if they had one."""
-    metrics = [{"step": 0, "held_out": 5.0}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0, "held_out": 3.5}]
-    (axes,) = plot.draw_losses(metrics, "$x").axes
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    metrics = [
+        {"step": 0, "held_out": 5.0},
+        {"step": 1, "loss": 4.0, "norm": 2.0, "rate": 1e-3},
+        {"step": 2, "loss": 3.0, "norm": 0.5, "rate": 2e-3, "held_out": 3.5},
+    ]
+    losses, norms, rates = plot.draw_training(metrics, "$x").axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in losses.lines}
     assert drawn == {
         "training, at the end 3.000": [[1, 4.0], [2, 3.0]],
         "held-out, at the end 3.500": [[0, 5.0], [2, 3.5]],
     }
+    for axes, values, label in ((norms, [2.0, 0.5], "norm of the\ngradient"), (rates, [1e-3, 2e-3], "learning rate")):
+        [line] = axes.lines
+        assert (line.get_xydata().tolist(), axes.get_ylabel()) == ([[1, values[0]], [2, values[1]]], label)
+    assert (losses.get_title(), rates.get_xlabel()) == (r"\$x", "step")
+    assert [len(axes.lines) for axes in plot.draw_training(metrics[:1]).axes] == [1, 0, 0]  # stopped at once
 
 
 def test_a_grid_shows_every_map_under_its_name():

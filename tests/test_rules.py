@@ -74,6 +74,7 @@ LAYERS = [
     {"model"},
     {"gradients", "generation", "checkpoint", "score", "export", "fingerprint"},
     {"training", "language_model", "plot", "certificate"},
+    {"pages"},
     {"comparison"},
     {"api"},
     {"__init__"},

@@ -19,6 +19,7 @@ import portable_gpt2 as pg
 from portable_gpt2.cli import main
 from portable_gpt2.comparison import trace as traces_module
 from portable_gpt2.comparison.sides import Side, open_side, trace_model, traces
+from portable_gpt2.files import already_exists
 from portable_gpt2.host import float_dtypes
 from portable_gpt2.model import observed_names
 from portable_gpt2.numerics import Numerics, stated
@@ -573,7 +574,7 @@ def test_trace_writes_what_the_model_computes(checkpoint, tmp_path, capsys, suff
         np.testing.assert_array_equal(trace.arrays[name], pg.to_numpy(x), err_msg=name)
     status, out, err = run(capsys, *args)
     assert (status, out) == (2, "")
-    assert err == f"portable-gpt2: {file}: exists already; give a new name, or replace this file by force\n"
+    assert err == f"portable-gpt2: {already_exists(file)}\n"
     status, _, err = run(capsys, *args, "--force", "--weights")
     assert set(pg.Trace.load(file).weights) == {path for path, _ in pg.params.flatten(model.params)}
     status, _, err = run(capsys, *args, "--force", "--names", "logits", "*/attn/?", "--allow-special")

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import checks
 from ..config import GPT2Config
-from ..files import holds_file, replacing
+from ..files import already_exists, holds_file, replacing
 from ..host import StoredTensor, TokenizerError, float_dtypes
 from ..tokenizer import Tokenizer
 from .companions import TOKENIZER_FILES, UNREAD, written_companions
@@ -160,5 +160,5 @@ def convert(
 def _replacing_file(file: Path, force: bool) -> Iterator[Path]:
     with replacing(file) as draft:
         if holds_file(file) and not force:
-            raise FileExistsError(f"{file}: exists already; give a new name, or replace this file by force")
+            raise already_exists(file)
         yield draft

@@ -14,7 +14,7 @@ from ..comparison.page import page
 from ..comparison.report import report
 from ..comparison.sides import Side, open_side
 from ..comparison.trace import is_trace
-from ..files import check_writable, holds_file, replacing
+from ..files import check_new, write_text
 from . import signals, streams
 from .options import add_computation, add_reproducible, add_special, allow_special, progress
 from .texts import Texts
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise ValueError(f"--json and --html: both name {files[0]}; expected two files")
     for file in files:
-        _check(file, arguments.force)
+        check_new(file, arguments.force)
     text = Texts().read(arguments.text_file) if arguments.text_file else arguments.text
     if text == "":
         raise ValueError("the text is empty; give one that both models can read, or leave it out")
@@ -105,17 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if found.equal else _PART
 
 
-def _check(file: Path, force: bool) -> None:
-    """Refuse a file that cannot be written, or that exists unless force is true."""
-    check_writable(file)
-    if holds_file(file) and not force:
-        raise FileExistsError(f"{file}: exists already; give another name, or replace the file with --force")
-
-
 def _write(file: Path, text: str, force: bool) -> None:
-    with replacing(file) as draft:
-        _check(file, force)  # again, because another process may have written it meanwhile
-        draft.write_text(text, "utf-8")
+    write_text(file, text, force)
     streams.say(f"wrote {file}")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .. import strict_json
-from . import streams
-from .options import add_model, add_special, allow_special, at_least, load
+from ..files import check_new
+from . import signals, streams
+from .options import add_model, add_special, allow_special, at_least, load, progress
 from .texts import Texts
 
 
@@ -36,18 +39,39 @@ def add_to(commands: Any) -> None:
         help="write one JSON object per text, each on one line, with the log-probability of each token; a number that "
         "is not finite is written as null",
     )
+    add(
+        "--html",
+        metavar="FILE",
+        help="also write a page, which a browser shows offline, with the tokens coloured by how much they surprise the "
+        "model",
+    )
+    add("--force", action="store_true", help="replace the file of --html if it exists")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    from .. import pages
+
     streams.write("")
+    if arguments.html:
+        check_new(Path(arguments.html), arguments.force)
     texts = Texts()
     contents = [(name, texts.read(name)) for name in arguments.file]
     model = load(arguments)
     streams.say(f"{model!r}, from {model.source}")
+    scores = {}
     for name, text in contents:
-        score = model.score(text, stride=arguments.stride, bos=arguments.bos, allow_special=allow_special(arguments))
+        score = model.score(
+            text,
+            stride=arguments.stride,
+            bos=arguments.bos,
+            allow_special=allow_special(arguments),
+            alternatives=min(pages.ALTERNATIVES, model.config.n_vocab) if arguments.html else 0,
+            progress=partial(progress, what=f"scoring {name}", unit="windows"),
+        )
+        if arguments.html:
+            scores[name] = score
         if arguments.json:
             found = {"tokens": score.tokens, "log_probs": score.log_probs.tolist()}
             found |= {key: getattr(score, key) for key in ("total", "n_bytes", "perplexity", "byte_perplexity")}
@@ -57,4 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{name}: perplexity {score.perplexity:.4f} per token, {score.byte_perplexity:.4f} per byte; "
                 f"log-probability {score.total:.4f} of {score.n_tokens} tokens, {score.n_bytes} bytes\n"
             )
+    if arguments.html:
+        signals.clean_up_first()
+        pages.surprise(model, scores).save(arguments.html, force=arguments.force)
+        streams.say(f"wrote {arguments.html}")
     return 0

@@ -55,7 +55,12 @@ def add_to(commands: Any) -> None:
     )
     add("--resume", action="store_true", help="continue the run in DIR, with the data, the model and the recipe it has")
     add_backend(parser)
-    add("--plot", metavar="FILE", help="at the end, plot the losses into this file, such as losses.png, .svg or .pdf")
+    add(
+        "--plot",
+        metavar="FILE",
+        help="at the end, plot the losses, the norm of the gradient and the learning rate into this file, such as "
+        "training.png, .svg or .pdf",
+    )
 
     add = parser.add_argument_group("data").add_argument
     add(
@@ -125,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     run, trainer, state = _resume(arguments) if arguments.resume else _begin(arguments)
     stopped = _train(run, trainer, state)
     if arguments.plot:
-        plot.save(plot.draw_losses(run.metrics()), arguments.plot)
+        plot.save(plot.draw_training(run.metrics()), arguments.plot)
         streams.say(f"wrote {arguments.plot}")
     last, best = run.last, run.best
     if last["step"] < run.recipe.steps:

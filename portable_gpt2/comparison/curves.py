@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from html import escape
 
-from ..checks import plain
+from ..pages.document import text as as_html
 from .findings import Growth, OpFinding
 from .report import number, split
 
@@ -62,7 +61,7 @@ def draw(points: Sequence[Growth], culprit: OpFinding | None = None) -> str:
     parts = [
         f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="plot-title plot-text">',
         '<title id="plot-title">Growth of the difference over the layers</title>',
-        f'<desc id="plot-text">{escape(plain(_description(points)))}</desc>',
+        f'<desc id="plot-text">{as_html(_description(points))}</desc>',
         '<text x="4" y="24">largest difference (no unit)</text>',
     ]
     every = -(-(high - low) // 6)
@@ -107,9 +106,7 @@ def _labels(points: Sequence[Growth], x_of: Callable[[int], float]) -> list[str]
     for i, anchor in ((0, "start"), (len(points) - 1, "end")):
         if split(points[i].name)[0] is None and (i or anchor == "start"):
             x = x_of(i) + (-12 if anchor == "start" else 12)
-            parts.append(
-                f'<text x="{x:.1f}" y="{y + 58}" text-anchor="{anchor}">{escape(plain(points[i].name))}</text>'
-            )
+            parts.append(f'<text x="{x:.1f}" y="{y + 58}" text-anchor="{anchor}">{as_html(points[i].name)}</text>')
     return parts
 
 
@@ -127,7 +124,7 @@ def _mark(points: Sequence[Growth], culprit: OpFinding | None, x_of: Callable[[i
     place = f'x="{x + shift:.1f}" y="{bottom - 10}" text-anchor="{anchor}"'
     return [
         f'<path class="culprit" d="M{x:.1f} {_TOP}V{bottom}"/>',
-        f'<text class="culprit-name" {place}>{escape(plain(culprit.name))}</text>',
+        f'<text class="culprit-name" {place}>{as_html(culprit.name)}</text>',
     ]
 
 
@@ -142,7 +139,7 @@ def _curve(kind: str, points: Sequence[Growth], xs: Sequence[float], ys: Sequenc
         path += f"{'L' if joins else 'M'}{x:.1f} {y:.1f}"
         value = getattr(points[i], kind)
         zero = " zero" if value == 0 else ""
-        title = escape(f"{plain(points[i].name)}: {kind} {number(value)}")
+        title = as_html(f"{points[i].name}: {kind} {number(value)}")
         place = f'cx="{x:.1f}" cy="{y:.1f}" r="{_RADIUS}"'
         parts.append(f'<circle class="{kind}{zero}" {place}><title>{title}</title></circle>')
     dashed = " dashed" if kind == "rounding" else ""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
-from importlib import resources
-from string import Template
 
-from ..checks import plain
+from ..pages.document import Page, document
+from ..pages.document import facts as _list
+from ..pages.document import section as _section
+from ..pages.document import text as _text
 from . import curves
 from .findings import Comparison, Growth, OpFinding, WeightFinding
 from .report import (
@@ -32,7 +32,7 @@ _LIMITS = (0.01, 0.1, 0.5, 1.0, 10.0, 1000.0)
 _WORST = 12  # rows of the table of the worst results
 
 
-def page(comparison: Comparison, *, decode: Decode | None = None) -> str:
+def page(comparison: Comparison, *, decode: Decode | None = None) -> Page:
     """Return a comparison as an HTML page: the verdict, curves of the difference, a heat map of the ops, and tables.
 
     The page is one file. It loads nothing, runs no script, follows the reader's choice of light or dark colours, and
@@ -47,8 +47,8 @@ def page(comparison: Comparison, *, decode: Decode | None = None) -> str:
 
     Returns
     -------
-    str
-        The page, to be written in UTF-8.
+    Page
+        The page, a str. A notebook shows it; its method ``save`` writes it to a file.
 
     Examples
     --------
@@ -56,7 +56,6 @@ def page(comparison: Comparison, *, decode: Decode | None = None) -> str:
     >>> "a &lt; b &amp; c" in html
     True
     """
-    template = Template(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
     verdict = "good" if comparison.equal else "bad"
     sides = [("reference", comparison.a), ("judged", comparison.b), ("tokens", f"{len(comparison.tokens):,}")]
     sections = [
@@ -68,28 +67,22 @@ def page(comparison: Comparison, *, decode: Decode | None = None) -> str:
         _weights(comparison),
         _missing(comparison.missing),
     ]
-    return template.substitute(
-        title=_text(f"{comparison.b} compared with {comparison.a}"),
-        verdict=f'<p class="verdict {verdict}">{_text(comparison.verdict)}</p>',
-        sides="\n".join([_list(sides), *(f"<p>{_text(note)}</p>" for note in comparison.notes)]),
-        sections="\n".join(section for section in sections if section),
+    introduction = [
+        f'<p class="verdict {verdict}">{_text(comparison.verdict)}</p>',
+        _list(sides),
+        *(f"<p>{_text(note)}</p>" for note in comparison.notes),
+    ]
+    return document(
+        "portable_gpt2.comparison",
+        "page",
+        title=f"{comparison.b} compared with {comparison.a}",
+        heading="Comparison of two models",
+        introduction="\n".join(introduction),
+        sections=sections,
     )
 
 
 # Elements
-
-
-def _text(text: str) -> str:
-    return escape(plain(text))
-
-
-def _section(title: str, *parts: str) -> str:
-    return "\n".join([f"<section>\n<h2>{_text(title)}</h2>", *parts, "</section>"])
-
-
-def _list(pairs: Iterable[tuple[str, str]]) -> str:
-    entries = (f"<dt>{_text(label)}</dt><dd>{_text(text)}</dd>" for label, text in pairs)
-    return "\n".join(["<dl>", *entries, "</dl>"])
 
 
 def _scrolling(label: str, content: str) -> str:

@@ -32,7 +32,7 @@ from .. import checks, strict_json
 from ..checkpoint import WEIGHTS_FILE, stored
 from ..checkpoint.safetensors_files import open_safetensors, write_safetensors
 from ..config import GPT2Config
-from ..files import holds_file, regular, replacing
+from ..files import already_exists, holds_file, regular, replacing
 from ..host import StoredTensor, float_dtypes
 from ..numerics import Numerics
 from ..registry import to_numpy
@@ -261,7 +261,7 @@ def check_target(path: str | os.PathLike[str], force: bool) -> Path:
             f"{file}: the format of a trace follows from the suffix of its name; expected {_either(_FORMATS)}"
         )
     if not force and holds_file(file):
-        raise FileExistsError(f"{file}: exists already; give a new name, or replace this file by force")
+        raise already_exists(file)
     return file
 
 
