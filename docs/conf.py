@@ -40,13 +40,13 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 120  # seconds for each cell
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # the messages of frameworks
 
 # Docstrings. A name in single backticks becomes a link if it is a name of this package, and looks like code if not.
 default_role = "py:obj"
 nitpick_ignore_regex = [("py:obj", ".*"), ("py:class", ".*")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the sections of parameters have the types, with the shapes of arrays
-autodoc_class_signature = "separated"
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 
@@ -54,6 +54,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
