@@ -13,12 +13,14 @@ import hypothesis.strategies as st
 import numpy as np
 import oracle
 import pytest
+import rough
 from hypothesis import given
 
 import portable_gpt2 as pg
 from portable_gpt2 import gradients
-from portable_gpt2.correct_rounding import exact_gradients, float64_gradients, mode
-from portable_gpt2.numerics import stated
+from portable_gpt2.correct_rounding import exact_gradients, float64, float64_gradients, mode
+from portable_gpt2.numerics import Numerics, stated
+from portable_gpt2.registry import registered
 
 pytestmark = pytest.mark.usefixtures("flint")
 
@@ -109,6 +111,25 @@ LARGER = {  # arrays that are large enough for the roundings to add up
         [3000 + normal(9, 12), normal(12), normal(9, 12, seed=1)],
         {"eps": 1e-5},
     ),
+    # Elements at the mean of a row: the error of the mean is multiplied by the covariance.
+    "layer_norm_backward of elements at the mean": (
+        [
+            3000 + 100 * normal(40, 1) + np.tile(np.asarray([-1, 0, 1], np.float32), 4),
+            np.ones(12, np.float32),
+            np.tile(np.asarray([-1, 0.5, 1], np.float32), (40, 4)),
+        ],
+        {"eps": 1e-5},
+    ),
+    # The covariance is 0, so only its own error is left.
+    "layer_norm_backward of equal gradients": (
+        [3000 + normal(40, 12), np.ones(12, np.float32), np.ones((40, 12), np.float32)],
+        {"eps": 1e-5},
+    ),
+    # The derivative has a zero, next to which terms cancel, and is nearly 0 for large negative numbers.
+    "gelu_backward next to its zero": (
+        [np.float32([*(-0.75179154 + 2.0**-22 * np.arange(-20, 20)), -14, -30]), np.ones(42, np.float32)],
+        {},
+    ),
     # The sum over rows has more roundings than a row.
     "layer_norm_backward of many rows": (
         [np.tile(np.asarray([[-1, 1]], np.float32), (400, 1)), normal(2), np.full((400, 2), 0.1, np.float32)],
@@ -158,6 +179,126 @@ def test_a_bound_holds_and_is_within_1000_times_the_error(case):
         assert (errors <= error.ravel()).all(), key
         if " " not in case:  # the other cases are about a single term of the bound
             assert (1000 * errors > error.ravel())[error.ravel() > 0].any(), key
+
+
+# The bounds in an arithmetic that errs as much as it may, in the worst directions: see tests/test_float64.py.
+
+N = 120
+PRECISE, ROUGH_EXP = Numerics(exp=(0.0, 0.0), log=0.0), Numerics(exp=(1e3, 0.0), log=0.0)
+FEW = np.asarray([[1, *(N - 1) * [2.0**-24]]], np.float32)  # each sum of its squares is rounded to about 1
+ONE = np.ones((1, 1), np.float32)
+
+
+def column(*numbers):
+    return np.asarray(numbers, np.float32)[:, None]
+
+
+def unit(i):
+    return np.eye(1, N, i, dtype=np.float32)
+
+
+SPREAD = np.asarray([[1, -1, *(N // 2 - 1) * [2.0**-20, -(2.0**-20)]]], np.float32)
+ONES = np.ones(N, np.float32)
+ATTAINED = {
+    # name: (function, arrays, options, numerics, directions of the errors, result, least ratio)
+    "a weight": (
+        "softmax_backward",
+        [np.asarray([[-5, 0]], np.float32), np.asarray([[1, 0]], np.float32)],
+        {},
+        ROUGH_EXP,
+        {"exp": ("at", 0)},
+        "x",
+        0.4,
+    ),
+    "the mean of weights": (
+        "softmax_backward",
+        [np.zeros((1, 3), np.float32), np.asarray([[1, -1, 0]], np.float32)],
+        {},
+        ROUGH_EXP,
+        {"exp": ("at", 0)},
+        "x",
+        0.3,
+    ),
+    "the scores of other keys": (
+        "attention_backward",
+        [8 * FEW, np.concatenate([0 * FEW, FEW]), column(1, -1), ONE],
+        {"scale": 0.9},
+        PRECISE,
+        {"matmul": 1, "*": 1},
+        "v",
+        0.3,
+    ),
+    "dy v of a key with a small weight": (
+        "attention_backward",
+        [ONE, column(-5, 0), np.concatenate([FEW, 0 * FEW]), FEW],
+        {"scale": 1.0},
+        PRECISE,
+        {"matmul": 1},
+        "k",
+        0.5,
+    ),
+    "dy v of a key with a large weight": (
+        "attention_backward",
+        [ONE, column(5, 0), np.concatenate([FEW, 0 * FEW]), FEW],
+        {"scale": 1.0},
+        PRECISE,
+        {"matmul": 1},
+        "k",
+        0.3,
+    ),
+    "the sum over queries": (
+        "attention_backward",
+        [FEW.T, ONE, ONE, FEW.T**2],
+        {"scale": 1.0},
+        PRECISE,
+        {"matmul": 1},
+        "v",
+        0.6,
+    ),
+    "the root of the variance": (
+        "layer_norm_backward",
+        [SPREAD, ONES, unit(2)],
+        {"eps": 1e-9},
+        PRECISE,
+        {"sum": 1},
+        "x",
+        0.2,
+    ),
+    "the mean of dz": ("layer_norm_backward", [SPREAD, ONES, FEW**2], {"eps": 1e-9}, PRECISE, {"sum": 1}, "x", 0.15),
+    "a normalised element": (
+        "layer_norm_backward",
+        [unit(0), ONES, unit(0)],
+        {"eps": 1e-9},
+        PRECISE,
+        {"sum": 1},
+        "g",
+        0.3,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ATTAINED)
+def test_a_bound_is_attained(monkeypatch, case):
+    """Catches a term that a bound leaves out, if the other terms are larger in ordinary arithmetic."""
+    name, arrays, options, numerics, directions, key, least = ATTAINED[case]
+    for module in (float64, float64_gradients):
+        monkeypatch.setattr(module, "_UNIT", rough.UNIT * (1 + 2.0**-17))
+    expected, largest = gradient_oracle.intervals(name, arrays, options)[key], 0.0
+    with registered(rough.RoughBackend()) as backend, np.errstate(all="ignore"):
+        for turn in (1, -1):
+            turned = {kind: turn * way if isinstance(way, int) else way for kind, way in directions.items()}
+            monkeypatch.setattr(rough, "SIGNS", [rough.Signs(numerics, 0, **turned)])
+            given = [backend.from_numpy(a.astype(np.float64)) for a in arrays]
+            value, error = map(
+                backend.to_numpy, getattr(float64_gradients, name)(*given, **options, numerics=numerics)[key]
+            )
+            for v, e, (low, high) in zip(
+                value.ravel(), np.broadcast_to(error, value.shape).ravel(), expected.ravel(), strict=True
+            ):
+                distance = max(abs(Fraction(v) - low), abs(Fraction(v) - high))
+                assert distance <= Fraction(e)
+                largest = max(largest, float(distance / Fraction(e)) if e else 0.0)
+    assert largest >= least
 
 
 HALF = 2.0**-24

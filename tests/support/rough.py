@@ -112,6 +112,7 @@ for _name, _function in {
     "mul": lambda x, y: multiply("*", x, y),
     "rmul": lambda x, y: multiply("*", x, y),
     "truediv": divide,
+    "rtruediv": lambda x, y: divide(y, x),
     **{name: getattr(np.ndarray, f"__{name}__") for name in ("lt", "le", "gt", "ge", "eq", "ne", "and")},
 }.items():
     setattr(Array, f"__{_name}__", operator(_function))
