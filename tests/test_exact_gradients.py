@@ -19,6 +19,8 @@ from hypothesis import given
 import portable_gpt2 as pg
 from portable_gpt2 import gradients
 from portable_gpt2.correct_rounding import exact_gradients, float64, float64_gradients, mode
+from portable_gpt2.correct_rounding.balls import DoubleDouble
+from portable_gpt2.correct_rounding.intervals import exact_dot
 from portable_gpt2.numerics import Numerics, stated
 from portable_gpt2.registry import registered
 
@@ -114,7 +116,7 @@ LARGER = {  # arrays that are large enough for the roundings to add up
     # Elements at the mean of a row: the error of the mean is multiplied by the covariance.
     "layer_norm_backward of elements at the mean": (
         [
-            3000 + 100 * normal(40, 1) + np.tile(np.asarray([-1, 0, 1], np.float32), 4),
+            3000 + 100 * normal(40, 1) + np.tile(np.asarray([-1, 0, 1 + 2.0**-10], np.float32), 4),
             np.ones(12, np.float32),
             np.tile(np.asarray([-1, 0.5, 1], np.float32), (40, 4)),
         ],
@@ -326,6 +328,34 @@ def test_ties_of_gradients_go_to_even():
         assert of_logits.tolist() == [[-1, 1]]
 
 
+def test_the_gradient_of_layer_norm_on_and_next_to_a_tie():
+    """Catches an exact comparison that ignores a sign, or takes a number 2^-144 from a tie for a tie."""
+    # The variance is 16, and the root of 16 + 9 is 5. dz is orthogonal to the row, so the gradient is (dz - mean) / 5.
+    x, part = np.asarray([4, -4] * 3, np.float32), 1 + 2.0**-12
+    tie, up = part * part - HALF, part * part + HALF
+    for tiny, expected in ((0.0, (tie, -tie)), (2.0**-40, (tie, -up)), (-(2.0**-40), (up, -tie))):
+        g = np.asarray([part] * 4 + [2.0**-100] * 2, np.float32)
+        dy = np.asarray([5 * part] * 2 + [-5 * part] * 2 + [tiny] * 2, np.float32)
+        with pg.reproducible():
+            found = gradients.layer_norm_backward(x, g, dy, eps=9.0)["x"]
+        assert found[1:3].tolist() == [*expected]
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 1000])
+def test_products_of_slices_are_enclosed(n):
+    """Catches slices with too many bits for exact sums, a missing slice, and a rest that is not counted."""
+    largest = np.full((1, n), 1 - HALF, np.float32)
+    wide = np.asarray([[1 - HALF, *[2.0**-36 * (1 - HALF)] * (n - 1)]], np.float32)
+    wider = np.asarray([[1, *[2.0**-100 * (1 - HALF)] * (n - 1)]], np.float32)
+    cases = [(largest, largest), (normal(2, n), normal(3, n)), (wide, largest), (wider, 1 / wider), (1 / wider, wider)]
+    for i, (a, b) in enumerate(cases):
+        found, exactly = exact_gradients._matmul(DoubleDouble(), a, b), exact_dot(a[:, None], b)
+        for index in np.ndindex(exactly.shape):
+            distance = abs(Fraction(found.high[index]) + Fraction(found.low[index]) - Fraction(exactly[index]))
+            assert distance <= Fraction(found.error[index])
+            assert i > 2 or found.error[index] < 2.0**-90 * n
+
+
 def test_the_sum_of_all_elements_has_no_axes():
     """Catches an exact formula that needs the index of an element."""
     dy = np.asarray([1, HALF, 2.0**-60], np.float32)
@@ -449,6 +479,26 @@ def test_what_is_next_to_a_tie_is_not_rounded_as_a_tie():
     assert mode.Interpreter().formula("moments", arrays, constants=(1.0, 1.0, 1.0, less))["v"] == odd
     arrays = {"p": odd, "m": np.full(1, -HALF, np.float32), "v": np.ones(1, np.float32)}
     assert mode.Interpreter().formula("adamw", arrays, constants=(1.0, less, 1.0, 0.0))["p"] == odd
+
+
+def test_what_is_2_to_minus_140_from_a_tie_is_not_a_tie():
+    """Catches an exact comparison that takes a number that 40 digits do not separate from a midpoint for a midpoint."""
+    one = np.ones(1, np.float32)
+    for low, sign in ((1.0, 1), (1 + 2 * HALF, -1)):  # the even neighbours are 1 and 1 + 2^-22
+        middle, expected = low + HALF, low + 2 * HALF if sign > 0 else low
+        m = mode.Interpreter().formula(
+            "moments", {"g": one, "m": one, "v": one}, constants=(middle, sign * 2.0**-140, 1, 1)
+        )
+        assert m["m"] == expected
+        arrays = {"p": one, "m": -sign * one, "v": one}
+        assert mode.Interpreter().formula("adamw", arrays, constants=(middle, 2.0**-140, 1.0, 0.5))["p"] == expected
+    v = mode.Interpreter().formula("moments", {"g": one, "m": one, "v": one}, constants=(1, 1, 1 + HALF, 2.0**-140))[
+        "v"
+    ]
+    assert v == 1 + 2 * HALF
+    a = 1 + 2.0**-22  # 5 a is a tie, and 5 + 2^-20 even
+    for more, expected in ((0.0, 5 + 2.0**-20), (2.0**-80, 5 + 3 * 2.0**-21)):
+        assert mode.Interpreter().norm([np.asarray([3 * a, 4 * a, more], np.float32)], 1) == expected
 
 
 @given(floats(5), floats(2, 3), st.integers(1, 7))
