@@ -13,7 +13,10 @@ import numpy as np
 from .balls import Ball, DoubleDouble
 
 _CONTEXT = Context(prec=60, Emax=10**6, Emin=-(10**6))
-"""With 60 digits, the correctly rounded function decides: nothing so near to a midpoint of float64 is known."""
+"""60 digits, or 199 bits, decide. 158 bits are enough for exp and 118 for log, for every float64 number.
+
+Lefèvre and Muller, "Worst cases for correct rounding of the elementary functions in double precision", ARITH-15, 2001.
+"""
 
 
 def log(x: np.ndarray) -> np.ndarray:
