@@ -399,6 +399,16 @@ def test_the_last_exponential_decides_next_to_a_tie():
     assert found.tolist() == [[1 + 2 * HALF, -1 - 2 * HALF]]
 
 
+def test_errors_above_those_that_are_proved_are_infinite():
+    """Catches a bound that is used although the products of its errors are not negligible."""
+    row, large, one = np.full((1, 3), 1e30), np.full((1, 1), 1e10), np.ones((1, 1))
+    args = large, np.concatenate([large, large]), np.asarray([[0.0], [1]]), one
+    with np.errstate(all="ignore"):
+        x = float64_gradients.layer_norm_backward(row, np.ones(3), np.ones((1, 3)), numerics=PRECISE)["x"]
+        found = float64_gradients.attention_backward(*args, scale=1.0, numerics=PRECISE)
+    assert not any(np.isfinite(each.error).any() for each in (x, *found.values()))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_gradient_is_nan_as_a_whole_if_an_argument_is_not_finite(value):
     """Catches results that depend on the framework's arithmetic with infinities."""

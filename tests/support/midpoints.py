@@ -272,6 +272,11 @@ def losses():
             yield Case(f"{low}", "cross_entropy", {"logits": logits, "targets": np.asarray([1])}, np.asarray(high, F))
             two = {"logits": np.repeat(logits, 3, axis=0), "targets": np.asarray([1, 1, 1])}
             yield Case(f"three rows {low}", "cross_entropy", two, np.asarray(high, F))
+    # the mean of 128 and 128 + 2^-16 is a midpoint; more than exp(-128) is subtracted, or added
+    for sign in (-1, 1):
+        logits = np.asarray([[sign * SMALLEST, -128], [sign * SMALLEST, -128 - 2.0**-16]], F)
+        expected = np.asarray(128 if sign < 0 else 128 + 2.0**-16, F)
+        yield Case(f"next to 128, {sign}", "cross_entropy", {"logits": logits, "targets": np.asarray([1, 1])}, expected)
     logits = np.asarray([[5, -np.inf], [-np.inf, 2.0**100]], F)
     yield Case("certain", "cross_entropy", {"logits": logits, "targets": np.asarray([0, 1])}, np.asarray(0, F))
     logits = np.asarray([[5, -200], [LARGEST, 0]], F)
