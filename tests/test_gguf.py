@@ -140,7 +140,7 @@ def test_it_runs_as_the_same_model(checkpoint, backend, tmp_path):
         assert model.config == expected.config
         for (path, x), (_, y) in zip(flatten(model.params), flatten(expected.params), strict=True):
             assert pg.to_numpy(x).tobytes() == pg.to_numpy(y).tobytes(), path
-        assert model.generate(TEXT, max_new_tokens=5, seed=1) == expected.generate(TEXT, max_new_tokens=5, seed=1)
+    assert model.generate(TEXT, max_new_tokens=5, seed=1) == expected.generate(TEXT, max_new_tokens=5, seed=1)
 
 
 def test_the_other_files_of_its_directory_are_not_read(tmp_path):
