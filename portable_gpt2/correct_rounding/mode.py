@@ -81,17 +81,17 @@ class _Weight:
     @functools.cached_property
     def wide(self) -> Any:
         """The parameter in float64."""
-        return _widened(backend_of(self.array), self.array)
+        return _compiled(backend_of(self.array), _widened)(self.array)
 
     @functools.cached_property
     def column_norms(self) -> Any:
         """Upper bounds of the Euclidean norms of the columns, which `conv1d` multiplies with."""
-        return float64.column_norms(self.wide)
+        return _compiled(backend_of(self.array), float64.column_norms)(self.wide)
 
     @functools.cached_property
     def row_norms(self) -> Any:
         """Upper bounds of the Euclidean norms of the rows, which `unembed` multiplies with."""
-        return float64.column_norms(backend_of(self.array).xp.matrix_transpose(self.wide))
+        return _compiled(backend_of(self.array), _row_norms)(self.wide)
 
     @functools.cached_property
     def host(self) -> np.ndarray:
@@ -125,7 +125,7 @@ class Interpreter:
         # NaN and infinities are results like any other: NumPy need not warn of them.
         with interpreted(None), backend.permit_64_bits(), np.errstate(all="ignore"):
             if name == "embed":
-                return _without_subnormals(backend, embed(**given))
+                return _compiled(backend, _without_subnormals)(embed(**given))
             weights = {key: self._weights[id(x)] for key, x in floats.items() if id(x) in self._weights}
             options = {key: x for key, x in given.items() if key not in signature.arrays}
             if name.startswith("attention") and options.get("scale") is None:
@@ -188,7 +188,7 @@ class Interpreter:
         backend, totals, size = backend_of(arrays[0]), [], 0
         with backend.permit_64_bits(), np.errstate(all="ignore"):
             for x in arrays:
-                totals.append(float(backend.to_numpy(_square_sum(backend)(x))))
+                totals.append(float(backend.to_numpy(_compiled(backend, _square_sum)(x))))
                 size = max(size, math.prod(backend.shape(x)))
         if not all(map(math.isfinite, totals)):
             return math.nan
@@ -242,22 +242,16 @@ class Interpreter:
 
     def add(self, x: Any, y: Any) -> Any:
         """Return x + y. IEEE 754 rounds a sum correctly, so only subnormal results are left to be replaced by 0."""
-        backend = backend_of(x)
-        return _without_subnormals(backend, x + y)
+        return _compiled(backend_of(x), _sum)(x, y)
 
 
 _NORMS = {"conv1d": "column_norms", "unembed": "row_norms"}
 
 
 @functools.cache
-def _square_sum(backend: Backend) -> Callable[[Any], Any]:
-    """Return a function that returns the sum of the squares of a float32 array, in float64."""
-
-    def square_sum(x: Any) -> Any:
-        wide = _widened(backend, x)
-        return backend.xp.sum(wide * wide)
-
-    return backend.compile(square_sum)
+def _compiled(backend: Backend, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of arrays once. JAX would otherwise compile each of its operations, for every shape."""
+    return backend.compile(fn)
 
 
 @functools.cache
@@ -280,7 +274,7 @@ def _attempt(
     evaluate = getattr(float64_gradients if several else float64, name)
 
     def attempt(arrays: dict[str, Any]) -> dict[str, tuple[Any, Any, Any, Any]]:
-        arrays = arrays | {key: _widened(backend, arrays[key]) for key in narrow}
+        arrays = arrays | {key: _widened(arrays[key]) for key in narrow}
         evaluations = evaluate(**arrays, **dict(options), numerics=numerics)
         found = {}
         nan = sum(xp.sum(arrays[key] - arrays[key]) for key in narrow) if several else 0  # 0, or NaN
@@ -302,14 +296,29 @@ def _narrowed(x: np.ndarray) -> np.ndarray:
     return rounded.astype(np.float32)
 
 
-def _without_subnormals(backend: Backend, x: Any) -> Any:
+def _without_subnormals(x: Any) -> Any:
     """Replace numbers below 2^-126 in magnitude by 0, and -0 too."""
-    return backend.xp.where((x > -_SMALLEST) & (x < _SMALLEST), 0.0, x)
+    return backend_of(x).xp.where((x > -_SMALLEST) & (x < _SMALLEST), 0.0, x)
 
 
-def _widened(backend: Backend, x: Any) -> Any:
+def _sum(x: Any, y: Any) -> Any:
+    return _without_subnormals(x + y)
+
+
+def _widened(x: Any) -> Any:
     """Convert float32 to float64."""
-    return _without_subnormals(backend, backend.xp.astype(x, backend.xp.float64))
+    xp = backend_of(x).xp
+    return _without_subnormals(xp.astype(x, xp.float64))
+
+
+def _row_norms(w: Any) -> Any:
+    return float64.column_norms(backend_of(w).xp.matrix_transpose(w))
+
+
+def _square_sum(x: Any) -> Any:
+    """Return the sum of the squares of a float32 array, in float64."""
+    wide = _widened(x)
+    return backend_of(x).xp.sum(wide * wide)
 
 
 def _numerics(name: str, backend: Backend, given: dict[str, Any]) -> Numerics:
