@@ -47,12 +47,10 @@ NUMPY_ALONE = [
         *("unusable_tokenizers", "weight_differences"),
     )
 ]
-# Continuous integration runs two sessions at a time, each in one process.
-PROCESSES = os.environ.get("PORTABLE_GPT2_PROCESSES", "2")
 # The processes of one run share the functions that JAX has compiled.
 COMPILED = tempfile.TemporaryDirectory(prefix="portable-gpt2-jax-")
 JAX_CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILED.name),
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
@@ -79,14 +77,13 @@ def install_only(session: nox.Session, backend: str, *groups: str) -> None:
     session.run("python", "-c", code, *others, silent=True)
 
 
-def run_pytest(session: nox.Session, *args: str, x64: bool = False, processes: str = PROCESSES, **env: str) -> None:
+def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) -> None:
     """Run pytest; with x64, run it a second time in a process where JAX computes in float64."""
     # Arguments may select no test in one of the two runs. pytest then exits with 5, which is not a failure here.
     codes = [0, 5] if session.posargs else [0]
     # Most of the time is spent in compilers, which use one core. Each of two processes takes half of the tests; the
     # first to finish takes over tests of the other.
-    if processes != "1":
-        args = ("-n", processes, "--dist", "worksteal", *args)
+    args = ("-n", "2", "--dist", "worksteal", *args)
     # Modules are not compiled when they are installed: the first process that imports one keeps what it compiles.
     env = {**JAX_CACHE, "PYTHONDONTWRITEBYTECODE": "", **env}
     session.run("pytest", *args, *session.posargs, env=env, success_codes=codes)
@@ -106,9 +103,7 @@ def tests(session: nox.Session, backend: str) -> None:
     backends = "numpy,array_api_strict,none" if backend == "numpy" else backend
     tests = KIT if backend in ALL else PARTS.get(backend, ["--pyargs", "portable_gpt2.testing"])
     args = ["-m", "not gpu", f"--ignore-glob={PARITY}", f"--backend={backends}", *tests]
-    # Linux permits a process 65,530 memory maps, and JAX has seven for each function that it has compiled.
-    options = {"x64": True, "processes": "2"} if backend == "jax" else {}
-    run_pytest(session, *args, **options, PORTABLE_GPT2_REQUIRE=backends)
+    run_pytest(session, *args, x64=backend == "jax", PORTABLE_GPT2_REQUIRE=backends)
     for name in TOGETHER if backend == "numpy" else []:
         run_pytest(session, f"--backend={name}", *PARTS[name], PORTABLE_GPT2_REQUIRE=name)
 
