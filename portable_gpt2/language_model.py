@@ -20,7 +20,7 @@ from .config import GPT2Config
 from .correct_rounding import mode
 from .export import export
 from .fingerprint import N_TOKENS, TEXT, Fingerprint, hash_of_logits, hash_of_weights
-from .generation.completion import Completion, Request, batched, complete
+from .generation.completion import Completion, Piece, Request, batched, complete
 from .generation.decoder import Decoder, Generation, padded_length
 from .generation.detokenizer import StreamingDetokenizer
 from .generation.stop_strings import StopStrings
@@ -400,6 +400,7 @@ class GPT2:
         stop: Stop = None,
         sliding: bool = False,
         allow_special: AllowSpecial = False,
+        on_piece: Callable[[Piece], None] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Completion]:
         """Return an iterator over the continuations of several prompts, which are computed in batches.
@@ -417,6 +418,9 @@ class GPT2:
             Number of texts in a batch.
         max_new_tokens, stop, sliding, allow_special
             See `GenerationOptions`.
+        on_piece : callable, optional
+            Called with a `generation.completion.Piece` for each token as soon as it is sampled: the numbers of the
+            prompt and of the sample, the token id and the text.
         **options
             See `Sampling`.
 
@@ -441,14 +445,14 @@ class GPT2:
         samplings = [Sampling(**options) for _ in prompts] or [Sampling(**options)]  # to check the options
         n_rows = min(batch_size, num_samples * len(prompts))
         check_cache_size(self.params, self.config, n_rows, max(map(len, ids), default=1))
-        given = zip(prompts, ids, samplings, strict=False)
-        requests = (Request(p, tokens, sampling, k) for p, tokens, sampling in given for k in range(num_samples))
+        given = zip(range(len(prompts)), prompts, ids, samplings, strict=False)
+        requests = (Request(*each, sample) for each in given for sample in range(num_samples))
         # With sliding, a batch has prompts of one length: the longest text would otherwise shorten the others.
         groups = groupby(requests, key=lambda request: len(request.ids) if sliding else 0)
         batches = (batch for _, group in groups for batch in batched(group, batch_size))
         stops = StopStrings(strings)
         return chain.from_iterable(
-            complete(self._decoder, tokenizer, batch, max_new_tokens, ends, stops) for batch in batches
+            complete(self._decoder, tokenizer, batch, max_new_tokens, ends, stops, on_piece) for batch in batches
         )
 
     @overload

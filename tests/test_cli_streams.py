@@ -25,8 +25,9 @@ THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 TRAIN = "train --data data.txt --n-layer 1 --n-head 1 --n-embd 8 --n-ctx 8 --vocab-size 260 --batch-size 2 --steps 3"
 COMMANDS = {  # the arguments, and whether the command writes text to stdout
     "generate": ("generate To --model it -n 3 --seed 7", True),
-    "generate --json": ("generate To be --model it -n 3 --seed 7 --json", True),
-    "score": ("score data.txt --model it", True),
+    "generate --stream-json": ("generate To be --model it -n 3 --seed 7 --stream-json", True),
+    "generate --interactive": ("generate --interactive --model it -n 1 --seed 7 --sliding", True),
+    "score --html": ("score data.txt --model it --html OUT.html", True),
     "score -": ("score - --model it", True),
     "attend": ("attend To --model it -o OUT.png", False),
     "trace": ("trace To --model it -o OUT.npz", False),
@@ -116,7 +117,7 @@ def test_each_stream_may_be_closed_full_or_broken(room, name, monkeypatch):
         where = f"{name}, stdin {stdin}, stdout {stdout}, stderr {stderr}: {messages}"
         assert "Traceback" not in messages, where
         assert "Exception" not in messages, where
-        if name == "score -" and stdin == "closed":
+        if name in ("score -", "generate --interactive") and stdin == "closed":
             assert code == 2, where
             assert (stderr, stdout) != ("fine", "fine") or messages == "portable-gpt2: stdin is closed\n"
         elif writes and stdout != "fine":
@@ -130,6 +131,8 @@ def test_each_stream_may_be_closed_full_or_broken(room, name, monkeypatch):
                 assert found.replace(out, "") == text.replace(results[healthy][0], ""), where
             if name == "attend":
                 assert (room / f"{out}.png").read_bytes().startswith(b"\x89PNG"), where
+            if name == "score --html":
+                assert (room / f"{out}.html").read_text("utf-8").endswith("</html>\n"), where
             if name == "trace":
                 assert pg.Trace.load(room / f"{out}.npz").tokens.size, where
             if name in ("convert", "train"):

@@ -124,7 +124,7 @@ def test_a_stop_string_that_the_last_bytes_complete_ends_the_text(tokenizer):
             generations[0].tokens.append(token)
             yield generations[0]
 
-    request = Request("x", [5], Sampling(seed=0), 0)
+    request = Request(0, "x", [5], Sampling(seed=0), 0)
     (completion,) = complete(OneToken(), tokenizer, [request], 1, set(), StopStrings(["\ufffd"]))
     assert (completion.text, completion.finish_reason) == ("", "stop")
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import strict_json
-from ..generation.completion import Completion
+from ..generation.completion import Completion, Piece
 from ..sampling import Sampling
-from . import streams
+from . import interactive, streams
 from .options import add_fields, add_model, add_special, allow_special, at_least, given_fields, load, stop_text
 from .texts import Texts
 
@@ -23,16 +23,22 @@ def add_to(commands: Any) -> None:
         help="continue one text, or several",
         description="Write a prompt and its continuation to stdout. The continuation of a single prompt is written "
         "while it is sampled; several prompts are written one after the other. Without a prompt, the text starts from "
-        "<|endoftext|>.",
+        "<|endoftext|>. The same seed gives the same text on every backend.",
     )
     add = parser.add_argument
-    add("prompt", nargs="*", type=str, help="text to continue")
+    add("prompt", nargs="*", type=str, help="text to continue; quote a text of several words")
     add(
         "--prompt-file",
         action="append",
         default=[],
         metavar="FILE",
         help="file whose whole content is a prompt; - is stdin; may be given several times",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="read prompts from stdin, one per line, and continue each of them; Ctrl-C ends a text, and Ctrl-D ends "
+        "the command",
     )
     add_model(parser)
     add(
@@ -76,10 +82,14 @@ def add_to(commands: Any) -> None:
     )
     add("--sliding", action="store_true", help="when the context is full, continue from its last half")
     add_special(parser, "a prompt")
-    add(
-        "--json",
+    json = parser.add_mutually_exclusive_group()
+    json.add_argument("--json", action="store_true", help="write one JSON object per text, each on one line")
+    json.add_argument(
+        "--stream-json",
         action="store_true",
-        help="write one JSON object per text, each on one line; a number that is not finite is written as null",
+        help="write one JSON object per token as soon as it is sampled, each on one line: prompt_index, index (the "
+        "sample), token (its id; null for text that was held back until the end) and piece (its text); and after the "
+        "last token of a text the object of --json, with finish_reason (stop or length), seed and prompt_index",
     )
     parser.set_defaults(run=run)
 
@@ -87,6 +97,9 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     sampling = Sampling(**given_fields(arguments, Sampling))  # checked before a text is read or a model is loaded
+    as_json = arguments.json or arguments.stream_json
+    if arguments.interactive:
+        _check_interactive(arguments)
     streams.write("")
     texts = Texts()
     prompts = [*arguments.prompt, *map(texts.read, arguments.prompt_file)] or [""]
@@ -98,13 +111,17 @@ def run(arguments: argparse.Namespace) -> int:
         "sliding": arguments.sliding,
         "allow_special": allow_special(arguments),
     }
-    is_single = len(prompts) == arguments.num_samples == 1 and not arguments.json
+    if arguments.interactive:
+        streams.say(f"{model!r}, from {model.source}")
+        return interactive.run(model, options)
+    is_single = len(prompts) == arguments.num_samples == 1 and not as_json
     if is_single:
         options["seed"] = sampling.seed
         pieces = model.stream(prompts[0], **options)
     else:
         many = {"num_samples": arguments.num_samples, "batch_size": arguments.batch_size}
-        completions = model.complete(prompts, **many, **options)
+        on_piece = _write_piece if arguments.stream_json else None
+        completions = model.complete(prompts, on_piece=on_piece, **many, **options)
     seed = f", seed {options['seed']}" if "seed" in options else ""
     streams.say(f"{model!r}{seed}, from {model.source}")
     start = time.perf_counter()
@@ -116,21 +133,43 @@ def run(arguments: argparse.Namespace) -> int:
         n = min(n, arguments.max_new_tokens)  # a text that ends within a character has one more piece than tokens
         streams.write("\n")
     else:
-        n = _write_all(completions, arguments.num_samples, arguments.json, show_seeds=arguments.seed is None)
+        n = _write_all(completions, arguments)
     seconds = time.perf_counter() - start
     streams.say(f"{n} tokens in {seconds:.2f} s, {n / seconds:.1f} tokens/s")
     return 0
 
 
-def _write_all(completions: Iterable[Completion], num_samples: int, as_json: bool, show_seeds: bool) -> int:
+def _check_interactive(arguments: argparse.Namespace) -> None:
+    """Refuse options that --interactive does not have."""
+    others = {
+        "a prompt": arguments.prompt,
+        "--prompt-file": arguments.prompt_file,
+        "--json": arguments.json,
+        "--stream-json": arguments.stream_json,
+        "--num-samples": arguments.num_samples > 1,
+    }
+    for name, given in others.items():
+        if given:
+            raise ValueError(f"--interactive reads prompts from stdin, and writes one text for each: leave out {name}")
+    streams.stdin()  # raises an error if it is closed
+
+
+def _write_piece(piece: Piece) -> None:
+    streams.write(strict_json.line(dataclasses.asdict(piece)))
+
+
+def _write_all(completions: Iterable[Completion], arguments: argparse.Namespace) -> int:
     """Write each completion as soon as it is complete. Return the number of tokens of all completions."""
     n = 0
     for i, completion in enumerate(completions):
         n += len(completion.tokens)
-        if as_json:
+        prompt_index = i // arguments.num_samples
+        if arguments.stream_json:
+            streams.write(strict_json.line({"prompt_index": prompt_index, **dataclasses.asdict(completion)}))
+        elif arguments.json:
             streams.write(strict_json.line(dataclasses.asdict(completion)))
         else:
-            which = f"prompt {i // num_samples + 1}, sample {completion.index + 1}"
-            which += f", seed {completion.seed}" if show_seeds else ""
+            which = f"prompt {prompt_index + 1}, sample {completion.index + 1}"
+            which += f", seed {completion.seed}" if arguments.seed is None else ""
             streams.write(f"{'=' * 20} {which} {'=' * 20}\n{completion.prompt}{completion.text}\n")
     return n

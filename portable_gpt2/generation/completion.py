@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, TypeVar
@@ -50,9 +50,25 @@ class Completion:
     seed: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A token that was added to a text, and the text that became certain with it."""
+
+    prompt_index: int
+    """The number of the prompt, from 0."""
+    index: int
+    """The number of the sample among those of the same prompt, from 0."""
+    token: int | None
+    """The id of the token; None for text that was held back until the end."""
+    piece: str
+    """The text. It is empty while a character is incomplete, and while the text may be the beginning of a stop string.
+    All pieces of a text together are `Completion.text`."""
+
+
 class Request(NamedTuple):
     """A request for one completion."""
 
+    prompt_index: int
     prompt: str
     ids: list[int]  # of the prompt
     sampling: Sampling
@@ -66,21 +82,31 @@ def complete(
     max_new_tokens: int,
     ends: set[int],
     stops: StopStrings,
+    on_piece: Callable[[Piece], None] | None = None,
 ) -> Iterator[Completion]:
     """Complete a batch of requests. Each text ends at a token in `ends` or before a stop string."""
     generations = [Generation(list(r.ids), r.sampling, r.sample) for r in requests]
     detokenizers = {generation: StreamingDetokenizer(tokenizer.decoder(), stops) for generation in generations}
     pieces: dict[Generation, list[str]] = {generation: [] for generation in generations}
+    request_of = dict(zip(generations, requests, strict=True))
+
+    def add(generation: Generation, token: int | None) -> None:
+        piece = detokenizers[generation].read(token)
+        pieces[generation].append(piece)
+        if on_piece is not None and (piece or token is not None):
+            request = request_of[generation]
+            on_piece(Piece(request.prompt_index, request.sample, token, piece))
+
     for generation in decoder.stream(generations, max_new_tokens, ends):
         if generation.tokens[-1] in ends:
             generation.tokens.pop()
             generation.finished = True
         else:
-            pieces[generation].append(detokenizers[generation].read(generation.tokens[-1]))
+            add(generation, generation.tokens[-1])
             generation.finished = detokenizers[generation].ended
-    for generation, request in zip(generations, requests, strict=True):
+    for generation, request in request_of.items():
         if not detokenizers[generation].ended:
-            pieces[generation].append(detokenizers[generation].read(None))
+            add(generation, None)
         reason = "stop" if generation.finished or detokenizers[generation].ended else "length"
         assert request.sampling.seed is not None
         tokens = generation.tokens[len(request.ids) :]

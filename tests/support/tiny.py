@@ -72,3 +72,12 @@ def write_tokenizer(directory, layout="files"):
         trained.model.save(str(directory))
     else:
         trained.save(str(directory / "tokenizer.json"))
+
+
+def endless(tokenizer):
+    """Return a model whose texts end only at their largest number of tokens, and which takes minutes to get there."""
+    config = pg.GPT2Config(**{**vars(CONFIG), "n_ctx": 100_000, "eos_token_id": None})
+    always = weights(config)  # the same logits at each position, and never <|endoftext|>
+    always["ln_f/g"][:] = 0
+    always["wte"][tokenizer.end_of_text] = -50 * always["ln_f/b"] / np.square(always["ln_f/b"]).sum()
+    return pg.GPT2(config, nest(always), tokenizer)
