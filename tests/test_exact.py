@@ -290,6 +290,7 @@ def test_no_elements_and_no_leading_axes():
     assert exact.attention(np.ones((2, 3), F), np.ones((2, 3), F), np.ones((2, 3), F), (none, none)).shape == (0,)
     assert_equal(exact.conv1d(np.ones(0, F), np.ones((0, 1), F), one, every(1)), [1])
     assert_equal(exact.layer_norm(np.asarray([1, -1], F), np.ones(2, F), np.ones(2, F), every(2), eps=3.0), [1.5, 0.5])
+    assert_equal(exact.layer_norm(np.full(3, 0.1, F), np.ones(3, F), np.ones(3, F), every(3), eps=0.0), [np.nan] * 3)
     assert_equal(exact.gelu(np.asarray(2, F), ()), [oracle.gelu(2.0)])
     keys = np.ones((3, 0), F)
     assert_equal(exact.attention_weights(keys, keys, every(3, 3)), np.full((3, 3), F(1) / F(3)))

@@ -341,8 +341,9 @@ def test_ties_of_gradients_go_to_even():
         of_gelu = gradients.gelu_backward(np.zeros(1, np.float32), np.full(1, 2.0**-125 - 2.0**-149, np.float32))["x"]
         assert of_gelu.tolist() == [2.0**-126]
         logits = np.zeros((1, 2), np.float32)
-        of_logits = gradients.cross_entropy_backward(logits, np.zeros(1, np.int32), factor=2 * (1 + HALF))["logits"]
-        assert of_logits.tolist() == [[-1, 1]]
+        for factor, even in ((1 + HALF, 1), (1 + 3 * HALF, 1 + 4 * HALF)):
+            of_logits = gradients.cross_entropy_backward(logits, np.zeros(1, np.int32), factor=2 * factor)["logits"]
+            assert of_logits.tolist() == [[-even, even]]
 
 
 def test_the_gradient_of_layer_norm_on_and_next_to_a_tie():
@@ -495,6 +496,8 @@ def test_ties_of_a_step_go_to_even():
     exactly = exact_gradients.adamw(p, m, v, np.asarray(constants), at={"p": every(4)})["p"]
     found = mode.Interpreter().formula("adamw", {"p": p, "m": m, "v": v}, constants=constants)["p"]
     assert exactly.tolist() == found.tolist() == expected
+    arrays = {"p": p[:1], "m": -m[:1], "v": 0 * v[:1]}  # the denominator is 0
+    assert mode.Interpreter().formula("adamw", arrays, constants=(1.0, 1.0, 1.0, 0.0))["p"] == 1
 
 
 def test_what_is_next_to_a_tie_is_not_rounded_as_a_tie():

@@ -216,6 +216,8 @@ def attentions():
             yield Case(
                 f"{name} {low}", "attention", {"q": q, "k": two, "v": v, "scale": scale}, np.asarray([[even]], F)
             )
+        other = {"q": one, "k": np.asarray([[1], [2]], F), "v": v, "scale": 0.0}
+        yield Case(f"scale 0 of other keys {low}", "attention", other, np.asarray([[even]], F))
         # two keys with scores 0 and s: the weights are 1/2 -+ s/4, so the result is the midpoint + s (high - low) / 4
         for a, b, scale in ((2.0**-40, 2.0**-40, 1.0), (SMALLEST, SMALLEST, 1.0), (SMALLEST, SMALLEST, 1e-300)):
             for sign in (1, -1):
@@ -243,6 +245,14 @@ def attentions():
         yield Case(
             f"other groups {low}", "attention", arguments | {"k": k4, "v": v4[[0, 2, 1, 3]]}, np.asarray([[even]], F)
         )
+    # large values cancel but for exp(2^-252) - 1, which is less than the value -2^-126: the mean is below 1 + 2^-24
+    k, v = (
+        np.asarray([[SMALLEST], [0], [0], [0], [0]], F),
+        np.asarray([2.0**100, -(2.0**100), 5, 5 * 2.0**-24, -SMALLEST], F),
+    )
+    for sign in (1, -1):
+        arguments = {"q": SMALLEST * one, "k": k, "v": sign * v[:, None], "scale": 1.0}
+        yield Case(f"second group {sign}", "attention", arguments, np.asarray([[sign]], F))
     # values that cancel, and leave a value that is below all numbers, or above the threshold of 0
     for gap, expected in ((1e30, 0.0), (1000.0, 0.0)):
         v, k = np.asarray([[LARGEST], [-LARGEST], [1]], F), np.asarray([[0], [0], [-gap]], F)
