@@ -125,7 +125,7 @@ class Interpreter:
         # NaN and infinities are results like any other: NumPy need not warn of them.
         with interpreted(None), backend.permit_64_bits(), np.errstate(all="ignore"):
             if name == "embed":
-                return _compiled(backend, _without_subnormals)(embed(**given))
+                return _compiled(backend, _defined)(embed(**given))
             weights = {key: self._weights[id(x)] for key, x in floats.items() if id(x) in self._weights}
             options = {key: x for key, x in given.items() if key not in signature.arrays}
             if name.startswith("attention") and options.get("scale") is None:
@@ -241,8 +241,9 @@ class Interpreter:
         return results
 
     def add(self, x: Any, y: Any) -> Any:
-        """Return x + y. IEEE 754 rounds a sum correctly, so only subnormal results are left to be replaced by 0."""
-        return _compiled(backend_of(x), _sum)(x, y)
+        """Return x + y. IEEE 754 rounds a sum correctly, so only subnormal numbers and NaN are replaced."""
+        with np.errstate(all="ignore"):
+            return _compiled(backend_of(x), _sum)(x, y)
 
 
 _NORMS = {"conv1d": "column_norms", "unembed": "row_norms"}
@@ -301,8 +302,13 @@ def _without_subnormals(x: Any) -> Any:
     return backend_of(x).xp.where((x > -_SMALLEST) & (x < _SMALLEST), 0.0, x)
 
 
+def _defined(x: Any) -> Any:
+    """Replace subnormal numbers and -0 by 0, and every NaN by the same NaN: frameworks give NaN different bits."""
+    return backend_of(x).xp.where(x == x, _without_subnormals(x), math.nan)
+
+
 def _sum(x: Any, y: Any) -> Any:
-    return _without_subnormals(x + y)
+    return _defined(_without_subnormals(x) + _without_subnormals(y))
 
 
 def _widened(x: Any) -> Any:
