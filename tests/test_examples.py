@@ -14,13 +14,6 @@ def run(*arguments, **options):
     return subprocess.run(command, stdout=subprocess.PIPE, check=True, **options).stdout.decode()
 
 
-def test_inside_shows_attention_and_the_logit_lens():
-    """Catches a renamed trace entry, and a lens whose last layer is not the model (the script asserts that itself)."""
-    text = run(ROOT / "examples" / "inside.py", "To be, or not")
-    assert "h0/attn/weights      [1, 4, 5, 5]" in text
-    assert len(re.findall(r"layer \d: \|x\| = +\d", text)) == 4
-
-
 def test_a_backend_of_ones_own_gives_the_same_text_and_counts():
     """Catches an adapter that lacks what the interface requires, and multiplications that the formula does not have."""
     text = run("-W", "error", ROOT / "examples" / "own_backend" / "count.py")
