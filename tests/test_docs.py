@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import command_reference  # noqa: E402
 
 MODULES = ["portable_gpt2", "portable_gpt2.training", "portable_gpt2.numerics", "portable_gpt2.numerics.bounds"]
-MODULES += ["portable_gpt2.testing"]
+MODULES += ["portable_gpt2.testing", "portable_gpt2.pages"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 
 

@@ -125,7 +125,12 @@ def prepared() -> Iterator[dict[str, str]]:
         for name, arguments in {"python": "", "portable-gpt2": "-m portable_gpt2"}.items():
             (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
             (programs / name).chmod(0o755)
-        changes = {"HF_HOME": folder, "HF_HUB_OFFLINE": "1", "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+        changes = {
+            "HOME": folder,
+            "HF_HOME": folder,
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        }
         changes |= {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3", "COLUMNS": "80"}
         os.environ.update(changes)  # for the code that is run in this process
         yield {**os.environ}
