@@ -12,13 +12,17 @@ if TYPE_CHECKING:
     from . import training as training
     from .api import *  # noqa: F403
     from .ops import *  # noqa: F403
+
+    __version__: str
 else:
 
     def __getattr__(name):
-        """Return a submodule, or a public name."""
+        """Return a submodule, a public name, or the version of the package that is installed."""
         from importlib import import_module
         from importlib.machinery import PathFinder
 
+        if name == "__version__":  # its only source is pyproject.toml
+            return import_module("importlib.metadata").version("portable-gpt2")
         if name.startswith("__") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if PathFinder.find_spec(f"{__name__}.{name}", __spec__.submodule_search_locations) is not None:

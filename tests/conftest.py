@@ -11,10 +11,11 @@ tests of JAX in float64 and those marked ``x64``, and a process without it runs 
 
 import os
 
-# These variables must be set before a framework is imported. They request two threads per framework, no log messages,
-# and one version of the array API standard.
+# These variables must be set before a framework is imported. They request two threads per framework, which do not spin
+# while they wait for each other, no log messages, and one version of the array API standard.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("ARRAY_API_STRICT_API_VERSION", "2024.12")
 # On an accelerator, no framework may reserve all of the memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
