@@ -101,8 +101,9 @@ def check_writable(file: Path) -> None:
 
 def already_exists(file: Path) -> FileExistsError:
     """Return the error for a file that exists and must not be replaced."""
-    how = "give a new name, or replace this file by force (--force, or force=True in Python)"
-    return FileExistsError(f"{file}: exists already; {how}")
+    return FileExistsError(
+        f"{file}: exists already; give a new name, or replace this file by force (--force, or force=True in Python)"
+    )
 
 
 def check_new(file: Path, force: bool) -> None:

@@ -17,7 +17,7 @@ from markup import Page, colours, contrast
 import portable_gpt2 as pg
 from portable_gpt2.cli import main
 from portable_gpt2.pages import attention_page, surprise_page
-from portable_gpt2.pages.document import name_of, token_text
+from portable_gpt2.pages.document import document, name_of, token_text
 
 EVIL = "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">&amp;<!--"
 TEXT = f"To be,\tor not\nto be\x1b[2J: 存 {EVIL}"
@@ -74,6 +74,21 @@ def test_texts_on_a_page_are_texts(page, model):
     shown = "".join(token_text(model.tokenizer, token) for token in model.tokenizer.encode(TEXT))
     assert text["text"] == shown.replace("\x1b", "\\x1b").replace("\n", "↵\n")
     assert EVIL in text["text"]
+
+
+def test_no_text_ends_the_data():
+    """Catches a text among the data that the browser reads as the end of their element."""
+    page = document(
+        "portable_gpt2.pages",
+        "surprise",
+        title="",
+        heading="",
+        introduction="",
+        sections=[],
+        data={EVIL: [EVIL, math.nan]},
+    )
+    assert len(Page(page).all("script")) == 2
+    assert data_of(page) == {EVIL: [EVIL, None]}
 
 
 def test_each_token_is_an_element_with_a_label_of_the_whole(page, model):

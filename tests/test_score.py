@@ -38,6 +38,19 @@ def test_windows_score_each_token_once_and_with_as_much_before_it_as_is_promised
     assert scored == list(range(1, n))
 
 
+def test_progress_is_that_of_the_windows(model):
+    """Catches a bar that stands still, and one that counts tokens as windows."""
+    seen = []
+
+    def progress(items):
+        for item in items:
+            yield item
+            seen.append(item)
+
+    model.score_ids(some_ids(100), progress=progress)
+    assert seen == list(windows(100, CONFIG.n_ctx, CONFIG.n_ctx // 2))
+
+
 def test_bytes_are_those_of_the_tokens_that_are_scored(backend, tmp_path):
     """Catches characters that are counted for bytes, and the first token's bytes."""
     tiny.write_tokenizer(tmp_path)

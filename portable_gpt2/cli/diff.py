@@ -46,7 +46,7 @@ def add_to(commands: Any) -> None:
         ".safetensors, as `portable-gpt2 trace` writes it"
     )
     add("a", metavar="A", help=f"the reference: {side}")
-    add("b", metavar="B", help="the model that is judged: as A")
+    add("b", metavar="B", help="the model that is judged, in one of the forms of A")
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
         "--text",

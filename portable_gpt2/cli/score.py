@@ -52,6 +52,7 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from .. import pages
+    from ..pages.surprise_page import ALTERNATIVES
 
     streams.write("")
     if arguments.html:
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             stride=arguments.stride,
             bos=arguments.bos,
             allow_special=allow_special(arguments),
-            alternatives=min(pages.ALTERNATIVES, model.config.n_vocab) if arguments.html else 0,
+            alternatives=min(ALTERNATIVES, model.config.n_vocab) if arguments.html else 0,
             progress=partial(progress, what=f"scoring {name}", unit="windows"),
         )
         if arguments.html:

@@ -6,6 +6,6 @@ screen of a phone, and is operated with a mouse, by touch or with the keyboard.
 
 from .attention_page import attention
 from .document import Page
-from .surprise_page import ALTERNATIVES, surprise
+from .surprise_page import surprise
 
-__all__ = ["ALTERNATIVES", "Page", "attention", "surprise"]
+__all__ = ["Page", "attention", "surprise"]
