@@ -139,11 +139,16 @@ def _entry(entry: tuple[str, Numerics]) -> str:
 
 
 def _points(function: str, dtype: str, n: int) -> np.ndarray:
-    """Return points at which the result is a normal number: for exp, those from its smallest argument to 0."""
+    """Return points at which the result is a normal number: for exp, negative ones, and a number of positive ones.
+
+    softmax needs exp of negative numbers only, and gelu in the reproducible mode that of positive ones, too.
+    """
     random = np.random.default_rng(2)
     unit, smallest, _ = bounds.FORMATS[dtype]
     if function == "exp":
-        x = np.concatenate([random.uniform(np.log(4 * smallest), 0, n), -(10 ** random.uniform(-6, 0, n // 5))])
+        lowest = np.log(4 * smallest)
+        x = np.concatenate([random.uniform(lowest, 0, n), -(10 ** random.uniform(-6, 0, n // 5))])
+        x = np.concatenate([x, random.uniform(0, -lowest, n // 5)])
     elif function == "tanh":
         x = np.concatenate([random.uniform(-20, 20, n), 10 ** random.uniform(-6, 0, n)])
     else:
