@@ -297,29 +297,26 @@ def cross_entropy_backward(logits: Any, targets: Any, *, factor: float, numerics
 
 
 def moments(g: Any, m: Any, v: Any, constants: Any, *, numerics: Numerics) -> Evaluations:
-    """Evaluate b1 m + a1 g and b2 v + a2 g^2 for constants [b1, a1, b2, a2]. The square of g is exact."""
+    """Evaluate b1 m + a1 g and b2 v + a2 g^2 for constants [b1, a1, b2, a2]. The square of g is exact.
+
+    A product below 2^-1022 may be replaced by 0. This is less than the error of a result that does not round to 0.
+    """
     b1, a1, b2, a2 = (constants[i] for i in range(4))
     old, new, square = b1 * m, a1 * g, b2 * v + a2 * (g * g)
     return {
-        "m": Evaluation(old + new, _with_underflow(old + new, (abs(old) + abs(new)) * (5 * _UNIT))),
-        "v": Evaluation(square, _with_underflow(square, square * (5 * _UNIT))),
+        "m": Evaluation(old + new, (abs(old) + abs(new)) * (5 * _UNIT)),
+        "v": Evaluation(square, square * (5 * _UNIT)),
     }
-
-
-def _with_underflow(value: Any, error: Any) -> Any:
-    """Account for products below 2^-1022 that are replaced by 0. A result that becomes 0 by that rounds to 0 anyway."""
-    return backend_of(value).xp.where(value == 0, error, error + _SMALL)
 
 
 def adamw(p: Any, m: Any, v: Any, constants: Any, *, numerics: Numerics) -> Evaluations:
     """Evaluate c p - a m / (sqrt(b v) + eps) for constants [c, a, b, eps]; a denominator of 0 is replaced by 1.
 
-    eps is 0 or at least 2^-500. So is the denominator, and a product that underflows has no influence.
+    eps is 0 or at least 2^-500. So is the denominator, and a product that underflows has no influence, as in `moments`.
     The quotient has six roundings, two of them under the square root or before it.
     """
     xp = backend_of(p).xp
     c, a, b, eps = (constants[i] for i in range(4))
     denominator = xp.sqrt(b * v) + eps
     step, kept = a * m / xp.where(denominator == 0, 1.0, denominator), c * p
-    value, error = kept - step, (abs(kept) + 2 * abs(step)) * (5 * _UNIT)
-    return {"p": Evaluation(value, _with_underflow(value, error))}
+    return {"p": Evaluation(kept - step, (abs(kept) + 2 * abs(step)) * (5 * _UNIT))}
