@@ -222,6 +222,14 @@ def test_float64_alone_would_not_do(backend):
     np.testing.assert_array_equal(found, np.asarray([[1 + 2.0**-23, -1 - 2.0**-23]], np.float32))
 
 
+def test_embedded_rows_have_no_subnormal_numbers(backend):
+    """Catches rows that are copied as they are."""
+    with pg.reproducible():
+        found = pg.embed(backend.from_numpy(np.arange(10, dtype=np.int32)), backend.from_numpy(SPECIAL[:, None]))
+    expected = np.asarray([0, 0, 0, 0, TINY, -TINY, 3e38, np.inf, -np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(bits(backend.to_numpy(found)[:, 0]), bits(expected))
+
+
 def test_residual_sums_have_no_subnormal_numbers(backend):
     """Catches a subnormal number that NumPy adds, and XLA takes for 0, and NaN of other bits."""
     x, y = [1.5 * TINY, 1, -1, TINY, np.inf], [-TINY, -1, 2.0**-23, TINY / 2, -np.inf]
