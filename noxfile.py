@@ -252,6 +252,23 @@ def typing(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def package(session: nox.Session) -> None:
+    """Build the sdist and the wheel, check them, and check the types of user code against the wheel alone.
+
+    tools/check_package.py says what is checked. basedpyright is pyright with the program that runs it.
+    """
+    session.install(*nox.project.dependency_groups(PYPROJECT, "package"), "-c", "constraints.txt")
+    room = Path(session.create_tmp(), "package").absolute()
+    shutil.rmtree(room, ignore_errors=True)
+    session.run("python", str(ROOT / "tools" / "check_package.py"), str(room))
+    session.install(*map(str, room.glob("wheel/*.whl")), "-c", "constraints.txt")
+    shutil.copy(ROOT / "tests" / "user.py", room)
+    session.chdir(room)  # in the checkout, the checkout would be imported
+    session.run("mypy", "--strict", "user.py")
+    session.run("basedpyright", "--level", "error", "user.py")
+
+
+@nox.session(default=False)
 def docs(session: nox.Session) -> None:
     """Build docs/ as a site in docs/_build, execute its notebooks, and run the commands of its pages.
 
