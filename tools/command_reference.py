@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import textwrap
 from collections.abc import Iterator
 
 from portable_gpt2.cli import commands
@@ -23,11 +24,18 @@ def escaped(text: str) -> str:
     )
 
 
+def usage(parser: argparse.ArgumentParser) -> str:
+    """Return the usage in lines of at most 80 characters, which are not broken within brackets."""
+    parts = re.sub(r"\[.*?\]", lambda found: found[0].replace(" ", "\0"), " ".join(parser.format_usage().split()))
+    wrapped = textwrap.fill(parts.removeprefix("usage: "), 80, subsequent_indent="    ", break_on_hyphens=False)
+    return wrapped.replace("\0", " ")
+
+
 def section(name: str, parser: argparse.ArgumentParser, short: str) -> Iterator[str]:
     """Yield the lines of a subcommand's section: its usage, its description and its arguments."""
     formatter = argparse.HelpFormatter(parser.prog, width=100)
     yield from (f"## {name}", "", f"{escaped(short[:1].upper() + short[1:])}.", "")
-    yield from ("```text", parser.format_usage().removeprefix("usage: ").rstrip(), "```", "")
+    yield from ("```text", usage(parser), "```", "")
     yield from (escaped(parser.description or ""), "")
     for group in parser._action_groups:
         if group._group_actions:
