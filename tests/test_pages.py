@@ -341,17 +341,26 @@ def test_attention_is_chosen_with_keys_and_mouse(tab, model, tmp_path):
     exact = model.trace(TEXT, names=["h1/attn/weights"])["h1/attn/weights"][0, 0, 5, :6]
     np.testing.assert_allclose([float(x) for x in opacities[:6]], np.sqrt(exact), atol=0.003)
     assert set(opacities[6:]) == {""}
+    tab.press("ArrowRight")  # the token that had the focus before keeps it until a key is pressed
+    check_attended(tab, model, 6, 1, 0)
     assert tab.value("document.querySelectorAll('[aria-current]').length") == 1
-    assert tab.value("document.querySelectorAll('.t[tabindex]').length") == 1
+    assert tab.value("document.querySelectorAll('.t[tabindex=\"0\"]').length") == 1
     assert (tab.errors, "run" in tab.value("document.title")[:3]) == ([], False)
 
 
 def test_surprise_is_shown_for_the_chosen_token(tab, model, tmp_path):
     """Catches a page whose script fails, and the numbers of another token."""
     score = model.score(TEXT, alternatives=3)
-    opened(tab, pg.pages.surprise(model, {"a": model.score("To", alternatives=3), EVIL: score}), tmp_path)
+    opened(tab, pg.pages.surprise(model, {"a": model.score("To be, or", alternatives=3), EVIL: score}), tmp_path)
+    tab.press("Tab", "ArrowLeft")  # the first token is chosen by its focus, and keeps it
+    assert tab.value("document.activeElement === document.querySelector('.t')")
+    tab.press("ArrowRight")
+    assert tab.value("document.activeElement === document.querySelectorAll('.t')[1]")
     x, y = tab.value("(({x, y, width, height}) => [x + width / 2, y + height / 2])"
                      "(document.querySelectorAll('.text')[1].children[3].getBoundingClientRect())")  # fmt: skip
+    tab.point(x, y)  # another text: the keyboard stays in the first one
+    tab.press("ArrowLeft")
+    assert tab.value("document.activeElement === document.querySelector('.t')")
     tab.point(x, y, click=True)
     tab.press("ArrowRight")
     shown = tab.value("document.getElementById('chosen').textContent")

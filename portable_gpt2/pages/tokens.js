@@ -9,7 +9,7 @@ function chooser(element, show) {
   function choose(i, focus) {
     if (i < 0 || i >= tokens.length) return;
     if (i !== current || !begun) {
-      tokens[current].removeAttribute("tabindex");
+      tokens[current].setAttribute("tabindex", "-1"); /* without the attribute, it would lose the focus */
       tokens[current].removeAttribute("aria-current");
       [current, begun] = [i, true];
       tokens[i].setAttribute("tabindex", "0");
