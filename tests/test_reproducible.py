@@ -7,7 +7,9 @@ bounds. Here, every element that the mode computes on a backend is compared with
 import contextlib
 import functools
 import inspect
+import math
 import typing
+from fractions import Fraction
 from pathlib import Path
 
 import midpoints
@@ -220,6 +222,19 @@ def test_float64_alone_would_not_do(backend):
     w[:, 1] = -1
     found = computed(backend, "conv1d", (x, w, b), {})
     np.testing.assert_array_equal(found, np.asarray([[1 + 2.0**-23, -1 - 2.0**-23]], np.float32))
+
+
+def test_the_default_scale_is_a_quotient():
+    """Catches d ** -0.5, whose last bit the platform's library chooses: a midpoint lies between the two scores."""
+    scale, power = 1 / math.sqrt(3), 3**-0.5
+    assert scale != power
+    rest, q = Fraction(1 + 2.0**-24) / ((Fraction(scale) + Fraction(power)) / 2), []
+    for _ in range(3):
+        q.append(np.float32(rest))
+        rest -= Fraction(float(q[-1]))
+    with pg.reproducible():
+        found = pg.attention_scores(np.asarray([q]), np.ones((1, 3), np.float32))
+    assert found == (1 if scale < power else 1 + 2.0**-23)
 
 
 def test_embedded_rows_have_no_subnormal_numbers(backend):
