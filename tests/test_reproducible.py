@@ -21,6 +21,7 @@ import portable_gpt2 as pg
 from portable_gpt2.checkpoint import SHIPPED
 from portable_gpt2.cli import main
 from portable_gpt2.correct_rounding import exact, mode
+from portable_gpt2.fingerprint import hash_of_logits
 from portable_gpt2.registry import registered
 from portable_gpt2.testing.plain_gpt2 import CONFIGS, PASSAGE, on_backend, random_weights, some_tokens
 
@@ -296,6 +297,11 @@ def test_a_fingerprint_depends_on_weights_and_tokens(backend):
     changed = model_of(backend, config, {**weights, path: weights[path] + 1}).fingerprint()
     assert changed.logits != found.logits
     assert changed.weights != found.weights
+
+
+def test_all_nan_have_the_same_hash():
+    logits = np.full((1, 2), np.nan, np.float32)
+    assert hash_of_logits([1], -logits) == hash_of_logits([1], logits) != hash_of_logits([1], np.ones_like(logits))
 
 
 def test_the_mode_ends_with_its_block(backend):

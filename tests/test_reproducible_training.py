@@ -139,8 +139,8 @@ def test_a_step_is_near_that_in_float32():
                 assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b), path
 
 
-def test_an_eps_that_frameworks_flush_counts_as_0(monkeypatch):
-    """Catches a step that divides by such a number on one framework, and by 1 on another."""
+def test_the_constants_of_a_step(monkeypatch):
+    """Catches another order of operations, and an eps that is 0 on one framework and not on another."""
     given = []
     monkeypatch.setattr(
         mode.Interpreter,
@@ -152,6 +152,8 @@ def test_an_eps_that_frameworks_flush_counts_as_0(monkeypatch):
         params = {"w": np.ones(2, np.float32)}
         reproducible_update(params, params, no_moments(params), rates(0, recipe), recipe, mode.Interpreter())
     assert [each["constants"][3] for each in given[1::2]] == [1e-8, 0.0]
+    scale = 1 / 2 * (0.5 / (float(np.float32(math.sqrt(0.5))) + 1e-6))
+    assert given[0]["constants"] == [0.9, (1 - 0.9) * scale, 0.99, (1 - 0.99) * (scale * scale)]
 
 
 def test_the_recipe_of_a_run_keeps_the_mode(tmp_path):
