@@ -147,13 +147,14 @@ def test_the_constants_of_a_step(monkeypatch):
         "formula",
         lambda self, name, arrays, **options: given.append(options) or {**arrays, "p": arrays.get("p")},
     )
-    for eps in (1e-8, 1e-320):
-        recipe = dataclasses.replace(RECIPE, eps=eps)
+    for eps, most in ((1e-8, 0.5), (1e-320, 2.0)):
+        recipe = dataclasses.replace(RECIPE, eps=eps, max_grad_norm=most)
         params = {"w": np.ones(2, np.float32)}
         reproducible_update(params, params, no_moments(params), rates(0, recipe), recipe, mode.Interpreter())
     assert [each["constants"][3] for each in given[1::2]] == [1e-8, 0.0]
     scale = 1 / 2 * (0.5 / (float(np.float32(math.sqrt(0.5))) + 1e-6))
-    assert given[0]["constants"] == [0.9, (1 - 0.9) * scale, 0.99, (1 - 0.99) * (scale * scale)]
+    for each, factor in ((given[0], scale), (given[2], 1 / 2)):  # the second gradient is not clipped
+        assert each["constants"] == [0.9, (1 - 0.9) * factor, 0.99, (1 - 0.99) * (factor * factor)]
 
 
 def test_the_recipe_of_a_run_keeps_the_mode(tmp_path):
@@ -202,6 +203,7 @@ def test_the_schedule_depends_on_no_library_of_the_platform():
         assert learning_rate(step, recipe) == pytest.approx(
             (1 + math.cos(math.pi * step / 7)) / 2, rel=1e-14, abs=1e-16
         )
+    assert learning_rate(3, recipe).hex() == "0x1.38f721c6048b1p-1"  # by math.cos, the last digit is 0
     assert learning_rate(7, recipe) == 0
     assert learning_rate(0, recipe) == 1
     for step in (0, 1, 9, 1000):
