@@ -497,6 +497,8 @@ def test_functions_of_balls_about_which_nothing_is_known():
         Ball(*np.asarray([1.0, 0, 1])) / Ball(*np.asarray([1.0, 0, 1])),
     ):
         assert not found.error <= 1e300
+    found = Ball(*np.asarray([1.0, 0, 0.4])).log()
+    assert found.high - found.error < math.log(0.6)  # without the third power of 0.4, it would not be
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | ANY, st.sampled_from([-1.0, 0.0, 1.0]))
