@@ -22,7 +22,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 SMALL = {  # assignments that are replaced, so that a notebook runs in seconds
     "conv1d": {"SECONDS": "0.001"},
     "four_frameworks": {"LENGTH": "8", "SAMPLES": "1"},
-    "gpt2_in_one_sitting": {"LENGTH": "3"},
+    "gpt2_in_one_sitting": {"LENGTH": "4"},
     "inside": {"STEPS": "20", "LETTERS, LENGTH, BATCH": "8, 48, 8"},
     "softmax": {"SECONDS": "0.001"},
     "train": {"CONTEXT": "48", "SCRATCH_STEPS": "20", "TUNED_STEPS": "5"},

@@ -140,7 +140,7 @@ plt.show()
 # ## Before and after
 
 # %%
-PROMPT = "The statement"
+PROMPT = "The value of the"
 options = {"max_new_tokens": 40, "temperature": 0.7, "seed": 1}
 for name, model in [("shakespeare", shakespeare), ("fine-tuned", tuned), ("from scratch", scratch)]:
     print(f"--- {name}\n{PROMPT}{model.generate(PROMPT, **options)}")
