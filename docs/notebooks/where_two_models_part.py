@@ -130,7 +130,7 @@ print(found)
 # `certify` computes with intervals that contain the exact logits, and so proves which token is the most likely one.
 
 # %%
-certificate = pg.certify(original, "ROMEO.", max_new_tokens=2)
+certificate = pg.certify(original, "To be", max_new_tokens=2)
 print(str(certificate).split("\n\n")[0])
 assert all(certificate.proved)
 
