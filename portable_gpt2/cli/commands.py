@@ -36,8 +36,8 @@ _FIRST_STEPS = """GPT-2, written once, on the array framework of your choice. Tr
 
   portable-gpt2 generate "To be, or not to be"    continue a text
   portable-gpt2 generate "In 1905" --model gpt2   use OpenAI's GPT-2
-  portable-gpt2 generate --interactive            type prompts, one after another
-  portable-gpt2 attend "To be" -o attention.html  see what a token attends to
+  portable-gpt2 generate --interactive            type one prompt after another
+  portable-gpt2 attend "To be" -o attention.html  see where a token attends
   portable-gpt2 score text.txt --html score.html  see what surprises the model
   portable-gpt2 backends                          list the array frameworks
 
