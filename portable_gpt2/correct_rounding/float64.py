@@ -169,15 +169,17 @@ def _linear(backend: Any, x: Any, w: Any, w_norms: Any, b: Any = None) -> Evalua
     """Evaluate x w + b as a sum of products of at most `_TERMS` terms each, which have fewer roundings than one.
 
     A term passes through the additions in its product, those of the products, and that of the bias: at most min(n, 256)
-    + ceil(n / 256) - 1 in all.
+    + ceil(n / 256) - 1 in all. A backend that compiles for each shape computes one product of n terms: XLA copies each
+    part of w, and a row times a matrix then takes 4 to 30 times as long.
     """
     xp = backend.xp
     *start, n = backend.shape(x)
     rows = xp.reshape(x, (math.prod(start), n))
-    value = xp.matmul(rows[:, :_TERMS], w[:_TERMS, :])
-    for i in range(_TERMS, n, _TERMS):
-        value += xp.matmul(rows[:, i : i + _TERMS], w[i : i + _TERMS, :])
-    unit = (min(n, _TERMS) + max(0, n - 1) // _TERMS + 2) * _UNIT
+    terms = max(n, 1) if backend.compiles_per_shape else _TERMS
+    value = xp.matmul(rows[:, :terms], w[:terms, :])
+    for i in range(terms, n, terms):
+        value += xp.matmul(rows[:, i : i + terms], w[i : i + terms, :])
+    unit = (min(n, terms) + max(0, n - 1) // terms + 2) * _UNIT
     error = _never_nan(xp, _norms(xp, rows, axis=-1)) * unit * w_norms
     if b is not None:
         value, error = value + b, error + _never_nan(xp, abs(b)) * unit
