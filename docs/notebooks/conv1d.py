@@ -36,7 +36,7 @@ rng = np.random.default_rng(2019)
 
 
 # %%
-def conv1d(x, w, b):
+def conv1d(x, w, b, xp=xp):
     *start, nx = x.shape
     nf = b.shape[0]
     rows = xp.matmul(xp.reshape(x, (-1, nx)), xp.reshape(w, (-1, nf)))
@@ -169,21 +169,23 @@ print(f"conv1d / convolution {''.join(f'{shapes:>22}' for shapes in CASES)}")
 for name in FRAMEWORKS:
     ratios = []
     for case in CASES.values():
-        x, w, b = map(pg.get_backend(name).from_numpy, case)
-        ratios.append(seconds(pg.conv1d.reference, x, w, b) / seconds(convolution(name), x, w, b))
+        framework = pg.get_backend(name)
+        x, w, b = map(framework.from_numpy, case)
+        ratios.append(seconds(conv1d, x, w, b, framework.xp) / seconds(convolution(name), x, w, b))
     print(f"{name:20} {''.join(f'{ratio:22.2f}' for ratio in ratios)}")
 
 # %% [markdown]
-# The same ratios, measured for [the benchmarks](../benchmarks/README.md) on two cores of an Intel Xeon:
+# [The benchmarks](../benchmarks/README.md) were measured on two cores of an Intel Xeon. There the product is the
+# framework's own x w + b, without the two calls of `reshape`, which cost time for small arrays:
 #
-# | conv1d / convolution | NumPy | TensorFlow | JAX | PyTorch |
+# | x w + b / convolution | NumPy | TensorFlow | JAX | PyTorch |
 # | --- | --- | --- | --- | --- |
 # | 10x5x2x5 by 5x3 | 0.09 | 0.43 | 0.20 | 0.10 |
 # | 8x128x768 by 768x3072 | 1.10 | 0.89 | 1.03 | 0.56 |
 #
-# For small arrays the product is several times faster: a convolution checks and prepares more. For the large arrays of
-# a model it is never much slower, and with PyTorch it takes half of the time. So OpenAI's reason holds, but mostly for
-# small arrays.
+# For small arrays the bare product takes 0.1 to 0.4 times as long: a convolution checks and prepares more. For the
+# large arrays of a model it is never much slower, and with PyTorch it takes half of the time. So OpenAI's reason holds,
+# but mostly for small arrays, and more for some frameworks than for others.
 #
 # On a GPU, this comparison has not been measured; `python -m bench.gpu` in a checkout measures it. One figure exists
 # from an earlier version of this code, on an NVIDIA H100 with PyTorch in float32. A token of GPT-2 124M took 975 µs of
