@@ -29,19 +29,19 @@ LEVELS = [
 ]
 PARTS = {
     "ndonnx": ["--examples=5", "--pyargs", *LEVELS, "tests/test_export.py"],
-    "flint": ["tests/test_flint.py", "tests/test_certify.py"],
+    "flint": ["tests/test_flint.py", "tests/test_certify.py", "tests/test_exact_gradients.py"],
 }
 REQUIRED = ",".join([*ALL, "array_api_strict"])
 SUITE = "55fcc60179efa2680ddd6cd926ddf17b83530e2b"  # of April 2026; its expected failures are in tests/conformance
 PARITY = "tests/test_parity*.py"  # the tests that need transformers
 KIT = ["--pyargs", "tests", "portable_gpt2.testing"]  # our tests, and those of every backend, of the installed package
 # Framework-independent tests run with NumPy alone, and once more with all frameworks in one process. The tests in these
-# files are about source text, docstrings, files, texts, comparisons, sampling and the command: NumPy alone runs them.
+# files are about source text, files, texts, comparisons, exact numbers, sampling, the command: NumPy alone runs them.
 NUMPY_ALONE = [
     f"tests/test_{name}.py"
     for name in (
         *("add_a_backend", "bench", "check", "checkout", "cli_streams", "compare", "comparison_report", "contents"),
-        *("cupy", "damage", "diff_command", "docs", "docstrings", "examples", "files", "first_use", "gguf"),
+        *("cupy", "damage", "diff_command", "docs", "docstrings", "exact", "examples", "files", "first_use", "gguf"),
         *("guess_arithmetic", "hub", "kills", "package", "pages", "paths", "plot", "rules", "run_damage", "runs"),
         *("sampling", "score", "targets", "tokenizer", "tokenizer_files", "traces", "training_command"),
         *("training_data", "unusable_tokenizers", "values", "weight_differences"),

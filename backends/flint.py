@@ -107,6 +107,10 @@ class Array:
         with _precision():
             return Array(-self.values, self.dtype)
 
+    def __abs__(self) -> Array:
+        with _precision():
+            return Array(abs(self.values), self.dtype)
+
     def __add__(self, other: Any) -> Array:
         return _arithmetic(operator.add, self, other)
 

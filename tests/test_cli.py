@@ -544,12 +544,20 @@ def test_memory_that_is_full_is_said_in_one_line(command, monkeypatch, error):
     assert command("generate", "x", *IT) == (2, "", f"portable-gpt2: out of memory: {error}\n")
 
 
-@pytest.mark.parametrize("args", [["frobnicate"], ["--frobnicate"], ["backends", "x"]], ids=" ".join)
-def test_what_is_no_command_ends_with_one_line_and_status_2(command, args):
+@pytest.mark.parametrize(
+    ("args", "program"),
+    [
+        (["frobnicate"], "portable-gpt2"),
+        (["--frobnicate"], "portable-gpt2"),
+        (["backends", "x"], "portable-gpt2 backends"),
+    ],
+    ids=str,
+)
+def test_what_is_no_command_ends_with_one_line_and_status_2(command, args, program):
     """Catches argparse's usage, of several lines."""
     status, out, err = command(*args)
     assert (status, out) == (2, "")
-    assert err.startswith("portable-gpt2: ")
+    assert err.startswith(f"{program}: ")
     assert "--help" in err
     assert len(err.splitlines()) == 1
 

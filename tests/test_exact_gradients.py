@@ -261,6 +261,15 @@ ATTAINED = {
         "k",
         0.3,
     ),
+    "the scale": (
+        "attention_backward",
+        [ONE, column(1.25, 0), np.concatenate([FEW, 0 * FEW]), FEW],
+        {"scale": 4.0},
+        PRECISE,
+        {"matmul": 1},
+        "k",
+        0.3,
+    ),
     "the sum over queries": (
         "attention_backward",
         [FEW.T, ONE, ONE, FEW.T**2],

@@ -246,6 +246,14 @@ def test_embedded_rows_have_no_subnormal_numbers(backend):
     np.testing.assert_array_equal(bits(backend.to_numpy(found)[:, 0]), bits(expected))
 
 
+def test_subnormal_arguments_count_as_0(backend):
+    """Catches a subnormal number that NumPy multiplies, and XLA takes for 0."""
+    x, w, b = np.asarray([[TINY / 16, TINY]]), np.asarray([[2.0**20, 0], [0, 2.0**20]]), np.zeros(2)
+    with pg.reproducible():
+        found = pg.conv1d(*(backend.from_numpy(each, "float32") for each in (x, w, b)))
+    np.testing.assert_array_equal(backend.to_numpy(found), [[0, TINY * 2.0**20]])
+
+
 def test_residual_sums_have_no_subnormal_numbers(backend):
     """Catches a subnormal number that NumPy adds, and XLA takes for 0, and NaN of other bits."""
     x, y = [1.5 * TINY, 1, -1, TINY, np.inf], [-TINY, -1, 2.0**-23, TINY / 2, -np.inf]

@@ -473,3 +473,11 @@ def test_known_backends_are_told_without_importing_them():
     known, modules = told[: len(frameworks.OURS)], told[len(frameworks.OURS) :]
     assert set(known) == set(frameworks.OURS)
     assert not set(modules) & FRAMEWORKS
+
+
+def test_a_session_runs_every_test_of_ball_arithmetic():
+    """Catches a file of tests that needs the backend flint, and that no session of nox names."""
+    here = Path(__file__).parent
+    need = [path for path in here.glob("test_*.py") if re.search(r"^pytestmark = .*\"flint\"", path.read_text(), re.M)]
+    (line,) = re.findall(r'"flint": \[(.*)\]', (here.parent / "noxfile.py").read_text())
+    assert {path.name for path in need} == set(re.findall(r"tests/(test_\w+\.py)", line))

@@ -38,7 +38,7 @@ def _wrapping(function):
     return call
 
 
-_OPERATORS = "add radd sub rsub mul rmul truediv rtruediv pow neg invert and or lt le gt ge eq ne"
+_OPERATORS = "add radd sub rsub mul rmul truediv rtruediv pow neg abs invert and or lt le gt ge eq ne"
 for _name in _OPERATORS.split():
     setattr(Array, f"__{_name}__", _wrapping(getattr(np.ndarray, f"__{_name}__")))
 

@@ -176,9 +176,9 @@ def _linear(backend: Any, x: Any, w: Any, w_norms: Any, b: Any = None) -> Evalua
     *start, n = backend.shape(x)
     rows = xp.reshape(x, (math.prod(start), n))
     terms = max(n, 1) if backend.compiles_per_shape else _TERMS
-    value = xp.matmul(rows[:, :terms], w[:terms, :])
-    for i in range(terms, n, terms):
-        value += xp.matmul(rows[:, i : i + terms], w[i : i + terms, :])
+    value = 0.0
+    for i in range(0, max(n, 1), terms):
+        value = xp.matmul(rows[:, i : min(i + terms, n)], w[i : min(i + terms, n), :]) + value
     unit = (min(n, terms) + max(0, n - 1) // terms + 2) * _UNIT
     error = _never_nan(xp, _norms(xp, rows, axis=-1)) * unit * w_norms
     if b is not None:

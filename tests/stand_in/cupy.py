@@ -136,6 +136,7 @@ for _name in [
     if _name not in ("lt", "le", "gt", "ge", "eq", "ne"):
         setattr(ndarray, f"__r{_name}__", _on_arrays(lambda x, y, f=_function: f(y, x)))
 ndarray.__neg__, ndarray.__invert__ = _on_arrays(operator.neg), _on_arrays(operator.invert)
+ndarray.__abs__ = _on_arrays(operator.abs)
 
 for _name in (
     *("log", "sqrt", "tanh", "max", "mean", "sum", "cumsum", "matmul", "where", "right_shift"),

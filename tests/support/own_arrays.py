@@ -57,7 +57,9 @@ def wrapping(function):
     return call
 
 
-OPERATORS = "add radd sub rsub mul rmul truediv rtruediv pow rpow neg invert and rand or ror xor rxor lt le gt ge eq ne"
+OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv pow rpow neg abs invert and rand or ror xor rxor lt le gt ge eq ne"
+)
 for _name in OPERATORS.split():
     setattr(Array, f"__{_name}__", wrapping(getattr(np.ndarray, f"__{_name}__")))
 
