@@ -122,8 +122,11 @@ def test_a_batch_in_parts_has_the_same_gradient(backend, dtype, monkeypatch):
     tolerance = 1e-4 if dtype == "float32" else 2.0**-6
     np.testing.assert_allclose(backend.to_numpy(mean), backend.to_numpy(value), rtol=tolerance)
     expected = host(backend, whole)
+    largest = {path: np.max(abs(x)) for path, x in expected.items()}
     for path, x in host(backend, parts).items():
-        np.testing.assert_allclose(x, expected[path], rtol=0, atol=tolerance * np.max(abs(expected[path])))
+        # In 16 bits, gradients that nearly cancel, such as that of the keys' bias, have errors of the size of others.
+        scale = largest[path] if dtype == "float32" else max(largest.values())
+        np.testing.assert_allclose(x, expected[path], rtol=0, atol=tolerance * scale)
 
 
 def test_evaluation_is_the_mean_over_all_windows(backend):
