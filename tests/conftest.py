@@ -56,8 +56,8 @@ def pytest_sessionfinish(session):
 
 
 def pytest_configure(config):
-    chosen = plugin.chosen(config)
-    if {"tensorflow", "none"} & set(chosen) and "tensorflow" in pg.available_backends():
+    chosen, distributes = plugin.chosen(config), getattr(config.option, "numprocesses", None)  # to workers, which test
+    if {"tensorflow", "none"} & set(chosen) and "tensorflow" in pg.available_backends() and not distributes:
         import tensorflow as tf  # takes seconds; the CPU can be split only before the first tensor
 
         cpu = tf.config.list_physical_devices("CPU")[0]
