@@ -149,8 +149,8 @@ def terminal(room):
 
 
 def test_a_terminal_edits_and_remembers_lines_and_ctrl_c_ends_a_text(terminal, room):
-    """Catches a loop without line editing or history, one that a prompt that is too long ends, Ctrl-C that ends the
-    command, a text that goes on after it, and Ctrl-D that does not end the command.
+    """Catches a loop without line editing or history, a prompt that ends the command because it is too long, Ctrl-C
+    that ends the command or does not stop the text, and Ctrl-D that does not end the command.
     """
     pytest.importorskip("readline")
     model = pg.GPT2.load(room / "endless", backend="numpy")

@@ -23,15 +23,14 @@ def test_the_version_has_one_source():
 
 def test_the_version_is_looked_up_when_it_is_asked_for():
     """Catches an import that takes longer for the sake of the version."""
-    code = """
+    code = """if True:
         import sys
         import portable_gpt2
-        assert "importlib.metadata" not in sys.modules
-        assert portable_gpt2.__version__
-        assert "numpy" not in sys.modules
-        assert not hasattr(portable_gpt2, "__wrong__")
-    """
-    run(code)
+        print("importlib.metadata" in sys.modules)
+        print(portable_gpt2.__version__)
+        print("numpy" in sys.modules)
+        print(hasattr(portable_gpt2, "__wrong__"))"""
+    assert run(code).split() == ["False", pg.__version__, "False", "False"]
 
 
 def test_the_cuda_extras_of_jax_name_the_version_of_cuda():

@@ -304,7 +304,7 @@ def opened(tab, page, tmp_path, **window):
 
 
 def attended(tab):
-    """Return what the page says of the chosen token: its number, layer, head, and the weights of the largest keys."""
+    """Return the texts that the page shows for the chosen token: its number, layer, head, and largest weights."""
     query = re.search(
         r"token (\d+), layer (\d+), head (\d+)", tab.value("document.getElementById('query').textContent")
     )

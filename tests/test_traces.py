@@ -556,7 +556,7 @@ def run(capsys, *args):
 
 
 def without_bar(err):
-    """Return what a command says after its progress bar, which appears if the command takes longer than a second."""
+    """Return the messages after a command's progress bar, which appears if the command takes longer than a second."""
     return err.rpartition("\r")[2]
 
 

@@ -118,8 +118,8 @@ plt.show()
 # %% [markdown]
 # The line of the function without the maximum ends on both sides. In the middle, both functions are equally accurate.
 #
-# So the maximum is a matter of range, and not of normalization or speed, as the notebook guessed. GPT-2 needs it: a
-# logit or an attention score may be above 89.
+# So subtracting the maximum extends the range of inputs that give finite results. It has nothing to do with
+# normalization or speed, which the notebook guessed. GPT-2 needs it: a logit or an attention score may be above 89.
 #
 # ## Does it equal the built-in function?
 #
