@@ -12,6 +12,7 @@ import sys
 import time
 
 import frameworks
+import in_process
 import numpy as np
 import pytest
 import tiny
@@ -41,16 +42,7 @@ def checkpoints(tmp_path_factory):
 def command(checkpoints, capsys, monkeypatch):
     """Run the command in this process, among the checkpoints; return its exit status, stdout and stderr."""
     monkeypatch.chdir(checkpoints)
-
-    def run(*args):
-        capsys.readouterr()
-        try:
-            status = main(list(args))
-        except SystemExit as exit_:
-            status = exit_.code
-        return status, *capsys.readouterr()
-
-    return run
+    return in_process.runner(capsys)
 
 
 def arguments(*args):

@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 
+import in_process
 import pytest
 
-from portable_gpt2.cli import commands, main
+from portable_gpt2.cli import commands
 from portable_gpt2.registry import known_backends
 
 
@@ -22,14 +23,7 @@ def parsers():
 
 @pytest.fixture
 def command(capsys):
-    def run(*args):
-        try:
-            status = main(list(args))
-        except SystemExit as exit_:
-            status = exit_.code
-        return status, *capsys.readouterr()
-
-    return run
+    return in_process.runner(capsys)
 
 
 def test_no_arguments_show_what_to_try(command):
