@@ -314,6 +314,8 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool = False
         mask, causal = earlier if mask is None else mask & earlier, False
     # In 16 bits, the fused kernels round the weight of each key once; docs/numerics.md permits it.
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    if mask is not None and not _is_read(y):  # PyTorch makes the row of a query that sees no key 0
+        y = torch.where(mask.any(-1, keepdim=True), y, math.nan)
     return y if _has_weights(y) else NotImplemented
 
 
@@ -347,13 +349,18 @@ def _scaled_products(a: Any, b: Any, scale: float) -> Any:
     return torch.bmm(a.float(), b.float()) * scale
 
 
+def _is_read(y: Any) -> bool:
+    """Return whether `_has_weights` reads values of y."""
+    return bool(y.is_cpu and y.shape[-1]) and not torch.compiler.is_compiling()
+
+
 def _has_weights(y: Any) -> bool:
     """Return False if a row of attention's result is known to come from scores that are all -inf, and otherwise True.
 
     PyTorch makes such a row 0; the op's definition in `ops` makes it NaN. Only results on a CPU are checked. Only one
     column of a result is read, which takes 3 us for one query.
     """
-    if not y.is_cpu or not y.shape[-1] or torch.compiler.is_compiling():
+    if not _is_read(y):
         return True
     try:
         return bool(y.select(-1, 0).all())

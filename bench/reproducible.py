@@ -36,6 +36,7 @@ def main() -> int:
     add = parser.add_argument
     add("--model", default="shakespeare", metavar="DIR", help="checkpoint (default: the shipped model)")
     add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="run only these backends")
+    add("--device", metavar="DEVICE", help="such as cuda:0; number of threads and kernels do not matter there")
     add("--costs", action="store_true", help="measure times and memory instead of the check")
     add("--texts", type=int, metavar="N", help="hash the logits of N texts, with one process for each backend")
     add("--child", help=argparse.SUPPRESS)
@@ -43,8 +44,9 @@ def main() -> int:
     if chosen.child:
         print(json.dumps(_CHILDREN[chosen.child](chosen)))
         return 0
-    settings: list[tuple[str, str, dict[str, str]]] = [("2" if chosen.costs else "1", "own choice", {})]
-    if not chosen.costs and chosen.texts is None:
+    threads = "2" if chosen.costs or chosen.device else "1"
+    settings: list[tuple[str, str, dict[str, str]]] = [(threads, "own choice", {})]
+    if not chosen.costs and chosen.texts is None and not chosen.device:
         settings = [(threads, name, KERNELS[name]) for threads, name in itertools.product("12", KERNELS)]
     seen = set()
     for backend, (threads, kernels, environment) in itertools.product(chosen.backends, settings):
@@ -61,6 +63,7 @@ def _start(backend: str, threads: str, environment: dict[str, str], chosen: argp
     child = "costs" if chosen.costs else "check" if chosen.texts is None else "texts"
     command = [sys.executable, "-m", "bench.reproducible", "--model", chosen.model, "--backends", backend]
     command += ["--child", child, *(["--texts", str(chosen.texts)] if chosen.texts else [])]
+    command += ["--device", chosen.device] if chosen.device else []
     limits = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "TF_CPP_MIN_LOG_LEVEL": "3"}
     limits |= {"TF_NUM_INTRAOP_THREADS": threads, "TF_NUM_INTEROP_THREADS": threads}
     if threads == "1":  # XLA takes as many threads as there are processors
@@ -81,7 +84,7 @@ _PROCESSORS = os.sched_getaffinity(0)
 def _load(chosen: argparse.Namespace, **options: Any) -> Any:
     import portable_gpt2 as pg
 
-    return pg.GPT2.load(chosen.model, backend=chosen.backends[0], tokenizer=None, **options)
+    return pg.GPT2.load(chosen.model, backend=chosen.backends[0], device=chosen.device, tokenizer=None, **options)
 
 
 def _tokens(n_vocab: int, n_texts: int = N_TEXTS, n: int = N_TOKENS) -> np.ndarray:
@@ -138,7 +141,8 @@ def _cached(model: Any, tokens: np.ndarray, n: int, lengths: list[int] | None) -
         parts = []
         for piece in (padded[:, :5], padded[:, 5:6], padded[:, 6:]):
             start = sum(part.shape[1] for part in parts)
-            logits, cache = step(model.backend.from_numpy(np.ascontiguousarray(piece)), cache._replace(position=start))
+            given = model.backend.from_numpy(np.ascontiguousarray(piece), device=model._device)
+            logits, cache = step(given, cache._replace(position=start))
             parts.append(model.backend.to_numpy(logits))
         found += [row[k:] for row, k in zip(np.concatenate(parts, axis=1), padding, strict=True)]
     return found
@@ -155,8 +159,9 @@ def _texts(chosen: argparse.Namespace) -> dict[str, Any]:
     random = np.random.default_rng(1)
     for _ in range(chosen.texts):
         tokens = random.integers(0, model.config.n_vocab, (1, 16 << random.integers(3))).astype(np.int32)
+        given = model.backend.from_numpy(tokens, device=model._device)
         with interpreted(interpreter):
-            logits, _ = gpt2(model.params, model.backend.from_numpy(tokens), model.config)
+            logits, _ = gpt2(model.params, given, model.config)
         digest.update(np.ascontiguousarray(model.backend.to_numpy(logits)).data)
     counts: Counter[str] = interpreter.counts
     return {"hashes": {"texts": digest.hexdigest()[:16]}, **counts}

@@ -146,7 +146,10 @@ class Decoder:
             def is_unfinished(loop: tuple[Any, Any, State]) -> Any:
                 i, _, state = loop
                 has_room = state.progress[1, 0] < state.limit[0]
-                return (i < _STEPS) & has_room & (xp.max(-state.has_ended) == 0) & (xp.max(-state.progress) <= 0)
+                # XLA for CUDA computed the maximum of -x, of integers in a larger function, as that of x.
+                n_unfinished = xp.sum(xp.astype(state.has_ended == 0, xp.int32))
+                n_undecided = xp.sum(xp.astype(state.progress < 0, xp.int32))
+                return (i < _STEPS) & has_room & (n_unfinished > 0) & (n_undecided == 0)
 
             def body(loop: tuple[Any, Any, State]) -> tuple[Any, Any, State]:
                 i, found, state = loop

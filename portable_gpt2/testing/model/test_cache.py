@@ -125,7 +125,8 @@ def test_a_token_beyond_the_room_of_the_cache_is_refused_or_gives_nan(backend, f
     for position in range(2):
         logits, cache = step(token, cache._replace(position=position))
         assert np.isfinite(backend.to_numpy(logits)).all()
-    if form == "compiled" and backend.compiles_per_shape:  # the compiled function does not know the position
+    # A compiled function does not know the position, nor does a recorded one.
+    if form == "compiled" and (backend.compiles_per_shape or backend.runs_ahead(params["wte"])):
         logits, _ = step(token, cache._replace(position=2))
         assert np.isnan(backend.to_numpy(logits)).all()
     else:

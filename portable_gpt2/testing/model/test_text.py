@@ -117,7 +117,7 @@ def test_greedy_generation_to_the_end_of_the_context_is_naive_argmax_decoding(ba
     assert list(model.stream_ids([3], max_new_tokens=149, temperature=0)) == longest
     if backend.compiles_per_shape:
         assert len(set(traced)) == len(traced), "a function was compiled twice for the same shapes"
-    else:
+    elif not backend.runs_ahead(model.params["wte"]):  # a recorded step does not call the function again
         assert [tokens for tokens, _ in traced[before:]] == [(1, 1)] * 149
 
 

@@ -56,23 +56,22 @@ def test_a_trace_is_that_of_a_plain_implementation(model, truth):
             assert (np.triu(found, 1) == 0).all()
 
 
-def test_observing_changes_nothing(model):
+def test_observing_changes_nothing(model, backend):
     """Catches a model that computes otherwise when it is looked at."""
-    backend = model.backend
     tokens = backend.from_numpy(np.asarray([IDS], np.int32))
     plain, _ = pg.gpt2(model.params, tokens, CONFIG)
     observed, _ = pg.gpt2(model.params, tokens, CONFIG, observe=lambda name, x: None)
     np.testing.assert_array_equal(backend.to_numpy(plain), backend.to_numpy(observed))
 
 
-def test_attention_weights_are_computed_only_for_an_observer(model, monkeypatch):
+def test_attention_weights_are_computed_only_for_an_observer(model, backend, monkeypatch):
     """Catches scores that are computed twice in every forward pass."""
     computed = []
     weights = pg.model.attention_weights
     monkeypatch.setattr(
         pg.model, "attention_weights", lambda *x, **options: computed.append(0) or weights(*x, **options)
     )
-    tokens = model.backend.from_numpy(np.asarray([IDS], np.int32))
+    tokens = backend.from_numpy(np.asarray([IDS], np.int32))
     pg.gpt2(model.params, tokens, CONFIG)
     assert not computed
     pg.gpt2(model.params, tokens, CONFIG, observe=lambda name, x: None)
