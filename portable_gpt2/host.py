@@ -30,6 +30,65 @@ class StoredTensor(NamedTuple):
     """``float32``, ``float64``, ``bfloat16`` or ``float16``; for any other dtype, the file's own name for it."""
     read: Callable[[], np.ndarray]
     """Returns an array of this shape and dtype. It may raise any Exception."""
+    read_part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+    """Returns a part, as a contiguous array of its own, without reading the rest; None if the file does not allow this.
+
+    `part` calls it with one slice for each axis. Each has a start and a stop within the axis, and no step.
+    """
+
+    def part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Return ``read()[index]`` as a contiguous array. Little more than this part is read where the file allows it.
+
+        This is so for safetensors files and for the tensors of GGUF files that are not quantized. Reading takes the
+        memory of the part and a buffer of at most 1 MiB; a part that is also converted or transposed is in memory twice
+        meanwhile. For other files, the whole tensor is read.
+
+        Parameters
+        ----------
+        index : tuple of slice
+            At most one slice for each axis, with step 1. Missing slices stand for whole axes.
+
+        Returns
+        -------
+        np.ndarray
+            The part, which may be empty.
+
+        Raises
+        ------
+        ValueError
+            If the index has too many items, or one that is not a slice of step 1.
+        Exception
+            Whatever `read` raises. Only the values that are read are looked at for NaN and infinity.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from portable_gpt2.host import StoredTensor
+        >>> tensor = StoredTensor((2, 3), "float32", lambda: np.arange(6, dtype=np.float32).reshape(2, 3))
+        >>> tensor.part((slice(None), slice(1, 3)))
+        array([[1., 2.],
+               [4., 5.]], dtype=float32)
+        """
+        if len(index) > len(self.shape) or any(not isinstance(s, slice) or s.step not in (None, 1) for s in index):
+            raise ValueError(f"the index of a part is {index}; expected at most {len(self.shape)} slices with step 1")
+        bounds = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=False)]
+        bounds += [(0, n) for n in self.shape[len(index) :]]
+        normal = tuple(slice(start, max(start, stop)) for start, stop in bounds)
+        if self.read_part is not None:
+            return self.read_part(normal)
+        a = self.read()
+        # A copy of a part does not keep the rest in memory.
+        return np.asarray(a, order="C") if normal == whole(self.shape) else a[normal].copy()
+
+
+def whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Return the index of all elements of a tensor, with which `StoredTensor.part` returns what `read` does."""
+    return tuple(slice(0, n) for n in shape)
+
+
+def lengths(index: tuple[slice, ...]) -> tuple[int, ...]:
+    """Return the shape of a part, from the index that `StoredTensor.read_part` takes."""
+    return tuple(s.stop - s.start for s in index)
 
 
 def value_range(integers: np.ndarray) -> tuple[int, int]:

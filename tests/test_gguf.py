@@ -106,6 +106,7 @@ def test_files_of_the_gguf_package_are_read(kind, tmp_path):
         values = tensor.read()
         assert (tensor.dtype, tensor.shape) == (values.dtype.name, values.shape)
         np.testing.assert_array_equal(values.astype(np.float32), a.T if path.endswith("/w") else a)
+        np.testing.assert_array_equal(tensor.part((slice(3, 9),)), values[3:9])
 
 
 @pytest.mark.parametrize("special", ["in the vocabulary", "added", "none"])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checks import named, shown
-from ..host import CheckpointError, StoredTensor
+from ..host import CheckpointError, StoredTensor, lengths, whole
 from ..registry import BackendNotInstalled, available_backends, get_backend, how_to_install
 from .contents import exists, is_safetensors, is_torch, mistaken, read_json, start
 from .gguf_files import MAGIC, open_gguf
@@ -170,10 +170,7 @@ def _open_file(file: Path, format: Format) -> Opened:
     if format.backend is not None:
         held, rest = _unnested(file, held)
     return Opened(
-        {
-            name: Found(file, tensor._replace(read=functools.partial(_read, file, name, tensor)))
-            for name, tensor in held.items()
-        },
+        {name: Found(file, _checked(file, name, tensor)) for name, tensor in held.items()},
         rest,
     )
 
@@ -207,18 +204,25 @@ def _is_model(entry: Any) -> bool:
     )
 
 
-def _read(file: Path, name: str, tensor: StoredTensor) -> np.ndarray:
-    """Read a tensor. Raise an error if it differs from the file's description or contains NaN or infinity."""
-    if math.prod(tensor.shape) >= _LARGE:
+def _checked(file: Path, name: str, tensor: StoredTensor) -> StoredTensor:
+    """Return a tensor that is checked when it is read. A tensor that cannot be read in parts is checked as a whole."""
+    read_part = functools.partial(_read, file, name, tensor)
+    read = functools.partial(read_part, whole(tensor.shape))
+    return tensor._replace(read=read, read_part=tensor.read_part and read_part)
+
+
+def _read(file: Path, name: str, tensor: StoredTensor, index: tuple[slice, ...]) -> np.ndarray:
+    """Read a tensor or a part. Raise an error if its shape or dtype is not as expected, or it has NaN or infinity."""
+    shape, dtype = lengths(index), tensor.dtype
+    if math.prod(shape) >= _LARGE:
         _trim()
     try:
-        a = tensor.read()
+        a = tensor.part(index)
     except Exception as error:
         raise CheckpointError(f"{file}: {name}: {_brief(error)}") from None
-    if (a.shape, a.dtype.name) != (tensor.shape, tensor.dtype):
+    if (a.shape, a.dtype.name) != (shape, dtype):
         raise CheckpointError(
-            f"{file}: {name} turned out to be {a.dtype.name} {list(a.shape)}; "
-            f"expected {tensor.dtype} {list(tensor.shape)}"
+            f"{file}: {name} turned out to be {a.dtype.name} {list(a.shape)}; expected {dtype} {list(shape)}"
         )
     if not is_finite(a):
         raise CheckpointError(f"{file}: {name} holds a NaN or an infinity")

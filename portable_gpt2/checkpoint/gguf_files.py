@@ -191,16 +191,13 @@ def _read_tensors(header: _Header, n: int, alignment: Any, size: int, opened: Op
     data = -(-header.position // alignment) * alignment
     if data + end > size:
         raise ValueError(f"the file has {size:,} bytes, and its tensors end at {data + end:,}: it is incomplete")
-    return {
-        name: StoredTensor(shape, kind.dtype, _reader(opened, kind, data + start, shape))
-        for name, (kind, shape, start) in places.items()
-    }
+    return {name: _tensor(opened, kind, data + start, shape) for name, (kind, shape, start) in places.items()}
 
 
-def _reader(opened: OpenFile, kind: _Type, start: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+def _tensor(opened: OpenFile, kind: _Type, start: int, shape: tuple[int, ...]) -> StoredTensor:
     if kind.length == 1:
-        return functools.partial(opened.read, start, shape, kind.dtype)
-    return functools.partial(_read_q8_0, opened, start, shape)
+        return opened.tensor(start, shape, kind.dtype)
+    return StoredTensor(shape, kind.dtype, functools.partial(_read_q8_0, opened, start, shape))
 
 
 def _read_q8_0(opened: OpenFile, start: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -233,7 +230,7 @@ def write_gguf(
     header = MAGIC + struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(values))
     header += b"".join(_text(name) + _packed(value) for name, value in values.items())
     end = 0
-    for name, (shape, dtype, _) in tensors.items():
+    for name, (shape, dtype, *_) in tensors.items():
         header += _text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
         header += struct.pack("<IQ", _CODES[dtype], end)
         end += _padded(math.prod(shape) * float_dtypes[dtype].itemsize)

@@ -15,7 +15,7 @@ from ..host import CheckpointError, StoredTensor
 from ..tokenizer import Tokenizer
 from .gguf_files import ARCHITECTURE
 from .names import Found, gguf_name
-from .tensors import cast
+from .tensors import cast, transposed
 
 _SIZES = {
     "block_count": "n_layer",
@@ -139,7 +139,7 @@ def gguf_model(
         own = dtype or (tensor.dtype if tensor.dtype in FILE_TYPES else "float32")
         is_matrix = len(tensor.shape) > 1 and path != "wpe"
         converted = cast(path, tensor, own if is_matrix else "float32")
-        stored[gguf_name(path)] = _transposed(converted) if path.endswith("/w") else converted
+        stored[gguf_name(path)] = transposed(converted) if path.endswith("/w") else converted
     sizes = config.to_dict() | {"n_inner": config.n_hidden}
     values: dict[str, Any] = {
         "general.architecture": ARCHITECTURE,
@@ -154,11 +154,6 @@ def gguf_model(
     ids = {"bos_token_id": config.start, "eos_token_id": next(iter(config.ends), None)}
     ids["padding_token_id"] = config.pad_token_id
     return values | {f"{_TOKENS}.{name}": i for name, i in ids.items() if i is not None}, stored
-
-
-def _transposed(tensor: StoredTensor) -> StoredTensor:
-    """Return a weight [in, out] as [out, in]."""
-    return StoredTensor(tensor.shape[::-1], tensor.dtype, lambda: np.ascontiguousarray(tensor.read().T))
 
 
 def _tokenizer_values(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:

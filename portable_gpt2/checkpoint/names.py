@@ -20,6 +20,7 @@ from ..checks import named
 from ..config import GPT2Config
 from ..host import CheckpointError, StoredTensor, float_dtypes
 from ..params import shapes
+from .tensors import transposed, without_leading_axes
 
 PREFIX = "transformer."
 OPENAI = "model/"
@@ -198,8 +199,8 @@ def by_path(
                 f"{at}: {name} has shape {list(tensor.shape)}; {config_name} requires {list(expected)}"
             )
         _check_dtype(at, name, tensor)
-        shaped = _transposed if layout.is_linear and path.endswith("/w") else _reshaped
-        parameters[path] = StoredTensor(ours[path], tensor.dtype, functools.partial(shaped, tensor, ours[path]))
+        is_transposed = layout.is_linear and path.endswith("/w")
+        parameters[path] = transposed(tensor) if is_transposed else without_leading_axes(tensor, len(ours[path]))
     if layout.head in layout.dropped and layout.head in found:
         at, head = found[layout.head]
         _check_dtype(at, layout.head, head)
@@ -215,14 +216,6 @@ def _without_wrappers(file: Path, found: Mapping[str, Found]) -> dict[str, Found
         both = " and ".join(named(name) for name, plain in names.items() if plain == doubles[0])
         raise CheckpointError(f"{file}: holds {both}, which are two names of one parameter")
     return {plain: found[name] for name, plain in names.items()}
-
-
-def _reshaped(tensor: StoredTensor, shape: tuple[int, ...]) -> np.ndarray:
-    return tensor.read().reshape(shape)
-
-
-def _transposed(tensor: StoredTensor, shape: tuple[int, ...]) -> np.ndarray:
-    return np.ascontiguousarray(tensor.read().T)
 
 
 def _check_dtype(file: Path, name: str, tensor: StoredTensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -33,8 +32,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         if name != "__metadata__":
             shape, dtype = tuple(entry["shape"]), _NAMES.get(entry["dtype"], entry["dtype"])
-            read = functools.partial(opened.read, 8 + size + entry["data_offsets"][0], shape, dtype)
-            tensors[name] = StoredTensor(shape, dtype, read)
+            tensors[name] = opened.tensor(8 + size + entry["data_offsets"][0], shape, dtype)
     return tensors
 
 
@@ -55,7 +53,7 @@ def write_safetensors(
     codes, end = {"int64": "I64", **{name: code for code, name in _NAMES.items()}}, 0
     header: dict[str, dict] = {"__metadata__": dict(metadata)}
     for name in names:
-        shape, dtype, _ = tensors[name]
+        shape, dtype, *_ = tensors[name]
         start, end = end, end + math.prod(shape) * dtypes[name].itemsize
         header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()

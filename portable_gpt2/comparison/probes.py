@@ -24,6 +24,7 @@ from .. import checks
 from ..backend import Backend
 from ..checkpoint import stored
 from ..checkpoint.names import PREFIX, prefix_of
+from ..checkpoint.tensors import transposed
 from ..config import GPT2Config
 from ..host import StoredTensor, float_dtypes
 from ..numerics import stated
@@ -366,11 +367,6 @@ def _weights(chosen: Mapping[str, Any]) -> dict[str, StoredTensor]:
 def _has_weight(module: Any) -> bool:
     """Return whether a module has an array of weights. That of a quantized module, for instance, is not an array."""
     return getattr(getattr(module, "weight", None), "shape", None) is not None
-
-
-def transposed(tensor: StoredTensor) -> StoredTensor:
-    """Return a matrix with its axes swapped."""
-    return StoredTensor(tensor.shape[::-1], tensor.dtype, lambda: np.ascontiguousarray(tensor.read().T))
 
 
 def concatenated(tensors: list[StoredTensor]) -> StoredTensor:

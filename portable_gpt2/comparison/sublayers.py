@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.tensors import transposed
 from ..config import GPT2Config
 from ..host import StoredTensor
 from ..numerics import stated
 from ..registry import backend_of, to_numpy
-from .probes import check_tokens, concatenated, described, transposed, without_gradients
+from .probes import check_tokens, concatenated, described, without_gradients
 from .progress import Progress, silent
 from .trace import Trace
 

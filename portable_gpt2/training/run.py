@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import warnings
@@ -17,7 +18,7 @@ from .. import checks, files
 from ..backend import Backend
 from ..checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointError, read_checkpoint, stored, write_files
 from ..checkpoint.safetensors_files import open_safetensors, write_safetensors
-from ..checkpoint.tensors import is_finite
+from ..checkpoint.tensors import is_finite, mapped
 from ..checks import integer, is_int, number, shown
 from ..config import GPT2Config
 from ..files import appearing, replacing
@@ -580,13 +581,12 @@ def _check_tensors(
 def _checked(file: Path, name: str, tensor: StoredTensor) -> StoredTensor:
     """Return a moment that is checked when it is read: it must be finite, and an average of squares at least 0."""
 
-    def read() -> np.ndarray:
-        a = tensor.read()
+    def checked(a: np.ndarray) -> np.ndarray:
         if not is_finite(a) or (name.startswith("v/") and a.min() < 0):
             raise CheckpointError(f"{file}: {name} holds a NaN, an infinity, or an average of squares below 0")
         return a
 
-    return tensor._replace(read=read)
+    return mapped(tensor, checked)
 
 
 def _loss(checkpoint: _Saved) -> float:
@@ -600,16 +600,12 @@ class _NotFinite(ArithmeticError):
 def _finite(tree: Params, what: str, scope: str = "") -> dict[str, StoredTensor]:
     """Return tensors to be written. Each is copied to the host and checked when it is written."""
 
-    def checked(path: str, tensor: StoredTensor) -> StoredTensor:
-        def read() -> np.ndarray:
-            a = np.ascontiguousarray(tensor.read())
-            if not is_finite(a):
-                raise _NotFinite(f"{what.format(path)} holds a NaN or an infinity after this step")
-            return a
+    def checked(path: str, a: np.ndarray) -> np.ndarray:
+        if not is_finite(a):
+            raise _NotFinite(f"{what.format(path)} holds a NaN or an infinity after this step")
+        return a
 
-        return tensor._replace(read=read)
-
-    return {f"{scope}{path}": checked(path, stored(x)) for path, x in flatten(tree)}
+    return {f"{scope}{path}": mapped(stored(x), functools.partial(checked, path)) for path, x in flatten(tree)}
 
 
 def _read(tensors: Mapping[str, StoredTensor], backend: Backend, device: Any) -> dict[str, Any]:
