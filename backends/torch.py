@@ -12,12 +12,13 @@ import functools
 import inspect
 import math
 import mmap
+import os
 import re
 import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -762,6 +763,71 @@ class TorchBackend(Backend):
             return NotImplemented
         return _gumbel_kernel()(entries, places, seeds, streams).view(torch.float64)
 
+    def mesh(self, sizes: Mapping[str, int]) -> Any:
+        import torch.distributed as distributed
+        from torch.distributed.device_mesh import init_device_mesh
+
+        n, given = math.prod(sizes.values()), ",".join(f"{name}={size}" for name, size in sizes.items())
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        if not distributed.is_initialized():
+            found = int(os.environ.get("WORLD_SIZE", "1"))
+            if n == found == 1 and "MASTER_ADDR" not in os.environ:
+                distributed.init_process_group(
+                    _PROCESS_GROUPS[device.type], store=distributed.HashStore(), rank=0, world_size=1
+                )
+            elif n == found:
+                distributed.init_process_group(_PROCESS_GROUPS[device.type])
+        else:
+            found = distributed.get_world_size()
+        if n != found:
+            raise ValueError(
+                f"the mesh {given} needs {n} processes; there {'is' if found == 1 else 'are'} {found}. Start them with "
+                f"torchrun --nproc-per-node {n} -m portable_gpt2 ..., or torchrun with your own program"
+            )
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    def mesh_sizes(self, mesh: Any) -> dict[str, int] | None:
+        if type(mesh).__name__ != "DeviceMesh":
+            return None
+        names = mesh.mesh_dim_names or [f"axis {i}" for i in range(mesh.ndim)]
+        return dict(zip(names, mesh.shape, strict=True))
+
+    def mesh_split(self, mesh: Any, axis: str) -> tuple[Any, Any]:
+        return mesh.get_local_rank(axis), mesh.get_group(axis)
+
+    def from_parts(self, mesh: Any, spec: Any, shape: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Any:
+        index = []
+        for name, n in zip(spec, shape, strict=True):
+            size, i = (1, 0) if name is None else (n // mesh.size(_dimension(mesh, name)), mesh.get_local_rank(name))
+            index.append(slice(0, n) if name is None else slice(i * size, (i + 1) * size))
+        return _divided(self.from_numpy(read(tuple(index)), device=_local_device(mesh)), mesh, spec)
+
+    def on_mesh(
+        self, fn: Callable[..., Any], mesh: Any, specs: Any, results: Any, *, donate: tuple[int, ...] = ()
+    ) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with torch.inference_mode():
+                return _divided_tree(fn(*map(_local_tree, args)), mesh, results)
+
+        return call
+
+    def all_sum(self, x: Any, axis: Any) -> Any:
+        return _reduced(x, axis, "SUM")
+
+    def all_max(self, x: Any, axis: Any) -> Any:
+        return _reduced(x, axis, "MAX")
+
+    def all_concat(self, x: Any, axis: Any, along: int = -1) -> Any:
+        import torch.distributed as distributed
+
+        parts = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size(axis))
+        ]
+        distributed.all_gather(parts, x.contiguous(), group=axis)
+        return torch.cat(parts, along)
+
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:
             with torch.enable_grad():
@@ -881,6 +947,52 @@ def _let_go(x: Any) -> None:
     start, end = -(-x.data_ptr() // page) * page, (x.data_ptr() + x.nbytes) // page * page
     if end > start and hasattr(mmap, "MADV_DONTNEED"):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+_PROCESS_GROUPS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+"""The library that moves data between processes, by type of device."""
+
+
+def _reduced(x: Any, group: Any, name: str) -> Any:
+    import torch.distributed as distributed
+
+    x = x.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(x, getattr(distributed.ReduceOp, name), group=group)
+    return x
+
+
+def _dimension(mesh: Any, name: str) -> int:
+    return list(mesh.mesh_dim_names).index(name)
+
+
+def _local_device(mesh: Any) -> Any:
+    return (
+        torch.device(mesh.device_type, torch.accelerator.current_device_index()) if mesh.device_type != "cpu" else "cpu"
+    )
+
+
+def _divided(x: Any, mesh: Any, spec: Any) -> Any:
+    """Return the DTensor of which x is this process's part."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements = [Shard(spec.index(name)) if name in spec else Replicate() for name in mesh.mesh_dim_names]
+    return DTensor.from_local(x, mesh, placements, run_check=False)
+
+
+def _local_tree(tree: Any) -> Any:
+    return tree_map(lambda x: x.to_local() if isinstance(x, torch.Tensor) and _is_distributed(x) else x, tree)
+
+
+def _divided_tree(tree: Any, mesh: Any, specs: Any) -> Any:
+    """Return the tree with a DTensor for each tensor, whose spec is at the same place in another tree."""
+    if isinstance(tree, torch.Tensor):
+        return _divided(tree, mesh, specs)
+    if isinstance(tree, dict):
+        return {key: _divided_tree(each, mesh, specs[key]) for key, each in tree.items()}
+    if isinstance(tree, list | tuple):
+        parts = [_divided_tree(each, mesh, spec) for each, spec in zip(tree, specs, strict=True)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree
 
 
 def _replicated(x: Any, like: Any) -> Any:

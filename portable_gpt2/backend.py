@@ -27,7 +27,8 @@ class Backend:
     - It may define `numerics`, `kernels`, `compiles_per_shape`, `handwritten_gradient_is_faster`; `refusal`;
       `resolve_device`, `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`,
       `write`, `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`, `write_graph`;
-      `runs_ahead`, `fetch`, `top_k`, `gumbel`, `permit_64_bits`; `enclosure`, `working_precision`. Each has a default.
+      `runs_ahead`, `fetch`, `top_k`, `gumbel`, `permit_64_bits`; `mesh`, `mesh_sizes`, `from_parts`, `on_mesh`,
+      `all_sum`, `all_max`, `all_concat`, `all_copy`; `enclosure`, `working_precision`. Each has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
     Four rules hold for all members:
@@ -412,6 +413,68 @@ class Backend:
     def permit_64_bits(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which the framework does not narrow int64 and float64, even while tracing."""
         return contextlib.nullcontext()
+
+    # Functions of a backend that computes on several devices (see mesh.py)
+
+    def mesh(self, sizes: Mapping[str, int]) -> Any:
+        """Return the framework's own mesh of devices, with these axes. By default, meshes are refused.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many devices as the product of the sizes. The message says how to get them.
+        """
+        raise ValueError(f"backend {self.name!r} computes on one device; a mesh needs the backend 'jax' or 'torch'")
+
+    def mesh_sizes(self, mesh: Any) -> Mapping[str, int] | None:
+        """Return the sizes of the axes of the framework's own mesh; None if the object is not one."""
+        return None
+
+    def mesh_split(self, mesh: Any, axis: str) -> tuple[Any, Any]:
+        """Return the index of this device along an axis, and the axis as `all_sum` takes it.
+
+        It is called in a function on a mesh.
+        """
+        raise NotImplementedError
+
+    def from_parts(
+        self,
+        mesh: Any,
+        spec: Sequence[str | None],
+        shape: Sequence[int],
+        read: Callable[[tuple[slice, ...]], np.ndarray],
+    ) -> Any:
+        """Return an array that is divided over a mesh: the axis i over the mesh's axis spec[i], or whole if it is None.
+
+        `read` returns a part of the array on the host. It is called only for the parts of this process's devices.
+        """
+        raise NotImplementedError
+
+    def on_mesh(
+        self, fn: Callable[..., Any], mesh: Any, specs: Any, results: Any, *, donate: tuple[int, ...] = ()
+    ) -> Callable[..., Any]:
+        """Return a function that calls `fn` on each device of a mesh, with the device's parts of the arguments.
+
+        `specs` has a tree for each argument, and `results` is one, with the `spec` of each array (see `from_parts`) in
+        the places of the arrays. The arguments at the indices `donate` must not be used after the call.
+        """
+        raise NotImplementedError
+
+    def all_sum(self, x: Any, axis: Any) -> Any:
+        """Return the sum of the arrays x of all devices along an axis of a mesh, the same on each, in a fixed order."""
+        raise NotImplementedError
+
+    def all_max(self, x: Any, axis: Any) -> Any:
+        """Return the elementwise maximum of the arrays x of all devices along an axis of a mesh, the same on each."""
+        raise NotImplementedError
+
+    def all_concat(self, x: Any, axis: Any, along: int = -1) -> Any:
+        """Return the arrays x of all devices along an axis of a mesh, joined along the axis `along` of the arrays."""
+        raise NotImplementedError
+
+    def all_copy(self, x: Any, axis: Any) -> Any:
+        """Return x, which is the same on all devices along an axis of a mesh. Its gradient is the sum of theirs."""
+        return x
 
     # Functions of a backend whose arrays enclose exact results (see certificate.py)
 

@@ -18,9 +18,10 @@ from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import model, ops
+from . import divided, model, ops
 from .backend import Backend
 from .config import GPT2Config
+from .divided import WHOLE, Split
 from .op import current_interpreter, formula, interpreted
 from .params import Params, check_params, map_tree
 from .registry import _own, backend_of
@@ -233,6 +234,25 @@ def cross_entropy_backward(logits: Any, targets: Any, *, factor: Any) -> Params:
     return {"logits": xp.where(is_target, p - 1, p) * factor}
 
 
+def embed_part(
+    ids: Int[Array, "*batch"], w: Float[Array, "rows d"], split: Split
+) -> tuple[Float[Array, "*batch d"], Backward]:
+    """Compute the rows of the ids that this device has, and zeros for the others."""
+    return divided.embed_part(ids, w, split), lambda dy: {"w": divided.embed_part_backward(ids, w, dy, split)}
+
+
+def cross_entropy_part(
+    logits: Float[Array, "*batch rows"], targets: Int[Array, "*batch"], split: Split
+) -> tuple[Float[Array, ""], Backward]:
+    """Compute the mean of -log p[target], p = softmax of the logits of all devices."""
+    n = math.prod(backend_of(logits).shape(logits)[:-1])
+
+    def backward(dy: Any = 1.0) -> Params:
+        return {"logits": divided.cross_entropy_part_backward(logits, targets, dy / n, split)}
+
+    return divided.cross_entropy_part(logits, targets, split), backward
+
+
 @formula
 def add_backward(dy: Any, *, n_axes: int) -> Params:
     """Return the gradient of an array that was broadcast along the first axes of dy: the sum along these axes."""
@@ -310,7 +330,10 @@ def _tape_of(backend: Backend) -> Backend:
         name, dtypes, array_types = backend.name, backend.dtypes, (Variable,)
         kernels: ClassVar = {
             rule.__name__: recorded(rule)
-            for rule in (conv1d, gelu, layer_norm, attention, embed, unembed, cross_entropy)
+            for rule in (
+                *(conv1d, gelu, layer_norm, attention, embed, unembed, cross_entropy),
+                *(embed_part, cross_entropy_part),
+            )
         }
         xp = SimpleNamespace(
             float32=backend.xp.float32,
@@ -323,6 +346,9 @@ def _tape_of(backend: Backend) -> Backend:
         shape = staticmethod(lambda x: shape(x.array))
         peek = staticmethod(lambda x: backend.peek(x.array))
         arange = staticmethod(lambda n, *, like: Variable(backend.arange(n, like=like.array), like.tape))
+        zeros = staticmethod(lambda shape, *, like: Variable(backend.zeros(shape, like=like.array), like.tape))
+        all_sum = staticmethod(recorded(lambda x, axis: (backend.all_sum(x, axis), lambda dy: {"x": dy})))
+        all_copy = staticmethod(recorded(lambda x, axis: (x, lambda dy: {"x": backend.all_sum(dy, axis)})))
         split = staticmethod(
             recorded(lambda x, n: ([*backend.split(x, n)], lambda *dys: {"x": xp.concat(dys, axis=-1)}))
         )
@@ -333,18 +359,19 @@ def _tape_of(backend: Backend) -> Backend:
 
 
 def loss(
-    params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config
+    params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config, split: Split = WHOLE
 ) -> tuple[Float[Array, ""], Callable[..., Params]]:
     """Return `model.loss`, and a function that returns its gradient with respect to every parameter, as a tree.
 
     The returned function takes a factor that multiplies the gradient, 1 unless given.
     """
-    model.check_inputs(params, tokens, config, targets=1)
-    check_params(params, config)
+    if split.n == 1:
+        model.check_inputs(params, tokens, config, targets=1)
+        check_params(params, config)
     (variable,), tape = _tape_of(backend_of(tokens)).array_types, _Tape()
     variables = map_tree(lambda x: variable(x, tape), params)
     with tape.model():
-        value = model.loss(variables, variable(tokens, tape), config)
+        value = model.loss(variables, variable(tokens, tape), config, split)
 
     def backward(dy: Any = 1.0) -> Params:
         grads = {value: dy}

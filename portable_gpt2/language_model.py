@@ -23,12 +23,15 @@ from .fingerprint import N_TOKENS, TEXT, Fingerprint, hash_of_logits, hash_of_we
 from .generation.completion import Completion, Piece, Request, batched, complete
 from .generation.decoder import Decoder, Generation, padded_length
 from .generation.detokenizer import StreamingDetokenizer
+from .generation.mesh_decoder import MeshDecoder
 from .generation.stop_strings import StopStrings
+from .host import StoredTensor
+from .mesh import Mesh
 from .model import gpt2, observed_names
 from .params import Params, check_device, check_memory, check_params, flatten, nest, shapes
 from .registry import backend_of, get_backend
 from .sampling import Sampling, SamplingOptions
-from .score import Score, score_tokens
+from .score import Score, from_logits, score_tokens
 from .tokenizer import Tokenizer
 
 Stop: TypeAlias = str | int | Iterable[str | int] | None
@@ -88,6 +91,8 @@ class GPT2:
         The backend of the parameters, which runs the model.
     device : str
         The device of the parameters.
+    mesh : Mesh or None
+        The mesh of devices that the model was loaded on.
     source : str or None
         A short description of the files that the model was loaded from.
     companions : dict
@@ -123,12 +128,24 @@ class GPT2:
         prepared = {path: backend.relayout(path, x) for path, x in flatten(params)}
         self._assemble(config, nest(prepared), tokenizer, reproducible)
 
-    def _assemble(self, config: GPT2Config, params: Params, tokenizer: Tokenizer | None, reproducible: bool) -> None:
+    def _assemble(
+        self,
+        config: GPT2Config,
+        params: Params,
+        tokenizer: Tokenizer | None,
+        reproducible: bool,
+        mesh: Mesh | None = None,
+    ) -> None:
         """Set all attributes. The parameters have been checked, and have the backend's memory layout."""
-        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
         self.source: str | None = None
         self.companions: Mapping[str, bytes] = {}
         self.backend: Backend = backend_of(params["wte"])
+        self._traced: dict[tuple[str, ...], Callable[..., dict[str, Any]]] = {}  # by the names that are kept
+        if mesh is not None:
+            self.device, self.reproducible = f"the mesh {mesh}", False
+            self._decoder: Decoder = MeshDecoder(mesh, params, config)
+            return
         self.device = self.backend.device(params["wte"])
         self._device = self.backend.resolve_device(self.backend.placement(params["wte"]))
         self.reproducible = checks.flag("reproducible", reproducible)
@@ -137,7 +154,6 @@ class GPT2:
             self.backend, self.params, config, self._device, compile=self._compile, reproducible=reproducible
         )
         self._logits = self._compile(lambda params, tokens: gpt2(params, tokens, config)[0], self.params)
-        self._traced: dict[tuple[str, ...], Callable[..., dict[str, Any]]] = {}  # by the names that are kept
 
     def __repr__(self) -> str:
         c = self.config
@@ -155,6 +171,7 @@ class GPT2:
         device: Any = None,
         dtype: str | None = None,
         reproducible: bool = False,
+        mesh: Any = None,
         tokenizer: Tokenizer | Literal["auto"] | None = "auto",
         progress: Callable[[Iterable[str]], Iterable[str]] = iter,
     ) -> GPT2:
@@ -179,6 +196,11 @@ class GPT2:
         reproducible : bool
             Whether every op is correctly rounded, so that the model computes the same bits on every backend, device and
             processor, and for every batch (see `reproducible`). The dtype is then float32.
+        mesh : dict or the framework's own mesh, optional
+            Several devices that compute the model together, on JAX or PyTorch: the sizes of the axes, such as
+            ``{"data": 2, "model": 2}``, a ``jax.sharding.Mesh`` or a ``DeviceMesh``. On PyTorch there is a process for
+            each device, as ``torchrun`` starts them, and each calls the same methods. Each process reads its own part
+            of the weights.
         tokenizer : Tokenizer, "auto" or None
             The checkpoint's own tokenizer (``"auto"``), another tokenizer, or none. A tokenizer may have tokens, such
             as ``[PAD]``, that were added to it and not to the model; a text that contains one of them is refused.
@@ -195,7 +217,8 @@ class GPT2:
             install.
         ValueError
             If there is no such device or dtype, a weight is outside the range of the dtype, or reproducible is true and
-            dtype is not float32.
+            dtype is not float32 or a mesh is given; if there are not as many devices as the mesh needs, or the model
+            cannot be divided over them.
         TypeError
             If reproducible is true and the backend has no float64, or if the framework would silently convert the dtype
             to a narrower one. The message names the setting that changes this.
@@ -205,17 +228,25 @@ class GPT2:
         owner.dtype(dtype)
         if checks.flag("reproducible", reproducible):
             mode.check(owner, dtype)
+            if mesh is not None:
+                raise ValueError("reproducible is true, and the mode runs on one device; leave out the mesh")
+        devices = None if mesh is None else Mesh(owner, mesh)
         found = read_checkpoint(source, tokenizer=tokenizer)
+        if devices is not None:
+            devices.check(found.config)
         tensors, params = found.tensors, dict[str, Any]()
         # A tensor is in memory twice while it is copied to the backend. The largest tensors are loaded first, when
         # little else is in memory; the smaller ones fit into the memory that is freed afterwards.
         order = sorted(tensors, key=lambda path: -math.prod(tensors[path].shape))
         for path in progress(order):
             tensor = cast(path, tensors.pop(path), dtype)
-            params[path] = owner.relayout(path, owner.from_numpy(tensor.read(), dtype))
+            if devices is None:
+                params[path] = owner.relayout(path, owner.from_numpy(tensor.read(), dtype))
+            else:
+                params[path] = devices.place(path, tensor)
         model = cls.__new__(cls)  # the constructor would convert the layout of all parameters at once
         ordered = nest({path: params[path] for path in shapes(found.config)})
-        model._assemble(found.config, ordered, found.tokenizer, reproducible)
+        model._assemble(found.config, ordered, found.tokenizer, reproducible, devices)
         model.source, model.companions = found.source, found.companions
         return model
 
@@ -238,8 +269,19 @@ class GPT2:
             If the directory exists and force is false. Nothing is written.
         """
         directory = checks.path("directory", directory)
-        tensors = {path: stored(x) for path, x in flatten(self.params)}
+        tensors = self._tensors()
         write_checkpoint(directory, self.config, tensors, self.tokenizer, companions=self.companions, force=force)
+
+    def _tensors(self) -> dict[str, StoredTensor]:
+        """Return the parameters as tensors to be written. Those of a mesh are gathered one at a time."""
+        found = dict(flatten(self.params))
+        if self.mesh is None:
+            return {path: stored(x) for path, x in found.items()}
+        return {path: self.mesh.stored(path, found[path], shape) for path, shape in shapes(self.config).items()}
+
+    def _require_one_device(self, what: str) -> None:
+        if self.mesh is not None:
+            raise ValueError(f"{what} needs a model on one device; load the model again, without a mesh")
 
     def export(
         self,
@@ -283,7 +325,7 @@ class GPT2:
             If the suffix of the file, what or dtype is not known, or a weight is outside the range of the dtype.
         """
         file = checks.path("path", path)
-        tensors = {name: stored(x) for name, x in flatten(self.params)}
+        tensors = self._tensors()
         export(file, self.config, tensors, what=what, dtype=dtype, external_data=external_data, force=force)
 
     def logits(self, token_ids: Any) -> Any:
@@ -309,6 +351,8 @@ class GPT2:
         tokens = checks.token_ids("token ids", token_ids, self.config.n_vocab, axes=2)
         _, seq = tokens.shape
         checks.positions(seq, self.config.n_ctx)
+        if isinstance(self._decoder, MeshDecoder):
+            return self._decoder.logits(tokens)
         padding = padded_length(seq, self.config.n_ctx) - seq if self.backend.compiles_per_shape else 0
         n_logits = len(tokens) * (seq + padding) * self.config.n_vocab
         check_memory(n_logits, self.params["wte"], f"logits of {len(tokens):,} x {seq} tokens")
@@ -600,7 +644,10 @@ class GPT2:
 
         lengths = [0 if self.tokenizer is None else len(self.tokenizer.token_bytes(token)) for token in tokens]
         alternatives = checks.integer("alternatives", alternatives, 0, self.config.n_vocab)
-        scored = score_tokens(logits_of, start + tokens, n_ctx, stride, self.reproducible, alternatives, progress)
+        decoder, scorer = self._decoder, from_logits(logits_of, self.reproducible)
+        if isinstance(decoder, MeshDecoder):
+            scorer = decoder.score
+        scored = score_tokens(scorer, start + tokens, n_ctx, stride, alternatives, progress)
         found, *ranking = (each[len(start) :] for each in scored if each is not None)
         n_bytes = sum(n for n, p in zip(lengths, found.tolist(), strict=True) if not math.isnan(p))
         return Score(tokens, found, n_bytes, *ranking)
@@ -635,6 +682,7 @@ class GPT2:
         >>> pg.GPT2.load("shakespeare", backend="numpy").fingerprint("To be").logits[:16]
         '70bfc8abab20302c'
         """
+        self._require_one_device("fingerprint")
         model = self
         if not self.reproducible:
             model = GPT2.__new__(GPT2)
@@ -697,6 +745,7 @@ class GPT2:
         >>> {name: x.shape for name, x in model.trace([1, 2, 3], names=["*/weights"]).items()}
         {'h0/attn/weights': (1, 2, 3, 3)}
         """
+        self._require_one_device("trace")
         ids = self._encode(text, allow_special) if isinstance(text, str) else text
         tokens = checks.token_ids("token ids", ids, self.config.n_vocab)[None]
         checks.positions(tokens.shape[1], self.config.n_ctx)

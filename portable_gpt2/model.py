@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 from . import checks
 from .cache import KVCache, LayerCache, check_cache, open_layers
 from .config import GPT2Config
+from .divided import WHOLE, Split, project, shared
+from .divided import cross_entropy as divided_cross_entropy
+from .divided import embed as divided_embed
 from .ops import (
     add,
     attention,
     attention_scores,
     attention_weights,
     conv1d,
-    cross_entropy,
     embed,
     gelu,
     is_empty,
@@ -100,11 +102,12 @@ def attn(
     scale: float,
     layer: LayerCache,
     observe: Observe = ignore,
+    split: Split = WHOLE,
 ) -> tuple[Float[Array, "batch seq n"], LayerCache]:
-    """Causal multi-head self-attention over cached and new keys."""
-    c = observe("c_attn", conv1d(x, **c_attn))
+    """Causal multi-head self-attention over cached and new keys, with all heads or with those of one device."""
+    c = observe("c_attn", conv1d(shared(x, split), **c_attn))
     # Split q, k and v before reshaping into heads, because a sharded axis could not be split afterwards.
-    q, k, v = (split_heads(part, n_head) for part in backend_of(c).split(c, 3))
+    q, k, v = (split_heads(part, n_head // split.n) for part in backend_of(c).split(c, 3))
     k, v, layer = layer.update(k, v)
     q, k, v = observe("q", q), observe("k", k), observe("v", v)
     # Kernels return neither scores nor weights. Observing must not change a result, so they are computed separately.
@@ -112,15 +115,15 @@ def attn(
         observe("scores", attention_scores(q, k, mask=layer.mask, causal=layer.causal, scale=scale))
         observe("weights", attention_weights(q, k, mask=layer.mask, causal=layer.causal, scale=scale))
     a = observe("attention", attention(q, k, v, mask=layer.mask, causal=layer.causal, scale=scale))
-    return observe("c_proj", conv1d(merge_heads(a), **c_proj)), layer
+    return observe("c_proj", project(merge_heads(a), c_proj, split)), layer
 
 
 def mlp(
-    x: Float[Array, "batch seq n"], c_fc: Params, c_proj: Params, *, observe: Observe = ignore
+    x: Float[Array, "batch seq n"], c_fc: Params, c_proj: Params, *, observe: Observe = ignore, split: Split = WHOLE
 ) -> Float[Array, "batch seq n"]:
     """Feed-forward network: expand to n_hidden, GELU, project back."""
-    h = observe("gelu", gelu(observe("c_fc", conv1d(x, **c_fc))))
-    return observe("c_proj", conv1d(h, **c_proj))
+    h = observe("gelu", gelu(observe("c_fc", conv1d(shared(x, split), **c_fc))))
+    return observe("c_proj", project(h, c_proj, split))
 
 
 def block(
@@ -132,13 +135,15 @@ def block(
     eps: float,
     layer: LayerCache,
     observe: Observe = ignore,
+    split: Split = WHOLE,
 ) -> tuple[Float[Array, "batch seq n"], LayerCache]:
     """Pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
     h = observe("ln_1", layer_norm(x, **params["ln_1"], eps=eps))
-    a, layer = attn(h, **params["attn"], n_head=n_head, scale=scale, layer=layer, observe=scoped(observe, "attn/"))
+    options: dict[str, Any] = {"observe": scoped(observe, "attn/"), "split": split}
+    a, layer = attn(h, **params["attn"], n_head=n_head, scale=scale, layer=layer, **options)
     x = observe("attn/residual", add(x, a))
     h = observe("ln_2", layer_norm(x, **params["ln_2"], eps=eps))
-    return observe("residual", add(x, mlp(h, **params["mlp"], observe=scoped(observe, "mlp/")))), layer
+    return observe("residual", add(x, mlp(h, **params["mlp"], observe=scoped(observe, "mlp/"), split=split))), layer
 
 
 def transformer(
@@ -147,12 +152,18 @@ def transformer(
     config: GPT2Config,
     cache: KVCache | None = None,
     observe: Observe = ignore,
+    split: Split = WHOLE,
 ) -> tuple[Float[Array, "batch seq n"], KVCache | None]:
-    """Return the last hidden states, from which `gpt2` computes the logits, and the extended cache."""
+    """Return the last hidden states, from which `gpt2` computes the logits, and the extended cache.
+
+    If the model is divided, the parameters and the cache are those of one device, and are not checked.
+    """
+    if split.n > 1:
+        return _transformer(params, tokens, config, cache, scoped(observe), split)
     check_inputs(params, tokens, config)
     cache = None if cache is None else check_cache(cache, tokens, params, config)
     try:
-        return _transformer(params, tokens, config, cache, scoped(observe))
+        return _transformer(params, tokens, config, cache, scoped(observe), split)
     except Exception:  # raise a clearer error if the parameters are wrong, or devices differ
         check_params(params, config)
         check_places(params=params["wte"], tokens=tokens, cache=None if cache is None else cache.k[0])
@@ -160,11 +171,11 @@ def transformer(
 
 
 def _transformer(
-    params: Params, tokens: Any, config: GPT2Config, cache: KVCache | None, observe: Observe
+    params: Params, tokens: Any, config: GPT2Config, cache: KVCache | None, observe: Observe, split: Split
 ) -> tuple[Any, KVCache | None]:
     eps = config.layer_norm_epsilon
     positions, layers = open_layers(tokens, config.n_layer, cache)
-    x = observe("embedding", add(embed(tokens, params["wte"]), embed(positions, params["wpe"])))
+    x = observe("embedding", add(divided_embed(tokens, params["wte"], split), embed(positions, params["wpe"])))
     for i in range(config.n_layer):
         x, layers[i] = block(
             x,
@@ -174,14 +185,18 @@ def _transformer(
             eps=eps,
             layer=layers[i],
             observe=scoped(observe, f"h{i}/"),
+            split=split,
         )
     x = observe("ln_f", layer_norm(x, **params["ln_f"], eps=eps))
     return x, None if cache is None else cache.extended(layers, backend_of(tokens).shape(tokens)[1])
 
 
-def head(params: Params, h: Float[Array, "batch seq n"]) -> Float[Array, "batch seq vocab"]:
-    """Return the logits of hidden states: their products with lm_head, or with wte if the config ties the two."""
-    return unembed(h, params.get("lm_head", params["wte"]))
+def head(params: Params, h: Float[Array, "batch seq n"], split: Split = WHOLE) -> Float[Array, "batch seq vocab"]:
+    """Return the logits of hidden states: their products with lm_head, or with wte if the config ties the two.
+
+    If the model is divided, they are the logits of this device's rows.
+    """
+    return unembed(shared(h, split), params.get("lm_head", params["wte"]))
 
 
 def gpt2(
@@ -246,7 +261,7 @@ def gpt2(
     return logits, cache
 
 
-def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) -> Float[Array, ""]:
+def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config, split: Split = WHOLE) -> Float[Array, ""]:
     """Return the mean cross-entropy, in nats, of each token but the first, given the tokens before it.
 
     Parameters
@@ -257,6 +272,8 @@ def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) ->
         At most n_ctx + 1 tokens per text. All tokens but the last are read, and all but the first are predicted.
     config : GPT2Config
         The model's shape.
+    split : Split
+        How the model is divided over devices; unless given, it is not. Then the parameters are those of one device.
 
     Returns
     -------
@@ -278,12 +295,14 @@ def loss(params: Params, tokens: Int[Array, "batch seq"], config: GPT2Config) ->
     >>> round(float(pg.loss(params, np.asarray([[1, 2, 3, 4, 5]]), config)), 2)  # near log 16
     2.77
     """
-    check_inputs(params, tokens, config, targets=1)
+    if split.n == 1:
+        check_inputs(params, tokens, config, targets=1)
     backend = backend_of(tokens)
-    logits, _ = gpt2(params, tokens[:, :-1], config)
+    h, _ = transformer(params, tokens[:, :-1], config, split=split)
+    logits = head(params, h, split)
     if backend.dtype_names[logits.dtype] in ("bfloat16", "float16"):
         logits = backend.xp.astype(logits, backend.xp.float32)
-    return cross_entropy(logits, tokens[:, 1:])
+    return divided_cross_entropy(logits, tokens[:, 1:], split)
 
 
 # Checks. They read shapes and Python's ints, which are known while tracing too.

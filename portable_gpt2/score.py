@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -116,12 +116,18 @@ class Scored(NamedTuple):
     likeliest_log_probs: np.ndarray | None
 
 
+class Scorer(Protocol):
+    """Scores the tokens of a window."""
+
+    def __call__(self, window: list[int], first: int, alternatives: int) -> Scored:
+        """Return the scores of the tokens from index `first` on, which is at least 1."""
+
+
 def score_tokens(
-    logits_of: Callable[[list[int]], np.ndarray],
+    scorer: Scorer,
     tokens: list[int],
     n_ctx: int,
     stride: int,
-    reproducible: bool = False,
     alternatives: int = 0,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Scored:
@@ -129,14 +135,12 @@ def score_tokens(
 
     Parameters
     ----------
-    logits_of : callable
-        Takes at most n_ctx tokens, and returns their logits [seq, n_vocab] on the host.
+    scorer : Scorer
+        Scores windows of at most n_ctx tokens.
     tokens : list of int
         The token ids of the text.
     n_ctx, stride : int
         See `windows`; stride is from 1 to n_ctx - 1.
-    reproducible : bool
-        Whether to round each log-probability correctly to float32, so that it is the same on every processor.
     alternatives : int
         The number of the most likely tokens to return. If it is 0, there are no ranks either.
     progress : callable
@@ -155,23 +159,54 @@ def score_tokens(
         np.full((n, alternatives), math.nan),
     )
     for start, first, end in progress(list(windows(n, n_ctx, stride))):
-        logits = logits_of(tokens[start:end])
-        for i in range(first, end, _ROWS):
-            j = min(i + _ROWS, end)
-            rows = logits[i - 1 - start : j - 1 - start].astype(np.float64)
-            largest = rows.max(axis=-1, keepdims=True)
-            for each in largest.flat:
-                check_finite(each)
-            rows -= largest
-            rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
-            found[i:j] = own = rows[np.arange(j - i), tokens[i:j]]
-            if alternatives:
-                ranks[i:j] = 1 + np.count_nonzero(rows > own[:, None], axis=-1)
-                likeliest[i:j] = ids = _largest(rows, alternatives)
-                likeliest_log_probs[i:j] = np.take_along_axis(rows, ids, axis=-1)
-            if reproducible:
-                found[i:j] = _correctly_rounded(logits[i - 1 - start : j - 1 - start], tokens[i:j])
+        part = scorer(tokens[start:end], first - start, alternatives)
+        found[first:end] = part.log_probs
+        if alternatives:
+            ranks[first:end], likeliest[first:end], likeliest_log_probs[first:end] = part[1:]
     return Scored(found, *((ranks, likeliest, likeliest_log_probs) if alternatives else (None, None, None)))
+
+
+def from_logits(logits_of: Callable[[list[int]], np.ndarray], reproducible: bool = False) -> Scorer:
+    """Return a scorer that computes log-probabilities in float64 on the host.
+
+    Parameters
+    ----------
+    logits_of : callable
+        Takes at most n_ctx tokens, and returns their logits [seq, n_vocab] on the host.
+    reproducible : bool
+        Whether to round each log-probability correctly to float32, so that it is the same on every processor.
+    """
+
+    def scorer(window: list[int], first: int, alternatives: int) -> Scored:
+        logits, parts = logits_of(window), []
+        for i in range(first, len(window), _ROWS):
+            targets = window[i : i + _ROWS]
+            parts.append(_scored(logits[i - 1 : i - 1 + len(targets)], targets, alternatives, reproducible))
+        return Scored(
+            *(
+                np.concatenate(each) if alternatives or i == 0 else None
+                for i, each in enumerate(zip(*parts, strict=True))
+            )
+        )
+
+    return scorer
+
+
+def _scored(logits: np.ndarray, targets: list[int], alternatives: int, reproducible: bool) -> list[np.ndarray]:
+    """Return the arrays of a `Scored` for rows of logits and their targets."""
+    rows = logits.astype(np.float64)
+    largest = rows.max(axis=-1, keepdims=True)
+    for each in largest.flat:
+        check_finite(each)
+    rows -= largest
+    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+    own = rows[np.arange(len(targets)), targets]
+    found = np.asarray(_correctly_rounded(logits, targets)) if reproducible else own
+    if not alternatives:
+        return [found, own, own, own]
+    ids = _largest(rows, alternatives)
+    ranks = 1 + np.count_nonzero(rows > own[:, None], axis=-1)
+    return [found, ranks, ids, np.take_along_axis(rows, ids, axis=-1)]
 
 
 def _largest(rows: np.ndarray, n: int) -> np.ndarray:

@@ -121,7 +121,7 @@ def tensorflow_strays(device):
 
 
 def computes(function):
-    """Return whether an operation of PyTorch computes: a copy or a view does not.
+    """Return whether an operation of PyTorch computes: new memory, a copy or a view does not.
 
     A view has the memory of an argument and writes nothing. In inference mode, a copy is one of these, `aten.to`, whose
     result may be its argument; elsewhere it is `aten._to_copy`.
@@ -130,7 +130,8 @@ def computes(function):
 
     memory = [result.alias_info for result in function._schema.returns]
     is_view = any(shared is not None and not shared.is_write for shared in memory)
-    return not is_view and function is not torch.ops.aten._to_copy.default
+    aten = torch.ops.aten
+    return not is_view and function not in (aten._to_copy.default, aten.empty.memory_format, aten.copy_.default)
 
 
 @contextlib.contextmanager
@@ -240,6 +241,7 @@ def test_a_copy_to_the_host_is_no_stray_and_a_computation_there_is(torch, is_inf
         with torch_strays("cuda:0") as strays:
             copied = (x + x).detach().cpu().resolve_neg().view(3, 1)
             copied[:, 0].to("cuda:0")
+            torch.empty(3).copy_(x)  # as a copy to page-locked memory is made
         assert not strays
         with torch_strays("cuda:0") as strays:
             copied + copied

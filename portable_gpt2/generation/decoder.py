@@ -11,7 +11,7 @@ If the device cannot decide a token, the host samples it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -172,18 +172,38 @@ class Decoder:
         """Return the capacity, in tokens, of the cache of a text that now has `length` tokens and will have `final`."""
         return padded_length(length, self.config.n_ctx) if self.backend.compiles_per_shape else final
 
-    def read(self, rows: Sequence[list[int]], cache: KVCache) -> tuple[np.ndarray, KVCache]:
+    def new_cache(self, batch: int, capacity: int, padding: Iterable[int] | None) -> KVCache:
+        """Return an empty cache, as `cache.new_cache` does."""
+        return new_cache(self.params, self.config, batch=batch, capacity=capacity, padding=padding)
+
+    def grow_cache(self, cache: KVCache, capacity: int) -> KVCache:
+        """Return a cache with room for more tokens, as `cache.grow_cache` does."""
+        return grow_cache(cache, capacity)
+
+    def n_largest(self, samplings: Sequence[Sampling]) -> int | None:
+        """Return how many of the largest logits the host must know to sample; None if it must know all."""
+        return None
+
+    def read(
+        self, rows: Sequence[list[int]], cache: KVCache, n_largest: int | None = None
+    ) -> tuple[np.ndarray, KVCache]:
         """Extend the cache by rows of equal length; return the logits [batch, n_vocab] after each row, on the host.
 
-        Rows may be padded at the end: the mask hides the padding's keys until they are overwritten.
+        Rows may be padded at the end: the mask hides the padding's keys until they are overwritten. Logits that are
+        not among the n largest may be -inf.
         """
         n, start = len(rows[0]), cache.position
         if n > 1 and self.backend.compiles_per_shape:
             room = self.backend.shape(cache.k[0])[-2] - start
             padding = [0] * (min(padded_length(n, self.config.n_ctx), room) - n)
             rows = [row + padding for row in rows]
-        logits, extended = self._step(self._ints(rows), self._ints([n - 1]), cache)
-        return self.backend.to_numpy(logits)[:, 0], extended._replace(position=start + n)
+        logits, extended = self._read(rows, n - 1, cache, n_largest)
+        return logits, extended._replace(position=start + n)
+
+    def _read(self, rows: Sequence[list[int]], last: int, cache: KVCache, n: int | None) -> tuple[np.ndarray, KVCache]:
+        """Return the logits after the token at index `last` of each row, and the extended cache."""
+        logits, extended = self._step(self._ints(rows), self._ints([last]), cache)
+        return self.backend.to_numpy(logits)[:, 0], extended
 
     def _ints(self, values: Any) -> Any:
         return self.backend.from_numpy(np.asarray(values, np.int32), device=self.device)
@@ -214,14 +234,15 @@ class Decoder:
         unread = [[0] * n + tokens for n, tokens in zip(padding, unread, strict=True)]
         capacity = self.capacity(n_read, final)
         ragged = padding if any(padding) else None
-        cache = new_cache(self.params, self.config, batch=len(generations), capacity=capacity, padding=ragged)
+        cache = self.new_cache(len(generations), capacity, ragged)
         samplings = [generation.sampling for generation in generations]
+        n_largest = self.n_largest(samplings)
         rule = common_rule(samplings, self.config.n_vocab) if self.runs_ahead else None
         state: State | None = None
         length = n_read
         while length < final:
             cache = self._with_room(cache, length, final)
-            logits, cache = self.read(unread, cache)
+            logits, cache = self.read(unread, cache, n_largest)
             for generation, row in zip(generations, logits, strict=True):
                 if not generation.finished:
                     seen = generation.tokens
@@ -300,7 +321,7 @@ class Decoder:
 
     def _with_room(self, cache: KVCache, length: int, final: int) -> KVCache:
         """Return the cache with room for a text of that length."""
-        return cache if length <= self._capacity_of(cache) else grow_cache(cache, self.capacity(length, final))
+        return cache if length <= self._capacity_of(cache) else self.grow_cache(cache, self.capacity(length, final))
 
     def _capacity_of(self, cache: KVCache) -> int:
         return int(self.backend.shape(cache.k[0])[-2])
