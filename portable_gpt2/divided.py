@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import ops
@@ -69,7 +70,7 @@ def embed(ids: Int[Array, "*batch"], w: Float[Array, "rows d"], split: Split) ->
     if split.n == 1:
         return ops.embed(ids, w)
     backend = backend_of(w)
-    part = backend.kernels.get("embed_part", embed_part)
+    part: Callable[..., Any] = backend.kernels.get("embed_part", embed_part)
     return sum_over(part(ids, w, split), split)
 
 
@@ -77,7 +78,7 @@ def cross_entropy(logits: Float[Array, "*batch rows"], targets: Int[Array, "*bat
     """Return the mean of -log p[target]. Each device has the logits of its own rows of wte."""
     if split.n == 1:
         return ops.cross_entropy(logits, targets)
-    part = backend_of(logits).kernels.get("cross_entropy_part", cross_entropy_part)
+    part: Callable[..., Any] = backend_of(logits).kernels.get("cross_entropy_part", cross_entropy_part)
     return part(logits, targets, split)
 
 

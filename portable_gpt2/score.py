@@ -182,12 +182,8 @@ def from_logits(logits_of: Callable[[list[int]], np.ndarray], reproducible: bool
         for i in range(first, len(window), _ROWS):
             targets = window[i : i + _ROWS]
             parts.append(_scored(logits[i - 1 : i - 1 + len(targets)], targets, alternatives, reproducible))
-        return Scored(
-            *(
-                np.concatenate(each) if alternatives or i == 0 else None
-                for i, each in enumerate(zip(*parts, strict=True))
-            )
-        )
+        log_probs, ranks, ids, values = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return Scored(log_probs, ranks, ids, values)
 
     return scorer
 
