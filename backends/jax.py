@@ -381,7 +381,10 @@ class JaxBackend(Backend):
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={n}; for several hosts, call "
                 f"jax.distributed.initialize in each process first"
             )
-        return jax.sharding.Mesh(np.reshape(np.asarray(found[:n]), tuple(sizes.values())), tuple(sizes))
+        devices: list[Any] = found[:n]
+        for size in reversed([*sizes.values()][1:]):
+            devices = [devices[i : i + size] for i in range(0, len(devices), size)]
+        return jax.sharding.Mesh(devices, tuple(sizes))
 
     def mesh_sizes(self, mesh: Any) -> dict[str, int] | None:
         return dict(mesh.shape) if isinstance(mesh, jax.sharding.Mesh) else None

@@ -70,7 +70,7 @@ LAYERS = [
     {"signature"},
     {"op"},
     {"ops", "params", "tokenizer", "tokenizer_files"},
-    {"cache", "sampling", "correct_rounding"},
+    {"cache", "divided", "mesh", "sampling", "correct_rounding"},
     {"model"},
     {"gradients", "generation", "checkpoint", "score", "export", "fingerprint"},
     {"training", "language_model", "plot", "certificate"},
