@@ -90,10 +90,6 @@ def lengths(index: tuple[slice, ...]) -> tuple[int, ...]:
     """Return the shape of a part, from the index that `StoredTensor.read_part` takes."""
     return tuple(s.stop - s.start for s in index)
 
-    def part(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Return ``read()[index]``."""
-        return np.ascontiguousarray(self.read()[index])
-
 
 def value_range(integers: np.ndarray) -> tuple[int, int]:
     """Return the smallest and the largest element of an integer array; (0, -1) if the array is empty."""
