@@ -133,6 +133,16 @@ def properties(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def mutants(session: nox.Session) -> None:
+    """Mutation testing of ops, gradients, sampling, model and cache with NumPy: under an hour on two cores.
+
+    ``nox -s mutants -- sampling`` takes minutes. A mutant that no test notices must be in tools/mutants.toml.
+    """
+    install_only(session, "numpy", "test")
+    session.run("python", str(ROOT / "tools" / "mutants.py"), *session.posargs)
+
+
+@nox.session(default=False)
 def gpu(session: nox.Session) -> None:
     """Run the tests of accelerators, on every one that the frameworks report. Without an accelerator it fails.
 
