@@ -543,6 +543,53 @@ def test_logits_are_a_plain_array_or_a_list(logits):
     assert sample([0.0, 9.0], 0, temperature=0) == 1
 
 
+@pytest.mark.parametrize("logits", [[], [[0.0, 9.0]], np.float32(9), [False, True], [0j, 9j]], ids=str)
+def test_logits_that_are_not_one_row_of_numbers_are_refused(logits):
+    """Catches a token of several rows at once, and an error of NumPy where there are no logits."""
+    with pytest.raises(ValueError, match=r"logits have shape .*; expected float \[n_vocab\]"):
+        sample(logits, 0, temperature=0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64"])
+def test_logits_may_be_integers(dtype):
+    """Catches a check that refuses them, and a difference of two of them that wraps around."""
+    x = np.asarray([0, 5, 127, 2, 126], dtype)
+    expected = [sample(x.astype(np.float64), n, temperature=30) for n in range(20)]
+    assert [sample(x, n, temperature=30) for n in range(20)] == expected
+    assert len({*expected}) > 1
+
+
+@pytest.mark.parametrize("name", ["position", "index"])
+def test_a_position_and_an_index_are_integers(name):
+    """Catches an error of NumPy for 5.0, and the position of a narrow integer that wraps around."""
+    given = {"position": 5, "index": 2}
+    for bad in (5.0, "5", None, True):
+        with pytest.raises(ValueError, match=f"{name} is {bad!r}; expected an int"):
+            sample(LOGITS, **{**given, name: bad})
+    assert sample(LOGITS, **{**given, name: np.uint8(255)}) == sample(LOGITS, **{**given, name: 255})
+
+
+@pytest.mark.parametrize("seen", [[-1], [len(LOGITS)], [0.5], "1"], ids=repr)
+def test_tokens_that_are_not_in_the_vocabulary_cannot_have_been_seen(seen):
+    """Catches a negative id that counts from the end."""
+    with pytest.raises((TypeError, ValueError), match="seen"):
+        sample(LOGITS, 0, seen=seen, repetition_penalty=2.0)
+
+
+def test_a_sample_is_the_first_of_seed_0_unless_more_is_said():
+    """Catches another default: the examples in the documentation would draw other tokens."""
+    x = np.zeros(1000)
+    assert sample(x, 5) == sample(x, 5, seed=0, index=0)
+    assert len({sample(x, 5), sample(x, 5, seed=1), sample(x, 5, index=1)}) == 3
+
+
+def test_without_a_seed_one_is_chosen():
+    """Catches options that all share a seed, and a seed that is not known after a text was drawn."""
+    one, other = Sampling(), Sampling()
+    assert type(one.seed) is type(other.seed) is int
+    assert one.seed != other.seed
+
+
 @given(st.lists(st.floats(-700, 0) | st.floats(2.0**-1022, 1e300), min_size=1, max_size=20))
 def test_the_functions_of_the_reproducible_mode_are_rounded_correctly(numbers):
     """Catches an exp or log whose last bit is not decided."""
