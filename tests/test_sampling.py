@@ -206,6 +206,7 @@ def test_a_repetition_penalty_changes_the_greedy_choice_too():
     """Catches a penalty that is applied after the greedy choice, or to no token of the prompt."""
     x = np.asarray([1.0, 3.0, 2.5, -1.0])
     assert sample(x, 9, temperature=0, repetition_penalty=1.5, seen=[1, 1, 3]) == 2
+    assert sample(x, 9, temperature=0, repetition_penalty=2, seen=[1, 1, 3]) == 2
     assert sample(x, 9, temperature=0, repetition_penalty=1.1, seen=[1, 1, 3]) == 1
     assert sample(x, 9, temperature=0, repetition_penalty=1.5, seen=[]) == 1
 
@@ -266,6 +267,23 @@ def test_the_dtype_of_the_logits_does_not_matter_once_they_are_rounded(dtype):
     wide = [sample(x.astype(np.float64), p, **options) for p in range(100)]
     assert [sample(x, p, **options) for p in range(100)] == wide
     assert all(type(token) is int for token in wide)
+
+
+def test_logits_in_float64_keep_their_digits():
+    """Catches logits that are rounded to float32 first."""
+    assert sample([1.0, 1.0 + 1e-12], 0, temperature=0) == 1
+
+
+def test_top_p_leaves_out_a_token_that_is_not_needed():
+    """Catches a set that reaches top_p exactly, and takes one token more."""
+    kept, _ = filtered(np.zeros(4), 1.0, None, 0.5)
+    assert kept.tolist() == [0, 1]
+
+
+def test_a_top_p_of_1_keeps_every_token():
+    """Catches tokens that are dropped because their probability is rounded to 0."""
+    kept, _ = filtered(np.asarray([0.0, -800.0, -np.inf]), 1.0, None, 1.0)
+    assert kept.tolist() == [0, 1, 2]
 
 
 # The distribution
