@@ -42,7 +42,7 @@ NUMPY_ALONE = [
     for name in (
         *("add_a_backend", "bench", "check", "checkout", "cli_streams", "compare", "comparison_report", "contents"),
         *("cupy", "damage", "diff_command", "docs", "docstrings", "exact", "examples", "files", "first_use"),
-        *("float64", "gguf", "guess_arithmetic", "hub", "interactive", "kills", "package", "pages", "paths", "plot"),
+        *("float64", "gguf", "guess_arithmetic", "hub", "interactive", "kills", "mutants", "package", "pages", "paths", "plot"),
         *("rules", "run_damage", "runs", "sampling", "score", "targets", "tokenizer", "tokenizer_files", "traces"),
         *("training_command", "training_data", "unusable_tokenizers", "values", "weight_differences"),
     )
