@@ -42,9 +42,9 @@ NUMPY_ALONE = [
     for name in (
         *("add_a_backend", "bench", "check", "checkout", "cli_streams", "compare", "comparison_report", "contents"),
         *("cupy", "damage", "diff_command", "docs", "docstrings", "exact", "examples", "files", "first_use"),
-        *("float64", "gguf", "guess_arithmetic", "hub", "interactive", "kills", "mutants", "package", "pages", "paths", "plot"),
-        *("rules", "run_damage", "runs", "sampling", "score", "targets", "tokenizer", "tokenizer_files", "traces"),
-        *("training_command", "training_data", "unusable_tokenizers", "values", "weight_differences"),
+        *("float64", "gguf", "guess_arithmetic", "hub", "interactive", "kills", "mutants", "package", "pages", "paths"),
+        *("plot", "rules", "run_damage", "runs", "sampling", "score", "targets", "tokenizer", "tokenizer_files"),
+        *("traces", "training_command", "training_data", "unusable_tokenizers", "values", "weight_differences"),
     )
 ]
 # The processes of one run share the functions that JAX has compiled.
