@@ -373,6 +373,9 @@ class JaxBackend(Backend):
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
         return _write(buffer, value, start)
 
+    def process(self) -> tuple[int, int]:
+        return jax.process_index(), jax.process_count()
+
     def mesh(self, sizes: Mapping[str, int]) -> Any:
         n, found = math.prod(sizes.values()), jax.devices()
         if n > len(found):

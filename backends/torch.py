@@ -763,6 +763,13 @@ class TorchBackend(Backend):
             return NotImplemented
         return _gumbel_kernel()(entries, places, seeds, streams).view(torch.float64)
 
+    def process(self) -> tuple[int, int]:
+        import torch.distributed as distributed
+
+        if not distributed.is_available() or not distributed.is_initialized():
+            return 0, 1  # a process without a group is alone
+        return distributed.get_rank(), distributed.get_world_size()
+
     def mesh(self, sizes: Mapping[str, int]) -> Any:
         import torch.distributed as distributed
         from torch.distributed.device_mesh import init_device_mesh

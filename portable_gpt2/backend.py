@@ -27,8 +27,8 @@ class Backend:
     - It may define `numerics`, `kernels`, `compiles_per_shape`, `handwritten_gradient_is_faster`; `refusal`;
       `resolve_device`, `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`,
       `write`, `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`, `write_graph`;
-      `runs_ahead`, `fetch`, `top_k`, `gumbel`, `permit_64_bits`; `mesh`, `mesh_sizes`, `from_parts`, `on_mesh`,
-      `all_sum`, `all_max`, `all_concat`, `all_copy`; `enclosure`, `working_precision`. Each has a default.
+      `runs_ahead`, `fetch`, `top_k`, `gumbel`, `permit_64_bits`; `process`, `mesh`, `mesh_sizes`, `from_parts`,
+      `on_mesh`, `all_sum`, `all_max`, `all_concat`, `all_copy`; `enclosure`, `working_precision`. Each has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
     Four rules hold for all members:
@@ -415,6 +415,13 @@ class Backend:
         return contextlib.nullcontext()
 
     # Functions of a backend that computes on several devices (see mesh.py)
+
+    def process(self) -> tuple[int, int]:
+        """Return the number of this process, from 0, and how many processes have the devices of a mesh together.
+
+        The processes run the same program. Process 0 alone writes files and messages.
+        """
+        return 0, 1
 
     def mesh(self, sizes: Mapping[str, int]) -> Any:
         """Return the framework's own mesh of devices, with these axes. By default, meshes are refused.

@@ -108,6 +108,7 @@ class Mesh:
         self.own = mesh if backend.mesh_sizes(mesh) is not None else backend.mesh(found)
         self.sizes = {DATA: 1, MODEL: 1, **found}
         self._names = set(found)
+        self._all_true: Callable[..., Any] | None = None
 
     def __repr__(self) -> str:
         return ",".join(f"{name}={n}" for name, n in self.sizes.items())
@@ -196,6 +197,29 @@ class Mesh:
     def put(self, a: np.ndarray, *axes: str | None) -> Any:
         """Return an array of the host on the mesh, with the axes that `on` takes."""
         return self.backend.from_parts(self.own, self.on(*axes), a.shape, lambda index: np.ascontiguousarray(a[index]))
+
+    # Processes
+
+    def agree(self, flag: bool) -> bool:
+        """Return whether a flag is true in every process. All processes call this, and each waits for the others."""
+        if self.backend.process()[1] == 1:
+            return flag
+        if self._all_true is None:
+            axes = [name for name, n in self.sizes.items() if n > 1]
+
+            def total(flags: Any) -> Any:
+                for axis in axes:
+                    flags = self.backend.all_sum(flags, self.backend.mesh_split(self.own, axis)[1])
+                return flags
+
+            self._all_true = self.compile(total, (self.on(DATA, MODEL),), (None, None))
+        shape = self.sizes[DATA], self.sizes[MODEL]
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            return np.full([each.stop - each.start for each in index], flag, np.int32)
+
+        flags = self.backend.from_parts(self.own, self.on(DATA, MODEL), shape, read)
+        return int(self.backend.to_numpy(self._all_true(flags))[0, 0]) == math.prod(shape)
 
     # Functions that run on each device
 
