@@ -5,10 +5,13 @@ long, need an accelerator or need another checkout. Arguments after ``--`` are p
 ``nox -s "tests(jax)" -- -k softmax``.
 """
 
+import argparse
+import contextlib
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
@@ -47,6 +50,19 @@ NUMPY_ALONE = [
         *("traces", "training_command", "training_data", "unusable_tokenizers", "values", "weight_differences"),
     )
 ]
+PYTHONS = nox.project.python_versions(PYPROJECT)  # of the classifiers
+NEWEST = "3.13"  # the newest version of Python for which every framework has a final release
+# A short part of the tests, for other versions of Python and of the dependencies: every function that an adapter calls,
+# softmax, and the text and the perplexity of the shipped model. The files of DEPENDENCIES test what calls the packages
+# that every installation has, and the command.
+SHORT = [
+    *(f"portable_gpt2.testing.{part}" for part in ("contract", "constants", "ops.test_softmax")),
+    "portable_gpt2.testing.model.test_text::test_the_shipped_model_writes_the_same_text_on_every_backend",
+    "portable_gpt2.testing.model.test_text::test_the_shipped_models_perplexity_is_one_number",
+]
+DEPENDENCIES = [
+    f"tests/test_{name}.py" for name in ("files", "first_use", "hub", "plot", "tokenizer_files", "training_data")
+]
 # The processes of one run share the functions that JAX has compiled.
 COMPILED = tempfile.TemporaryDirectory(prefix="portable-gpt2-jax-")
 JAX_CACHE = {
@@ -56,17 +72,25 @@ JAX_CACHE = {
 }
 
 
-def install(session: nox.Session, extra: str = "", *groups: str) -> None:
-    """Install a copy of the package, as a user's pip would, with an extra and the dependencies of some groups."""
-    # A build directory inside the checkout would keep old files, which the next build would install as well.
+@contextlib.contextmanager
+def building() -> Iterator[dict[str, str]]:
+    """Make a directory for builds, and give the environment variables with which setuptools uses it.
+
+    A build directory inside the checkout would keep old files, which the next build would install as well.
+    """
     with tempfile.TemporaryDirectory() as build:
         config = Path(build, "setup.cfg")
         config.write_text(f"[build]\nbuild_base = {build}\n")
-        package = f".[{extra}]" if extra else "."
-        dependencies = nox.project.dependency_groups(PYPROJECT, *groups)
+        yield {"DIST_EXTRA_CONFIG": str(config)}
+
+
+def install(session: nox.Session, extra: str = "", *groups: str) -> None:
+    """Install a copy of the package, as a user's pip would, with an extra and the dependencies of some groups."""
+    package = f".[{extra}]" if extra else "."
+    dependencies = nox.project.dependency_groups(PYPROJECT, *groups)
+    with building() as env:
         # To compile all modules of all frameworks takes 23 s, and most of them are never imported.
-        given = ["--no-compile", package, *dependencies, "-c", "constraints.txt"]
-        session.install(*given, env={"DIST_EXTRA_CONFIG": str(config)})
+        session.install("--no-compile", package, *dependencies, "-c", "constraints.txt", env=env)
 
 
 def install_only(session: nox.Session, backend: str, *groups: str) -> None:
@@ -122,6 +146,35 @@ def equivalence(session: nox.Session) -> None:
     run_pytest(session, *args, *ours, PORTABLE_GPT2_REQUIRE=REQUIRED)
     transformers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(PARITY))
     run_pytest(session, *args, f"--backend={REQUIRED},none", *transformers, x64=True, PORTABLE_GPT2_REQUIRE=REQUIRED)
+
+
+def short_tests(session: nox.Session, backend: str, kind: str, *options: str) -> None:
+    """Install the package with one framework, by uv with some options, and run a short part of the tests.
+
+    If no version of the framework can be had here, or ``--without`` names the framework, the session is skipped and
+    says why. It fails if the promises of pyproject.toml exclude each other.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--without", default="", metavar="BACKEND,...", help="backends that are not installed")
+    options_of_session, for_pytest = parser.parse_known_args(session.posargs)
+    if backend in options_of_session.without.split(","):
+        session.skip(f"NOT TESTED: {backend} is left out (--without)")
+    session.install(*nox.project.dependency_groups(PYPROJECT, "versions"), "-c", "constraints.txt")
+    extras = ["testing", "plot", *([] if backend == "numpy" else [backend])]
+    groups = nox.project.dependency_groups(PYPROJECT, "test")  # these have no lower bounds: the newest are installed
+    for packages in ([*options, f".[{','.join(extras)}]"], [*options[2:], *groups]):
+        uv = ["uv", "pip", "install", "--python", session.virtualenv.location, "--quiet", *packages]
+        with building() as env:
+            said = session.run(*uv, silent=True, success_codes=range(3), env=env) or ""
+        if "no wheels with a matching" in said or "error: Request failed" in said:
+            session.log(said)
+            session.skip(f"NOT TESTED: {backend} could not be installed, for the reason above")
+        if "error: " in said:
+            session.error(said)
+    session.run("python", str(ROOT / "tools" / "promises.py"), kind, *extras)
+    tests = PARTS.get(backend, ["--pyargs", *SHORT, *(DEPENDENCIES if backend == "numpy" else [])])
+    args = ["-n", "2", "--dist", "worksteal", f"--backend={backend},none", "--examples=2", *tests, *for_pytest]
+    session.run("pytest", *args, env={**JAX_CACHE, "PORTABLE_GPT2_REQUIRE": backend})
 
 
 @nox.session(default=False)
@@ -240,6 +293,37 @@ def conformance(session: nox.Session, backend: str) -> None:
     for version in ("2024.12", "2025.12"):
         dated = {**env, "ARRAY_API_TESTS_VERSION": version}
         session.run("pytest", *plugin, "array_api_tests", left, xfails, *options, *session.posargs[1:], env=dated)
+
+
+@nox.session(default=False, python=PYTHONS[0])
+@nox.parametrize("backend", FRAMEWORKS, ids=FRAMEWORKS)
+def lowest(session: nox.Session, backend: str) -> None:
+    """Run a short part of the tests with the lowest version of every package that pyproject.toml promises.
+
+    A promise that is lower than the lowest version that works is a failure. ``nox -s lowest -- --without torch`` leaves
+    out what is several gigabytes.
+    """
+    # The package is built by the lowest version of setuptools as well.
+    build = Path(session.create_tmp(), "build.txt").absolute()
+    build.write_text("".join(f"{line.replace('>=', '==')}.*\n" for line in PYPROJECT["build-system"]["requires"]))
+    short_tests(session, backend, "lowest", "--resolution", "lowest-direct", "--build-constraints", str(build))
+
+
+@nox.session(default=False, python=NEWEST)
+@nox.parametrize("backend", FRAMEWORKS, ids=FRAMEWORKS)
+def newest(session: nox.Session, backend: str) -> None:
+    """Run a short part of the tests with the newest versions that can be installed, and say what excludes others."""
+    short_tests(session, backend, "newest", "--resolution", "highest")
+
+
+@nox.session(default=False, python=PYTHONS[1:])
+@nox.parametrize("backend", ALL, ids=ALL)
+def pythons(session: nox.Session, backend: str) -> None:
+    """Run a short part of the tests on the other versions of Python, with the versions that constraints.txt pins.
+
+    ``nox -s pythons -p 3.13`` takes one version of Python. A version that is not installed is skipped.
+    """
+    short_tests(session, backend, "pinned", "--resolution", "highest", "-c", "constraints.txt")
 
 
 @nox.session
