@@ -16,8 +16,8 @@ from portable_gpt2.checkpoint.companions import CHAT_TEMPLATES, GENERATION_FILE,
 from portable_gpt2.cli import main
 from portable_gpt2.training.run import Run
 
-# The ids of what the shipped model continues "To be" with, greedily; 12 is ",".
-GREEDY = [259, 288, 901, 320, 12, 199, 334, 336, 259, 263, 548, 348]
+# The ids of what the shipped model continues "To be" with, greedily, which is " a man that I am a man." and more.
+GREEDY = [259, 443, 329, 293, 457, 259, 443, 14, 199, 199, 59, 519]
 
 
 def edit(directory, name, **entries):
@@ -38,18 +38,18 @@ def shipped(tmp_path):
 
 ENDS = [  # entries of config.json, those of generation_config.json, after how many of GREEDY the text ends
     ({}, None, 12),
-    ({"eos_token_id": [0, 12]}, None, 4),
-    ({"eos_token_id": [12, 0]}, None, 4),
-    ({"eos_token_id": 12}, None, 4),
-    ({"eos_token_id": [320, 12]}, None, 3),
+    ({"eos_token_id": [0, 457]}, None, 4),
+    ({"eos_token_id": [457, 0]}, None, 4),
+    ({"eos_token_id": 457}, None, 4),
+    ({"eos_token_id": [293, 457]}, None, 3),
     ({"eos_token_id": None}, None, 12),
-    ({"eos_token_id": [50256, 12]}, None, 4),
-    ({"eos_token_id": 0}, {"eos_token_id": 12}, 4),
-    ({"eos_token_id": 0}, {"eos_token_id": [5, 12]}, 4),
-    ({"eos_token_id": [0, 12]}, {"eos_token_id": 901}, 2),  # the one in generation_config.json is the only one
-    ({"eos_token_id": 12}, {"eos_token_id": 0}, 12),
-    ({"eos_token_id": 12}, {"eos_token_id": None}, 12),
-    ({"eos_token_id": 12}, {"max_length": 20}, 12),
+    ({"eos_token_id": [50256, 457]}, None, 4),
+    ({"eos_token_id": 0}, {"eos_token_id": 457}, 4),
+    ({"eos_token_id": 0}, {"eos_token_id": [5, 457]}, 4),
+    ({"eos_token_id": [0, 457]}, {"eos_token_id": 329}, 2),  # the one in generation_config.json is the only one
+    ({"eos_token_id": 457}, {"eos_token_id": 0}, 12),
+    ({"eos_token_id": 457}, {"eos_token_id": None}, 12),
+    ({"eos_token_id": 457}, {"max_length": 20}, 12),
 ]
 
 
@@ -71,7 +71,7 @@ def test_a_text_ends_where_transformers_ends_it(shipped, config, generation, len
 
 def test_every_end_ends_a_text_on_every_backend(shipped, backend):
     """Catches a backend that compiles one end into its step, and a configuration that jit cannot hash."""
-    edit(shipped, "config.json", eos_token_id=[0, 12])
+    edit(shipped, "config.json", eos_token_id=[0, 457])
     model = pg.GPT2.load(shipped, backend=backend)
     expected = model.tokenizer.decode(GREEDY[:4])
     [completion] = model.complete(["To be"], max_new_tokens=12, temperature=0)
@@ -83,7 +83,7 @@ def test_every_end_ends_a_text_on_every_backend(shipped, backend):
 STARTS = [  # entries of config.json, those of generation_config.json, what an empty prompt starts from
     ({}, None, 0),
     ({"bos_token_id": 5}, None, 5),
-    ({"bos_token_id": 5, "eos_token_id": [7, 12]}, None, 5),
+    ({"bos_token_id": 5, "eos_token_id": [7, 2047]}, None, 5),
     ({"bos_token_id": 5}, {"bos_token_id": 7}, 7),
     ({"bos_token_id": 5}, {"bos_token_id": 0, "eos_token_id": 12}, 0),
 ]
@@ -106,7 +106,7 @@ def test_an_empty_prompt_starts_where_transformers_starts_it(shipped, config, ge
 @pytest.mark.parametrize(
     ("config", "generation", "start"),
     [
-        ({"bos_token_id": 5}, {"eos_token_id": 12}, 5),
+        ({"bos_token_id": 5}, {"eos_token_id": 2047}, 5),
         ({"bos_token_id": None, "eos_token_id": 12}, None, 12),
         ({"bos_token_id": None, "eos_token_id": None}, None, 0),  # the tokenizer's <|endoftext|>
         ({"bos_token_id": 50256}, None, 0),  # what a small vocabulary has left of the default

@@ -2,7 +2,7 @@
 
 Every implementation that computes this number computes the same bits. The mode evaluates an op in float64 on the
 arrays' own device, with a bound of the error (`float64`). If all numbers within the bound round to the same float32
-number, the result is decided. This is so for all but one element in 7,500 (GPT-2) to 28,000 (the shipped model). The
+number, the result is decided. This is so for all but one element in 7,500 (GPT-2) to 22,000 (the shipped model). The
 others are computed on the host, with as many digits as the decision needs (`exact`). The method is that of Ziv, "Fast
 evaluation of elementary mathematical functions with correctly rounded last bit", ACM Trans. Math. Softw. 17(3), 1991.
 

@@ -105,13 +105,14 @@ SHAKESPEARE = [
     (
         "ROMEO.",
         {"max_new_tokens": 40, "temperature": 0.8, "seed": 7},
-        "\nSo, to his fourtemn\nAnd not the greatest of the sineweal;\nAnd where you are woo'd, to mortal'd,\nAnd",
+        "\nSo, to the king, that the religence here\nI have left a friend; yet not to know\n"
+        "In election, by us and all of your grace,\n",
     ),
-    ("ROMEO.", {"max_new_tokens": 24, "temperature": 0}, "\nI am a man.\n\nADADRIANA.\nI am a man.\n\nA"),
+    ("ROMEO.", {"max_new_tokens": 24, "temperature": 0}, "\nI am not a man of man.\n\nMALVOLIO.\nI am not a man.\n"),
     (
         "To be, or not to be",
         {"max_new_tokens": 24, "top_k": None, "top_p": 0.9, "seed": 8},
-        " wrong'd.\nHow mal matchingericus are your heralder shot:\n\n",
+        " wrong'd.\n\n[Enter CALE Messenger.]\n\nBut let our noble Glouces",
     ),
 ]
 
@@ -119,7 +120,7 @@ PASSAGE = """ROMEO.
 But soft! What light through yonder window breaks?
 It is the east, and Juliet is the sun.
 """
-PERPLEXITY = 53.323806  # of the passage, by the shipped model
+PERPLEXITY = 46.581532  # of the passage, by the shipped model
 
 
 def in_dtype(flat, dtype):
