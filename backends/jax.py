@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -370,6 +371,11 @@ class JaxBackend(Backend):
     def placement(self, x: Any) -> Any:
         return _replicated(x)
 
+    def to_numpy(self, x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            x = _gather(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)  # other processes have parts of it
+        return np.asarray(x)
+
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
         return _write(buffer, value, start)
 
@@ -377,12 +383,13 @@ class JaxBackend(Backend):
         return jax.process_index(), jax.process_count()
 
     def mesh(self, sizes: Mapping[str, int]) -> Any:
+        _join()
         n, found = math.prod(sizes.values()), jax.devices()
         if n > len(found):
             raise ValueError(
                 f"the mesh {_sizes(sizes)} needs {n} devices; JAX has {len(found)}. On a CPU, start Python with "
-                f"XLA_FLAGS=--xla_force_host_platform_device_count={n}; for several hosts, call "
-                f"jax.distributed.initialize in each process first"
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={n}; for several processes, set "
+                f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each of them"
             )
         devices: list[Any] = found[:n]
         for size in reversed([*sizes.values()][1:]):
@@ -437,6 +444,29 @@ def _put_one(target: Sharding) -> Callable[[Any], Any]:
     """Return a compiled function that puts one element on a sharding in 0.06 ms; jax.device_put takes 0.25 ms."""
     put: Callable[[Any], Any] = jax.jit(lambda a: a, out_shardings=target)
     return put
+
+
+@functools.cache
+def _gather(whole: NamedSharding) -> Callable[[Any], Any]:
+    gather: Callable[[Any], Any] = jax.jit(lambda x: x, out_shardings=whole)
+    return gather
+
+
+def _join() -> None:
+    """Connect this process with the others that the environment names, unless it is connected already."""
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ or jax.distributed.is_initialized():
+        return
+    number, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
+    try:
+        # Without numbers, JAX finds them itself under Slurm, Open MPI and Kubernetes.
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count), process_id=None if number is None else int(number)
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"JAX_COORDINATOR_ADDRESS is set, and the processes cannot connect (JAX_NUM_PROCESSES is {count}, "
+            f"JAX_PROCESS_ID is {number}): {error}"
+        ) from error
 
 
 def _device_name(device: Any) -> str:

@@ -230,7 +230,11 @@ class GPT2:
             mode.check(owner, dtype)
             if mesh is not None:
                 raise ValueError("reproducible is true, and the mode runs on one device; leave out the mesh")
-        devices = None if mesh is None else Mesh(owner, mesh)
+        if mesh is not None and device is not None:
+            raise ValueError(
+                f"device is {checks.shown(device)}, and a mesh has devices of its own; leave out one of the two"
+            )
+        devices = mesh if mesh is None or isinstance(mesh, Mesh) else Mesh(owner, mesh)
         found = read_checkpoint(source, tokenizer=tokenizer)
         if devices is not None:
             devices.check(found.config)
@@ -253,7 +257,9 @@ class GPT2:
     def save(self, directory: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the model, and its tokenizer if it has one, as a checkpoint that `load` and transformers read.
 
-        The files in `companions` (``generation_config.json``, chat templates ...) are written, too.
+        The files in `companions` (``generation_config.json``, chat templates ...) are written, too. On a mesh, all
+        processes call this method: they gather one tensor after the other, and process 0 writes it. The files are those
+        of a model on one device.
 
         Parameters
         ----------
@@ -267,17 +273,21 @@ class GPT2:
         ------
         FileExistsError
             If the directory exists and force is false. Nothing is written.
+        MeshError
+            On a mesh, in the other processes, if process 0 cannot write. The message says why.
         """
         directory = checks.path("directory", directory)
-        tensors = self._tensors()
-        write_checkpoint(directory, self.config, tensors, self.tokenizer, companions=self.companions, force=force)
 
-    def _tensors(self) -> dict[str, StoredTensor]:
-        """Return the parameters as tensors to be written. Those of a mesh are gathered one at a time."""
+        def write(tensors: Mapping[str, StoredTensor]) -> None:
+            write_checkpoint(directory, self.config, tensors, self.tokenizer, companions=self.companions, force=force)
+
         found = dict(flatten(self.params))
         if self.mesh is None:
-            return {path: stored(x) for path, x in found.items()}
-        return {path: self.mesh.stored(path, found[path], shape) for path, shape in shapes(self.config).items()}
+            write({path: stored(x) for path, x in found.items()})
+            return
+        mesh = self.mesh
+        tensors = {path: mesh.stored(path, found[path], shape) for path, shape in shapes(self.config).items()}
+        mesh.write(tensors, write)
 
     def _require_one_device(self, what: str) -> None:
         if self.mesh is not None:
@@ -324,8 +334,9 @@ class GPT2:
         ValueError
             If the suffix of the file, what or dtype is not known, or a weight is outside the range of the dtype.
         """
+        self._require_one_device("export")
         file = checks.path("path", path)
-        tensors = self._tensors()
+        tensors = {path: stored(x) for path, x in flatten(self.params)}
         export(file, self.config, tensors, what=what, dtype=dtype, external_data=external_data, force=force)
 
     def logits(self, token_ids: Any) -> Any:
@@ -393,7 +404,8 @@ class GPT2:
         if strings:
             raise TypeError(f"stop names {strings[0]!r}; expected token ids (stream and generate take strings)")
         max_new_tokens = checks.new_tokens(max_new_tokens, sliding, [prompt], self.config.n_ctx)
-        generated = self._decoder.stream([Generation(prompt, Sampling(**options))], max_new_tokens, ends)
+        [sampling] = self._samplings(1, options)
+        generated = self._decoder.stream([Generation(prompt, sampling)], max_new_tokens, ends)
         return takewhile(lambda token: token not in ends, (generation.tokens[-1] for generation in generated))
 
     def stream(
@@ -486,7 +498,7 @@ class GPT2:
         ends, strings = checks.stops(stop, self.config.n_vocab)
         ends.update(self._end_of_text())
         max_new_tokens = checks.new_tokens(max_new_tokens, sliding, ids, self.config.n_ctx)
-        samplings = [Sampling(**options) for _ in prompts] or [Sampling(**options)]  # to check the options
+        samplings = self._samplings(max(len(prompts), 1), options)  # one checks the options even without a prompt
         n_rows = min(batch_size, num_samples * len(prompts))
         check_cache_size(self.params, self.config, n_rows, max(map(len, ids), default=1))
         given = zip(range(len(prompts)), prompts, ids, samplings, strict=False)
@@ -646,6 +658,7 @@ class GPT2:
         alternatives = checks.integer("alternatives", alternatives, 0, self.config.n_vocab)
         decoder, scorer = self._decoder, from_logits(logits_of, self.reproducible)
         if isinstance(decoder, MeshDecoder):
+            decoder.mesh.check_common("texts or options", [start + tokens, stride, alternatives])
             scorer = decoder.score
         scored = score_tokens(scorer, start + tokens, n_ctx, stride, alternatives, progress)
         found, *ranking = (each[len(start) :] for each in scored if each is not None)
@@ -770,6 +783,16 @@ class GPT2:
                 listed = ", ".join(name for name in known if "/" not in name or name.startswith("h0/"))
                 raise ValueError(f"no result is called {checks.shown(pattern)}; the names are {listed}, and so on")
         return tuple(name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+
+    def _samplings(self, n: int, options: Any) -> list[Sampling]:
+        """Return the sampling options of n prompts. Without a seed, each has its own random seed.
+
+        The processes of a mesh have the same seeds.
+        """
+        if self.mesh is None or self.mesh.is_alone or options.get("seed") is not None:
+            return [Sampling(**options) for _ in range(n)]
+        Sampling(**options)  # an error is raised before the processes wait for each other
+        return [Sampling(**{**options, "seed": seed}) for seed in self.mesh.common_seeds(n)]
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -8,10 +8,11 @@ the devices tell each other is in `divided`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -20,13 +21,18 @@ from .backend import Backend
 from .cache import KVCache
 from .config import GPT2Config
 from .divided import Split
-from .host import StoredTensor
+from .host import StoredTensor, lengths
 from .params import Params, flatten, nest, shapes
+from .random import new_seed
 
 DATA, MODEL = "data", "model"
 
 Spec: TypeAlias = tuple[str | None, ...]
 """For each axis of an array, the axis of the mesh over which it is divided, or None if it is whole on each device."""
+
+_T = TypeVar("_T")
+_BLOCK = 1 << 16  # numbers that are sent at a time
+_END = -1
 
 RULES: Mapping[str, Spec] = {
     "*/attn/c_attn/w": (None, None, MODEL),
@@ -66,6 +72,14 @@ def parse(text: str) -> dict[str, int]:
             raise ValueError(f"a mesh is {checks.shown(text)}; expected sizes such as data=2,model=2")
         sizes[name] = int(n)
     return sizes
+
+
+class MeshError(RuntimeError):
+    """Another process of a mesh failed. The message is the message of its error."""
+
+
+def _message(error: Exception | None) -> bytes:
+    return b"" if error is None else (str(error) or type(error).__name__).encode(errors="replace")
 
 
 class Mesh:
@@ -108,7 +122,7 @@ class Mesh:
         self.own = mesh if backend.mesh_sizes(mesh) is not None else backend.mesh(found)
         self.sizes = {DATA: 1, MODEL: 1, **found}
         self._names = set(found)
-        self._all_true: Callable[..., Any] | None = None
+        self._gather: dict[int, Callable[..., Any]] = {}
 
     def __repr__(self) -> str:
         return ",".join(f"{name}={n}" for name, n in self.sizes.items())
@@ -198,28 +212,135 @@ class Mesh:
         """Return an array of the host on the mesh, with the axes that `on` takes."""
         return self.backend.from_parts(self.own, self.on(*axes), a.shape, lambda index: np.ascontiguousarray(a[index]))
 
-    # Processes
+    # Processes, which all call these functions, and wait for each other in them
 
-    def agree(self, flag: bool) -> bool:
-        """Return whether a flag is true in every process. All processes call this, and each waits for the others."""
-        if self.backend.process()[1] == 1:
-            return flag
-        if self._all_true is None:
-            axes = [name for name, n in self.sizes.items() if n > 1]
+    @property
+    def is_alone(self) -> bool:
+        """Whether one process has all devices."""
+        return self.backend.process()[1] == 1
 
-            def total(flags: Any) -> Any:
-                for axis in axes:
-                    flags = self.backend.all_sum(flags, self.backend.mesh_split(self.own, axis)[1])
-                return flags
+    @property
+    def is_first(self) -> bool:
+        """Whether this is process 0, which alone writes files and messages."""
+        return self.backend.process()[0] == 0
 
-            self._all_true = self.compile(total, (self.on(DATA, MODEL),), (None, None))
-        shape = self.sizes[DATA], self.sizes[MODEL]
+    def of_each(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return the numbers that each process gives, by process. All give as many, and each is an int32."""
+        backend, axes = self.backend, [name for name, n in self.sizes.items() if n > 1]
+        row = np.asarray([backend.process()[0], *numbers], np.int32)
+        if self.is_alone:
+            return [row[1:].tolist()]
+
+        def gathered(rows: Any) -> Any:
+            for along, axis in reversed([*enumerate((DATA, MODEL))]):
+                if axis in axes:
+                    rows = backend.all_concat(rows, backend.mesh_split(self.own, axis)[1], along)
+            return rows
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            return np.full([each.stop - each.start for each in index], flag, np.int32)
+            return np.broadcast_to(row, lengths(index)).copy()
 
-        flags = self.backend.from_parts(self.own, self.on(DATA, MODEL), shape, read)
-        return int(self.backend.to_numpy(self._all_true(flags))[0, 0]) == math.prod(shape)
+        spec = self.on(DATA, MODEL, None)
+        if len(row) not in self._gather:
+            self._gather[len(row)] = self.compile(gathered, (spec,), (None, None, None))
+        shape = self.sizes[DATA], self.sizes[MODEL], len(row)
+        rows = backend.to_numpy(self._gather[len(row)](backend.from_parts(self.own, spec, shape, read)))
+        found = {process: each for process, *each in rows.reshape(-1, len(row)).tolist()}
+        return [found[process] for process in sorted(found)]
+
+    def agree(self, flag: bool) -> bool:
+        """Return whether a flag is true in every process."""
+        return all(found for (found,) in self.of_each([flag]))
+
+    def common(self, data: bytes, process: int = 0) -> bytes:
+        """Return the bytes that one process gives. The others may give any bytes."""
+        if self.is_alone:
+            return data
+        upper, lower = self.of_each(divmod(len(data), 2**30))[process]
+        n, words = upper * 2**30 + lower, np.zeros(0, np.int32)
+        given = np.frombuffer(data + bytes(-len(data) % 4), np.int32)
+        while 4 * len(words) < n:
+            size = min(1 << (-(-n // 4) - len(words) - 1).bit_length(), _BLOCK)  # a function is compiled for each size
+            block = np.zeros(size, np.int32)
+            part = given[len(words) : len(words) + size]
+            block[: len(part)] = part
+            words = np.concatenate([words, np.asarray(self.of_each(block.tolist())[process], np.int32)])
+        return words.tobytes()[:n]
+
+    def common_seeds(self, n: int) -> list[int]:
+        """Return n random seeds, which are the same in all processes."""
+        halves = self.of_each([half for _ in range(n) for half in divmod(new_seed(), 2**16)])[0]
+        return [2**16 * upper + lower for upper, lower in zip(halves[::2], halves[1::2], strict=True)]
+
+    def check_common(self, what: str, value: object) -> None:
+        """Raise an error in all processes if the texts of a value differ between them.
+
+        Raises
+        ------
+        ValueError
+            If they differ. The processes would compute different texts, and wait for each other forever.
+        """
+        digest = hashlib.sha256(repr(value).encode()).digest()[:8]
+        found = self.of_each(np.frombuffer(digest, np.int32).tolist())
+        if any(each != found[0] for each in found):
+            raise ValueError(
+                f"the processes of the mesh were given different {what}; call the same methods with the same "
+                f"arguments in all of them"
+            )
+
+    def together(self, fn: Callable[[], _T]) -> _T:
+        """Return ``fn()``. If it raises an Exception in one process, all processes raise one.
+
+        Raises
+        ------
+        MeshError
+            In the processes in which `fn` raised nothing. The message is that of the first process that failed.
+        """
+        if self.is_alone:
+            return fn()
+        error, result = None, None
+        try:
+            result = fn()
+        except Exception as raised:
+            error = raised
+        failed = [process for process, (flag,) in enumerate(self.of_each([error is not None])) if flag]
+        if not failed:
+            return cast(_T, result)
+        message = self.common(_message(error), failed[0]).decode()
+        raise error or MeshError(f"process {failed[0]} of the mesh: {message}")
+
+    def write(self, tensors: Mapping[str, StoredTensor], write: Callable[[Mapping[str, StoredTensor]], None]) -> None:
+        """Call `write` with the tensors in process 0. The others help to gather each tensor that it reads.
+
+        If it raises an Exception, the other processes raise a `MeshError`.
+        """
+        if self.is_alone:
+            write(tensors)
+        elif self.is_first:
+            error = None
+            try:
+                write({name: self._announced(i, tensor) for i, (name, tensor) in enumerate(tensors.items())})
+            except Exception as raised:
+                error = raised
+            self.of_each([_END])
+            self.common(_message(error))
+            if error is not None:
+                raise error
+        else:
+            order = list(tensors.values())
+            while (i := self.of_each([0])[0][0]) != _END:
+                order[i].read()
+            if message := self.common(b"").decode():
+                raise MeshError(f"process 0 of the mesh: {message}")
+
+    def _announced(self, i: int, tensor: StoredTensor) -> StoredTensor:
+        """Return a tensor that tells the other processes its number before it is gathered."""
+
+        def read() -> np.ndarray:
+            self.of_each([i])
+            return tensor.read()
+
+        return tensor._replace(read=read, read_part=None)
 
     # Functions that run on each device
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..model import head, transformer
 from ..params import Params
 from ..sampling import Sampling, check_finite
 from ..score import Scored
-from .decoder import Decoder, padded_length
+from .decoder import Decoder, Generation, padded_length
 
 
 class MeshDecoder(Decoder):
@@ -42,6 +42,14 @@ class MeshDecoder(Decoder):
         if key not in self._compiled:
             self._compiled[key] = make()
         return self._compiled[key]
+
+    def stream(
+        self, generations: Sequence[Generation], max_new_tokens: int, ends: Collection[int] = ()
+    ) -> Iterator[Generation]:
+        """Generate as `Decoder.stream` does, after a check that all processes generate the same texts."""
+        texts = [(each.tokens, each.sampling, each.index) for each in generations]
+        self.mesh.check_common("prompts, seeds or options", [texts, max_new_tokens, sorted(ends)])
+        yield from super().stream(generations, max_new_tokens, ends)
 
     def new_cache(self, batch: int, capacity: int, padding: Iterable[int] | None) -> KVCache:
         """Return an empty cache, whose heads and texts are divided over the mesh."""
