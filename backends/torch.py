@@ -18,7 +18,7 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from portable_gpt2.backend import Backend, subclass_refusal
-from portable_gpt2.host import CheckpointError, StoredTensor
+from portable_gpt2.host import CheckpointError, ProcessLost, StoredTensor
 from portable_gpt2.numerics import Numerics
 
 _FLOATS = {
@@ -681,7 +681,10 @@ class TorchBackend(Backend):
 
     def to_numpy(self, x: Any) -> np.ndarray:
         x = x.detach()
-        x = (x.full_tensor() if _is_distributed(x) else x).cpu().resolve_neg()
+        if _is_distributed(x):
+            with _reporting_losses():
+                x = x.full_tensor()
+        x = x.cpu().resolve_neg()
         if x.dtype == torch.bfloat16:
             return np.asarray(x.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
         return np.asarray(x.numpy())
@@ -767,7 +770,9 @@ class TorchBackend(Backend):
         import torch.distributed as distributed
 
         if not distributed.is_available() or not distributed.is_initialized():
-            return 0, 1  # a process without a group is alone
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
+                return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            return 0, 1
         return distributed.get_rank(), distributed.get_world_size()
 
     def mesh(self, sizes: Mapping[str, int]) -> Any:
@@ -832,7 +837,8 @@ class TorchBackend(Backend):
         parts = [
             torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size(axis))
         ]
-        distributed.all_gather(parts, x.contiguous(), group=axis)
+        with _reporting_losses():
+            distributed.all_gather(parts, x.contiguous(), group=axis)
         return torch.cat(parts, along)
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -964,8 +970,18 @@ def _reduced(x: Any, group: Any, name: str) -> Any:
     import torch.distributed as distributed
 
     x = x.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(x, getattr(distributed.ReduceOp, name), group=group)
+    with _reporting_losses():
+        distributed.all_reduce(x, getattr(distributed.ReduceOp, name), group=group)
     return x
+
+
+@contextlib.contextmanager
+def _reporting_losses() -> Iterator[None]:
+    """Convert the error of a collective operation, in which a process waits for the others, to a `ProcessLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost(str(error)) from error
 
 
 def _dimension(mesh: Any, name: str) -> int:

@@ -22,6 +22,10 @@ class TokenizerError(CheckpointError):
     """The tokenizer of a checkpoint cannot be used, but its weights can, with token ids. The message says why."""
 
 
+class ProcessLost(RuntimeError):
+    """Another process of a mesh has ended, or does not answer. The message is the framework's."""
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file. Its shape and dtype are known; calling `read` reads its values."""
 

@@ -160,10 +160,16 @@ class Mesh:
             return (*shape[:-1], 3, shape[-1] // 3)
         return (self.rows(shape[0]), *shape[1:]) if path in ("wte", "lm_head") else tuple(shape)
 
-    def place(self, path: str, tensor: StoredTensor) -> Any:
-        """Return a parameter on the mesh. Each process reads only the parts of its own devices."""
+    def place(self, path: str, tensor: StoredTensor, spec: Spec | None = None) -> Any:
+        """Return a parameter on the mesh. Each process reads only the parts of its own devices.
+
+        The spec is that of `spec` unless given. A tensor whose parts cannot be read is read whole, once.
+        """
         shape = self.shape(path, tensor.shape)
-        spec = self.spec(path) or (None,) * len(shape)
+        spec = (self.spec(path) if spec is None else spec) or (None,) * len(shape)
+        if tensor.read_part is None:
+            a = tensor.read()
+            tensor = tensor._replace(read=lambda: a)
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             if path.endswith(("c_attn/w", "c_attn/b")):
@@ -357,11 +363,21 @@ class Mesh:
 
     def local(self, params: Params) -> Params:
         """Return the parameters of a device in the shapes that `model` needs: c_attn has one last axis again."""
+        return self._reshaped(params, lambda shape: (*shape[:-2], shape[-2] * shape[-1]))
+
+    def divided(self, params: Params) -> Params:
+        """Undo `local`."""
+        return self._reshaped(params, lambda shape: (*shape[:-1], 3, shape[-1] // 3))
+
+    def _reshaped(self, params: Params, shape: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Params:
+        """Return the parameters with another shape of c_attn."""
         backend = self.backend
         found = {}
         for path, x in flatten(params):
-            if path.endswith(("c_attn/w", "c_attn/b")):
-                *start, three, d = backend.shape(x)
-                x = backend.xp.reshape(x, (*start, three * d))
-            found[path] = x
+            is_joined = path.endswith(("c_attn/w", "c_attn/b"))
+            found[path] = backend.xp.reshape(x, shape(backend.shape(x))) if is_joined else x
         return nest(found)
+
+    def sum_along(self, x: Any, axis: str) -> Any:
+        """Return the sum of x over the devices along an axis, in a function that runs on each device."""
+        return self.backend.all_sum(x, self.backend.mesh_split(self.own, axis)[1])

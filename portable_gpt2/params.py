@@ -11,7 +11,7 @@ import numpy as np
 from . import checks, random
 from .backend import Backend
 from .config import GPT2Config
-from .host import float_dtypes
+from .host import StoredTensor, float_dtypes
 from .registry import backend_of, get_backend
 
 Params = dict[str, Any]
@@ -188,6 +188,14 @@ def init_params(
     seed, scale_residual = checks.seed("seed", seed), checks.flag("scale_residual", scale_residual)
     like = owner.from_numpy(np.zeros(()), dtype)
     check_memory(count(config), like, f"a model of {count(config):,} parameters in {dtype}")
+    tensors = initial_tensors(config, seed=seed, dtype=dtype, scale_residual=scale_residual)
+    return nest({path: owner.from_numpy(tensor.read(), dtype) for path, tensor in tensors.items()})
+
+
+def initial_tensors(
+    config: GPT2Config, *, seed: int, dtype: str, scale_residual: bool = False
+) -> dict[str, StoredTensor]:
+    """Return the parameters of `init_params` by path. Each is computed when it is read."""
 
     def stdev(path: str) -> float:
         if path == "wpe":
@@ -195,12 +203,10 @@ def init_params(
         is_residual = scale_residual and path.endswith("c_proj/w")
         return 0.02 / math.sqrt(2 * config.n_layer) if is_residual else 0.02
 
-    return nest(
-        {
-            path: owner.from_numpy(_initial(path, shape, stdev(path), seed), dtype)
-            for path, shape in shapes(config).items()
-        }
-    )
+    def tensor(path: str, shape: tuple[int, ...]) -> StoredTensor:
+        return StoredTensor(shape, dtype, lambda: _initial(path, shape, stdev(path), seed).astype(float_dtypes[dtype]))
+
+    return {path: tensor(path, shape) for path, shape in shapes(config).items()}
 
 
 def init_conv1d(

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from .. import mesh
 from ..checkpoint import SHIPPED
 from ..checks import LARGEST, shown
 from ..language_model import GPT2
@@ -120,6 +121,14 @@ def number_or_off(text: str) -> float | str:
 def index_or_all(text: str) -> int | str:
     """Read an index from 0, or the word ``all``."""
     return text if text == "all" else at_least(0, " or all")(text)
+
+
+def sizes(text: str) -> dict[str, int]:
+    """Read the sizes of a mesh, such as ``data=2,model=2``."""
+    try:
+        return mesh.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def stop_text(text: str) -> str:

@@ -47,12 +47,22 @@ def clean_up_first() -> None:
             _set(signum, _exit)
 
 
+def ignore() -> None:
+    """Ignore all signals from now on, because the process is ending."""
+    for signum in (signal.SIGINT, *_TERMINATING):
+        _set(signum, signal.SIG_IGN)
+
+
 class Noted(list[int]):
     """A list of the signals that arrived during a ``with`` block.
 
-    The block can look at the list and end in an orderly way. Only the first signal is recorded. A second signal has the
-    effect that it has outside of the block.
+    The block can look at the list and end in an orderly way. Only the first signal is recorded, unless `every` is true.
+    A second signal has the effect that it has outside of the block.
     """
+
+    def __init__(self, every: bool = False) -> None:
+        super().__init__()
+        self._every = every
 
     def __enter__(self) -> Noted:
         self._before = {}
@@ -67,7 +77,8 @@ class Noted(list[int]):
 
     def _note(self, signum: int, _: Any) -> None:
         self.append(signum)
-        self.__exit__()
+        if not self._every:
+            self.__exit__()
 
 
 def _leave(signum: int, _: Any) -> None:

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _closed: set[int] = set()
 """The descriptors that were closed when the process began."""
+_silent: list[bool] = []
+"""Not empty if this process writes nothing, because another one does."""
 
 
 class LostOutput(OSError):
@@ -57,6 +59,17 @@ def prepare() -> None:
         sys.stderr = io.TextIOWrapper(courtesy, encoding, "backslashreplace", line_buffering=True)
 
 
+def silence() -> None:
+    """Write no text, messages or warnings from now on: process 0 of a mesh writes them. Tracebacks are still shown."""
+    _silent.append(True)
+    warnings.simplefilter("ignore")
+
+
+def is_silent() -> bool:
+    """Return whether `silence` was called."""
+    return bool(_silent)
+
+
 def write(text: str) -> None:
     """Write text to stdout without delay. An empty text checks that stdout is open, before work begins.
 
@@ -65,6 +78,8 @@ def write(text: str) -> None:
     LostOutput
         If stdout is closed, its disk is full, or it is a pipe that nobody reads.
     """
+    if _silent:
+        return
     if _STDOUT in _closed:
         raise LostOutput(errno.EBADF, "stdout is closed")
     try:
@@ -90,9 +105,13 @@ def width() -> int:
     return min(max(shutil.get_terminal_size().columns, 60), 120) if is_terminal else 80
 
 
-def say(message: str) -> None:
-    """Write a line to stderr. Characters that control a terminal are escaped, because files may contain them."""
-    print(_plain(message), file=sys.stderr, flush=True)
+def say(message: str, *, always: bool = False) -> None:
+    """Write a line to stderr. Characters that control a terminal are escaped, because files may contain them.
+
+    A process that is silent writes only what it must `always` write.
+    """
+    if always or not _silent:
+        print(_plain(message), file=sys.stderr, flush=True)
 
 
 def _warning(message: Warning | str, *where: Any, **line: Any) -> str:

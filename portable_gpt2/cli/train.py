@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,8 +17,9 @@ from .. import checks
 from ..backend import Backend
 from ..checkpoint import cast, read_checkpoint
 from ..config import GPT2Config
-from ..host import StoredTensor
-from ..params import Params, check_memory, count, init_params, nest
+from ..host import ProcessLost, StoredTensor
+from ..mesh import MODEL, Mesh, MeshError
+from ..params import Params, check_memory, count, initial_tensors, nest
 from ..registry import get_backend
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import END_OF_TEXT
@@ -27,7 +29,7 @@ from ..training.recipe import Recipe
 from ..training.run import Run, check_new
 from ..training.trainer import State, Trainer, micro_batch_tokens
 from . import signals, streams
-from .options import add_backend, add_fields, at_least, flag, given_fields, progress
+from .options import FAILED, add_backend, add_fields, at_least, flag, given_fields, progress, sizes
 from .texts import Texts
 
 _SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ctx": 256}
@@ -55,6 +57,18 @@ def add_to(commands: Any) -> None:
     )
     add("--resume", action="store_true", help="continue the run in DIR, with the data, the model and the recipe it has")
     add_backend(parser)
+    add(
+        "--mesh",
+        type=sizes,
+        metavar="SIZES",
+        help="divide the weights and each batch over several devices of jax or torch, such as data=2,model=2; see the "
+        "documentation of meshes",
+    )
+    add(
+        "--shard-optimizer",
+        action="store_true",
+        help="divide the optimizer's moments over the axis data of the mesh as well, which saves memory",
+    )
     add(
         "--plot",
         metavar="FILE",
@@ -127,9 +141,32 @@ def run(arguments: argparse.Namespace) -> int:
     signals.clean_up_first()
     if arguments.plot:
         plot.check_file(arguments.plot)
+    if arguments.mesh is not None and arguments.device is not None:
+        raise ValueError("--device: a mesh has devices of its own; leave out --device or --mesh")
+    try:
+        return _run(arguments)
+    except ProcessLost as error:
+        signals.ignore()  # torchrun sends one to each process that is left, while it ends
+        # PyTorch's message has a place in its source before the first sentence, and advice after it.
+        line = str(error).partition("\n")[0]
+        said = (line.partition("] ")[2] if line.startswith("[") else line).partition(". ")[0]
+        streams.say(
+            f"portable-gpt2: another process of the mesh has ended, or does not answer ({said}); to continue from the "
+            f"last checkpoint, on any mesh: portable-gpt2 train --resume --out {arguments.out}",
+            always=True,
+        )
+        return FAILED
+    except MeshError as error:
+        streams.say(f"portable-gpt2: {error}")
+        return FAILED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .. import plot
+
     run, trainer, state = _resume(arguments) if arguments.resume else _begin(arguments)
     stopped = _train(run, trainer, state)
-    if arguments.plot:
+    if arguments.plot and not streams.is_silent():
         plot.save(plot.draw_training(run.metrics()), arguments.plot)
         streams.say(f"wrote {arguments.plot}")
     last, best = run.last, run.best
@@ -138,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"stopped after step {last['step']} of {run.recipe.steps}; to continue: portable-gpt2 train --resume --out "
             f"{run.directory}"
         )
-        return signals.status(stopped[0])
+        return signals.status(stopped[0] if stopped else signal.SIGTERM)  # the signal of another process
     loss = "" if best["held_out"] is None else f", held-out loss {best['held_out']:.4f} nats per token"
     streams.say(f"{run.directory}: the model of step {best['step']}{loss}")
     return 0
@@ -150,13 +187,17 @@ def _train(run: Run, trainer: Trainer, state: State) -> list[int]:
 
     recipe = run.recipe
     n_tokens = recipe.batch_size * recipe.gradient_accumulation_steps * (recipe.context or run.config.n_ctx)
-    where = f"{trainer.backend.name}, {trainer.backend.device(state.params['wte'])}"
+    mesh = trainer.mesh
+    device = trainer.backend.device(state.params["wte"]) if mesh is None else f"the mesh {mesh}"
+    where = f"{trainer.backend.name}, {device}"
     streams.say(f"{count(run.config):,} parameters on {where}, {n_tokens:,} tokens per step")
     # With disable=None, the bar is shown only if stderr is a terminal.
-    bar = tqdm(total=recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5, disable=None)
+    disable = streams.is_silent() or None
+    bar = tqdm(total=recipe.steps, initial=state.step, unit=" steps", desc="training", mininterval=0.5, disable=disable)
     reports = train(run, trainer, state)
-    # The signal is Ctrl-C, or the one by which a scheduler announces that it will end the process.
-    with signals.Noted() as stopped:
+    # The signal is Ctrl-C, or the one by which a scheduler announces that it will end the process. torchrun sends each
+    # signal on to processes that the terminal has sent it to already, and kills those that run for half a minute more.
+    with signals.Noted(every=mesh is not None and not mesh.is_alone) as stopped:
         try:
             for report in reports:
                 if report.step > bar.n:
@@ -164,9 +205,10 @@ def _train(run: Run, trainer: Trainer, state: State) -> list[int]:
                 if report.loss is not None:
                     speed = f"{n_tokens / report.seconds:,.0f} tokens/s"
                     bar.set_postfix_str(f"loss {report.loss:.4f}, {speed}", refresh=False)
-                if report.held_out is not None:
+                if report.held_out is not None and not streams.is_silent():
                     bar.write(f"step {report.step}: held-out loss {report.held_out:.4f}", file=sys.stderr)
-                if stopped:
+                # All processes of a mesh stop after the same step.
+                if stopped if mesh is None else not mesh.agree(not stopped):
                     break
         finally:
             reports.close()  # saves the last step
@@ -193,8 +235,27 @@ def _resume(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
         )
     run = Run.open(arguments.out)
     where = {**run.where, **_given(arguments, "backend", "device")}
-    backend = get_backend(where.get("backend"), where.get("device"))
-    return run, Trainer(run.config, run.recipe, backend), run.restore(backend)
+    backend = get_backend(where.get("backend"), None if arguments.mesh else where.get("device"))
+    trainer = _trainer(arguments, run.config, run.recipe, backend, _mesh(arguments, backend))
+    return run, trainer, run.restore(trainer)
+
+
+def _mesh(arguments: argparse.Namespace, backend: Backend) -> Mesh | None:
+    """Return the mesh. The processes other than process 0 write no messages from now on."""
+    if arguments.mesh is None:
+        return None
+    if backend.process()[0] > 0:  # this may be known already, and then an error below is written once
+        streams.silence()
+    mesh = Mesh(backend, arguments.mesh)
+    if not mesh.is_first:
+        streams.silence()
+    return mesh
+
+
+def _trainer(
+    arguments: argparse.Namespace, config: GPT2Config, recipe: Recipe, backend: Backend, mesh: Mesh | None
+) -> Trainer:
+    return Trainer(config, recipe, backend, mesh, shard_optimizer=arguments.shard_optimizer)
 
 
 class _Start(NamedTuple):
@@ -214,14 +275,40 @@ def _begin(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
         raise ValueError("--data: give the files to train on, or --resume to continue a run")
     recipe = Recipe(**given_fields(arguments, Recipe))
     share = _share(arguments.held_out or _HELD_OUT)
-    check_new(arguments.out)
     backend = get_backend(arguments.backend, arguments.device)
+    mesh = _mesh(arguments, backend)
+    if is_first := mesh is None or mesh.is_first:
+        check_new(arguments.out)
     backend.dtype(recipe.dtype)
     start = _from_checkpoint(arguments) if arguments.init_from else _from_random_weights(arguments)
     if recipe.context is not None and recipe.context > start.config.n_ctx:
         raise ValueError(f"--context {recipe.context}: the model has n_ctx = {start.config.n_ctx} positions")
-    _check_memory(start.config, recipe, backend)
+    trainer = _trainer(arguments, start.config, recipe, backend, mesh)
+    _check_memory(start.config, recipe, backend, 1 if mesh is None else mesh.sizes[MODEL])
 
+    def create() -> Run | None:
+        """Create the run in process 0."""
+        if not is_first:
+            return None
+        tokenizer, write = _writing(arguments, recipe, start, share)
+        where = {"backend": backend.name, **_given(arguments, "device")}
+        companions = start.companions
+        return Run.create(arguments.out, recipe, start.config, tokenizer, write, companions=companions, **where)
+
+    params = _initial(start, trainer, scale_residual=bool(arguments.scale_residual))
+    if mesh is None:
+        run = create()
+    else:
+        created = mesh.together(create)  # the others wait until the run exists
+        run = mesh.together(lambda: created or Run.begun(arguments.out, start.config))
+    assert run is not None
+    return run, trainer, trainer.start(params)
+
+
+def _writing(
+    arguments: argparse.Namespace, recipe: Recipe, start: _Start, share: float | None
+) -> tuple[Tokenizer, Callable[[Path], int]]:
+    """Return the tokenizer, and the function that writes the tokens of the texts."""
     read = Texts().read
     texts = [read(file) for file in arguments.data]
     held_out = [read(arguments.held_out)] if share is None else []
@@ -248,11 +335,7 @@ def _begin(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
             check_window(n_held_out, length, "held-out text")
         return n_training
 
-    params = _initial(start, recipe, backend, scale_residual=bool(arguments.scale_residual))
-    where = {"backend": backend.name, **_given(arguments, "device")}
-    trainer = Trainer(start.config, recipe, backend)
-    run = Run.create(arguments.out, recipe, start.config, tokenizer, write, companions=start.companions, **where)
-    return run, trainer, trainer.start(params)
+    return tokenizer, write
 
 
 def _share(text: str) -> float | None:
@@ -302,21 +385,22 @@ def _special_tokens(tokenizer: Tokenizer, allow: bool | None, named: list[str], 
     return [*named, *(tokenizer.special_tokens if allow else separators)]
 
 
-def _initial(start: _Start, recipe: Recipe, backend: Backend, *, scale_residual: bool) -> Params:
-    """Return the parameters before the first step."""
+def _initial(start: _Start, trainer: Trainer, *, scale_residual: bool) -> Params:
+    """Return the parameters before the first step. On a mesh, they are placed one at a time."""
+    recipe = trainer.recipe
     dtype = recipe.master_dtype
-    if start.tensors is None:
-        return init_params(start.config, seed=recipe.seed, backend=backend, dtype=dtype, scale_residual=scale_residual)
-    arrays = {path: cast(path, tensor, dtype).read() for path, tensor in start.tensors.items()}
-    return nest({path: backend.from_numpy(array, dtype) for path, array in arrays.items()})
+    tensors = start.tensors
+    if tensors is None:
+        tensors = initial_tensors(start.config, seed=recipe.seed, dtype=dtype, scale_residual=scale_residual)
+    return nest({path: trainer.place(path, cast(path, tensor, dtype)) for path, tensor in tensors.items()})
 
 
-def _check_memory(config: GPT2Config, recipe: Recipe, backend: Backend) -> None:
-    """Refuse a run that needs more memory than there is. The estimates are lower bounds."""
+def _check_memory(config: GPT2Config, recipe: Recipe, backend: Backend, n_parts: int) -> None:
+    """Refuse a run that needs more memory than there is. The estimates are lower bounds, for one process of a mesh."""
     context = recipe.context or config.n_ctx
     windows = 12 * recipe.batch_size * (context + 1)  # bytes: 8 for the place of each token in the text, 4 for its id
     checks.memory(windows, f"a batch of {recipe.batch_size} windows of {context} tokens")
-    scalar, n = backend.from_numpy(np.zeros(()), recipe.master_dtype), count(config)
+    scalar, n = backend.from_numpy(np.zeros(()), recipe.master_dtype), count(config) // n_parts
     check_memory(4 * n, scalar, f"training {n:,} parameters, with a gradient and two moments of each,")
     at_once = recipe.batch_size * context
     if (size := micro_batch_tokens(backend, scalar)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Generator, Iterator
@@ -44,6 +45,9 @@ def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, N
     because the windows of a step depend only on the seed and the step's number. On CUDA, PyTorch's fused attention has
     a deterministic gradient only after ``torch.use_deterministic_algorithms(True)``.
 
+    On a mesh, each process calls this with the same arguments, and takes the iterator's reports to the same step.
+    Process 0 writes the files of the run, which the others read; so the directory must be the same for all.
+
     The run is locked until the iterator ends, is closed or is deleted.
 
     Parameters
@@ -64,11 +68,21 @@ def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, N
         belongs to another run.
     CheckpointError
         If a file of the run is damaged. The message names it.
+    MeshError
+        If another process of the mesh could not open the run, or could not write a file of it.
     """
+    mesh = trainer.mesh
+    is_first = mesh is None or mesh.is_first
     if (trainer.config, trainer.recipe) != (run.config, run.recipe):
         raise ValueError(f"{run.directory}: the trainer has another configuration, or another recipe, than the run")
-    with run.training() as metrics:
-        last = run.last["step"] if run.has_checkpoint else None
+    with contextlib.ExitStack() as stack:
+
+        def opened() -> tuple[Metrics | None, int | None]:
+            """Lock the run. No process continues before all have looked for a checkpoint."""
+            metrics = stack.enter_context(run.training()) if is_first else None
+            return metrics, run.last["step"] if run.has_checkpoint else None
+
+        metrics, last = opened() if mesh is None else mesh.together(opened)
         if state.step != (last or 0):
             at = "has no checkpoint" if last is None else f"has its last checkpoint at step {last}"
             raise ValueError(f"{run.directory}: {at}; the state is at step {state.step}: restore it from the run")
@@ -76,7 +90,7 @@ def train(run: Run, trainer: Trainer, state: State) -> Generator[Report, None, N
 
 
 def _steps(
-    run: Run, trainer: Trainer, state: State, metrics: Metrics, saved: int | None
+    run: Run, trainer: Trainer, state: State, metrics: Metrics | None, saved: int | None
 ) -> Generator[Report, None, None]:
     recipe = run.recipe
     length = (recipe.context or run.config.n_ctx) + 1
@@ -116,9 +130,14 @@ def _steps(
         nonlocal saved
         assert done is not None
         state, report = done
-        metrics.add(state.step, {name: value for name, value in report._asdict().items() if value is not None})
+
+        def write() -> None:
+            if metrics is not None:
+                metrics.add(state.step, {name: value for name, value in report._asdict().items() if value is not None})
+
+        write() if trainer.mesh is None else trainer.mesh.together(write)
         if save:
-            run.save(state, report.held_out)
+            run.save(state, report.held_out, trainer)
             saved = state.step
 
     try:
@@ -137,7 +156,9 @@ def _steps(
             finish(save=due)
             state, _ = done
             yield done[1]
-    except (GeneratorExit, KeyboardInterrupt):
+    except (GeneratorExit, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) and trainer.mesh is not None and not trainer.mesh.is_alone:
+            raise  # the other processes may not be at the same step, and would not take part in saving it
         if done is not None and done[0].step != saved:
             try_out(done[0])
             finish(save=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -70,11 +71,15 @@ def rates(step: int, recipe: Recipe) -> np.ndarray:
 
 def global_norm(tree: Params) -> Any:
     """Return the Euclidean norm of the vector of all elements of a tree, a scalar array."""
-    leaves = [x for _, x in flatten(tree)]
-    backend = backend_of(leaves[0])
-    xp = backend.xp
-    first, *rest = backend.for_each(lambda x: xp.sum(x * x), leaves)
-    return xp.sqrt(sum(rest, first))
+    total = sum_of_squares([x for _, x in flatten(tree)])
+    return backend_of(total).xp.sqrt(total)
+
+
+def sum_of_squares(arrays: Sequence[Any]) -> Any:
+    """Return the sum of the squares of all elements of several arrays, a scalar array."""
+    backend = backend_of(arrays[0])
+    first, *rest = backend.for_each(lambda x: backend.xp.sum(x * x), arrays)
+    return sum(rest, first)
 
 
 def adamw(p: Any, g: Any, m: Any, v: Any, rates: Any, recipe: Recipe) -> tuple[Any, Any, Any]:
@@ -112,9 +117,15 @@ def update(params: Params, grads: Params, moments: Moments, rates: Any, recipe: 
     norm : float array []
         The norm of the averaged gradient before it was clipped.
     """
-    backend = backend_of(rates)
     norm = global_norm(grads) / recipe.gradient_accumulation_steps
-    scale = 1 / recipe.gradient_accumulation_steps
+    return *updated(params, grads, moments, rates, norm, recipe, 1 / recipe.gradient_accumulation_steps), norm
+
+
+def updated(
+    params: Params, grads: Params, moments: Moments, rates: Any, norm: Any, recipe: Recipe, scale: float = 1.0
+) -> tuple[Params, Moments]:
+    """Return the parameters and moments after a step with the gradient ``scale * grads``, whose norm is given."""
+    backend = backend_of(rates)
     if recipe.max_grad_norm is not None:
         scale = scale * backend.xp.where(norm > recipe.max_grad_norm, recipe.max_grad_norm / (norm + 1e-6), 1.0)
     p, g, m, v = (dict(flatten(tree)) for tree in (params, grads, *moments))
@@ -129,7 +140,7 @@ def update(params: Params, grads: Params, moments: Moments, rates: Any, recipe: 
         found = backend.for_each(functools.partial(step, options), *lists)
         for path, after in zip(paths, found, strict=True):
             p[path], m[path], v[path] = after
-    return nest(p), Moments(nest(m), nest(v)), norm
+    return nest(p), Moments(nest(m), nest(v))
 
 
 def reproducible_update(

@@ -16,20 +16,20 @@ import numpy as np
 
 from .. import checks, files
 from ..backend import Backend
-from ..checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointError, read_checkpoint, stored, write_files
+from ..checkpoint import WEIGHTS_FILE, Checkpoint, CheckpointError, read_checkpoint, write_files
 from ..checkpoint.safetensors_files import open_safetensors, write_safetensors
 from ..checkpoint.tensors import is_finite, mapped
 from ..checks import integer, is_int, number, shown
 from ..config import GPT2Config
 from ..files import appearing, replacing
 from ..host import StoredTensor
-from ..params import Params, flatten, nest, shapes
+from ..params import nest, shapes
 from ..tokenizer import Tokenizer
 from . import records
 from .data import open_tokens
 from .optimizer import Moments
 from .recipe import Recipe
-from .trainer import Diverged, State
+from .trainer import Diverged, State, Trainer, tensors_of
 
 _INSIDE = "training"
 _RUN, _TOKENS, _POINTERS, _MOMENTS, _LOCK = "run.json", "tokens.bin", "checkpoints.json", "adamw.safetensors", "lock"
@@ -192,6 +192,19 @@ class Run:
         n_training, where = entries["n_training"], entries["where"]
         return cls(root, recipe, found.config, found.tokenizer, n_training, where, found.companions)
 
+    @classmethod
+    def begun(cls, directory: str | os.PathLike[str], config: GPT2Config) -> Run:
+        """Return a run that another process of a mesh has just created, to take part in it without writing.
+
+        Raises
+        ------
+        CheckpointError
+            If its record is missing or damaged.
+        """
+        root = checks.path("directory", directory)
+        entries = _read_run(root / _INSIDE / _RUN)
+        return cls(root, entries["recipe"], config, None, entries["n_training"], entries["where"])
+
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Return two arrays: the token ids for training, and those that are held out.
 
@@ -259,8 +272,10 @@ class Run:
                 self._metrics = None
                 metrics.close()
 
-    def save(self, state: State, held_out: float | None) -> None:
+    def save(self, state: State, held_out: float | None, trainer: Trainer | None = None) -> None:
         """Write a checkpoint. It becomes the last one, and the best one unless another has a lower held-out loss.
+
+        A state on a mesh needs its trainer. All processes of the mesh call this together, and process 0 writes.
 
         Raises
         ------
@@ -268,23 +283,53 @@ class Run:
             If a parameter, a moment or the held-out loss is NaN or infinite. Nothing is changed.
         ValueError
             If another process or thread trains the run.
+        MeshError
+            If process 0 could not write the checkpoint.
         """
         if held_out is not None:
             held_out = float(held_out)
             if not np.isfinite(held_out):
                 raise self.diverged(state.step, f"the held-out loss is {held_out}")
+        mesh = None if trainer is None else trainer.mesh
+        params, moments = tensors_of(state) if trainer is None else trainer.tensors(state)
+
+        def write(tensors: Mapping[str, StoredTensor]) -> None:
+            self._write(
+                state.step,
+                held_out,
+                {path: tensors[path] for path in params},
+                {name: tensors[name] for name in moments},
+            )
+
+        if mesh is None:
+            write(params | moments)
+        else:
+            mesh.write(params | moments, write)
+
+    def _write(
+        self,
+        step: int,
+        held_out: float | None,
+        params: Mapping[str, StoredTensor],
+        moments: Mapping[str, StoredTensor],
+    ) -> None:
         if self._metrics is not None:
-            self._save(state, held_out, self._metrics.end())
+            self._save(step, held_out, params, moments, self._metrics.end())
             return
         with _locked(self.directory):
-            self._save(state, held_out, records.end_of(self.metrics()))
+            self._save(step, held_out, params, moments, records.end_of(self.metrics()))
 
-    def _save(self, state: State, held_out: float | None, metrics: records.End) -> None:
+    def _save(
+        self,
+        step: int,
+        held_out: float | None,
+        params: Mapping[str, StoredTensor],
+        moments: Mapping[str, StoredTensor],
+        metrics: records.End,
+    ) -> None:
         inside, before = self.directory / _INSIDE, _read_pointers(self.directory)
-        saved = _Saved(integer("the step", state.step), held_out, {})
-        params = _finite(state.params, "{}")
-        moments = _finite(state.moments.m, "the running average of the gradient of {}", "m/")
-        moments |= _finite(state.moments.v, "the running average of the squared gradient of {}", "v/")
+        saved = _Saved(integer("the step", step), held_out, {})
+        params, moments = _finite(params), _finite(moments)
         _check_state(inside / saved.name, self.config, self.recipe, params, moments)
         try:
             with appearing(inside / saved.name, force=True) as draft:
@@ -292,7 +337,7 @@ class Run:
                 write_safetensors(draft / _MOMENTS, moments)
                 saved.files.update((file.name, records.digest(file)) for file in sorted(draft.iterdir()))
         except _NotFinite as error:
-            raise self.diverged(state.step, str(error)) from None
+            raise self.diverged(step, str(error)) from None
         best = saved if before is None or _loss(saved) <= _loss(before.best) else before.best
         # The files are copied before the record is written. If the run ends in between, `_tidy` copies the best
         # checkpoint of the old record again.
@@ -332,8 +377,10 @@ class Run:
             if other.name not in {each.name for each in kept}:
                 other.unlink() if other.is_symlink() or not other.is_dir() else shutil.rmtree(other)
 
-    def restore(self, backend: Backend, device: Any = None) -> State:
-        """Return the state of the last checkpoint on a backend, with the bits that were saved.
+    def restore(self, backend: Backend | Trainer, device: Any = None) -> State:
+        """Return the state of the last checkpoint on a backend, or where a trainer computes, with the saved bits.
+
+        On a mesh, each process reads only the parts of its own devices.
 
         Raises
         ------
@@ -344,8 +391,15 @@ class Run:
         directory = self.directory / _INSIDE / saved.name
         if found.config != self.config:
             raise CheckpointError(f"{directory}: the model has another shape than when the run was opened")
-        params = nest(_read(found.tensors, backend, device))
-        trees = nest(_read(moments, backend, device))
+
+        def read(path: str, tensor: StoredTensor, is_moment: bool = False) -> Any:
+            tensor = _whole_tensor(tensor)
+            if isinstance(backend, Trainer):
+                return backend.place(path, tensor, is_moment=is_moment)
+            return backend.from_numpy(tensor.read(), tensor.dtype, device)
+
+        params = nest({path: read(path, tensor) for path, tensor in found.tensors.items()})
+        trees = nest({name: read(name.partition("/")[2], tensor, True) for name, tensor in moments.items()})
         return State(saved.step, params, Moments(trees["m"], trees["v"]))
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -582,7 +636,7 @@ def _checked(file: Path, name: str, tensor: StoredTensor) -> StoredTensor:
     """Return a moment that is checked when it is read: it must be finite, and an average of squares at least 0."""
 
     def checked(a: np.ndarray) -> np.ndarray:
-        if not is_finite(a) or (name.startswith("v/") and a.min() < 0):
+        if not is_finite(a) or (name.startswith("v/") and a.size and a.min() < 0):
             raise CheckpointError(f"{file}: {name} holds a NaN, an infinity, or an average of squares below 0")
         return a
 
@@ -597,20 +651,28 @@ class _NotFinite(ArithmeticError):
     """A tensor that is being saved holds a NaN or an infinity."""
 
 
-def _finite(tree: Params, what: str, scope: str = "") -> dict[str, StoredTensor]:
+def _finite(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return tensors to be written. Each is copied to the host and checked when it is written."""
 
-    def checked(path: str, a: np.ndarray) -> np.ndarray:
+    def checked(name: str, a: np.ndarray) -> np.ndarray:
         if not is_finite(a):
-            raise _NotFinite(f"{what.format(path)} holds a NaN or an infinity after this step")
+            scope, _, path = name.partition("/")
+            what = _AVERAGES[scope].format(path) if scope in _AVERAGES else name
+            raise _NotFinite(f"{what} holds a NaN or an infinity after this step")
         return a
 
-    return {f"{scope}{path}": mapped(stored(x), functools.partial(checked, path)) for path, x in flatten(tree)}
+    return {name: mapped(each, functools.partial(checked, name)) for name, each in tensors.items()}
 
 
-def _read(tensors: Mapping[str, StoredTensor], backend: Backend, device: Any) -> dict[str, Any]:
-    """Return copies of tensors on a backend.
+_AVERAGES = {
+    "m": "the running average of the gradient of {}",
+    "v": "the running average of the squared gradient of {}",
+}
+
+
+def _whole_tensor(tensor: StoredTensor) -> StoredTensor:
+    """Return a tensor whose values are copied when it is read.
 
     They are copied because a kernel may sum in another order if the memory is aligned differently.
     """
-    return {path: backend.from_numpy(t.read().copy(), t.dtype, device) for path, t in tensors.items()}
+    return StoredTensor(tensor.shape, tensor.dtype, lambda: tensor.read().copy(), tensor.read_part)

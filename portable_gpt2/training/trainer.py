@@ -11,14 +11,19 @@ import numpy as np
 
 from .. import gradients
 from ..backend import Backend
-from ..checks import positions, shown, token_ids
+from ..checkpoint.tensors import stored
+from ..checks import flag, positions, shown, token_ids
 from ..config import GPT2Config
 from ..correct_rounding import mode
+from ..divided import WHOLE, Split
+from ..host import StoredTensor
+from ..mesh import DATA, Mesh
 from ..model import loss
 from ..op import interpreted
 from ..ops import add
 from ..params import Params, check_params, flatten, map_tree, nest
 from ..registry import get_backend
+from .mesh_steps import MeshSteps
 from .optimizer import Moments, no_moments, rates, reproducible_update, update
 from .recipe import Recipe
 
@@ -61,6 +66,12 @@ class State(NamedTuple):
     moments: Moments
 
 
+def tensors_of(state: State) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """Return the parameters of a state on one device by path, and its moments by ``m/`` or ``v/`` and path."""
+    params, m, v = ({path: stored(x) for path, x in flatten(tree)} for tree in (state.params, *state.moments))
+    return params, {f"{scope}/{path}": x for scope, tree in (("m", m), ("v", v)) for path, x in tree.items()}
+
+
 class Diverged(ArithmeticError):
     """A loss, a gradient, a parameter or a moment is NaN or infinite."""
 
@@ -76,6 +87,17 @@ class Trainer:
         The options of training.
     backend : Backend or str
         The backend that runs the model.
+    mesh : Mesh, dict or the framework's own mesh, optional
+        The devices over which the model and each batch are divided, such as ``{"data": 2, "model": 2}``; see `Mesh`.
+        JAX and PyTorch have meshes.
+    shard_optimizer : bool
+        Whether the moments are divided along ``data`` as well, so that each device has fewer of them (ZeRO-1). The
+        results are the same within rounding.
+
+    Raises
+    ------
+    ValueError
+        If the model, or a batch, cannot be divided over the mesh; or if the recipe is reproducible and a mesh is given.
 
     Examples
     --------
@@ -92,13 +114,29 @@ class Trainer:
     (True, 20)
     """
 
-    def __init__(self, config: GPT2Config, recipe: Recipe, backend: Backend | str) -> None:
+    def __init__(
+        self,
+        config: GPT2Config,
+        recipe: Recipe,
+        backend: Backend | str,
+        mesh: Any = None,
+        *,
+        shard_optimizer: bool = False,
+    ) -> None:
         for name, given, kind in (("config", config, GPT2Config), ("recipe", recipe, Recipe)):
             if not isinstance(given, kind):
                 raise TypeError(f"{name} is {shown(given)}; expected a {kind.__name__}")
         backend = get_backend(backend)
         backend.dtype(recipe.dtype)
         self.config, self.recipe, self.backend = config, recipe, backend
+        self.mesh = mesh if mesh is None or isinstance(mesh, Mesh) else Mesh(backend, mesh)
+        if flag("shard_optimizer", shard_optimizer) and self.mesh is None:
+            raise ValueError("shard_optimizer is true, which needs a mesh with an axis data")
+        self._on_mesh: MeshSteps | None = None
+        if self.mesh is not None:
+            gradient = functools.partial(self._gradient_of, True)
+            self._on_mesh = MeshSteps(self.mesh, config, recipe, gradient, self._loss_of, shard_optimizer)
+            return
         compile: Callable[..., Any] = backend.compile
         self._update: Callable[..., Any]
         if recipe.reproducible:
@@ -118,8 +156,32 @@ class Trainer:
         }
         self._add = compile(self._sum_of)
 
+    def place(self, path: str, tensor: StoredTensor, *, is_moment: bool = False) -> Any:
+        """Return a parameter, or one of its moments, where the trainer computes, in the dtype of the tensor.
+
+        On a mesh, each process reads only the parts of its own devices.
+        """
+        if self._on_mesh is not None:
+            return self._on_mesh.place(path, tensor, is_moment=is_moment)
+        return self.backend.from_numpy(tensor.read(), tensor.dtype)
+
+    def tensors(self, state: State) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+        """Return the parameters of a state by path, and its moments by ``m/`` or ``v/`` and path.
+
+        Those of a mesh are gathered when they are read. All processes must read the same tensors in the same order.
+        """
+        on_mesh = self._on_mesh
+        if on_mesh is None:
+            return tensors_of(state)
+        m, v = map(on_mesh.stored, state.moments)
+        return on_mesh.stored(state.params), {
+            f"{scope}/{path}": x for scope, tree in (("m", m), ("v", v)) for path, x in tree.items()
+        }
+
     def start(self, params: Params) -> State:
         """Return the state before the first step.
+
+        On a mesh, the parameters are those that `place` returned, or arrays of NumPy, which are placed here.
 
         Raises
         ------
@@ -128,7 +190,10 @@ class Trainer:
         TypeError
             If the parameters are not arrays of the trainer's backend.
         """
-        check_params(params, self.config)
+        if self._on_mesh is None:
+            check_params(params, self.config)
+        else:
+            params = self._on_mesh.checked(params)
         for path, x in flatten(params):
             is_own: bool = isinstance(x, self.backend.array_types)
             if not is_own:
@@ -137,7 +202,7 @@ class Trainer:
                 raise ValueError(
                     f"{path} is {dtype}; a recipe of dtype {self.recipe.dtype} trains {self.recipe.master_dtype}"
                 )
-        return State(0, params, no_moments(params))
+        return State(0, params, no_moments(params) if self._on_mesh is None else self._on_mesh.no_moments())
 
     def step(self, state: State, batches: Iterable[np.ndarray]) -> tuple[State, float, float]:
         """Take a step.
@@ -171,15 +236,18 @@ class Trainer:
         if not isinstance(batches, Iterable):
             raise TypeError(f"batches is {shown(batches)}; expected arrays of windows, int [batch, seq + 1]")
         backend, wte = self.backend, state.params["wte"]
-        device = backend.placement(wte)
-        # In the reproducible mode, the sums over the rows of a batch are rounded once.
-        size = None if self.recipe.reproducible else micro_batch_tokens(backend, wte)
-        windows = [_split(self._windows(tokens), size) for tokens in batches]
-        if len(windows) != self.recipe.gradient_accumulation_steps:
+        given = [self._windows(tokens) for tokens in batches]
+        if len(given) != self.recipe.gradient_accumulation_steps:
             raise ValueError(
-                f"{len(windows)} batches were given; the recipe's gradient_accumulation_steps is "
+                f"{len(given)} batches were given; the recipe's gradient_accumulation_steps is "
                 f"{self.recipe.gradient_accumulation_steps}"
             )
+        # In the reproducible mode, the sums over the rows of a batch are rounded once.
+        size = None if self.recipe.reproducible else micro_batch_tokens(backend, wte)
+        if self._on_mesh is not None:
+            return self._step_on_mesh(self._on_mesh, state, given, size)
+        device = backend.placement(wte)
+        windows = [_split(tokens, size) for tokens in given]
         # An accelerator computes while the host prepares its next calls. A copy to or from the device waits until the
         # device is done, so all copies are before the first call or after the last.
         with _QUIET():
@@ -197,16 +265,36 @@ class Trainer:
             norm = norm if self.recipe.reproducible else float(backend.to_numpy(norm))
             return State(state.step + 1, params, moments), math.fsum(losses) / len(losses), norm
 
+    def _step_on_mesh(
+        self, on_mesh: MeshSteps, state: State, given: list[np.ndarray], size: int | None
+    ) -> tuple[State, float, float]:
+        n = on_mesh.mesh.sizes[DATA]
+        shape = given[0].shape
+        if any(tokens.shape != shape for tokens in given) or shape[0] % n:
+            shapes = ", ".join(str(list(tokens.shape)) for tokens in given)
+            raise ValueError(
+                f"the batches have the shapes {shapes}; on a mesh, expected one shape [a multiple of {n}, seq + 1]"
+            )
+        with _QUIET():
+            now = rates(state.step, self.recipe).astype(self.recipe.master_dtype)
+            batches, size = np.stack(given), _micro_batch(shape[0] // n, shape[1], size)
+            params, moments, loss, norm = on_mesh.step(state.params, state.moments, batches, size, now)
+            return State(state.step + 1, params, moments), loss, norm
+
     def evaluate(self, params: Params, windows: np.ndarray) -> float:
         """Return the mean loss of windows of text, int [n, seq + 1], in nats per token. Errors are those of `step`."""
         windows = self._windows(windows)
-        device = self.backend.placement(params["wte"])
+        device = None if self._on_mesh is not None else self.backend.placement(params["wte"])
         size, losses = self.recipe.batch_size, []
         with _QUIET():
             for i in range(0, len(windows), size):
                 batch = windows[i : i + size]
-                value = self._loss(params, self.backend.from_numpy(batch, device=device))
-                losses.append(len(batch) * float(self.backend.to_numpy(value)))
+                if self._on_mesh is not None:
+                    loss = self._on_mesh.loss(params, batch)
+                else:
+                    value = self._loss(params, self.backend.from_numpy(batch, device=device))
+                    loss = float(self.backend.to_numpy(value))
+                losses.append(len(batch) * loss)
         return math.fsum(losses) / len(windows)
 
     def _windows(self, given: Any) -> np.ndarray:
@@ -221,8 +309,8 @@ class Trainer:
         ys = [y for _, y in flatten(other)]
         return nest(dict(zip(paths, self.backend.for_each(add, xs, ys), strict=True)))
 
-    def _loss_of(self, params: Params, tokens: Any) -> Any:
-        return loss(self._computing(params), tokens, self.config)
+    def _loss_of(self, params: Params, tokens: Any, split: Split = WHOLE) -> Any:
+        return loss(self._computing(params), tokens, self.config, split)
 
     def _is_handwritten(self, x: Any) -> bool:
         """Return whether the gradient comes from `gradients`: where it is faster, or is the only one.
@@ -236,10 +324,13 @@ class Trainer:
         is_wide = self.recipe.dtype == self.recipe.master_dtype
         return is_wide and self.backend.handwritten_gradient_is_faster and _is_on_cpu(self.backend, x)
 
-    def _gradient_of(self, is_handwritten: bool, params: Params, micro_batches: Any) -> tuple[Any, Params]:
+    def _gradient_of(
+        self, is_handwritten: bool, params: Params, micro_batches: Any, split: Split = WHOLE
+    ) -> tuple[Any, Params]:
         """Return the mean loss of n micro-batches [n, batch, seq + 1] and its gradient, one micro-batch at a time."""
         backend = self.backend
-        of_one = self._handwritten_gradient if is_handwritten else self._own_gradient
+        own = functools.partial(self._handwritten_gradient, split)
+        of_one = own if is_handwritten else self._own_gradient
         n = backend.shape(micro_batches)[0]
         if n == 1:
             return of_one(params, micro_batches[0, ...], 1.0)
@@ -259,14 +350,14 @@ class Trainer:
         differentiated = self.backend.value_and_grad(lambda params: share * self._loss_of(params, tokens))
         return differentiated(params)  # type: ignore[no-any-return]
 
-    def _handwritten_gradient(self, params: Params, tokens: Any, share: float) -> tuple[Any, Params]:
+    def _handwritten_gradient(self, split: Split, params: Params, tokens: Any, share: float) -> tuple[Any, Params]:
         """Return the loss times a share, and its gradient by `gradients`.
 
         Here 16-bit dtypes are for storage: the rounded parameters are converted back, and arithmetic is in float32.
         """
         xp, rounded = self.backend.xp, self._computing(params)
         rounded = map_tree(lambda x, p: xp.astype(x, p.dtype, copy=False), rounded, params)
-        value, backward = gradients.loss(rounded, tokens, self.config)
+        value, backward = gradients.loss(rounded, tokens, self.config, split)
         return share * value, backward(share)
 
     def _computing(self, params: Params) -> Params:
@@ -294,7 +385,12 @@ def _split(tokens: np.ndarray, size: int | None) -> np.ndarray:
     ((3, 4, 257), (1, 7, 257))
     """
     batch, length = tokens.shape
+    return tokens.reshape(-1, _micro_batch(batch, length, size), length)
+
+
+def _micro_batch(batch: int, length: int, size: int | None) -> int:
+    """Return the number of windows in a micro-batch of about `size` tokens, which divides the batch."""
     if size is None:
-        return tokens[None]
+        return batch
     divisors = (n for n in range(1, batch + 1) if batch % n == 0)
-    return tokens.reshape(-1, min(divisors, key=lambda n: abs(math.log(n * (length - 1) / size))), length)
+    return min(divisors, key=lambda n: abs(math.log(n * (length - 1) / size)))
