@@ -44,10 +44,11 @@ NUMPY_ALONE = [
     f"tests/test_{name}.py"
     for name in (
         *("add_a_backend", "bench", "check", "checkout", "cli_streams", "compare", "comparison_report", "contents"),
-        *("cupy", "damage", "diff_command", "docs", "docstrings", "exact", "examples", "files", "first_use"),
-        *("float64", "gguf", "guess_arithmetic", "hub", "interactive", "kills", "mutants", "package", "pages", "paths"),
-        *("plot", "rules", "run_damage", "runs", "sampling", "score", "targets", "tokenizer", "tokenizer_files"),
-        *("traces", "training_command", "training_data", "unusable_tokenizers", "values", "weight_differences"),
+        *("cupy", "damage", "diff_command", "docs", "docstrings", "exact", "examples", "files", "first_use", "float64"),
+        *("gguf", "guess_arithmetic", "hub", "interactive", "kills", "mesh_model", "mutants", "package", "pages"),
+        *("paths", "plot", "rules", "run_damage", "runs", "sampling", "score", "targets", "tokenizer"),
+        *("tokenizer_files", "traces", "training_command", "training_data", "unusable_tokenizers", "values"),
+        "weight_differences",
     )
 ]
 PYTHONS = nox.project.python_versions(PYPROJECT)  # of the classifiers

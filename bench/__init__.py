@@ -4,6 +4,7 @@
 - Two sides of a comparison are measured in turn (`clock`).
 - `model` calls portable_gpt2, `frameworks` calls the bare frameworks, and `peers` calls other libraries.
 - A figure is a `rows.Row`. `bounds` has the targets, and `report` and `plots` write the results.
+- `mesh_model` computes what a mesh of devices costs on paper, and `mesh_compiled` compares that with programs.
 - `gpu` checks and measures one accelerator in a single call: ``python -m bench.gpu --help``.
 
 The installed package is measured, not the checkout that this package is run from.
