@@ -383,6 +383,33 @@ def docs(session: nox.Session) -> None:
         session.run("python", str(ROOT / "tools" / "run_pages.py"), env=env)
 
 
+@nox.session(default=False, python=PYTHONS[0])
+def constraints(session: nox.Session) -> None:
+    """Write constraints.txt again: the newest versions that can be installed together on the lowest version of Python.
+
+    uv reads what each package requires, and installs nothing. Read the difference, and run all sessions, before you
+    commit it.
+    """
+    session.install(*nox.project.dependency_groups(PYPROJECT, "versions"), "-c", "constraints.txt")
+    file = ROOT / "constraints.txt"
+    comment, *pins = file.read_text().splitlines()
+    # PyTorch keeps its version. What pip installs on Linux is the version for NVIDIA GPUs, of several gigabytes, unless
+    # it finds a wheel for a CPU. To take another version, change its line, and run this session again.
+    torch = Path(session.create_tmp(), "torch.txt").absolute()
+    torch.write_text("\n".join(pin for pin in pins if pin.startswith("torch==")))
+    chosen = [f"--extra={name}" for name in PYPROJECT["project"]["optional-dependencies"] if "cuda" not in name]
+    chosen = [option for option in chosen if option.removeprefix("--extra=") not in NEED_GPU]
+    chosen += [f"--group={name}" for name in PYPROJECT["dependency-groups"]]
+    uv = ["uv", "pip", "compile", "pyproject.toml", *chosen, "-c", str(torch), "--python-version", PYTHONS[0]]
+    found = session.run(*uv, "--quiet", "--no-header", "--no-annotate", silent=True)
+    # Only PyTorch's version for NVIDIA GPUs needs these. Nothing depends on their versions but that version itself.
+    lines = [line for line in found.splitlines() if not line.startswith(("nvidia-", "cuda-", "triton=="))]
+    # A name is written as before, so that the difference has new versions alone.
+    names = {name.lower().replace("_", "-"): name for name in (pin.partition("==")[0] for pin in pins)}
+    lines = ["==".join([names.get(name, name), version]) for name, version in (line.split("==") for line in lines)]
+    file.write_text("\n".join([comment, *sorted(lines, key=str.lower), ""]))
+
+
 @nox.session(default=False, venv_backend="none")
 def dev(session: nox.Session) -> None:
     """Make .venv, an environment for development: the package as an editable install, all frameworks, all tools.
