@@ -410,6 +410,26 @@ def constraints(session: nox.Session) -> None:
     file.write_text("\n".join([comment, *sorted(lines, key=str.lower), ""]))
 
 
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Measure which lines the tests of NumPy and of ball arithmetic run, and print the lines that they do not run.
+
+    Each property has one example. Arguments after ``--`` are passed to pytest. pyproject.toml says what is left out.
+    """
+    install(session, "", "test", "coverage")
+    room = Path(session.create_tmp(), "data").absolute()
+    shutil.rmtree(room, ignore_errors=True)
+    room.mkdir(parents=True)
+    env = {"COVERAGE_FILE": str(room / "coverage")}  # each process adds a file of its own
+    run = ["coverage", "run", "-m", "pytest", "-n", "2", "--dist", "worksteal", "--examples=1", *session.posargs]
+    codes = [0, 5] if session.posargs else [0]  # as in run_pytest
+    numpy = ["-m", "not gpu", f"--ignore-glob={PARITY}", "--backend=numpy,none", *KIT]
+    for tests in (numpy, *([f"--backend={name}", *PARTS[name]] for name in TOGETHER)):
+        session.run(*run, *tests, env=env, success_codes=codes)
+    session.run("coverage", "combine", "--quiet", env=env)
+    session.run("coverage", "report", env=env)
+
+
 @nox.session(default=False, venv_backend="none")
 def dev(session: nox.Session) -> None:
     """Make .venv, an environment for development: the package as an editable install, all frameworks, all tools.
