@@ -50,7 +50,7 @@ def test_a_statement_is_changed_in_every_way_and_in_no_other(statement):
     """Catches a kind of change that is not made, and a message, an annotation or an assertion that is changed."""
     _, found = mutations.mutants(f"def g():\n    '''Return 1 + 1.'''\n    {statement}\n", "m")
     assert {mutant.key for mutant in found} == {f"m.g: {became}" for became in STATEMENTS[statement]}
-    assert all(mutant.lines == range(3, 4) for mutant in found)
+    assert all(mutant.line == 3 for mutant in found)
 
 
 def test_a_mutant_is_applied_to_the_tree_once():
@@ -141,12 +141,10 @@ def test_a_test_that_fails_alone_does_not_count(tmp_path):
     assert code == 4
 
 
-def test_every_accepted_survivor_is_a_mutant_of_the_code():
-    """Catches an entry that was left when the code changed: its reason may no longer hold."""
+def test_every_accepted_survivor_has_a_reason():
+    """Catches an entry twice, and one of a module that is not tested. The session itself finds entries that are stale."""
     entries = tomllib.loads((TOOLS / "mutants.toml").read_text())["survivors"]
     accepted = [key for entry in entries for key in entry["mutants"]]
-    modules = {key.partition(":")[0].partition(".")[0] for key in accepted}
-    found = {m.key for name in modules for m in mutations.mutants((PACKAGE / f"{name}.py").read_text(), name)[1]}
-    assert not {*accepted} - found
+    assert all(len(entry["reason"]) > 20 and entry["mutants"] for entry in entries)
     assert len({*accepted}) == len(accepted)
-    assert all(entry["reason"] for entry in entries)
+    assert {key.partition(":")[0].partition(".")[0] for key in accepted} <= {path.stem for path in PACKAGE.glob("*.py")}

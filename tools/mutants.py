@@ -11,6 +11,7 @@ whose values a cache keeps from an earlier test, is not selected: a survivor may
 
 import argparse
 import ast
+import builtins
 import contextlib
 import functools
 import gc
@@ -23,7 +24,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tomllib
 import traceback
@@ -35,20 +35,27 @@ from typing import Any
 
 import hypothesis
 import pytest
-from mutations import Mutant, mutants
+from mutations import Mutant, marked, mutants
 
 OUT = os.dup(1)  # pytest captures the standard output
+ROOT = Path(__file__).parents[1]
 KIT = "portable_gpt2/testing"
-MODEL = [f"{KIT}/model", f"{KIT}/contract/test_ids.py", "tests/test_model.py", "tests/test_gpt2.py"]
+MODEL = [
+    f"{KIT}/model/test_logits.py",
+    f"{KIT}/model/test_cache.py",
+    f"{KIT}/contract/test_ids.py",
+    "tests/test_model.py",
+]
 TESTS = {  # for each module of portable_gpt2, the tests that are about it, but not those that take many seconds
-    "ops": [f"{KIT}/ops", f"{KIT}/contract/test_ids.py", f"{KIT}/contract/test_refusals.py"],
+    "ops": [f"{KIT}/ops", f"{KIT}/contract/test_ids.py", f"{KIT}/contract/test_refusals.py", "tests/test_errors.py"],
     "gradients": [f"{KIT}/training/test_gradients.py", f"{KIT}/contract/test_ids.py", "tests/test_gradients.py"],
     "sampling": ["tests/test_sampling.py", "-k", "not distribution and not noise and not independent"],
-    "model": [*MODEL, f"{KIT}/training/test_gradients.py"],
+    "model": [*MODEL, f"{KIT}/model/test_trace.py", "tests/test_gradients.py", f"{KIT}/training/test_gradients.py"],
     "cache": MODEL,
 }
 ACCEPTED = Path(__file__).with_suffix(".toml")
-PYTEST = ["-q", "-p", "no:cacheprovider", "--assert=plain", "-m", "not gpu", "--backend=numpy,array_api_strict,none"]
+PYTEST = ["-q", "-p", "no:cacheprovider", "--assert=plain", "-c", str(ROOT / "pyproject.toml")]
+PYTEST += ["-m", "not gpu", "--backend=numpy,array_api_strict,none"]
 SECONDS = 20  # of processor time; a test may take ten times as long as without a mutation, and this much more
 
 
@@ -72,7 +79,7 @@ class Judge:
         self.reached: dict[str, set[int]] = defaultdict(set)
         self.seconds: dict[str, float] = {}
         self.failed: list[str] = []
-        self._running = ""
+        self._running = self._file = ""  # the name of the test that runs, and the path of its file
         self._reaching: set[int] = set()
 
     @pytest.hookimpl(trylast=True)
@@ -88,11 +95,11 @@ class Judge:
             self.failed.append(self._running)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Iterator[None]:
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
         """Count the lines that a fixture of several tests reaches as reached by every test of the file."""
         before = self._reaching
         if fixturedef.scope != "function":
-            self._reaching = self.reached[str(request.path)]
+            self._reaching = self.reached[self._file]
         try:
             return (yield)
         finally:
@@ -117,7 +124,7 @@ class Judge:
                 by = [f"signal {signalled}"] if signalled else failed
                 result = f"killed by {by[0]}" if by else "survived"
             self.results[mutant.key] = result
-            say(f"{self.module}.py:{mutant.lines.start}: {result}: {mutant.key} (was: {mutant.was})")
+            say(f"{self.module}.py:{mutant.line}: {result}: {mutant.key} (was: {mutant.was})")
         names = {name for counter in killers.values() for name in counter}
         alone = [functools.partial(self.run_until_one_fails, [i]) for i in session.items if name_of(i) in names]
         if bad := [failed for _, failed in self.fork(alone) if failed != []]:
@@ -126,18 +133,10 @@ class Judge:
 
     def record(self, items: list[Any]) -> dict[str, Any]:
         """Run all tests, and return their times and the lines of the module that each of them reaches."""
-
-        def local(frame: Any, event: str, arg: Any) -> Any:
-            self._reaching.add(frame.f_lineno)
-            return local
-
-        def trace(frame: Any, event: str, arg: Any) -> Any:
-            return local(frame, event, arg) if frame.f_code.co_filename == self.path else None
-
-        threading.settrace(trace)
-        sys.settrace(trace)
+        builtins.reaches = lambda line: self._reaching.add(line)
+        replace_code(compile(marked(self.tree, "reaches"), self.path, "exec"))
         for item, following in itertools.zip_longest(items, items[1:]):
-            self._running = name_of(item)
+            self._running, self._file = name_of(item), str(item.path)
             self._reaching, start = self.reached[self._running], time.process_time()
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             self.seconds[self._running] = time.process_time() - start
@@ -157,7 +156,7 @@ class Judge:
         chosen = [
             (-before[name], self.seconds[name], i)
             for i, (name, item) in enumerate(zip(map(name_of, items), items, strict=True))
-            if not (self.reached[name] | self.reached[str(item.path)]).isdisjoint(mutant.lines)
+            if mutant.line in self.reached[name] | self.reached[str(item.path)]
         ]
         return self.run_until_one_fails([items[i] for *_, i in sorted(chosen)])
 
@@ -269,7 +268,8 @@ def main() -> int:
     (module,) = modules
     os.environ.update(HYPOTHESIS_PROFILE="few", OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     package = Path(importlib.util.find_spec("portable_gpt2").origin).parent
-    tests = [str(package.parent / test) if test.startswith(KIT) else test for test in TESTS[module]]
+    roots = {"tests": ROOT, "portable_gpt2": package.parent}
+    tests = [str(roots[test.partition("/")[0]] / test) if "/" in test else test for test in TESTS[module]]
     path = package / f"{module}.py"
     with tempfile.TemporaryDirectory() as room:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = room

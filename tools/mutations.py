@@ -29,7 +29,7 @@ class Mutant:
 
     key: str  # the function and the changed statement, so that it does not depend on the number of the line
     was: str
-    lines: range
+    line: int  # where the statement begins
     function: str  # empty outside of a function
     apply: Callable[[], None]
 
@@ -137,8 +137,7 @@ def mutants(source: str, module: str) -> tuple[ast.Module, list[Mutant]]:
     bodies = [n.body for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     inside = {id(each) for body in bodies for statement in body for each in ast.walk(statement)}
     for node, parent, field, i, scope, statement in [*_sites(tree, (), None)]:
-        was, blocks = _text(statement), [b[0].lineno for f in BLOCKS if (b := getattr(statement, f, None))]
-        stop = max(statement.lineno, min(blocks) - 1) if blocks else statement.end_lineno
+        was = _text(statement)
         before = getattr(parent, field)
         for variant in variants(node):
             changed = variant if i is None else [*before[:i], *([variant] if variant else []), *before[i + 1 :]]
@@ -149,6 +148,22 @@ def mutants(source: str, module: str) -> tuple[ast.Module, list[Mutant]]:
             key = f"{'.'.join([module, *scope])}: {became}"
             if became != was and key not in found:
                 function = ".".join(scope) if id(statement) in inside else ""
-                lines = range(statement.lineno, stop + 1)
-                found[key] = Mutant(key, was, lines, function, functools.partial(setattr, parent, field, changed))
+                found[key] = Mutant(
+                    key, was, statement.lineno, function, functools.partial(setattr, parent, field, changed)
+                )
     return tree, [*found.values()]
+
+
+def marked(tree: ast.Module, name: str) -> ast.Module:
+    """Return a copy of a tree in which every statement of a function first calls a function with its line."""
+    tree = copy.deepcopy(tree)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    holders = {id(node): node for function in functions for node in ast.walk(function)}
+    for node in holders.values():
+        for field in BLOCKS & {*node._fields}:
+            block = getattr(node, field)
+            if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
+                calls = [ast.Expr(ast.Call(ast.Name(name, ast.Load()), [ast.Constant(s.lineno)], [])) for s in block]
+                pairs = [(ast.copy_location(call, s), s) for call, s in zip(calls, block, strict=True)]
+                setattr(node, field, [each for pair in pairs for each in pair])
+    return ast.fix_missing_locations(tree)

@@ -64,6 +64,20 @@ def test_observing_changes_nothing(model, backend):
     np.testing.assert_array_equal(backend.to_numpy(plain), backend.to_numpy(observed))
 
 
+def test_the_observed_weights_of_a_padded_text_are_those_that_it_has_alone(model, backend):
+    """Catches scores and weights that are observed without the mask of the cache."""
+    text, observed, alone = IDS[:3], {}, {}
+    _, error = truth_and_error(WEIGHTS, np.asarray([text]), CONFIG)
+    plain_gpt2(WEIGHTS, np.asarray([text]), CONFIG, alone.__setitem__)
+    tokens = backend.from_numpy(np.asarray([[0, 0, *text], IDS[:5]], np.int32))
+    cache = pg.new_cache(model.params, CONFIG, batch=2, padding=[2, 0])
+    pg.gpt2(model.params, tokens, CONFIG, cache, observe=observed.__setitem__)
+    for i in range(CONFIG.n_layer):
+        scores, weights = (backend.to_numpy(observed[f"h{i}/attn/{name}"])[0, :, 2:] for name in ("scores", "weights"))
+        assert (scores[..., :2] == -np.inf).all()
+        assert abs(weights[..., 2:] - alone[f"h{i}/attn/weights"]).max() <= yardstick(error, "float32")
+
+
 def test_attention_weights_are_computed_only_for_an_observer(model, backend, monkeypatch):
     """Catches scores that are computed twice in every forward pass."""
     computed = []
