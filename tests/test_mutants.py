@@ -122,7 +122,7 @@ def test_each_mutant_is_killed_survives_or_times_out(tmp_path):
         "small.count: n += 1": "timed out",
         "small.count: n -= 0": "timed out",
         "small.count: n -= 2": f"killed by {place}test_count",
-        "small.unused: return x": "survived",
+        "small.unused: return x": "not reached",
     }
 
 
@@ -142,7 +142,7 @@ def test_a_test_that_fails_alone_does_not_count(tmp_path):
 
 
 def test_every_accepted_survivor_has_a_reason():
-    """Catches an entry twice, and one of a module that is not tested. The session itself finds entries that are stale."""
+    """Catches an entry twice, and one of a module that is not tested. The session finds entries that are stale."""
     entries = tomllib.loads((TOOLS / "mutants.toml").read_text())["survivors"]
     accepted = [key for entry in entries for key in entry["mutants"]]
     assert all(len(entry["reason"]) > 20 and entry["mutants"] for entry in entries)

@@ -122,7 +122,7 @@ class Judge:
                 result = "timed out"
             else:
                 by = [f"signal {signalled}"] if signalled else failed
-                result = f"killed by {by[0]}" if by else "survived"
+                result = "not reached" if by is None else f"killed by {by[0]}" if by else "survived"
             self.results[mutant.key] = result
             say(f"{self.module}.py:{mutant.line}: {result}: {mutant.key} (was: {mutant.was})")
         names = {name for counter in killers.values() for name in counter}
@@ -143,8 +143,8 @@ class Judge:
         reached = {name: [*lines] for name, lines in self.reached.items()}
         return {"reached": reached, "seconds": self.seconds, "failed": self.failed}
 
-    def run(self, mutant: Mutant, items: list[Any], killers: dict[str, Counter[str]]) -> list[str]:
-        """Run the tests that reach a mutant until one fails, and return the names of those that failed."""
+    def run(self, mutant: Mutant, items: list[Any], killers: dict[str, Counter[str]]) -> list[str] | None:
+        """Run the tests that reach a mutant until one fails, and return its name; None if no test reaches it."""
         if not mutant.function:
             call = [sys.executable, __file__, self.module, "--only", str(self.mutants.index(mutant))]
             order = json.dumps(sorted(map(name_of, items), key=lambda name: self.seconds[name]))
@@ -158,7 +158,7 @@ class Judge:
             for i, (name, item) in enumerate(zip(map(name_of, items), items, strict=True))
             if mutant.line in self.reached[name] | self.reached[str(item.path)]
         ]
-        return self.run_until_one_fails([items[i] for *_, i in sorted(chosen)])
+        return self.run_until_one_fails([items[i] for *_, i in sorted(chosen)]) if chosen else None
 
     def run_until_one_fails(self, items: list[Any]) -> list[str]:
         """Run tests, and return the name of the first that fails."""
@@ -289,6 +289,7 @@ def report(module: str, results: dict[str, str]) -> int:
     entries = tomllib.loads(ACCEPTED.read_text())["survivors"]
     accepted = {key for entry in entries for key in entry["mutants"] if key.partition(".")[0] == module}
     survivors = {key for key, result in results.items() if result == "survived"}
+    survivors |= {f"{key.partition(':')[0]}: not reached" for key, result in results.items() if result == "not reached"}
     counts = Counter(result.partition(" by ")[0] for result in results.values())
     say(f"{module}: {len(results)} mutants: " + ", ".join(f"{n} {result}" for result, n in counts.items()))
     for key in sorted(survivors - accepted):
