@@ -17,7 +17,15 @@ from safetensors.numpy import save_file
 
 import portable_gpt2 as pg
 from portable_gpt2.testing import claims
-from portable_gpt2.testing.plain_gpt2 import PLAIN, on_backend, plain_gpt2, random_weights, some_tokens, truth_and_error
+from portable_gpt2.testing.plain_gpt2 import (
+    CONFIGS,
+    PLAIN,
+    on_backend,
+    plain_gpt2,
+    random_weights,
+    some_tokens,
+    truth_and_error,
+)
 
 pytestmark = pytest.mark.every_device
 
@@ -75,6 +83,12 @@ def test_a_position_of_numpy_becomes_an_int(backend):
     cache = pg.new_cache(params, PLAIN, batch=2)
     _, cache = pg.gpt2(params, ids, PLAIN, cache._replace(position=np.int8(0)))
     assert (type(cache.position), cache.position) == (int, 1)
+
+
+def test_without_a_cache_none_is_returned(backend):
+    """Catches another value, which a caller that tests for None would take for a cache."""
+    params, ids = params_and_tokens(backend, PLAIN, some_tokens(PLAIN, seq=2))
+    assert pg.gpt2(params, ids, PLAIN)[1] is None
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 49])
@@ -288,6 +302,20 @@ def test_parameters_of_another_model_are_refused(backend, function, case):
     assert type(caught.value) is error
     with pytest.raises(TypeError, match="config is None; expected a GPT2Config"):
         function(params, ids, None)
+
+
+@pytest.mark.parametrize("backend", ["array_api_strict"], indirect=True)  # it has devices, and refuses two at once
+def test_arrays_on_different_devices_are_refused_by_name(backend):
+    """Catches the framework's own error, which does not say which of the arrays is elsewhere."""
+    config = CONFIGS["one head, unscaled"]
+    here, there = (on_backend(backend, random_weights(config), device=name) for name in ("cpu", "device1"))
+    ids = backend.from_numpy(some_tokens(config, batch=1, seq=3), device="device1")
+    with pytest.raises(ValueError, match="different devices: params on cpu, tokens on device1; put them on one"):
+        pg.gpt2(here, ids, config)
+    with pytest.raises(ValueError, match="devices: params on device1, tokens on device1, cache on cpu; put them on"):
+        pg.gpt2(there, ids, config, pg.new_cache(here, config))
+    logits, _ = pg.gpt2(there, ids, config, pg.new_cache(there, config))
+    assert backend.device(logits) == "device1"
 
 
 def test_a_model_of_two_frameworks_or_dtypes_is_refused(backend):
