@@ -304,6 +304,16 @@ def test_parameters_of_another_model_are_refused(backend, function, case):
         function(params, ids, None)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_not_every_parameter_is_looked_at_in_every_step(backend, name, monkeypatch):
+    """Catches a count of the parameters that is wrong for valid ones: each step would then check all their shapes."""
+    params, ids = params_and_tokens(backend, CONFIGS[name], some_tokens(CONFIGS[name], seq=2))
+    looked_at = []
+    monkeypatch.setattr(pg.model, "check_params", lambda *x: looked_at.append(x))
+    pg.gpt2(params, ids, CONFIGS[name])
+    assert not looked_at
+
+
 @pytest.mark.parametrize("backend", ["array_api_strict"], indirect=True)  # it has devices, and refuses two at once
 def test_arrays_on_different_devices_are_refused_by_name(backend):
     """Catches the framework's own error, which does not say which of the arrays is elsewhere."""
