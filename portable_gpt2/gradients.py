@@ -65,7 +65,7 @@ def softmax(x: Float[Array, "*shape"], *, axis: int = -1) -> tuple[Float[Array, 
 
 
 @formula
-def softmax_backward(x: Any, dy: Any, *, axis: int = -1) -> Params:
+def softmax_backward(x: Any, dy: Any, *, axis: int) -> Params:
     """Return dx = y (dy - sum_k y_k dy_k)."""
     y, xp = ops.softmax(x, axis=axis), backend_of(x).xp
     return {"x": y * (dy - xp.sum(y * dy, axis=axis, keepdims=True))}
@@ -92,7 +92,7 @@ def layer_norm(
 
 
 @formula
-def layer_norm_backward(x: Any, g: Any, dy: Any, *, eps: float = 1e-5) -> Params:
+def layer_norm_backward(x: Any, g: Any, dy: Any, *, eps: float) -> Params:
     """Return dx = (dz - mean(dz) - z mean(dz z)) / s with dz = dy g, and the sums of dy z (dg) and of dy (db)."""
     xp = backend_of(x).xp
     z = x - xp.mean(x, axis=-1, keepdims=True)

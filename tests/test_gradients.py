@@ -3,6 +3,8 @@
 `portable_gpt2.testing.training` tests the gradients on every backend.
 """
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -66,3 +68,10 @@ def test_a_vocabulary_of_nothing_is_refused(backend, shape):
     for cross_entropy in (pg.cross_entropy, gradients.cross_entropy):
         with pytest.raises(ValueError, match=r"^cross_entropy: logits have shape \[\d, 0\]; the vocabulary is empty"):
             cross_entropy(logits, targets)
+
+
+@pytest.mark.parametrize("name", [name for name in pg.ops.__all__ if hasattr(gradients, name)])
+def test_a_rule_has_the_parameters_of_its_op(name):
+    """Catches another default: a model would be trained with another epsilon than it is run with."""
+    rule, op = (inspect.signature(getattr(module, name)).parameters.values() for module in (gradients, pg))
+    assert [(p.name, p.kind, p.default) for p in rule] == [(p.name, p.kind, p.default) for p in op]

@@ -179,6 +179,19 @@ def test_a_table_without_rows_has_nothing_to_look_up(backend):
         assert tuple(backend.shape(form(ids[:0], table))) == (0, 3)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_a_table_of_one_row_has_a_row_for_0_alone(backend, is_compiled):
+    """Catches an index of 1, which stands for an id out of range, into one row."""
+    table, host = np.asarray([[1.0, 2.0]], np.float32), np.asarray([0, 1], np.int32)
+    look_up = backend.compile(pg.embed) if is_compiled else pg.embed
+    try:
+        found = backend.to_numpy(look_up(backend.from_numpy(host), backend.from_numpy(table)))
+    except ValueError as error:
+        assert "embed: ids range from 0 to 1; expected 0 to 0" in str(error)
+    else:
+        np.testing.assert_array_equal(found, [[1, 2], [np.nan, np.nan]])
+
+
 LOSSES = {"loss": pg.loss, "gradient": lambda *args: gradients.loss(*args)[0]}
 
 

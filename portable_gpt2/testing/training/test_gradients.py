@@ -175,6 +175,24 @@ def compiled(backend, function):
     return backend.compile(function) if backend.compiles_per_shape else function
 
 
+OPTIONS = {  # arrays and options of a rule; no option has its default
+    "softmax": ([normal(2, 3, 5)], {"axis": 1}),
+    "layer_norm": ([normal(2, 3, 5), normal(5), normal(5, seed=1)], {"eps": 0.5}),
+    "attention": ([normal(2, 3, 5), normal(2, 4, 5), normal(2, 4, 6)], {"causal": True, "scale": 0.3}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_rule_passes_its_options_to_the_op(backend, name):
+    """Catches an option that only the gradient follows, or that neither follows."""
+    arrays, options = OPTIONS[name]
+    given = [backend.from_numpy(a, "float32") for a in arrays]
+    found, _ = getattr(gradients, name)(*given, **options)
+    expected = getattr(pg, name)(*given, **options)
+    assert_agrees(backend.to_numpy(found), backend.to_numpy(expected), "float32")
+    assert abs(backend.to_numpy(getattr(pg, name)(*given)) - backend.to_numpy(expected)).max() > 0.01
+
+
 @strategies.wide_dtypes
 @pytest.mark.parametrize("name", OPS)
 def test_the_gradient_of_an_op_is_that_of_complex_steps(backend, dtype, name):
