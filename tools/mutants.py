@@ -47,7 +47,12 @@ MODEL = [
     "tests/test_model.py",
 ]
 TESTS = {  # for each module of portable_gpt2, the tests that are about it, but not those that take many seconds
-    "ops": [f"{KIT}/ops", f"{KIT}/contract/test_ids.py", f"{KIT}/contract/test_refusals.py", "tests/test_errors.py"],
+    "ops": [
+        f"{KIT}/ops",
+        f"{KIT}/contract/test_ids.py",
+        f"{KIT}/contract/test_refusals.py",
+        "tests/test_interpreter.py",
+    ],
     "gradients": [f"{KIT}/training/test_gradients.py", f"{KIT}/contract/test_ids.py", "tests/test_gradients.py"],
     "sampling": ["tests/test_sampling.py", "-k", "not distribution and not noise and not independent"],
     "model": [*MODEL, f"{KIT}/model/test_trace.py", "tests/test_gradients.py", f"{KIT}/training/test_gradients.py"],

@@ -187,7 +187,8 @@ def test_a_table_of_one_row_has_a_row_for_0_alone(backend, is_compiled):
     try:
         found = backend.to_numpy(look_up(backend.from_numpy(host), backend.from_numpy(table)))
     except ValueError as error:
-        assert "embed: ids range from 0 to 1; expected 0 to 0" in str(error)
+        if "embed: ids range from 0 to 1; expected 0 to 0" not in str(error):
+            raise
     else:
         np.testing.assert_array_equal(found, [[1, 2], [np.nan, np.nan]])
 

@@ -1,5 +1,7 @@
 """layer_norm: each result within a derived bound of the exact one, and what follows from mean 0, variance 1."""
 
+import warnings
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -99,6 +101,15 @@ def test_layer_norm_of_one_number_is_the_bias(backend, dtype):
     x, g, b = np.linspace(-9, 9, 7, dtype=np.float32).astype(host)[:, None], np.full(1, 3, host), np.full(1, 0.25, host)
     for form, computed in claims.results(pg.layer_norm, backend, x, g, b).items():
         assert np.array_equal(computed, np.full((7, 1), 0.25, host)), form
+
+
+def test_layer_norm_of_empty_rows_is_empty_and_gives_no_warning(backend):
+    """Catches a mean of no numbers."""
+    arrays = [backend.from_numpy(np.zeros(shape, np.float32)) for shape in ((3, 0), (0,), (0,))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for op in (pg.layer_norm, pg.layer_norm.reference):
+            assert tuple(backend.shape(op(*arrays))) == (3, 0)
 
 
 @pytest.mark.parametrize("eps", [-1e-5, np.nan, np.inf])
