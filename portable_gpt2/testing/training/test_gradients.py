@@ -117,6 +117,15 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
         pg.attention,
         lambda q, k, v, dy: gradients.attention(q, k, v)[1](dy),
     ),
+    **{
+        f"attention of {n} elements per head": (
+            lambda q, k, v: plain_attention(q, k, v, np.True_, 1.0),
+            [normal(2, 3, n), normal(2, 4, n), normal(2, 4, 6)],
+            pg.attention,
+            lambda q, k, v, dy: gradients.attention(q, k, v)[1](dy),
+        )
+        for n in (0, 1)
+    },
     "attention with a mask and a scale": (
         lambda q, k, v: plain_attention(q, k, v, MASK, 0.7),
         [normal(2, 3, 5), normal(2, 4, 5), normal(2, 4, 6)],
