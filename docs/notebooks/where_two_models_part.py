@@ -64,7 +64,7 @@ port = pg.GPT2(pg.GPT2Config(**settings), original.params, original.tokenizer)
 print(f"The logits differ by up to {difference(port):.2f}.")
 
 # %% [markdown]
-# The difference is several times that of bfloat16, but the port still writes something like a play. Nothing fails.
+# The difference is much larger than that of bfloat16, but the port still writes something like a play. Nothing fails.
 
 # %%
 print("original:", original.generate("ROMEO.", max_new_tokens=12, temperature=0).replace("\n", " / "))
