@@ -77,7 +77,8 @@ def in_stablehlo(module: Any, mesh: paper.Mesh) -> Found:
                 types = [each.operands[0].type, each.results[0].type]
                 size = max(math.prod(t.shape) * _n_bytes(str(t.element_type)) for t in types)
                 groups = np.array(each.attributes["replica_groups"]).tolist()
-                found[KINDS[name], axis_of(groups, mesh), size] += 1
+                if len(groups[0]) > 1:  # a device alone sends nothing
+                    found[KINDS[name], axis_of(groups, mesh), size] += 1
             else:
                 is_loop = is_inside or name in ("while", "case", "if")
                 for region in each.operation.regions:
@@ -225,6 +226,22 @@ def gradients(
     given = parameters(config, own, dtype), jax.ShapeDtypeStruct((batch, seq + 1), "int32")
     specs = own.params_spec(config), own.on("data", None)
     own.compile(on_device, specs, ((), jax.tree.map(lambda _: (), given[0])))(*given)
+    return found[-1]
+
+
+def steps(
+    config: pg.GPT2Config, mesh: paper.Mesh, batch: int, seq: int, shard_optimizer: bool = False, compiles: bool = False
+) -> Found:
+    """Return the collectives of a training step in float32, of one micro-batch [batch, seq]."""
+    from portable_gpt2.training import Recipe, Trainer
+    from portable_gpt2.training.optimizer import Moments
+
+    own, found = without_devices(mesh, compiles)
+    trainer = Trainer(config, Recipe(batch_size=batch), own.backend, own, shard_optimizer=shard_optimizer)
+    params = parameters(config, own, "float32")
+    tokens, rates = np.zeros((1, batch, seq + 1), np.int32), np.zeros(3, np.float32)
+    with contextlib.suppress(Done):
+        trainer._on_mesh.step(params, Moments(params, params), tokens, batch // mesh.data, rates)
     return found[-1]
 
 

@@ -184,6 +184,17 @@ def read(config: pg.GPT2Config, mesh: Mesh) -> int:
     return parameters(config, mesh) - sum(held(path, shape, mesh.model) for path, shape in tables.items())
 
 
+def is_divided(config: pg.GPT2Config, path: str, mesh: Mesh) -> bool:
+    """Return whether the moments of a parameter can be divided over ``data``.
+
+    That needs an axis that is not divided over ``model`` and whose length is a multiple of the number of devices.
+    """
+    shape = shapes(config)[path]
+    free = {"c_attn/w": shape[:1], "c_attn/b": (), "c_fc/w": shape[:1], "c_fc/b": (), "c_proj/w": shape[1:]}
+    lengths = shape[1:] if path in VOCABULARY else free.get("/".join(path.split("/")[-2:]), shape)
+    return any(n % mesh.data == 0 for n in lengths)
+
+
 # Memory
 
 
@@ -215,7 +226,10 @@ def training_memory(
     """
     n = parameters(config, mesh)
     copies = WIDE + (BYTES[dtype] if BYTES[dtype] != WIDE else 0)
-    moments = math.ceil(2 * n / (mesh.data if shard_optimizer else 1)) * WIDE
+    moments = 0
+    for path, shape in shapes(config).items():
+        is_part = shard_optimizer and is_divided(config, path, mesh)
+        moments += 2 * WIDE * held(path, shape, mesh.model) // (mesh.data if is_part else 1)
     tokens = texts_of(batch, mesh) * seq
     whole = config.n_layer * 4 * config.n_embd + 2 * config.n_embd
     divided = config.n_layer * (4 * config.n_embd + 2 * config.n_hidden) // mesh.model
@@ -307,21 +321,19 @@ def gradient(config: pg.GPT2Config, mesh: Mesh, batch: int, seq: int, dtype: str
 
 
 def update(config: pg.GPT2Config, mesh: Mesh, *, shard_optimizer: bool = False) -> list[Collective]:
-    """Return the collectives that end a training step: the sum of the gradients, the loss, and the gradient's norm.
+    """Return the collectives that end a training step: the sums of the gradients and of the loss, and the norm.
 
-    With `shard_optimizer`, a device gets the sum of a part of the gradients, updates this part of the parameters, and
-    all parts of the parameters are gathered.
+    Each tensor is summed by itself. With `shard_optimizer`, a device updates its part of each tensor whose moments are
+    divided, and the parts are gathered.
     """
     found = []
-    size = parameters(config, mesh) * WIDE
-    if mesh.data > 1 and shard_optimizer:
-        found += [Collective("gradients", "reduce-scatter", "data", size)]
-        found += [Collective("parameters", "all-gather", "data", size)]
-        found += [Collective("the gradient's norm", "all-reduce", "data", WIDE)]
-    elif mesh.data > 1:
-        found += [Collective("gradients", "all-reduce", "data", size)]
     if mesh.data > 1:
         found += [Collective("the loss", "all-reduce", "data", WIDE)]
+        for path, shape in shapes(config).items():
+            size = held(path, shape, mesh.model) * WIDE
+            found += [Collective("gradients", "all-reduce", "data", size)]
+            if shard_optimizer and is_divided(config, path, mesh):
+                found += [Collective("parameters", "all-gather", "data", size)]
     if mesh.model > 1:
         found += [Collective("the gradient's norm", "all-reduce", "model", WIDE)]
     return found
@@ -697,12 +709,12 @@ def sections() -> Iterator[tuple[str, str, str]]:
     )
     for name, config in configs():
         yield (
-            f"Training {name}, bfloat16",
+            f"Training {name}, float32",
             f"A step has {STEP} windows of {CONTEXT:,} tokens, and a device computes at most {MICRO_BATCH} at a time.",
             table(
                 "devices | mesh | memory, GB | with --shard-optimizer, GB | sent, GB | own work, ms | "
                 "collectives, ms | sum, ms | efficiency",
-                training_rows(config, "bfloat16"),
+                training_rows(config, "float32"),
             ),
         )
 

@@ -53,6 +53,15 @@ def test_a_gradient_has_the_collectives_that_it_has_on_paper(jax, compiled, shap
         assert found == compiled.on_paper(paper.gradient(TINY, mesh, 8, 5, dtype), mesh)
 
 
+@pytest.mark.parametrize("shard_optimizer", [False, True])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2), (8, 1)], ids=str)
+def test_a_training_step_has_the_collectives_that_it_has_on_paper(jax, compiled, shape, shard_optimizer):
+    """Catches a gradient that is summed twice or not at all, and parts of parameters that are not gathered."""
+    paper, mesh = compiled.paper, compiled.paper.Mesh(*shape)
+    listed = paper.training(TINY, mesh, 16, 5, 16, "float32", shard_optimizer=shard_optimizer)
+    assert compiled.steps(TINY, mesh, 16, 5, shard_optimizer) == compiled.on_paper(listed, mesh)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1)], ids=str)
 def test_xla_compiles_no_other_collectives(jax, compiled, shape):
     """Catches a collective that XLA adds to the program, such as one that moves an argument to another placement."""
