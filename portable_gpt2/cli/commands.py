@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.metadata
+import os
 import signal
 import sys
-from typing import Any
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
+from ..host import ProcessLost
+from ..mesh import MeshError
 from . import (
     attend,
     backends,
@@ -79,12 +84,46 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+_PATIENCE = 60
+"""The seconds for which a process that writes nothing waits until process 0 has written the error of both.
+
+torchrun ends all processes as soon as one of them has failed.
+"""
+_LOST = ("gloo", "nccl", "connection", "coordination service", "peer", "socket")
+"""Words in the messages of frameworks if another process of a mesh has ended."""
+
+
 def run(argv: list[str] | None) -> int:
     """Run a command; return its exit status.
 
     An error that a function of this package raises because of its arguments is reported in one line. Every other error
-    is a bug, and its traceback is shown.
+    is a bug, and its traceback is shown. Of the processes of a mesh, process 0 alone writes.
     """
+    if argv is None and (number := _process_number(sys.argv[1:])) is not None:
+        streams.share(number == 0)
+    status = FAILED
+    try:
+        status = _run(argv)
+    finally:
+        if status == FAILED and streams.is_shared() and streams.is_silent() and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(_PATIENCE)
+    return status
+
+
+def _process_number(arguments: Sequence[str]) -> int | None:
+    """Return the number of this process among those of a mesh, by the environment; None if there is no mesh.
+
+    An error of the arguments is reported before the processes are connected.
+    """
+    if arguments[:1] == ["train"]:  # it silences its processes itself
+        return None
+    if not any(each == "--mesh" or each.startswith("--mesh=") for each in arguments):
+        return None
+    found = (os.environ.get(name, "") for name in ("RANK", "JAX_PROCESS_ID"))
+    return next((int(each) for each in found if each.isdecimal()), 0)
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         if not (sys.argv[1:] if argv is None else argv):
             streams.write(_FIRST_STEPS)
@@ -99,15 +138,34 @@ def run(argv: list[str] | None) -> int:
         return _failed(str(error.strerror))
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
         return _failed(str(error))
+    except MeshError as error:
+        return _failed(str(error))
     except Exception as error:
-        if not _is_out_of_memory(error):
-            raise
-        return _failed(f"out of memory: {error}")
+        if _is_out_of_memory(error):
+            if streams.is_silent():  # process 0 does not know the reason
+                streams.say(f"portable-gpt2: out of memory in another process of the mesh: {error}", always=True)
+                os._exit(FAILED)
+            return _failed(f"out of memory: {error}")
+        if streams.is_shared() and _is_lost(error):
+            _leave(f"another process of the mesh has ended, or cannot be reached: {error}")
+        streams.speak()
+        raise
+
+
+def _leave(message: str) -> NoReturn:
+    """Report an error and end the process at once: a framework would wait for the other processes."""
+    streams.say(f"portable-gpt2: {' '.join(message.split())}", always=not streams.is_silent())
+    os._exit(FAILED)
 
 
 def _failed(message: str) -> int:
     streams.say(f"portable-gpt2: {' '.join(message.split())}")
     return FAILED
+
+
+def _is_lost(error: Exception) -> bool:
+    """Return whether another process of a mesh has ended, by the class or the message of a framework's error."""
+    return isinstance(error, ProcessLost) or any(word in str(error).lower() for word in _LOST)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

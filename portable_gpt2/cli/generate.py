@@ -12,7 +12,19 @@ from .. import strict_json
 from ..generation.completion import Completion, Piece
 from ..sampling import Sampling
 from . import interactive, streams
-from .options import add_fields, add_model, add_special, allow_special, at_least, given_fields, load, stop_text
+from .options import (
+    add_fields,
+    add_mesh,
+    add_model,
+    add_special,
+    allow_special,
+    at_least,
+    given_fields,
+    load,
+    open_mesh,
+    read_once,
+    stop_text,
+)
 from .texts import Texts
 
 
@@ -41,6 +53,7 @@ def add_to(commands: Any) -> None:
         "the command",
     )
     add_model(parser)
+    add_mesh(parser)
     add(
         "-n",
         "--max-new-tokens",
@@ -100,10 +113,17 @@ def run(arguments: argparse.Namespace) -> int:
     as_json = arguments.json or arguments.stream_json
     if arguments.interactive:
         _check_interactive(arguments)
-    streams.write("")
-    texts = Texts()
-    prompts = [*arguments.prompt, *map(texts.read, arguments.prompt_file)] or [""]
-    model = load(arguments)
+    mesh = open_mesh(arguments)
+    if arguments.interactive and mesh is not None and not mesh.is_alone:
+        raise ValueError("--interactive works in one process; the mesh has several: leave out --interactive or --mesh")
+
+    def read() -> tuple[list[str], int | None]:
+        streams.write("")
+        texts = Texts()
+        return [*arguments.prompt, *map(texts.read, arguments.prompt_file)] or [""], sampling.seed
+
+    prompts, seed_of_one = read_once(mesh, read)
+    model = load(arguments, mesh)
     options: dict[str, Any] = {
         **given_fields(arguments, Sampling),
         "max_new_tokens": arguments.max_new_tokens,
@@ -116,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
         return interactive.run(model, options)
     is_single = len(prompts) == arguments.num_samples == 1 and not as_json
     if is_single:
-        options["seed"] = sampling.seed
+        options["seed"] = seed_of_one
         pieces = model.stream(prompts[0], **options)
     else:
         many = {"num_samples": arguments.num_samples, "batch_size": arguments.batch_size}

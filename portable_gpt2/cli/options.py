@@ -10,14 +10,16 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from .. import mesh
 from ..checkpoint import SHIPPED
 from ..checks import LARGEST, shown
 from ..language_model import GPT2
+from ..mesh import Mesh, parse
+from ..registry import get_backend
 from . import streams
 
 _T = TypeVar("_T")
@@ -58,6 +60,8 @@ class Parser(argparse.ArgumentParser):
         known = list(self._option_string_actions)
         for argument in itertools.takewhile(lambda argument: argument != "--", self._given):
             name = argument.partition("=")[0]
+            if name == "--mesh" and name not in known and not self._subparsers:
+                return "; this command computes on one device, and generate, score and train take --mesh"
             if name.startswith("--") and name not in known:
                 unknown = "" if name in message else f"; {name} is not an option of {self.prog}"
                 place = "; write options after the command" if unknown and self._subparsers else ""
@@ -126,7 +130,7 @@ def index_or_all(text: str) -> int | str:
 def sizes(text: str) -> dict[str, int]:
     """Read the sizes of a mesh, such as ``data=2,model=2``."""
     try:
-        return mesh.parse(text)
+        return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -249,16 +253,60 @@ def add_reproducible(command: argparse.ArgumentParser) -> None:
     )
 
 
-def load(arguments: argparse.Namespace) -> GPT2:
-    """Load the model that the options of `add_model` choose."""
-    return GPT2.load(
-        arguments.model,
-        backend=arguments.backend,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        reproducible=arguments.reproducible,
-        progress=progress,
+def add_mesh(command: argparse.ArgumentParser) -> None:
+    """Add the option of a mesh of devices."""
+    command.add_argument(
+        "--mesh",
+        type=sizes,
+        metavar="SIZES",
+        help="sizes of a mesh of devices that compute the model together, on jax or torch, such as data=2,model=2: "
+        "along data, the texts of a batch are divided, and along model, the weights. With torch, there is a process "
+        "for each device, as torchrun starts them",
     )
+
+
+def open_mesh(arguments: argparse.Namespace) -> Mesh | None:
+    """Return the mesh that the option of `add_mesh` describes, after connecting its processes.
+
+    From then on, only process 0 writes to stdout and stderr.
+    """
+    if arguments.mesh is None:
+        return None
+    for name, given in (("--reproducible", arguments.reproducible), ("--device", arguments.device)):
+        if given:
+            raise ValueError(f"{name} is for one device: leave out {name} or --mesh")
+    mesh = Mesh(get_backend(arguments.backend), arguments.mesh)
+    streams.share(mesh.is_first)
+    return mesh
+
+
+def read_once(mesh: Mesh | None, read: Callable[[], _T]) -> _T:
+    """Return the result of a function that reads files. On a mesh, process 0 calls it, and sends the result as JSON.
+
+    So stdin is read once, and the other hosts need no copy of the files.
+    """
+    if mesh is None or mesh.is_alone:
+        return read()
+    found = mesh.together(lambda: read() if mesh.is_first else None)
+    sent: _T = json.loads(mesh.common(json.dumps(found).encode()))
+    return sent
+
+
+def load(arguments: argparse.Namespace, mesh: Mesh | None = None) -> GPT2:
+    """Load the model that the options of `add_model` choose."""
+
+    def loaded() -> GPT2:
+        return GPT2.load(
+            arguments.model,
+            backend=arguments.backend if mesh is None else mesh.backend,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            reproducible=arguments.reproducible,
+            mesh=mesh,
+            progress=progress,
+        )
+
+    return loaded() if mesh is None else mesh.together(loaded)
 
 
 def progress(items: Iterable[_T], what: str = "loading", unit: str = "tensors") -> Iterable[_T]:

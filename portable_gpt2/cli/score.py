@@ -10,7 +10,7 @@ from typing import Any
 from .. import strict_json
 from ..files import check_new
 from . import signals, streams
-from .options import add_model, add_special, allow_special, at_least, load, progress
+from .options import add_mesh, add_model, add_special, allow_special, at_least, load, open_mesh, progress, read_once
 from .texts import Texts
 
 
@@ -24,6 +24,7 @@ def add_to(commands: Any) -> None:
     add = parser.add_argument
     add("file", nargs="+", help="file with a text in UTF-8; - is stdin")
     add_model(parser)
+    add_mesh(parser)
     add(
         "--stride",
         type=at_least(1),
@@ -54,12 +55,17 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import pages
     from ..pages.surprise_page import ALTERNATIVES
 
-    streams.write("")
-    if arguments.html:
-        check_new(Path(arguments.html), arguments.force)
-    texts = Texts()
-    contents = [(name, texts.read(name)) for name in arguments.file]
-    model = load(arguments)
+    mesh = open_mesh(arguments)
+
+    def read() -> list[str]:
+        streams.write("")
+        if arguments.html:
+            check_new(Path(arguments.html), arguments.force)
+        texts = Texts()
+        return [texts.read(name) for name in arguments.file]
+
+    contents = list(zip(arguments.file, read_once(mesh, read), strict=True))
+    model = load(arguments, mesh)
     streams.say(f"{model!r}, from {model.source}")
     scores = {}
     for name, text in contents:
@@ -82,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{name}: perplexity {score.perplexity:.4f} per token, {score.byte_perplexity:.4f} per byte; "
                 f"log-probability {score.total:.4f} of {score.n_tokens} tokens, {score.n_bytes} bytes\n"
             )
-    if arguments.html:
+    if arguments.html and (mesh is None or mesh.is_first):
         signals.clean_up_first()
         pages.surprise(model, scores).save(arguments.html, force=arguments.force)
         streams.say(f"wrote {arguments.html}")

@@ -19,6 +19,9 @@ _closed: set[int] = set()
 """The descriptors that were closed when the process began."""
 _silent: list[bool] = []
 """Not empty if this process writes nothing, because another one does."""
+_is_prepared = False
+_kept: list[int] = []
+"""Copies of the descriptors of stdout and stderr, if `share` was called."""
 
 
 class LostOutput(OSError):
@@ -39,6 +42,8 @@ class _Courtesy(io.FileIO):
 
 def prepare() -> None:
     """Make the standard streams safe to write to. This must be called before a file is opened."""
+    global _is_prepared
+    _is_prepared = True
     for descriptor in (_STDIN, _STDOUT, _STDERR):
         try:
             os.fstat(descriptor)
@@ -66,8 +71,38 @@ def silence() -> None:
 
 
 def is_silent() -> bool:
-    """Return whether `silence` was called."""
+    """Return whether another process writes for this one."""
     return bool(_silent)
+
+
+def share(is_first: bool) -> None:
+    """Leave stdout and stderr to the first process of a mesh. The others write nothing.
+
+    Libraries that connect processes write messages to the descriptor of stdout. These are dropped in all processes.
+    """
+    if not _is_prepared:  # the process belongs to another program
+        return
+    if not _kept:
+        _kept.extend((os.dup(_STDOUT), os.dup(_STDERR)))
+        sys.stdout = open(os.dup(_STDOUT), "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: SIM115
+        _to_null(_STDOUT)
+    for descriptor, kept in zip((sys.stdout.fileno(), _STDERR), _kept, strict=True):
+        if is_first:
+            os.dup2(kept, descriptor, inheritable=descriptor == _STDERR)
+        else:
+            _to_null(descriptor)
+    _silent[:] = [] if is_first else [True]
+
+
+def is_shared() -> bool:
+    """Return whether this may be one of several processes, of which the first alone writes."""
+    return bool(_kept)
+
+
+def speak() -> None:
+    """Write messages to stderr again: about an error that no other process has."""
+    if _silent and _kept:
+        os.dup2(_kept[1], _STDERR)
 
 
 def write(text: str) -> None:
@@ -85,8 +120,8 @@ def write(text: str) -> None:
     try:
         print(text, end="", flush=True)
     except OSError as error:
-        if sys.stdout is sys.__stdout__:
-            _to_null(_STDOUT)  # because the interpreter writes the rest of the buffer when it ends
+        if sys.stdout is sys.__stdout__ or _kept:
+            _to_null(sys.stdout.fileno())  # because the interpreter writes the rest of the buffer when it ends
         raise LostOutput(error.errno, f"cannot write to stdout: {error.strerror}") from error
 
 
@@ -110,6 +145,8 @@ def say(message: str, *, always: bool = False) -> None:
 
     A process that is silent writes only what it must `always` write.
     """
+    if always:
+        speak()
     if always or not _silent:
         print(_plain(message), file=sys.stderr, flush=True)
 
