@@ -144,10 +144,14 @@ class Mesh:
         """Return a spec, in which axes that the mesh does not have are None."""
         return tuple(axis if axis in self._names else None for axis in axes)
 
+    @staticmethod
+    def rule(path: str) -> Spec | None:
+        """Return the rule of a parameter, or None if it is whole on each device."""
+        return next((rule for pattern, rule in RULES.items() if fnmatch(path, pattern)), None)
+
     def spec(self, path: str) -> Spec:
         """Return the spec of a parameter."""
-        rule = next((rule for pattern, rule in RULES.items() if fnmatch(path, pattern)), None)
-        return () if rule is None else self.on(*rule)
+        return self.on(*(self.rule(path) or ()))
 
     def rows(self, n_vocab: int) -> int:
         """Return the number of rows of wte with padding."""
