@@ -39,7 +39,7 @@ def expected(directory):
 def run(command, **environment):
     """Return the lines of JSON that a command prints, by mesh."""
     given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=given)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=given)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["mesh"]: line for line in lines}
