@@ -436,7 +436,7 @@ def test_a_step_that_fails_leaves_the_last_checkpoint(tokenizer, tmp_path, monke
     backend = pg.get_backend("numpy")
     run, trainer, state = begin(tmp_path / "run", backend, tokenizer)
 
-    def fails(self, run_state, held_out):
+    def fails(self, run_state, held_out, trainer):
         raise OSError("no space left")
 
     reports = train(run, trainer, state)
