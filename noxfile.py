@@ -179,6 +179,14 @@ def short_tests(session: nox.Session, backend: str, kind: str, *options: str) ->
 
 
 @nox.session(default=False)
+def mesh(session: nox.Session) -> None:
+    """Run the tests of meshes with two and four processes of PyTorch, and with two processes of JAX."""
+    install(session, "all", "test")
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_mesh*.py"))
+    run_pytest(session, "--no-skips", "--backend=jax,torch,none", *files, PORTABLE_GPT2_MESHES="all")
+
+
+@nox.session(default=False)
 def properties(session: nox.Session) -> None:
     """Run all tests with 10,000 examples for each property, on all frameworks. This takes hours."""
     install(session, "all", "test")

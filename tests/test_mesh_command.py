@@ -1,0 +1,164 @@
+"""Processes of a mesh: one of them writes, all draw the same tokens, an error of one is an error of all.
+
+With PORTABLE_GPT2_MESHES=all, as in ``nox -s mesh``, they are also four processes, or two of JAX.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import mesh_processes
+import pytest
+import tiny
+
+import portable_gpt2 as pg
+from portable_gpt2 import cli
+
+SCRIPT = mesh_processes.__file__
+MESHES = os.environ.get("PORTABLE_GPT2_MESHES") == "all"
+CONFIG = dataclasses.replace(tiny.CONFIG, n_head=4, n_vocab=385)  # there is padding after the rows of wte
+RUNS = [("torch", 2, "data=1,model=2")]
+if MESHES:
+    RUNS += [("torch", 4, "data=2,model=2"), ("torch", 2, "data=2"), ("jax", 2, "model=2"), ("jax", 2, "data=2")]
+GENERATE = ("generate", "--prompt-file", "-", "-n", "6")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mesh") / "model"
+    tiny.model(pg.get_backend("numpy"), CONFIG).save(path)
+    tiny.write_tokenizer(path)
+    return path
+
+
+def start(engine, n, arguments, stdin=""):
+    """Run a program in n processes; return the status and the two streams of all of them together."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": ""}
+    if engine == "torch":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+        done = subprocess.run(
+            [*torchrun, *arguments], input=stdin, capture_output=True, text=True, timeout=300, env=env
+        )
+        return done.returncode, done.stdout, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(n)}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    processes = [
+        subprocess.Popen([sys.executable, *arguments], env={**env, "JAX_PROCESS_ID": str(i)}, text=True, **pipes)
+        for i in range(n)
+    ]
+    done = [process.communicate(stdin if i == 0 else "", timeout=300) for i, process in enumerate(processes)]
+    return max(p.returncode for p in processes), "".join(o for o, _ in done), "".join(e for _, e in done)
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}-{run[2]}")
+def ran(request, directory, tmp_path_factory):
+    """The findings of each process, the directory of its files, the model of one device, and the streams."""
+    engine, n, sizes = request.param
+    request.getfixturevalue(engine)
+    room = tmp_path_factory.mktemp("room")
+    command = [*GENERATE, "--model", str(directory), "--backend", engine, "--mesh", sizes]
+    status, out, err = start(engine, n, [SCRIPT, engine, sizes, str(directory), str(room), *command], "To be")
+    assert status == 0, err[-3000:]
+    found = [json.loads((room / f"{i}.json").read_text()) for i in range(n)]
+    return found, room, pg.GPT2.load(directory, backend="numpy"), out, err
+
+
+def test_all_processes_draw_the_same_tokens_without_a_seed(ran):
+    """Catches a random seed per process, and one seed for all texts."""
+    found, *_ = ran
+    assert all(each["count"] == len(found) for each in found)
+    assert all(each["seedless"] == found[0]["seedless"] and each["seeds"] == found[0]["seeds"] for each in found)
+    first, second = found[0]["seedless"]
+    assert first != second
+    assert len(set(found[0]["seeds"])) == 2
+
+
+def test_different_arguments_are_refused_in_all_processes(ran):
+    """Catches texts that are mixed from two seeds, and processes that wait for each other forever."""
+    for each in ran[0]:
+        for name, what in (("seed", "prompts, seeds"), ("prompt", "prompts, seeds"), ("text", "texts or options")):
+            kind, message = each[f"{name} of each"]
+            assert kind == "ValueError"
+            assert f"given different {what}" in message
+
+
+def test_processes_send_each_other_bytes_flags_and_errors(ran):
+    """Catches a block that is lost, bytes of another process, and an error that only one process learns of."""
+    found, *_ = ran
+    *others, last = found
+    for each in found:
+        assert each["common"]
+        assert each["empty"]
+        assert each["of the last"] == str(len(found) - 1)
+        assert each["agree"] == [True, False, False]
+    assert last["together"] == ["OSError", "no such disk"]
+    assert all(
+        each["together"] == ["MeshError", f"process {len(found) - 1} of the mesh: no such disk"] for each in others
+    )
+
+
+def test_a_model_saved_on_a_mesh_has_the_bytes_of_one_saved_on_one_device(ran, tmp_path):
+    """Catches c_attn in the mesh's order, rows of padding, and a process whose file replaces that of another."""
+    _, room, one, *_ = ran
+    one.save(tmp_path / "one")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert {path.name: path.read_bytes() for path in (room / "saved").iterdir()} == files
+
+
+def test_a_model_that_cannot_be_saved_is_an_error_in_all_processes(ran):
+    """Catches processes that wait for process 0, and half a checkpoint."""
+    found, room, one, *_ = ran
+    for i, each in enumerate(found):
+        for name, kind, text in (("again", "FileExistsError", "exists already"), ("full", "OSError", "no space left")):
+            assert each[name][0] == (kind if i == 0 else "MeshError")
+            assert text in each[name][1]
+        assert each["export"][0] == "ValueError"
+        assert each["export"][1].startswith("export needs a model on one device")
+        assert each["still works"] == list(one.stream_ids([1, 2, 3], max_new_tokens=5, seed=3))
+    assert not (room / "full").exists()
+    assert sorted(path.name for path in room.iterdir() if not path.name.startswith(".")) == sorted(
+        ["saved", *(f"{i}.json" for i in range(len(found)))]
+    )
+
+
+def test_process_0_alone_writes_and_reads_stdin(ran):
+    """Catches a process that writes too, one that reads a part of stdin, and a library's messages in the text."""
+    *_, one, out, err = ran
+    seed = int(err.split("seed ")[1].split(",")[0])
+    assert out == "To be" + one.generate("To be", max_new_tokens=6, seed=seed) + "\n"
+    assert err.count("<GPT2 of") == 1
+    assert err.count("tokens/s") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["generate", "To", "--mesh", "rows=2"], "argument --mesh: a mesh is 'rows=2'; expected sizes such as"),
+        (["generate", "To", "--mesh", "model=2"], "backend 'numpy' computes on one device; a mesh needs the backend"),
+        (["generate", "To", "--mesh", "model=2", "--reproducible"], "leave out --reproducible or --mesh"),
+        (["score", "x", "--mesh", "model=2", "--device", "cpu"], "leave out --device or --mesh"),
+        *(
+            ([*command, "--mesh", "model=2"], "computes on one device, and generate, score and train take --mesh")
+            for command in (["trace", "a", "-o", "b"], ["fingerprint"], ["attend", "a", "-o", "b"], ["diff", "a", "b"])
+        ),
+        (["export", "a", "b", "--mesh=model=2"], "computes on one device, and generate, score and train take --mesh"),
+    ],
+)
+def test_a_mesh_where_there_is_none_is_refused_in_one_line(capsys, monkeypatch, arguments, reason):
+    """Catches a refusal after the model was loaded, and one that does not say what to do."""
+    monkeypatch.setattr(pg.GPT2, "load", None)
+    monkeypatch.setenv("PORTABLE_GPT2_BACKEND", "numpy")
+    try:
+        status = cli.main(arguments)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert reason in err
+    assert err.count("\n") == 1
