@@ -143,6 +143,12 @@ def test_a_parameter_takes_16_or_18_bytes_while_it_is_trained(paper):
     n, mesh = paper.parameters(TINY, paper.Mesh(model=2)), paper.Mesh(data=4, model=2)
     biases = 3 * (3 * 8 + 20) // 2  # of c_attn and c_fc, whose only axis is divided over `model`
 
+    divided = [
+        paper.is_divided(TINY, path, paper.Mesh(data=data))
+        for path, data in (("wte", 7), ("h0/mlp/c_proj/w", 5), ("h0/mlp/c_fc/w", 5), ("wpe", 16), ("wte", 8))
+    ]
+    assert divided == [False, False, False, True, True]  # 7 and 5 divide only axes that `model` divides
+
     def of_parameters(dtype, **options):
         return sum(paper.training_memory(TINY, mesh, 4, 5, dtype, **options)[:3])
 
