@@ -18,7 +18,11 @@ import portable_gpt2 as pg
 PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [11, 12]]
 TEXT = [5, 6, 7, 8, 9, 10, 11, 60, 1, 0, 2, 30, 31, 32]
 IDS = np.random.default_rng(0).integers(0, 61, (4, 12))
-SAMPLINGS = ({"temperature": 0, "seed": 1}, {"top_k": 5, "seed": 7}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 8})
+SAMPLINGS = (
+    {"temperature": 0, "seed": 1},
+    {"top_k": 5, "seed": 7},
+    {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 8},
+)
 ALL_LOGITS = ({"top_k": None, "seed": 9}, {"top_k": 5, "repetition_penalty": 1.3, "seed": 10})
 
 
