@@ -286,16 +286,22 @@ def _begin(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
     trainer = _trainer(arguments, start.config, recipe, backend, mesh)
     _check_memory(start.config, recipe, backend, 1 if mesh is None else mesh.sizes[MODEL])
 
+    def read() -> tuple[Tokenizer, Callable[[Path], int]] | None:
+        """Read the texts in process 0."""
+        return _writing(arguments, recipe, start, share) if is_first else None
+
+    # The texts are read before memory is taken for the weights, because they may be too short for the vocabulary.
+    writing = read() if mesh is None else mesh.together(read)
+    params = _initial(start, trainer, scale_residual=bool(arguments.scale_residual))
+
     def create() -> Run | None:
         """Create the run in process 0."""
-        if not is_first:
+        if writing is None:
             return None
-        tokenizer, write = _writing(arguments, recipe, start, share)
         where = {"backend": backend.name, **_given(arguments, "device")}
         companions = start.companions
-        return Run.create(arguments.out, recipe, start.config, tokenizer, write, companions=companions, **where)
+        return Run.create(arguments.out, recipe, start.config, *writing, companions=companions, **where)
 
-    params = _initial(start, trainer, scale_residual=bool(arguments.scale_residual))
     if mesh is None:
         run = create()
     else:
