@@ -23,7 +23,10 @@ SAMPLINGS = (
     {"top_k": 5, "seed": 7},
     {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 8},
 )
-ALL_LOGITS = ({"top_k": None, "seed": 9}, {"top_k": 5, "repetition_penalty": 1.3, "seed": 10})
+ALL_LOGITS = (
+    {"top_k": None, "temperature": 3.0, "seed": 9},
+    {"top_k": 1, "repetition_penalty": 3.0, "seed": 10},
+)
 
 
 def texts(model, options):
