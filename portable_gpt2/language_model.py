@@ -334,8 +334,8 @@ class GPT2:
         ValueError
             If the suffix of the file, what or dtype is not known, or a weight is outside the range of the dtype.
         """
-        self._require_one_device("export")
         file = checks.path("path", path)
+        self._require_one_device("export")
         tensors = {path: stored(x) for path, x in flatten(self.params)}
         export(file, self.config, tensors, what=what, dtype=dtype, external_data=external_data, force=force)
 

@@ -126,6 +126,10 @@ CALLS = {  # how to call with a value of the parameter, by the callable; and a v
     "training.windows": lambda m, **x: training.windows(np.arange(500), **x),
     "training.learning_rate": lambda m, **x: training.learning_rate(recipe=training.Recipe(), **x),
     "training.Recipe": lambda m, **x: training.Recipe(**x),
+    "training.Trainer": lambda m, **x: training.Trainer(CONFIG, training.Recipe(), "numpy", **x).mesh,
+    "training.Trainer.place": lambda m, **x: training.Trainer(CONFIG, training.Recipe(), "numpy").place(
+        "wte", pg.checkpoint.stored(np.ones((2, 3), np.float32)), **x
+    ),
     "Sampling": lambda m, **x: sampling.Sampling(**{"seed": 7, **x}),
     "sample": lambda m, **x: sampling.sample(LOGITS, **{"position": 5, "temperature": 100.0, "seed": 0, **x}),
     "windows": lambda m, **x: score.windows(**{"n": 400, "n_ctx": 250, "stride": 3, **x}),
@@ -147,6 +151,7 @@ GOOD |= {  # where that is out of range, or another value wraps around sooner
     "sample.index": 255,
     "new_cache.padding": [2],
     "sample.seen": [2, 3],
+    "training.Trainer.shard_optimizer": False,  # without a mesh, there is nothing to divide
 }
 
 

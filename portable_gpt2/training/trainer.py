@@ -161,6 +161,7 @@ class Trainer:
 
         On a mesh, each process reads only the parts of its own devices.
         """
+        is_moment = flag("is_moment", is_moment)
         if self._on_mesh is not None:
             return self._on_mesh.place(path, tensor, is_moment=is_moment)
         return self.backend.from_numpy(tensor.read(), tensor.dtype)
