@@ -45,8 +45,10 @@ def create(directory):
 
 def trained(directory, trainer, until=None):
     """Begin or continue a run, up to a step. Return the last state."""
-    mesh = trainer.mesh
-    if not os.path.exists(directory):
+    mesh, exists = trainer.mesh, os.path.exists(directory)
+    if mesh is not None:
+        exists = mesh.agree(exists)  # no process makes the directory before all have looked
+    if not exists:
         run = create(directory) if mesh is None or mesh.is_first else None
         if mesh is not None:
             mesh.together(lambda: None)
@@ -54,8 +56,6 @@ def trained(directory, trainer, until=None):
         tensors = initial_tensors(CONFIG, seed=RECIPE.seed, dtype=RECIPE.master_dtype)
         state = trainer.start(nest({path: trainer.place(path, tensor) for path, tensor in tensors.items()}))
     else:
-        if mesh is not None:
-            mesh.together(lambda: None)
         run = Run.open(directory)
         state = run.restore(trainer)
     reports = train(run, trainer, state)
