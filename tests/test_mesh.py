@@ -227,3 +227,15 @@ def test_logits_that_tie_with_the_last_of_top_k_are_not_lost(tmp_path, jax):
         expected = list(one.stream_ids([3, 4], max_new_tokens=8, **options))
         assert list(several.stream_ids([3, 4], max_new_tokens=8, **options)) == expected
     assert len(set(one.stream_ids([3, 4], max_new_tokens=20, top_k=3, seed=7))) > 3
+
+
+def test_scores_of_logits_that_are_far_apart(tmp_path, jax):
+    """Catches a sum of exponentials that overflows, because another device's logits are larger."""
+    weights = {**WEIGHTS, "ln_f/g": 100 * WEIGHTS["ln_f/g"]}
+    pg.GPT2(CONFIG, pg.params.nest(weights)).save(tmp_path / "model")
+    expected, found = (
+        pg.GPT2.load(tmp_path / "model", **where).score_ids(on_meshes.TEXT).log_probs[1:]
+        for where in ({"backend": "numpy"}, {"backend": "jax", "mesh": {"model": 2}})
+    )
+    assert expected.min() < -200
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
