@@ -372,7 +372,8 @@ class JaxBackend(Backend):
         return _replicated(x)
 
     def to_numpy(self, x: Any) -> np.ndarray:
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        is_known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        if is_known and not (x.is_fully_addressable or x.is_fully_replicated):
             x = _gather(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)  # other processes have parts of it
         return np.asarray(x)
 
