@@ -100,7 +100,7 @@ def test_the_reader_finds_every_kind_of_collective(jax, compiled):
 
 
 def test_the_page_lists_every_program_that_was_compared(compiled):
-    """Catches a program whose row on the page is of another formula, or that has no row."""
+    """Catches a program that differs from the formula in its row on the page, or that has no row."""
     page = (ROOT / "docs" / "explanation" / "meshes-on-paper.md").read_text("utf-8")
     listed = page.partition("| StableHLO | HLO |\n")[2].partition("\n\n")[0].splitlines()[1:]
     programs = [

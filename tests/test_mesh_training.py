@@ -1,4 +1,4 @@
-"""Training on meshes computes what training on one device computes, and its runs go on on any mesh or none."""
+"""Training on meshes computes what training on one device computes, and its runs continue on any mesh or none."""
 
 import json
 import os

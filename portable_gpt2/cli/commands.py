@@ -97,7 +97,7 @@ def run(argv: list[str] | None) -> int:
     """Run a command; return its exit status.
 
     An error that a function of this package raises because of its arguments is reported in one line. Every other error
-    is a bug, and its traceback is shown. Of the processes of a mesh, process 0 alone writes.
+    is a bug, and its traceback is shown. On a mesh, only process 0 writes.
     """
     if argv is None and (number := _process_number(sys.argv[1:])) is not None:
         streams.share(number == 0)
