@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import portable_gpt2 as pg
-from portable_gpt2 import gradients
+from portable_gpt2 import gradients, ops
+from portable_gpt2.op import interpreted
 from portable_gpt2.params import flatten
 from portable_gpt2.testing.plain_gpt2 import on_backend, random_weights
 from portable_gpt2.testing.training.test_gradients import CONFIGS, STEP, TOKENS, plain_loss
@@ -75,3 +76,35 @@ def test_a_rule_has_the_parameters_of_its_op(name):
     """Catches another default: a model would be trained with another epsilon than it is run with."""
     rule, op = (inspect.signature(getattr(module, name)).parameters.values() for module in (gradients, pg))
     assert [(p.name, p.kind, p.default) for p in rule] == [(p.name, p.kind, p.default) for p in op]
+
+
+class ByDefinition:
+    """An interpreter that computes definitions, and counts the formulas."""
+
+    def __init__(self):
+        self.formulas = []
+
+    def __call__(self, signature, backend, given):
+        return getattr(ops, signature.name).reference(**given)
+
+    def formula(self, name, arrays, options):
+        self.formulas.append(name)
+        return getattr(gradients, name).__wrapped__(**arrays, **options)
+
+
+def test_the_formula_of_attentions_gradient_is_its_rule():
+    """Catches an argument that is lost or swapped on the way to an interpreter, which computes each gradient as one
+    formula from the arguments of the op: the weights that the op has computed are not given to it.
+    """
+    random = np.random.default_rng(0)
+    q, k, v, dy = (random.standard_normal((2, 3, 3)) for _ in range(4))
+    mask = np.triu(np.ones((3, 3), np.bool_), -1)
+    for options in ({}, {"mask": mask}, {"mask": mask, "causal": True, "scale": 0.3}):
+        value, backward = gradients.attention(q, k, v, **options)
+        with interpreted(interpreter := ByDefinition()):
+            found, back = gradients.attention(q, k, v, **options)
+            gradient = back(dy)
+        assert interpreter.formulas == ["attention_backward"]
+        np.testing.assert_allclose(found, value, rtol=1e-12)
+        for name, expected in backward(dy).items():
+            np.testing.assert_allclose(gradient[name], expected, rtol=1e-12, atol=1e-12, err_msg=name)

@@ -43,6 +43,7 @@ CONFIGS = {
 }
 TOKENS = np.random.default_rng(0).integers(0, 23, (3, 10)).astype(np.int32)
 MASK = np.tril(np.ones((3, 4), np.bool_), 1)
+BAND = np.triu(np.ones((3, 3), np.bool_), -1)  # each query sees the key before its own, but none before that
 
 
 def on_device_of(x, a):
@@ -132,14 +133,22 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
         lambda q, k, v: pg.attention(q, k, v, on_device_of(q, MASK), scale=0.7),
         lambda q, k, v, dy: gradients.attention(q, k, v, on_device_of(q, MASK), scale=0.7)[1](dy),
     ),
+    "causal attention with a mask": (
+        lambda q, k, v: plain_attention(q, k, v, np.tri(3, dtype=np.bool_) & BAND, 0.7),
+        [normal(2, 3, 5), normal(2, 3, 5, seed=1), normal(2, 3, 6)],
+        lambda q, k, v: pg.attention(q, k, v, on_device_of(q, BAND), causal=True, scale=0.7),
+        lambda q, k, v, dy: gradients.attention(q, k, v, on_device_of(q, BAND), causal=True, scale=0.7)[1](dy),
+    ),
     **{
+        # The rule for as many queries as keys must compare these two lengths: in each of the two cases in which they
+        # differ, other lengths are equal.
         f"causal attention of {m} queries to {n} keys": (
             lambda q, k, v, m=m, n=n: plain_attention(q, k, v, np.tri(m, n, n - m, dtype=np.bool_), 0.7),
-            [normal(2, m, 5), normal(2, n, 5, seed=1), normal(2, n, 6)],
+            [normal(batch, m, d), normal(batch, n, d, seed=1), normal(batch, n, 6)],
             lambda q, k, v: pg.attention(q, k, v, causal=True, scale=0.7),
             lambda q, k, v, dy: gradients.attention(q, k, v, causal=True, scale=0.7)[1](dy),
         )
-        for m, n in ((1, 1), (2, 2), (7, 7), (3, 5))
+        for batch, m, n, d in ((2, 1, 1, 5), (2, 2, 2, 5), (2, 7, 7, 5), (3, 3, 5, 3), (2, 1, 2, 5))
     },
     "embed": (
         lambda w: w[IDS],
