@@ -79,13 +79,18 @@ def test_a_rule_has_the_parameters_of_its_op(name):
 
 
 class ByDefinition:
-    """An interpreter that computes definitions, and counts the formulas."""
+    """An interpreter that computes definitions, and keeps the names of what it computed."""
 
     def __init__(self):
-        self.formulas = []
+        self.ops, self.formulas = [], []
 
     def __call__(self, signature, backend, given):
+        self.ops.append(signature.name)
         return getattr(ops, signature.name).reference(**given)
+
+    def add(self, x, y):
+        self.ops.append("add")
+        return x + y
 
     def formula(self, name, arrays, options):
         self.formulas.append(name)
@@ -106,5 +111,35 @@ def test_the_formula_of_attentions_gradient_is_its_rule():
             gradient = back(dy)
         assert interpreter.formulas == ["attention_backward"]
         np.testing.assert_allclose(found, value, rtol=1e-12)
+        assert gradient.keys() == backward(dy).keys()
         for name, expected in backward(dy).items():
             np.testing.assert_allclose(gradient[name], expected, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def test_an_interpreter_computes_every_rule_of_the_model():
+    """Catches a rule that is computed without the interpreter, and a model whose variables reach it: it knows arrays,
+    and not the variables of the tape.
+    """
+    config, backend = CONFIGS["as published"], pg.get_backend("numpy")
+    params, tokens = on_backend(backend, random_weights(config), "float64"), backend.from_numpy(TOKENS)
+    value, backward = gradients.loss(params, tokens, config)
+    with interpreted(interpreter := ByDefinition()):
+        found, back = gradients.loss(params, tokens, config)
+        computed = {*interpreter.ops}
+        gradient = dict(flatten(back()))
+    assert float(found) == pytest.approx(float(value), rel=1e-12)
+    for path, expected in flatten(backward()):
+        np.testing.assert_allclose(gradient[path], expected, rtol=1e-9, atol=1e-12, err_msg=path)
+    rules = {"conv1d", "gelu", "layer_norm", "attention", "embed", "unembed", "cross_entropy", "add"}
+    inside = {"attention_scores", "attention_weights", "softmax"}  # of the definition of attention
+    assert computed - inside == rules
+    assert {*interpreter.formulas} == {f"{name}_backward" for name in rules}
+
+
+def test_the_gradient_of_a_mean_has_the_factor_1_unless_given():
+    """Catches a default factor that only a caller without a factor sees."""
+    logits, targets = np.random.default_rng(0).standard_normal((4, 3)), np.asarray([0, 2, 1, 1])
+    _, backward = gradients.cross_entropy(logits, targets)
+    p = pg.softmax(logits) - np.eye(3)[targets]
+    np.testing.assert_allclose(backward()["logits"], p / 4, rtol=1e-12)
+    np.testing.assert_allclose(backward(3.0)["logits"], 3 * p / 4, rtol=1e-12)
