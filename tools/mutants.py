@@ -52,6 +52,7 @@ TESTS = {  # for each module of portable_gpt2, the tests that are about it, but 
         f"{KIT}/contract/test_ids.py",
         f"{KIT}/contract/test_refusals.py",
         "tests/test_interpreter.py",
+        "tests/test_gradients.py",
     ],
     "gradients": [f"{KIT}/training/test_gradients.py", f"{KIT}/contract/test_ids.py", "tests/test_gradients.py"],
     "sampling": ["tests/test_sampling.py", "-k", "not distribution and not noise and not independent"],
