@@ -46,7 +46,7 @@ NUMPY_ALONE = [
         *("add_a_backend", "bench", "check", "checkout", "cli_streams", "compare", "comparison_report", "contents"),
         *("cupy", "damage", "diff_command", "docs", "docstrings", "exact", "examples", "files", "first_use", "float64"),
         *("gguf", "guess_arithmetic", "hub", "interactive", "kills", "mesh_model", "mutants", "package", "pages"),
-        *("paths", "plot", "rules", "run_damage", "runs", "sampling", "score", "targets", "tokenizer"),
+        *("paths", "plot", "rules", "run_damage", "runs", "sampling", "score", "shipped", "targets", "tokenizer"),
         *("tokenizer_files", "traces", "training_command", "training_data", "unusable_tokenizers", "values"),
         "weight_differences",
     )
@@ -64,6 +64,17 @@ SHORT = [
 DEPENDENCIES = [
     f"tests/test_{name}.py" for name in ("files", "first_use", "hub", "plot", "tokenizer_files", "training_data")
 ]
+# XLA compiles for JAX and TensorFlow. The tests of the kit and of these files are about the numbers, the kernels and the
+# memory of what it compiles, and run with its own options. The others run with options that halve the time of compiling.
+XLA = ["tensorflow", "jax"]
+COMPILED_AS_USED = [
+    f"tests/test_{name}.py"
+    for name in (
+        *("convolutions", "float64", "generate", "gradients", "kernels_of_jax", "kernels_of_tensorflow", "memory"),
+        *("numerics", "overwritten", "reproducible", "reproducible_training", "transforms", "warnings"),
+    )
+]
+FAST_COMPILER = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 # The processes of one run share the functions that JAX has compiled.
 COMPILED = tempfile.TemporaryDirectory(prefix="portable-gpt2-jax-")
 JAX_CACHE = {
@@ -102,9 +113,9 @@ def install_only(session: nox.Session, backend: str, *groups: str) -> None:
     session.run("python", "-c", code, *others, silent=True)
 
 
-def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) -> None:
-    """Run pytest; with x64, run it a second time in a process where JAX computes in float64."""
-    # Arguments may select no test in one of the two runs. pytest then exits with 5, which is not a failure here.
+def run_pytest(session: nox.Session, *args: str, **env: str) -> None:
+    """Run pytest in two processes."""
+    # Arguments may select no test in one of several runs. pytest then exits with 5, which is not a failure here.
     codes = [0, 5] if session.posargs else [0]
     # Most of the time is spent in compilers, which use one core. Each of two processes takes half of the tests; the
     # first to finish takes over tests of the other.
@@ -112,8 +123,6 @@ def run_pytest(session: nox.Session, *args: str, x64: bool = False, **env: str) 
     # Modules are not compiled when they are installed: the first process that imports one keeps what it compiles.
     env = {**JAX_CACHE, "PYTHONDONTWRITEBYTECODE": "", **env}
     session.run("pytest", *args, *session.posargs, env=env, success_codes=codes)
-    if x64:
-        session.run("pytest", *args, *session.posargs, env={**env, "JAX_ENABLE_X64": "1"}, success_codes=codes)
 
 
 @nox.session
@@ -127,8 +136,14 @@ def tests(session: nox.Session, backend: str) -> None:
     install_only(session, backend, "test")
     backends = "numpy,array_api_strict,none" if backend == "numpy" else backend
     tests = KIT if backend in ALL else PARTS.get(backend, ["--pyargs", "portable_gpt2.testing"])
-    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", f"--backend={backends}", *tests]
-    run_pytest(session, *args, x64=backend == "jax", PORTABLE_GPT2_REQUIRE=backends)
+    args = ["-m", "not gpu", f"--ignore-glob={PARITY}", f"--backend={backends}"]
+    env = {"PORTABLE_GPT2_REQUIRE": backends}
+    if backend in XLA:
+        run_pytest(session, *args, *(f"--ignore={file}" for file in COMPILED_AS_USED), "tests", **env, **FAST_COMPILER)
+        tests = [*COMPILED_AS_USED, "--pyargs", "portable_gpt2.testing"]
+    run_pytest(session, *args, *tests, **env)
+    if backend == "jax":  # the tests of float64 need a process where JAX has this dtype
+        run_pytest(session, *args, *KIT, **env, JAX_ENABLE_X64="1")
     for name in TOGETHER if backend == "numpy" else []:
         run_pytest(session, f"--backend={name}", *PARTS[name], PORTABLE_GPT2_REQUIRE=name)
 
@@ -144,9 +159,12 @@ def equivalence(session: nox.Session) -> None:
     left = [f"--ignore={file}" for file in NUMPY_ALONE]
     args = ["-m", "not gpu", "--no-skips"]
     ours = [f"--ignore-glob={PARITY}", *left, "--backend=none"]
-    run_pytest(session, *args, *ours, PORTABLE_GPT2_REQUIRE=REQUIRED)
+    env = {"PORTABLE_GPT2_REQUIRE": REQUIRED}
+    run_pytest(session, *args, *ours, **env, **FAST_COMPILER)
     transformers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(PARITY))
-    run_pytest(session, *args, f"--backend={REQUIRED},none", *transformers, x64=True, PORTABLE_GPT2_REQUIRE=REQUIRED)
+    run_pytest(session, *args, f"--backend={REQUIRED},none", *transformers, **env)
+    # One test of float64 is left, in the first process and without a second one, which would import all frameworks.
+    run_pytest(session, *args, "-n", "0", "--backend=jax", "tests/test_parity.py", **env, JAX_ENABLE_X64="1")
 
 
 def short_tests(session: nox.Session, backend: str, kind: str, *options: str) -> None:
@@ -191,7 +209,9 @@ def properties(session: nox.Session) -> None:
     """Run all tests with 10,000 examples for each property, on all frameworks. This takes hours."""
     install(session, "all", "test")
     args = ["-m", "not gpu", f"--ignore-glob={PARITY}", "--no-skips", f"--backend={REQUIRED},none", *KIT]
-    run_pytest(session, *args, x64=True, PORTABLE_GPT2_REQUIRE=REQUIRED, HYPOTHESIS_PROFILE="thorough")
+    env = {"PORTABLE_GPT2_REQUIRE": REQUIRED, "HYPOTHESIS_PROFILE": "thorough"}
+    run_pytest(session, *args, **env)
+    run_pytest(session, *args, **env, JAX_ENABLE_X64="1")
 
 
 @nox.session(default=False)

@@ -63,8 +63,8 @@ def torchrun(n, *arguments):
 
 @pytest.fixture(scope="module")
 def on_jax(directory, jax):
-    meshes = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    return run([sys.executable, str(SUPPORT), "jax", str(directory), *ON_JAX], **meshes)
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last number counts
+    return run([sys.executable, str(SUPPORT), "jax", str(directory), *ON_JAX], XLA_FLAGS=devices)
 
 
 @pytest.fixture(scope="module")

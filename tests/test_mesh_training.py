@@ -47,7 +47,7 @@ def name_of(engine, sizes, shard):
 
 def started(engine, directory, tasks, n_ranks=1):
     """Start the processes of one script."""
-    devices = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"  # compiles faster
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last number counts
     env = {**os.environ, "JAX_ENABLE_X64": "1", "XLA_FLAGS": devices, "OMP_NUM_THREADS": "1"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -275,7 +275,8 @@ def test_kernels_and_threads_change_nothing(backend, settings):
         pytest.skip("the settings are for CPUs")
     if backend.compiles_per_shape and settings == SETTINGS[1]:
         pytest.skip("compiling takes long, and the other settings are tested")
-    settings |= {"MKL_ENABLE_INSTRUCTIONS": "AVX2" if settings["OMP_NUM_THREADS"] == "1" else "SSE4_2"}
+    threads = settings["OMP_NUM_THREADS"]
+    settings |= {"OPENBLAS_NUM_THREADS": threads, "MKL_ENABLE_INSTRUCTIONS": "AVX2" if threads == "1" else "SSE4_2"}
     code = f"""
         import portable_gpt2 as pg
         print(pg.GPT2.load("shakespeare", backend={backend.name!r}, reproducible=True).fingerprint())
