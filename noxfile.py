@@ -64,8 +64,9 @@ SHORT = [
 DEPENDENCIES = [
     f"tests/test_{name}.py" for name in ("files", "first_use", "hub", "plot", "tokenizer_files", "training_data")
 ]
-# XLA compiles for JAX and TensorFlow. These modules of the kit and these files are about the numbers, the kernels and the
-# memory of what it compiles, and run with its own options. The others run with options that halve the time of compiling.
+# XLA compiles for JAX and TensorFlow. These modules of the kit and these files are about the numbers, the kernels and
+# the memory of what it compiles, and run with its own options. The others run with options that halve the time of
+# compiling.
 XLA = ["tensorflow", "jax"]
 NUMBERS = [f"portable_gpt2.testing.{name}" for name in ("ops", "model.test_logits", "model.test_text", "training")]
 COMPILED_AS_USED = [

@@ -16,7 +16,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads, which NumPy uses, do spin: a test took six times as long
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would spin: a test took six times as long
 os.environ.setdefault("ARRAY_API_STRICT_API_VERSION", "2024.12")
 # On an accelerator, no framework may reserve all of the memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -175,3 +175,10 @@ def test_a_failed_claim_shows_every_form():
 def test_every_op_has_a_bound_and_is_compared_with_numpy():
     """Catches an op that is added and not tested on the backends."""
     assert {operation.op for operation in OPERATIONS.values()} == {getattr(ops, name) for name in ops.__all__}
+
+
+def test_recorded_ratios_are_floats():
+    """Catches NumPy's float64, which a worker of pytest-xdist cannot send: it crashes, and another takes its place."""
+    with claims.recording():
+        claims.keep("an op", "a place", "float32", np.float64(0.5))
+        assert [(*key, type(ratio)) for *key, ratio in claims.recorded()] == [("an op", "a place", "float32", float)]

@@ -210,9 +210,12 @@ def record(op: str, backend: Any, dtype: str, ratio: float) -> None:
 
 
 def keep(op: str, where: str, dtype: str, ratio: float) -> None:
-    """Keep a ratio that another process recorded, if it is the largest."""
+    """Keep a ratio that another process recorded, if it is the largest.
+
+    It is kept as a float, because a worker of pytest-xdist cannot send NumPy's float64, and crashes at its end.
+    """
     key = (op, where, dtype)
-    _WORST[key] = max(ratio, _WORST.get(key, 0.0))
+    _WORST[key] = max(float(ratio), _WORST.get(key, 0.0))
 
 
 def table() -> list[str]:
