@@ -90,6 +90,7 @@ class ByDefinition:
 
     def add(self, x, y):
         self.ops.append("add")
+        assert x.ndim >= y.ndim  # as Interpreter.add promises
         return x + y
 
     def formula(self, name, arrays, options):
@@ -143,3 +144,24 @@ def test_the_gradient_of_a_mean_has_the_factor_1_unless_given():
     p = pg.softmax(logits) - np.eye(3)[targets]
     np.testing.assert_allclose(backward()["logits"], p / 4, rtol=1e-12)
     np.testing.assert_allclose(backward(3.0)["logits"], 3 * p / 4, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [pg.loss, gradients.loss], ids=["loss", "hand-written gradient"])
+def test_tokens_that_are_floats_are_refused(loss):
+    """Catches an error from within the tape, whose variables have a dtype and few functions."""
+    params = on_backend(pg.get_backend("numpy"), random_weights(CONFIGS["as published"]))
+    with pytest.raises(TypeError, match=r"^embed: ids has dtype float32; expected int"):
+        loss(params, TOKENS.astype(np.float32), CONFIGS["as published"])
+
+
+def test_the_loss_of_16_bit_parameters_has_32_bits_and_its_gradient_16():
+    """Catches logits whose loss is computed in float16, and a gradient in another dtype than the parameter's."""
+    config, backend = CONFIGS["as published"], pg.get_backend("numpy")
+    wide, narrow = (on_backend(backend, random_weights(config), dtype) for dtype in ("float32", "float16"))
+    (expected, back), (value, backward) = (gradients.loss(params, TOKENS, config) for params in (wide, narrow))
+    assert value.dtype == np.float32
+    assert float(value) == pytest.approx(float(expected), rel=1e-3)
+    truth = dict(flatten(back()))
+    for path, x in flatten(backward()):
+        assert x.dtype == np.float16, path
+        np.testing.assert_allclose(x, truth[path], rtol=0.05, atol=0.01 * abs(truth[path]).max() + 1e-6, err_msg=path)

@@ -280,11 +280,12 @@ def test_a_cache_that_cannot_be_made_is_refused(backend, options, error, message
 
 
 def test_the_smallest_cache_holds_one_token(backend):
-    """Catches a least size of 2, and padding that may not leave room for one token alone."""
-    params, ids = params_and_tokens(backend, PLAIN, np.asarray([[7]], np.int32))
-    logits, cache = pg.gpt2(params, ids, PLAIN, a_cache(params, batch=1, capacity=1))
+    """Catches a least size of 2, for the layers as well, and padding that may not leave room for one token alone."""
+    config = pg.GPT2Config(**{**vars(PLAIN), "n_layer": 1})
+    params, ids = params_and_tokens(backend, config, np.asarray([[7]], np.int32))
+    logits, cache = pg.gpt2(params, ids, config, pg.new_cache(params, config, batch=1, capacity=1))
     assert (backend.shape(logits), cache.position) == ((1, 1, 101), 1)
-    padding = a_cache(params, capacity=8, padding=[7]).padding
+    padding = pg.new_cache(params, config, capacity=8, padding=[7]).padding
     assert (backend.to_numpy(padding).tolist(), backend.device(padding)) == ([7], backend.device(params["wte"]))
 
 
@@ -307,7 +308,7 @@ def test_a_cache_does_not_shrink_nor_grow_beyond_the_memory(backend):
         ValueError, match=f"a cache of 1,000,000,000,000,000 tokens would take {size:,.1f} GiB of memory"
     ):
         pg.grow_cache(two, 10**15)
-    with pytest.raises(ValueError, match="has 0 arrays for k and 0 arrays for v; expected a cache from new_cache"):
+    with pytest.raises(ValueError, match=r"has 0 arrays for k and 0 arrays for v; expected a cache from new_cache$"):
         pg.grow_cache(pg.KVCache((), ()), 7)
 
 
@@ -331,7 +332,7 @@ def test_a_cache_is_looked_at_before_it_grows(backend, case):
         pg.grow_cache(None, 96)
     other = pg.get_backend("array_api_strict" if backend.name == "numpy" else "numpy")
     stranger = a_cache(on_backend(other, random_weights(PLAIN)))
-    with pytest.raises(TypeError, match=f"^the cache has arrays of {backend.name} and of {other.name}; make a new"):
+    with pytest.raises(TypeError, match=rf"^the cache has arrays of {backend.name} and of {other.name}; make a new"):
         pg.grow_cache(cache._replace(k=(cache.k[0], stranger.k[1])), 96)
 
 
