@@ -337,10 +337,11 @@ def _tape_of(backend: Backend) -> Backend:
         }
         xp = SimpleNamespace(
             float32=backend.xp.float32,
+            int64=backend.xp.int64,
             isdtype=backend.xp.isdtype,
             permute_dims=recorded(permute_dims),
             reshape=recorded(lambda x, s: (xp.reshape(x, s), lambda dy: {"x": xp.reshape(dy, shape(x))})),
-            astype=recorded(lambda x, to: (xp.astype(x, to), lambda dy: {"x": xp.astype(dy, x.dtype)})),
+            astype=recorded(lambda x, to, copy=True: (xp.astype(x, to), lambda dy: {"x": xp.astype(dy, x.dtype)})),
         )
         shape = staticmethod(lambda x: shape(x.array))
         peek = staticmethod(lambda x: backend.peek(x.array))
