@@ -294,12 +294,9 @@ class Run:
         params, moments = tensors_of(state) if trainer is None else trainer.tensors(state)
 
         def write(tensors: Mapping[str, StoredTensor]) -> None:
-            self._write(
-                state.step,
-                held_out,
-                {path: tensors[path] for path in params},
-                {name: tensors[name] for name in moments},
-            )
+            with contextlib.nullcontext() if self._metrics is not None else _locked(self.directory):
+                of_params, of_moments = ({name: tensors[name] for name in each} for each in (params, moments))
+                self._write(state.step, held_out, of_params, of_moments)
 
         if mesh is None:
             write(params | moments)
@@ -313,20 +310,8 @@ class Run:
         params: Mapping[str, StoredTensor],
         moments: Mapping[str, StoredTensor],
     ) -> None:
-        if self._metrics is not None:
-            self._save(step, held_out, params, moments, self._metrics.end())
-            return
-        with _locked(self.directory):
-            self._save(step, held_out, params, moments, records.end_of(self.metrics()))
-
-    def _save(
-        self,
-        step: int,
-        held_out: float | None,
-        params: Mapping[str, StoredTensor],
-        moments: Mapping[str, StoredTensor],
-        metrics: records.End,
-    ) -> None:
+        """Write a checkpoint of a run that is locked."""
+        metrics = records.end_of(self.metrics()) if self._metrics is None else self._metrics.end()
         inside, before = self.directory / _INSIDE, _read_pointers(self.directory)
         saved = _Saved(integer("the step", step), held_out, {})
         params, moments = _finite(params), _finite(moments)
