@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from portable_gpt2.backend import Backend
+from portable_gpt2.host import TIMEOUT_VARIABLE, ProcessLost, mesh_timeout
 from portable_gpt2.numerics import Numerics
 
 # By default, JAX multiplies float32 in TF32 on a GPU.
@@ -372,10 +374,15 @@ class JaxBackend(Backend):
         return _replicated(x)
 
     def to_numpy(self, x: Any) -> np.ndarray:
-        is_known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-        if is_known and not (x.is_fully_addressable or x.is_fully_replicated):
-            x = _gather(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)  # other processes have parts of it
-        return np.asarray(x)
+        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or x.is_fully_addressable:
+            return np.asarray(x)
+
+        def read() -> np.ndarray:  # other processes have parts of x, or take part in computing it
+            whole = NamedSharding(x.sharding.mesh, PartitionSpec())
+            return np.asarray(x if x.is_fully_replicated else _gather(whole)(x))
+
+        found: np.ndarray = _awaited(read)
+        return found
 
     def write(self, buffer: Any, value: Any, start: Any) -> Any:
         return _write(buffer, value, start)
@@ -423,7 +430,7 @@ class JaxBackend(Backend):
         )
         mapped = jax.shard_map(fn, mesh=mesh, in_specs=tuple(given), out_specs=returned, check_vma=False)
         compiled: Callable[..., Any] = jax.jit(mapped, donate_argnums=donate)
-        return compiled
+        return compiled if jax.process_count() == 1 else lambda *args: _awaited(lambda: compiled(*args))
 
     def all_sum(self, x: Any, axis: Any) -> Any:
         return jax.lax.psum(x, axis)
@@ -433,6 +440,9 @@ class JaxBackend(Backend):
 
     def all_concat(self, x: Any, axis: Any, along: int = -1) -> Any:
         return jax.lax.all_gather(x, axis, axis=along % x.ndim, tiled=True)
+
+    def all_sum_part(self, x: Any, axis: Any, along: int) -> Any:
+        return jax.lax.psum_scatter(x, axis, scatter_dimension=along, tiled=True)
 
     def compile(self, fn: Callable[..., Any], *bound: Any, donate: tuple[str, ...] = ()) -> Callable[..., Any]:
         # The compiled function takes the parameters as arguments. With the parameters of the 124M model as constants,
@@ -460,14 +470,58 @@ def _join() -> None:
     number, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
     try:
         # Without numbers, JAX finds them itself under Slurm, Open MPI and Kubernetes.
+        # If a process sends no heartbeats, JAX aborts the others. They should report an error before.
+        timeout = math.ceil(mesh_timeout())
         jax.distributed.initialize(
-            num_processes=None if count is None else int(count), process_id=None if number is None else int(number)
+            num_processes=None if count is None else int(count),
+            process_id=None if number is None else int(number),
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=timeout + 60,
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"JAX_COORDINATOR_ADDRESS is set, and the processes cannot connect (JAX_NUM_PROCESSES is {count}, "
             f"JAX_PROCESS_ID is {number}): {error}"
         ) from error
+
+
+def _awaited(fn: Callable[[], Any]) -> Any:
+    """Return ``fn()``, which may wait for other processes. JAX would wait for a process that hangs without end.
+
+    Raises
+    ------
+    ProcessLost
+        If another process has ended, or does not answer in time.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    results: list[Any] = []
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            results.append(fn())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # a thread that waits in JAX cannot be interrupted
+    thread.start()
+    thread.join(seconds := mesh_timeout())
+    if errors:
+        (error,) = errors
+        # NumPy raises the ValueError, for an array whose computation has failed.
+        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and str(error).startswith(_STATUSES):
+            raise ProcessLost(str(error).partition("\n")[0]) from error
+        raise error
+    if not results:
+        raise ProcessLost(
+            f"the results of the other processes did not come within {seconds:.0f} s ({TIMEOUT_VARIABLE})"
+        )
+    return results[0]
+
+
+_STATUSES = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "FAILED_PRECONDITION")
+"""The statuses of operations that fail because another process is lost, with which XLA's messages begin."""
 
 
 def _device_name(device: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import functools
 import inspect
 import math
@@ -16,6 +17,7 @@ import os
 import re
 import struct
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from portable_gpt2.backend import Backend, subclass_refusal
-from portable_gpt2.host import CheckpointError, ProcessLost, StoredTensor
+from portable_gpt2.host import TIMEOUT_VARIABLE, CheckpointError, ProcessLost, StoredTensor, mesh_timeout
 from portable_gpt2.numerics import Numerics
 
 _FLOATS = {
@@ -682,7 +684,7 @@ class TorchBackend(Backend):
     def to_numpy(self, x: Any) -> np.ndarray:
         x = x.detach()
         if _is_distributed(x):
-            with _reporting_losses():
+            with _reporting_losses("the parts of an array"):
                 x = x.full_tensor()
         x = x.cpu().resolve_neg()
         if x.dtype == torch.bfloat16:
@@ -777,8 +779,9 @@ class TorchBackend(Backend):
 
     def mesh(self, sizes: Mapping[str, int]) -> Any:
         import torch.distributed as distributed
-        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.device_mesh import DeviceMesh
 
+        timeout = datetime.timedelta(seconds=mesh_timeout())
         n, given = math.prod(sizes.values()), ",".join(f"{name}={size}" for name, size in sizes.items())
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         if not distributed.is_initialized():
@@ -788,7 +791,8 @@ class TorchBackend(Backend):
                     _PROCESS_GROUPS[device.type], store=distributed.HashStore(), rank=0, world_size=1
                 )
             elif n == found:
-                distributed.init_process_group(_PROCESS_GROUPS[device.type])
+                with _reporting_losses("the connection with the other processes"):
+                    distributed.init_process_group(_PROCESS_GROUPS[device.type], timeout=timeout)
         else:
             found = distributed.get_world_size()
         if n != found:
@@ -798,7 +802,18 @@ class TorchBackend(Backend):
             )
         if device.type != "cpu":
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-        return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        # `init_device_mesh` would make groups that wait for half an hour.
+        ranks, groups = torch.arange(n).reshape(*sizes.values()), []
+        with _reporting_losses("the connection with the other processes"):
+            for i, size in enumerate(sizes.values()):
+                rows = ranks.movedim(i, -1).reshape(-1, size).tolist()
+                is_whole = size == n  # the processes already have this group
+                groups.append(
+                    distributed.group.WORLD
+                    if is_whole
+                    else distributed.new_subgroups_by_enumeration(rows, timeout=timeout)[0]
+                )
+        return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=tuple(sizes))
 
     def mesh_sizes(self, mesh: Any) -> dict[str, int] | None:
         if type(mesh).__name__ != "DeviceMesh":
@@ -837,9 +852,21 @@ class TorchBackend(Backend):
         parts = [
             torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size(axis))
         ]
-        with _reporting_losses():
+        with _reporting_losses("the values of", axis):
             distributed.all_gather(parts, x.contiguous(), group=axis)
         return torch.cat(parts, along)
+
+    def all_sum_part(self, x: Any, axis: Any, along: int) -> Any:
+        import torch.distributed as distributed
+
+        # PyTorch 2.13 warns of the older name. Gloo sums the whole and takes the part; NCCL sends half of the messages.
+        name = "single" if hasattr(distributed, "reduce_scatter_single") else "tensor"
+        parts = x.chunk(distributed.get_world_size(axis), along)
+        part = torch.empty(parts[0].numel(), dtype=x.dtype, device=x.device)
+        with _reporting_losses("a sum with", axis):
+            given = torch.cat([each.reshape(-1) for each in parts])
+            getattr(distributed, f"reduce_scatter_{name}")(part, given, group=axis)
+        return part.reshape(parts[0].shape)
 
     def value_and_grad(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def differentiated(tree: Any, *args: Any) -> tuple[Any, Any]:
@@ -970,18 +997,26 @@ def _reduced(x: Any, group: Any, name: str) -> Any:
     import torch.distributed as distributed
 
     x = x.clone(memory_format=torch.contiguous_format)
-    with _reporting_losses():
+    with _reporting_losses("a sum with" if name == "SUM" else "a maximum with", group):
         distributed.all_reduce(x, getattr(distributed.ReduceOp, name), group=group)
     return x
 
 
 @contextlib.contextmanager
-def _reporting_losses() -> Iterator[None]:
-    """Convert the error of a collective operation, in which a process waits for the others, to a `ProcessLost`."""
+def _reporting_losses(what: str, group: Any = None) -> Iterator[None]:
+    """Convert the error of an operation in which a process waits for the others to a `ProcessLost`."""
+    start = time.monotonic()
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost(str(error)) from error
+        if group is not None:
+            what += f" the {group.size() - 1} other processes along an axis of the mesh"
+        seconds = time.monotonic() - start
+        if seconds > 0.9 * mesh_timeout():
+            raise ProcessLost(f"{what} did not come within {seconds:.0f} s ({TIMEOUT_VARIABLE})") from error
+        # PyTorch's message has a place in its source before the first sentence, and advice after it.
+        line = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+        raise ProcessLost(f"{what} failed: {line}") from error
 
 
 def _dimension(mesh: Any, name: str) -> int:

@@ -28,7 +28,8 @@ class Backend:
       `resolve_device`, `device`, `placement`; `put`, `to_numpy`, `peek`, `read_checkpoint`; `shape`, `arange`, `zeros`,
       `write`, `index_add`, `split`; `compile`, `value_and_grad`, `while_loop`, `for_each`, `relayout`, `write_graph`;
       `runs_ahead`, `fetch`, `top_k`, `gumbel`, `permit_64_bits`; `process`, `mesh`, `mesh_sizes`, `from_parts`,
-      `on_mesh`, `all_sum`, `all_max`, `all_concat`, `all_copy`; `enclosure`, `working_precision`. Each has a default.
+      `on_mesh`, `all_sum`, `all_sum_part`, `all_max`, `all_concat`, `all_copy`; `enclosure`, `working_precision`. Each
+      has a default.
     - It inherits the constructor, `default_device`, `dtype_names`, `dtype` and `from_numpy`.
 
     Four rules hold for all members:
@@ -477,6 +478,13 @@ class Backend:
 
     def all_concat(self, x: Any, axis: Any, along: int = -1) -> Any:
         """Return the arrays x of all devices along an axis of a mesh, joined along the axis `along` of the arrays."""
+        raise NotImplementedError
+
+    def all_sum_part(self, x: Any, axis: Any, along: int) -> Any:
+        """Return this device's part of ``all_sum(x, axis)``, which is divided over the devices along an axis of x.
+
+        It needs half of the messages of `all_sum`.
+        """
         raise NotImplementedError
 
     def all_copy(self, x: Any, axis: Any) -> Any:

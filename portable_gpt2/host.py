@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +25,28 @@ class TokenizerError(CheckpointError):
 
 
 class ProcessLost(RuntimeError):
-    """Another process of a mesh has ended, or does not answer. The message is the framework's."""
+    """Another process of a mesh has ended, or does not answer. The message says what this process waited for."""
+
+
+TIMEOUT_VARIABLE = "PORTABLE_GPT2_MESH_TIMEOUT"
+
+
+def mesh_timeout() -> float:
+    """Return the seconds for which a process of a mesh waits for the others: PORTABLE_GPT2_MESH_TIMEOUT, or 600.
+
+    Raises
+    ------
+    ValueError
+        If the variable is not a number above 0.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e6:
+        raise ValueError(f"{TIMEOUT_VARIABLE} is {text!r}; expected a number of seconds above 0 and below a million")
+    return seconds
 
 
 class StoredTensor(NamedTuple):

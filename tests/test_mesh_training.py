@@ -30,9 +30,12 @@ ON_TORCH = [
     *([("torch", "data=2", False)] if ALL else []),
     ("torch", "data=2", True),
 ]
-TRAINED = [*MESHES, *SHARDED, *ON_TORCH]
+# Meshes of more processes: four of PyTorch, and two of JAX.
+ON_MORE = [("torch-of-4", "data=2,model=2", True), ("jax-of-2", "data=2", False), ("jax-of-2", "model=2", False)]
+TRAINED = [*MESHES, *SHARDED, *ON_TORCH, *(ON_MORE if ALL else [])]
 by_name = {"ids": lambda each: f"{each[0]}, {each[1]}{', sharded' if each[2] else ''}"}
 
+TEXT = "to be or not to be, that is the question. " * 40
 SILENCE = (b"", b"")
 COMMAND = [
     *("train", "--backend", "torch", "--mesh", "data=2", "--data", "text.txt", "--vocab-size", "259"),
@@ -45,7 +48,7 @@ def name_of(engine, sizes, shard):
     return f"{engine}-{sizes}{'-sharded' * shard}"
 
 
-def started(engine, directory, tasks, n_ranks=1):
+def started(engine, directory, tasks, n_ranks=1, **environment):
     """Start the processes of one script."""
     devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last number counts
     env = {**os.environ, "JAX_ENABLE_X64": "1", "XLA_FLAGS": devices, "OMP_NUM_THREADS": "1"}
@@ -54,16 +57,32 @@ def started(engine, directory, tasks, n_ranks=1):
         port = str(free.getsockname()[1])
     if engine == "torch":
         env |= {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
+    elif n_ranks > 1:
+        env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(n_ranks), "XLA_FLAGS": ""}
+    env |= environment
     arguments = [sys.executable, support.__file__, engine, str(directory), json.dumps(tasks)]
     return [
-        subprocess.Popen(arguments, env={**env, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            arguments,
+            env={**env, "RANK": str(rank), "JAX_PROCESS_ID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for rank in range(n_ranks)
     ]
 
 
-def ended(processes):
-    """Wait for the processes. Return what each wrote to stdout and stderr, and their statuses."""
+def ended(processes, stopped=None):
+    """Wait for the processes. Return what each wrote to stdout and stderr, and their statuses.
+
+    A process that is stopped gets killed after the others have ended.
+    """
     try:
+        if stopped is not None:
+            for process in processes:
+                if process is not processes[stopped]:
+                    process.wait(timeout=120)
+            processes[stopped].kill()
         outputs = [process.communicate(timeout=900) for process in processes]
     finally:
         for process in processes:
@@ -75,7 +94,7 @@ def ended(processes):
 def directory(tmp_path_factory, jax, torch):
     """Train on all meshes, and return the directory that has the runs and the results of each process."""
     found = tmp_path_factory.mktemp("meshes")
-    (found / "text.txt").write_text("to be or not to be, that is the question. " * 40)
+    (found / "text.txt").write_text(TEXT)
     tasks = [["whole", name_of("jax", sizes, shard), sizes, shard] for _, sizes, shard in (*MESHES, *SHARDED)]
     tasks += [
         ["whole", "moving", "data=2,model=2", False, 15],
@@ -94,6 +113,12 @@ def directory(tmp_path_factory, jax, torch):
         ["told", *COMMAND, "--out", "odd", "--steps", "8", "--batch-size", "3"],
     ]
     assert ended(started("torch", found, tasks, 2)) == ([SILENCE] * 2, [0] * 2)
+    for engine, n in (("torch", 4), ("jax", 2)) if ALL else ():
+        (found / engine).mkdir()
+        tasks = [["whole", f"../{name_of(*each)}", *each[1:]] for each in ON_MORE if each[0].startswith(engine)]
+        outputs, statuses = ended(started(engine, found / engine, tasks, n))
+        assert statuses == [0] * n, outputs
+        assert [err for _, err in outputs] == [b""] * n  # gloo writes to stdout that it is connected
     support.trained(found / "one", one_device())
     return found
 
@@ -188,17 +213,24 @@ def test_a_batch_that_cannot_be_divided_is_refused(directory):
     assert not (directory / "odd").exists()
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_if_a_process_is_killed_the_others_end_and_the_run_goes_on(directory, tmp_path, number):
-    """Catches a process that waits for the one that was killed, and a traceback."""
-    (tmp_path / "text.txt").write_bytes((directory / "text.txt").read_bytes())
+HOW = [("SIGKILL", 0), ("SIGKILL", 1), ("SIGSTOP", 1)]
+
+
+@pytest.mark.parametrize(("how", "number"), HOW, ids=str)
+def test_if_a_process_is_killed_or_hangs_the_others_end_and_the_run_goes_on(torch, tmp_path, how, number):
+    """Catches a process that waits for the other one forever, and a traceback."""
+    (tmp_path / "text.txt").write_text(TEXT)
     out = ["--out", str(tmp_path / "run"), "--steps", "8"]
-    processes = started("torch", tmp_path, [["killed", number, 6, *COMMAND, *out]], 2)
-    assert ended(processes) == ([SILENCE] * 2, [-signal.SIGKILL * (number == i) for i in range(2)])
+    hangs = how == "SIGSTOP"
+    timeout = {"PORTABLE_GPT2_MESH_TIMEOUT": "5"} if hangs else {}
+    processes = started("torch", tmp_path, [["killed", how, number, 6, *COMMAND, *out]], 2, **timeout)
+    found = ended(processes, number if hangs else None)
+    assert found == ([SILENCE] * 2, [-signal.SIGKILL * (number == i) for i in range(2)])
     status, written, err, seconds = json.loads((tmp_path / f"torch-0-{1 - number}.json").read_text())
     assert (status, written, seconds < 30) == (2, "", True)
     last = err.splitlines()[-1]
-    assert last.startswith("portable-gpt2: another process of the mesh has ended, or does not answer (")
+    assert last.startswith("portable-gpt2: another process of the mesh has ended, or does not answer: ")
+    assert ("along an axis of the mesh did not come within 5 s (PORTABLE_GPT2_MESH_TIMEOUT); to con" in last) == hangs
     assert last.endswith(f"portable-gpt2 train --resume --out {tmp_path / 'run'}")
     assert len(err.splitlines()) == (1 if number == 0 else 4)
     assert Run.open(tmp_path / "run").last["step"] == 4

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from ..host import ProcessLost
 from ..mesh import MeshError
@@ -89,8 +89,6 @@ _PATIENCE = 60
 
 torchrun ends all processes as soon as one of them has failed.
 """
-_LOST = ("gloo", "nccl", "connection", "coordination service", "peer", "socket")
-"""Words in the messages of frameworks if another process of a mesh has ended."""
 
 
 def run(argv: list[str] | None) -> int:
@@ -101,9 +99,12 @@ def run(argv: list[str] | None) -> int:
     """
     if argv is None and (number := _process_number(sys.argv[1:])) is not None:
         streams.share(number == 0)
-    status = FAILED
+    status: Any = None
     try:
-        status = _run(argv)
+        return (status := _run(argv))
+    except SystemExit as ended:
+        status = ended.code
+        raise
     finally:
         if status == FAILED and streams.is_shared() and streams.is_silent() and "TORCHELASTIC_RUN_ID" in os.environ:
             time.sleep(_PATIENCE)
@@ -115,8 +116,6 @@ def _process_number(arguments: Sequence[str]) -> int | None:
 
     An error of the arguments is reported before the processes are connected.
     """
-    if arguments[:1] == ["train"]:  # it silences its processes itself
-        return None
     if not any(each == "--mesh" or each.startswith("--mesh=") for each in arguments):
         return None
     found = (os.environ.get(name, "") for name in ("RANK", "JAX_PROCESS_ID"))
@@ -140,32 +139,25 @@ def _run(argv: list[str] | None) -> int:
         return _failed(str(error))
     except MeshError as error:
         return _failed(str(error))
+    except ProcessLost as error:
+        signals.ignore()  # torchrun sends one to each process that is left, while it ends
+        status = _failed(f"another process of the mesh has ended, or does not answer: {error}", always=True)
+        if streams.is_shared():
+            os._exit(status)  # a framework would wait for the other processes
+        return status
     except Exception as error:
         if _is_out_of_memory(error):
             if streams.is_silent():  # process 0 does not know the reason
                 streams.say(f"portable-gpt2: out of memory in another process of the mesh: {error}", always=True)
                 os._exit(FAILED)
             return _failed(f"out of memory: {error}")
-        if streams.is_shared() and _is_lost(error):
-            _leave(f"another process of the mesh has ended, or cannot be reached: {error}")
         streams.speak()
         raise
 
 
-def _leave(message: str) -> NoReturn:
-    """Report an error and end the process at once: a framework would wait for the other processes."""
-    streams.say(f"portable-gpt2: {' '.join(message.split())}", always=not streams.is_silent())
-    os._exit(FAILED)
-
-
-def _failed(message: str) -> int:
-    streams.say(f"portable-gpt2: {' '.join(message.split())}")
+def _failed(message: str, *, always: bool = False) -> int:
+    streams.say(f"portable-gpt2: {' '.join(message.split())}", always=always)
     return FAILED
-
-
-def _is_lost(error: Exception) -> bool:
-    """Return whether another process of a mesh has ended, by the class or the message of a framework's error."""
-    return isinstance(error, ProcessLost) or any(word in str(error).lower() for word in _LOST)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -64,23 +64,21 @@ def prepare() -> None:
         sys.stderr = io.TextIOWrapper(courtesy, encoding, "backslashreplace", line_buffering=True)
 
 
-def silence() -> None:
-    """Write no text, messages or warnings from now on: process 0 of a mesh writes them. Tracebacks are still shown."""
-    _silent.append(True)
-    warnings.simplefilter("ignore")
-
-
 def is_silent() -> bool:
     """Return whether another process writes for this one."""
     return bool(_silent)
 
 
 def share(is_first: bool) -> None:
-    """Leave stdout and stderr to the first process of a mesh. The others write nothing.
+    """Leave stdout and stderr to the first process of a mesh. The others write no text, messages or warnings.
 
-    Libraries that connect processes write messages to the descriptor of stdout. These are dropped in all processes.
+    Libraries that connect processes write messages to the descriptor of stdout. These are dropped in all processes. In
+    a process of another program, the descriptors are not changed.
     """
-    if not _is_prepared:  # the process belongs to another program
+    _silent[:] = [] if is_first else [True]
+    if not is_first:
+        warnings.simplefilter("ignore")
+    if not _is_prepared:
         return
     if not _kept:
         _kept.extend((os.dup(_STDOUT), os.dup(_STDERR)))
@@ -91,7 +89,6 @@ def share(is_first: bool) -> None:
             os.dup2(kept, descriptor, inheritable=descriptor == _STDERR)
         else:
             _to_null(descriptor)
-    _silent[:] = [] if is_first else [True]
 
 
 def is_shared() -> bool:

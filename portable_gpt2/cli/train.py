@@ -18,7 +18,7 @@ from ..backend import Backend
 from ..checkpoint import cast, read_checkpoint
 from ..config import GPT2Config
 from ..host import ProcessLost, StoredTensor
-from ..mesh import MODEL, Mesh, MeshError
+from ..mesh import MODEL, Mesh
 from ..params import Params, check_memory, count, initial_tensors, nest
 from ..registry import get_backend
 from ..tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from ..training.recipe import Recipe
 from ..training.run import Run, check_new
 from ..training.trainer import State, Trainer, micro_batch_tokens
 from . import signals, streams
-from .options import FAILED, add_backend, add_fields, at_least, flag, given_fields, progress, sizes
+from .options import add_backend, add_fields, at_least, flag, given_fields, progress, sizes
 from .texts import Texts
 
 _SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ctx": 256}
@@ -146,19 +146,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return _run(arguments)
     except ProcessLost as error:
-        signals.ignore()  # torchrun sends one to each process that is left, while it ends
-        # PyTorch's message has a place in its source before the first sentence, and advice after it.
-        line = str(error).partition("\n")[0]
-        said = (line.partition("] ")[2] if line.startswith("[") else line).partition(". ")[0]
-        streams.say(
-            f"portable-gpt2: another process of the mesh has ended, or does not answer ({said}); to continue from the "
-            f"last checkpoint, on any mesh: portable-gpt2 train --resume --out {arguments.out}",
-            always=True,
-        )
-        return FAILED
-    except MeshError as error:
-        streams.say(f"portable-gpt2: {error}")
-        return FAILED
+        raise ProcessLost(
+            f"{error}; to continue from the last checkpoint, on any mesh: portable-gpt2 train --resume --out "
+            f"{arguments.out}"
+        ) from error
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -241,14 +232,11 @@ def _resume(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
 
 
 def _mesh(arguments: argparse.Namespace, backend: Backend) -> Mesh | None:
-    """Return the mesh. The processes other than process 0 write no messages from now on."""
+    """Return the mesh. From then on, only process 0 writes to stdout and stderr."""
     if arguments.mesh is None:
         return None
-    if backend.process()[0] > 0:  # this may be known already, and then an error below is written once
-        streams.silence()
     mesh = Mesh(backend, arguments.mesh)
-    if not mesh.is_first:
-        streams.silence()
+    streams.share(mesh.is_first)
     return mesh
 
 

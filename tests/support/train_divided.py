@@ -120,8 +120,8 @@ def told(engine, *arguments):
     return [status, texts.getvalue(), said.getvalue()]
 
 
-def killed(engine, number, step, *arguments):
-    """Kill one process in a step. The others return how long they still ran, and what they said."""
+def killed(engine, how, number, step, *arguments):
+    """Kill or stop one process in a step. The others return how long they still ran, and what they said."""
     rank = pg.get_backend(engine).process()[0]
     taken, original, start = 0, Trainer.step, [0.0]
 
@@ -131,7 +131,7 @@ def killed(engine, number, step, *arguments):
         if taken == step:
             start[0] = time.monotonic()
             if rank == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), getattr(signal, how))
         return original(self, *given)
 
     Trainer.step = counted
