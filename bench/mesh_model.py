@@ -323,17 +323,22 @@ def gradient(config: pg.GPT2Config, mesh: Mesh, batch: int, seq: int, dtype: str
 def update(config: pg.GPT2Config, mesh: Mesh, *, shard_optimizer: bool = False) -> list[Collective]:
     """Return the collectives that end a training step: the sums of the gradients and of the loss, and the norm.
 
-    Each tensor is summed by itself. With `shard_optimizer`, a device updates its part of each tensor whose moments are
-    divided, and the parts are gathered.
+    Each tensor is summed by itself. With `shard_optimizer`, a device gets its part of the sum of each tensor whose
+    moments are divided, updates this part of the tensor, and the parts are gathered. The norm then needs the sums of
+    squares of the other parts.
     """
-    found = []
+    found, squared = [], set()
     if mesh.data > 1:
         found += [Collective("the loss", "all-reduce", "data", WIDE)]
         for path, shape in shapes(config).items():
             size = held(path, shape, mesh.model) * WIDE
-            found += [Collective("gradients", "all-reduce", "data", size)]
             if shard_optimizer and is_divided(config, path, mesh):
+                found += [Collective("gradients", "reduce-scatter", "data", size)]
                 found += [Collective("parameters", "all-gather", "data", size)]
+                squared.add(size < math.prod(shape) * WIDE)  # whether it is divided over `model`
+            else:
+                found += [Collective("gradients", "all-reduce", "data", size)]
+        found += [Collective("the gradient's norm", "all-reduce", "data", WIDE)] * len(squared)
     if mesh.model > 1:
         found += [Collective("the gradient's norm", "all-reduce", "model", WIDE)]
     return found

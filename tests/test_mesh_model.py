@@ -338,7 +338,16 @@ def test_a_step_sends_its_gradients_once(paper):
     gathers = [each for each in sharded if each.kind == "all-gather"]
     biases = 3 * (3 * 8 + 20) // 2  # of c_attn and c_fc, whose only axis is divided over `model`
     assert sum(each.size for each in gathers) == 4 * (n - biases)
-    assert [each for each in sharded if each.kind != "all-gather"] == paper.training(TINY, mesh, 64, 5, 4, "bfloat16")
+    scattered = [each for each in sharded if each.kind == "reduce-scatter"]
+    assert [each.size for each in scattered] == [each.size for each in gathers]
+    squares = paper.Collective("the gradient's norm", "all-reduce", "data", 4)
+    assert sharded.count(squares) == 2  # of tensors that are divided over `model`, and of those that are not
+    summed = [each for each in sharded if each.kind == "all-reduce" and each != squares]
+    expected = paper.training(TINY, mesh, 64, 5, 4, "bfloat16")
+    summed += [each._replace(kind="all-reduce") for each in scattered]
+    assert sorted(summed) == sorted(expected)
+    alone = paper.Mesh(data=4)
+    assert paper.training(TINY, alone, 64, 5, 4, "bfloat16", shard_optimizer=True).count(squares) == 1
     assert paper.training(TINY, paper.Mesh(), 64, 5, 4, "bfloat16") == []
 
 

@@ -13,7 +13,7 @@ from ..config import GPT2Config
 from ..divided import Split
 from ..host import StoredTensor
 from ..mesh import DATA, MODEL, Mesh, Spec
-from ..params import Params, check_params, flatten, map_tree, nest, shapes
+from ..params import Params, check_params, flatten, nest, shapes
 from .optimizer import Moments, sum_of_squares, updated
 from .recipe import Recipe
 
@@ -179,10 +179,11 @@ class MeshSteps:
             n, batch, length = backend.shape(batches)
             micro_batches = backend.xp.reshape(batches, (n * batch // size, size, length))
             loss, grads = self._gradient(local, micro_batches, mesh.split(self.config.n_vocab))
-            loss, grads = self._mean_over_data(loss), map_tree(self._mean_over_data, grads)
+            loss, grads = self._mean_over_data(loss), self._summed(grads)
             norm = self._norm(grads)
-            parts = self._parts(local), self._parts(grads), Moments(*map(mesh.local, moments))
-            after, (m, v) = updated(*parts, rates, norm, self.recipe)
+            after, (m, v) = updated(
+                self._parts(local), grads, Moments(*map(mesh.local, moments)), rates, norm, self.recipe
+            )
             return mesh.divided(self._joined(after)), Moments(mesh.divided(m), mesh.divided(v)), loss, norm
 
         specs = (self._params_spec, self._moments_spec, mesh.on(None, DATA, None), (None,))
@@ -192,16 +193,34 @@ class MeshSteps:
         n = self.mesh.sizes[DATA]
         return x if n == 1 else self.mesh.sum_along(x, DATA) / n
 
+    def _summed(self, grads: Params) -> Params:
+        """Return the mean of the gradients of all devices along ``data``: this device's part where moments are divided.
+
+        A part is the sum of as many terms as an element of the whole, but the framework may add them in another order.
+        """
+        backend, n = self.mesh.backend, self.mesh.sizes[DATA]
+
+        def part(x: Any, axis: int) -> Any:
+            return backend.all_sum_part(x, backend.mesh_split(self.mesh.own, DATA)[1], axis) / n
+
+        return self._mapped(grads, part, self._mean_over_data)
+
     def _norm(self, grads: Params) -> Any:
         """Return the norm of the whole gradient. The gradient of a whole parameter is the same along ``model``."""
-        found = dict(flatten(grads))
-        whole = {path: x for path, x in found.items() if MODEL not in self.mesh.spec(path)}
-        total = sum_of_squares([*whole.values()])
-        if len(whole) < len(found):
-            total = total + self.mesh.sum_along(
-                sum_of_squares([x for path, x in found.items() if path not in whole]), MODEL
-            )
-        return self.mesh.backend.xp.sqrt(total)
+        of: dict[tuple[bool, bool], list[Any]] = {}  # by whether they are divided over ``model`` and over ``data``
+        for path, x in flatten(grads):
+            along_model = self.mesh.sizes[MODEL] > 1 and MODEL in self.mesh.spec(path)
+            of.setdefault((along_model, self._axes[path] is not None), []).append(x)
+        squares = {key: sum_of_squares(found) for key, found in of.items()}
+
+        def total(along_model: bool) -> Any:
+            found = squares.get((along_model, False), 0)
+            part = squares.get((along_model, True))
+            return found if part is None else found + self.mesh.sum_along(part, DATA)
+
+        if any(along_model for along_model, _ in of):
+            return self.mesh.backend.xp.sqrt(total(False) + self.mesh.sum_along(total(True), MODEL))
+        return self.mesh.backend.xp.sqrt(total(False))
 
     def _parts(self, tree: Params) -> Params:
         """Return this device's part along ``data`` of each tensor whose moments are divided."""
@@ -220,6 +239,9 @@ class MeshSteps:
             tree, lambda x, axis: backend.all_concat(x, backend.mesh_split(self.mesh.own, DATA)[1], axis)
         )
 
-    def _mapped(self, tree: Params, fn: Callable[[Any, int], Any]) -> Params:
+    def _mapped(
+        self, tree: Params, fn: Callable[[Any, int], Any], otherwise: Callable[[Any], Any] = lambda x: x
+    ) -> Params:
+        """Call one function with each tensor whose moments are divided, and their axis; another one with the others."""
         axes: Mapping[str, int | None] = self._axes
-        return nest({path: x if (axis := axes[path]) is None else fn(x, axis) for path, x in flatten(tree)})
+        return nest({path: otherwise(x) if (axis := axes[path]) is None else fn(x, axis) for path, x in flatten(tree)})
