@@ -803,16 +803,19 @@ class TorchBackend(Backend):
         if device.type != "cpu":
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         # `init_device_mesh` would make groups that wait for half an hour.
-        ranks, groups = torch.arange(n).reshape(*sizes.values()), []
+        groups, stride = [], n
         with _reporting_losses("the connection with the other processes"):
-            for i, size in enumerate(sizes.values()):
-                rows = ranks.movedim(i, -1).reshape(-1, size).tolist()
+            for size in sizes.values():
+                stride //= size
+                firsts = [first for first in range(n) if first // stride % size == 0]
+                rows = [[*range(first, first + size * stride, stride)] for first in firsts]
                 is_whole = size == n  # the processes already have this group
                 groups.append(
                     distributed.group.WORLD
                     if is_whole
                     else distributed.new_subgroups_by_enumeration(rows, timeout=timeout)[0]
                 )
+        ranks = torch.arange(n).reshape(*sizes.values())
         return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=tuple(sizes))
 
     def mesh_sizes(self, mesh: Any) -> dict[str, int] | None:

@@ -16,6 +16,8 @@ import tiny
 
 import portable_gpt2 as pg
 from portable_gpt2 import cli
+from portable_gpt2.mesh import parse
+from portable_gpt2.training import Trainer
 
 SCRIPT = mesh_processes.__file__
 MESHES = os.environ.get("PORTABLE_GPT2_MESHES") == "all"
@@ -23,6 +25,10 @@ CONFIG = dataclasses.replace(tiny.CONFIG, n_head=4, n_vocab=385)  # there is pad
 RUNS = [("torch", 2, "data=1,model=2")]
 if MESHES:
     RUNS += [("torch", 4, "data=2,model=2"), ("torch", 2, "data=2"), ("jax", 2, "model=2"), ("jax", 2, "data=2")]
+TRAIN = (
+    *("--n-layer", "1", "--n-head", "2", "--n-embd", "8", "--n-ctx", "8", "--vocab-size", "259"),
+    *("--steps", "2", "--warmup", "0", "--batch-size", "2"),
+)
 GENERATE = ("generate", "--prompt-file", "-", "-n", "6")
 
 
@@ -65,7 +71,7 @@ def ran(request, directory, tmp_path_factory):
     status, out, err = start(engine, n, [SCRIPT, engine, sizes, str(directory), str(room), *command], "To be")
     assert status == 0, err[-3000:]
     found = [json.loads((room / f"{i}.json").read_text()) for i in range(n)]
-    return found, room, pg.GPT2.load(directory, backend="numpy"), out, err
+    return found, room, pg.GPT2.load(directory, backend="numpy"), out, err, sizes
 
 
 def test_all_processes_draw_the_same_tokens_without_a_seed(ran):
@@ -112,14 +118,16 @@ def test_a_model_saved_on_a_mesh_has_the_bytes_of_one_saved_on_one_device(ran, t
 
 def test_a_model_that_cannot_be_saved_is_an_error_in_all_processes(ran):
     """Catches processes that wait for process 0, and half a checkpoint."""
-    found, room, one, *_ = ran
+    found, room, one, *_, sizes = ran
     for i, each in enumerate(found):
         for name, kind, text in (("again", "FileExistsError", "exists already"), ("full", "OSError", "no space left")):
             assert each[name][0] == (kind if i == 0 else "MeshError")
             assert text in each[name][1]
+        assert dict(parse(each["mesh of the framework"][0])) == {"data": 1, "model": 1, **parse(sizes)}
         assert each["export"][0] == "ValueError"
         assert each["export"][1].startswith("export needs a model on one device")
-        assert each["still works"] == list(one.stream_ids([1, 2, 3], max_new_tokens=5, seed=3))
+        expected = list(one.stream_ids([1, 2, 3], max_new_tokens=5, seed=3))
+        assert each["still works"] == each["mesh of the framework"][1] == expected
     assert not (room / "full").exists()
     assert sorted(path.name for path in room.iterdir() if not path.name.startswith(".")) == sorted(
         ["saved", *(f"{i}.json" for i in range(len(found)))]
@@ -128,17 +136,54 @@ def test_a_model_that_cannot_be_saved_is_an_error_in_all_processes(ran):
 
 def test_process_0_alone_writes_and_reads_stdin(ran):
     """Catches a process that writes too, one that reads a part of stdin, and a library's messages in the text."""
-    *_, one, out, err = ran
+    _, _, one, out, err, _ = ran
     seed = int(err.split("seed ")[1].split(",")[0])
     assert out == "To be" + one.generate("To be", max_new_tokens=6, seed=seed) + "\n"
     assert err.count("<GPT2 of") == 1
     assert err.count("tokens/s") == 1
 
 
+def test_an_error_of_a_command_has_one_line_and_a_status(directory, torch):
+    """Catches a line of each process, and a status that gets lost."""
+    command = ["generate", "To", "--model", "/no/such/model", "--backend", "torch", "--mesh", "model=2"]
+    status, out, err = start("torch", 2, ["-m", "portable_gpt2", *command])
+    assert status == 1  # torchrun's
+    assert out == ""
+    assert sum(line.startswith("portable-gpt2: ") for line in err.splitlines()) == 1
+    assert "exitcode  : 2" in err
+
+
+def test_one_process_generates_on_several_devices(directory, capsys, jax):
+    """Catches a command that needs several processes."""
+    options = ["generate", "To be", "--model", str(directory), "-n", "6", "--seed", "3", "--backend"]
+    assert cli.main([*options, "numpy"]) == 0
+    expected, _ = capsys.readouterr()
+    assert cli.main([*options, "jax", "--mesh", "model=2"]) == 0
+    found, err = capsys.readouterr()
+    assert found == expected
+    assert "jax, the mesh data=1,model=2" in err
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_the_command_divides_moments_if_it_is_asked_to(tmp_path, monkeypatch, jax, is_wanted):
+    """Catches an option that is dropped, for a new run or one that is resumed."""
+    made = []
+    original = Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda self, *a, **o: made.append(o) or original(self, *a, **o))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
+    more = ["--backend", "jax", "--mesh", "data=2", *(["--shard-optimizer"] if is_wanted else [])]
+    assert cli.main(["train", "--data", "text.txt", "--out", "run", *TRAIN, *more]) == 0
+    assert cli.main(["train", "--resume", "--out", "run", *more]) == 0
+    assert made == [{"shard_optimizer": is_wanted}] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["generate", "To", "--mesh", "rows=2"], "argument --mesh: a mesh is 'rows=2'; expected sizes such as"),
+        (["train", "--data", "x", "--out", "y", "--mesh", "model=2"], "backend 'numpy' computes on one device; a mesh"),
+        (["train", "--data", "x", "--out", "y", "--mesh", "data=2", "--device", "cpu"], "leave out --device or --mesh"),
         (["generate", "To", "--mesh", "model=2"], "backend 'numpy' computes on one device; a mesh needs the backend"),
         (["generate", "To", "--mesh", "model=2", "--reproducible"], "leave out --reproducible or --mesh"),
         (["score", "x", "--mesh", "model=2", "--device", "cpu"], "leave out --device or --mesh"),

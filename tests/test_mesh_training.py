@@ -213,7 +213,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(directory):
     assert not (directory / "odd").exists()
 
 
-HOW = [("SIGKILL", 0), ("SIGKILL", 1), ("SIGSTOP", 1)]
+HOW = [("SIGKILL", 0), ("SIGKILL", 1), *([("SIGSTOP", 1)] if ALL else [])]
 
 
 @pytest.mark.parametrize(("how", "number"), HOW, ids=str)

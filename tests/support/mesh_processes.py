@@ -22,9 +22,22 @@ def error_of(fn):
     return None
 
 
+def own_mesh(engine, sizes):
+    """Return the framework's own mesh of all processes."""
+    if engine == "torch":
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    import jax
+    import numpy as np
+
+    return jax.sharding.Mesh(np.asarray(jax.devices()).reshape(*sizes.values()), tuple(sizes))
+
+
 def main(engine, sizes, source, room, *arguments):
     model = pg.GPT2.load(source, backend=engine, mesh=mesh.parse(sizes))
     number, count = model.backend.process()
+    of_framework = pg.GPT2.load(source, backend=engine, mesh=own_mesh(engine, mesh.parse(sizes)))
     ids = [1, 2, 3]
 
     def fail_in_the_last():
@@ -43,6 +56,10 @@ def main(engine, sizes, source, room, *arguments):
         "of the last": model.mesh.common(b"%d" % number, count - 1).decode(),
         "agree": [model.mesh.agree(True), model.mesh.agree(number == 0), model.mesh.agree(number > 0)],
         "together": error_of(lambda: model.mesh.together(fail_in_the_last)),
+        "mesh of the framework": [
+            str(of_framework.mesh),
+            list(of_framework.stream_ids(ids, max_new_tokens=5, seed=3)),
+        ],
         "export": error_of(lambda: model.export(f"{room}/model.onnx")),
     }
     model.save(f"{room}/saved")
