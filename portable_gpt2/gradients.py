@@ -121,7 +121,8 @@ def attention(
     if causal and mask is None and backend.shape(q)[-2] == backend.shape(k)[-2]:
         return _causal_attention(q, k, v, scale=scale)
     w = ops.attention_weights(q, k, mask=mask, causal=causal, scale=scale)
-    return backend.xp.matmul(w, v), lambda dy: _attention_backward(q, k, v, dy, w, scale)
+    y = backend.xp.astype(backend.xp.matmul(w, v), v.dtype, copy=False)  # NumPy's product of bfloat16 is float32
+    return y, lambda dy: _attention_backward(q, k, v, dy, w, scale)
 
 
 @formula
@@ -368,7 +369,8 @@ def loss(
     if split.n == 1:
         model.check_inputs(params, tokens, config, targets=1)
         check_params(params, config)
-    (variable,), tape = _tape_of(backend_of(tokens)).array_types, _Tape()
+    xp, tape = backend_of(tokens).xp, _Tape()
+    (variable,) = _tape_of(backend_of(tokens)).array_types
     variables = map_tree(lambda x: variable(x, tape), params)
     with tape.model():
         value = model.loss(variables, variable(tokens, tape), config, split)
@@ -378,6 +380,7 @@ def loss(
         for results, arguments, back in reversed(tape.items):
             for name, dx in back(*map(grads.pop, results)).items():
                 x = arguments[name]
+                dx = xp.astype(dx, x.dtype, copy=False)  # NumPy's product of bfloat16 is float32
                 grads[x] = ops.add(grads[x], dx) if x in grads else dx
         return map_tree(lambda x: grads[x], variables)
 

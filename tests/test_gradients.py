@@ -154,14 +154,16 @@ def test_tokens_that_are_floats_are_refused(loss):
         loss(params, TOKENS.astype(np.float32), CONFIGS["as published"])
 
 
-def test_the_loss_of_16_bit_parameters_has_32_bits_and_its_gradient_16():
-    """Catches logits whose loss is computed in float16, and a gradient in another dtype than the parameter's."""
+@pytest.mark.parametrize(("dtype", "scale"), [("float16", 1), ("bfloat16", 8)])
+def test_the_loss_of_16_bit_parameters_has_32_bits_and_its_gradient_16(dtype, scale):
+    """Catches logits whose loss is computed in 16 bits, and a gradient in another dtype than the parameter's."""
     config, backend = CONFIGS["as published"], pg.get_backend("numpy")
-    wide, narrow = (on_backend(backend, random_weights(config), dtype) for dtype in ("float32", "float16"))
+    wide, narrow = (on_backend(backend, random_weights(config), each) for each in ("float32", dtype))
     (expected, back), (value, backward) = (gradients.loss(params, TOKENS, config) for params in (wide, narrow))
     assert value.dtype == np.float32
-    assert float(value) == pytest.approx(float(expected), rel=1e-3)
+    assert float(value) == pytest.approx(float(expected), rel=scale * 1e-3)
     truth = dict(flatten(back()))
     for path, x in flatten(backward()):
-        assert x.dtype == np.float16, path
-        np.testing.assert_allclose(x, truth[path], rtol=0.05, atol=0.01 * abs(truth[path]).max() + 1e-6, err_msg=path)
+        assert x.dtype == backend.dtype(dtype), path
+        atol = scale * 0.01 * abs(truth[path]).max() + 1e-6
+        np.testing.assert_allclose(x.astype(np.float32), truth[path], rtol=scale * 0.05, atol=atol, err_msg=path)
