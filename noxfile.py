@@ -409,7 +409,7 @@ def docs(session: nox.Session) -> None:
     A warning is an error. ``nox -s docs -- linkcheck`` asks for the external addresses of the pages instead, which
     needs a network. Nothing else needs one, once the packages are installed.
     """
-    install(session, "all,plot,exact,onnx,testing,docs", "test")
+    install(session, "all,plot,exact,onnx,testing,docs", "test", "parity")
     env = {"PYTHONDONTWRITEBYTECODE": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
     builder = "linkcheck" if "linkcheck" in session.posargs else "html"
     strict = ["--fail-on-warning", "--keep-going", "--fresh-env", "--quiet"]
