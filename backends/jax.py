@@ -468,10 +468,10 @@ def _join() -> None:
     if "JAX_COORDINATOR_ADDRESS" not in os.environ or jax.distributed.is_initialized():
         return
     number, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
+    timeout = math.ceil(mesh_timeout())
     try:
-        # Without numbers, JAX finds them itself under Slurm, Open MPI and Kubernetes.
-        # If a process sends no heartbeats, JAX aborts the others. They should report an error before.
-        timeout = math.ceil(mesh_timeout())
+        # Without numbers, JAX finds them itself under Slurm, Open MPI and Kubernetes. If a process sends no heartbeats,
+        # JAX aborts the others. They should report an error before.
         jax.distributed.initialize(
             num_processes=None if count is None else int(count),
             process_id=None if number is None else int(number),

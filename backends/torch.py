@@ -1013,7 +1013,8 @@ def _reporting_losses(what: str, group: Any = None) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if group is not None:
-            what += f" the {group.size() - 1} other processes along an axis of the mesh"
+            n = group.size() - 1
+            what += f" the {'other process' if n == 1 else f'{n} other processes'} along an axis of the mesh"
         seconds = time.monotonic() - start
         if seconds > 0.9 * mesh_timeout():
             raise ProcessLost(f"{what} did not come within {seconds:.0f} s ({TIMEOUT_VARIABLE})") from error

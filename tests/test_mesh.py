@@ -226,7 +226,7 @@ def test_a_device_next_to_a_mesh_is_refused(directory, monkeypatch, backend):
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "-1", "nan", "inf"])
-def test_a_timeout_that_is_no_number_of_seconds_is_refused(monkeypatch, text):
+def test_a_timeout_that_is_not_a_number_of_seconds_is_refused(monkeypatch, text):
     """Catches a process that waits forever, or not at all."""
     monkeypatch.setenv(TIMEOUT_VARIABLE, text)
     with pytest.raises(ValueError, match=f"PORTABLE_GPT2_MESH_TIMEOUT is '{text}'; expected a number of seconds"):

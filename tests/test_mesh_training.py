@@ -73,7 +73,7 @@ def started(engine, directory, tasks, n_ranks=1, **environment):
 
 
 def ended(processes, stopped=None):
-    """Wait for the processes. Return what each wrote to stdout and stderr, and their statuses.
+    """Wait for the processes. Return the pairs of their stdout and stderr, and their statuses.
 
     A process that is stopped gets killed after the others have ended.
     """

@@ -32,7 +32,7 @@ import numpy as np
 import portable_gpt2 as pg
 from portable_gpt2 import cli
 from portable_gpt2.checkpoint.safetensors_files import open_safetensors
-from portable_gpt2.cli import commands  # noqa: F401
+from portable_gpt2.cli import commands  # noqa: F401  (a forked process need not import it)
 from portable_gpt2.mesh import parse
 from portable_gpt2.training import Run
 
@@ -267,18 +267,19 @@ def main() -> int:
                 run.restore(pg.get_backend("numpy"))
                 last = run.last["step"]
             where = chosen.then[number // 5 % len(chosen.then)] if chosen.then and number % 5 == 4 else chosen.mesh
+            continued = Path("run.log" if last is None else "again.log")
             if last is None:
                 again, where = begun("run"), chosen.mesh
             else:
                 given = ["--resume", "--out", "run", *(more if where != "numpy" else [])]
                 torchrun = chosen.torchrun and where != "numpy"
-                again = start(chosen.engine, where, given, Path("again.log"), torchrun)
+                again = start(chosen.engine, where, given, continued, torchrun)
             resumed = finish(again, 300)
             same, difference = differences(results(directory), expected) if not any(resumed) else (False, None)
             found = {
                 "rank": rank, "after": round(delay, 2), "others ended after": round(ended, 2), "statuses": statuses,
                 "lines": len(lost), "other lines": [line for line in lines if line not in lost][:2],
-                "checkpoint": last, "went on": where, "same bits": same, "difference": difference,
+                "checkpoint": last, "continued on": where, "same bits": same, "difference": difference,
             }  # fmt: skip
             is_early = last is None  # a process that has not joined the others is reported by torchrun
             good = (
@@ -288,8 +289,8 @@ def main() -> int:
             )  # fmt: skip
             failures += not good
             print(json.dumps({"good": good, **found}), flush=True)
-            if not good or number == n:
-                print(log[-2500:], *(Path("again.log").read_text()[-1500:] if any(resumed) else ()), sep="", flush=True)
+            if not good:
+                print(log[-2500:], continued.read_text()[-1500:] if any(resumed) else "", sep="", flush=True)
     print(json.dumps({"moments": len(moments), "failures": failures}))
     return min(failures, 100)
 
