@@ -62,6 +62,8 @@ def test_a_mutant_is_applied_to_the_tree_once():
 
 
 SMALL = """
+import functools
+
 def larger(x, y):
     return x if x > y else y
 
@@ -72,9 +74,13 @@ def count(n):
 
 def unused(x):
     return not x
+
+@functools.cache
+def table():
+    return [0, 2]
 """
 TESTS = """
-from small import count, larger
+from small import count, larger, table
 
 def test_first():
     assert larger(1, 1) == 1
@@ -85,6 +91,12 @@ def test_larger():
 
 def test_count():
     assert count(3) == 0
+
+def test_the_length_of_the_table():
+    assert len(table()) == 2
+
+def test_the_table():
+    assert table() == [0, 2]
 """
 RUN = """if True:
     import json, sys
@@ -92,23 +104,23 @@ RUN = """if True:
     import mutants, pytest
 
     mutants.SECONDS = 0.5
-    judge = mutants.Judge(Path("small.py").resolve(), "small", jobs=2)
+    judge = mutants.Judge(Path("small.py").resolve(), sys.argv[1], jobs=2)
     code = pytest.main(["-q", "-p", "no:cacheprovider", "test_small.py"], plugins=[judge])
     Path("results.json").write_text(json.dumps([code, judge.results]))
 """
 
 
-def judged(room, tests):
-    """Run the tests on the mutants of SMALL; return pytest's exit code and what became of each mutant."""
+def judged(room, tests, function="small"):
+    """Run the tests on the mutants of SMALL, or of a function of it; return pytest's exit code and the results."""
     (room / "small.py").write_text(SMALL)
     (room / "test_small.py").write_text(tests)
     environment = {"PYTHONPATH": f"{TOOLS}:{room}", "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([sys.executable, "-c", RUN], cwd=room, env=environment, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", RUN, function], cwd=room, env=environment, check=True, capture_output=True)
     return json.loads((room / "results.json").read_text())
 
 
 def test_each_mutant_is_killed_survives_or_times_out(tmp_path):
-    """Catches a mutant that is not run, a test that is left out, and a mutant that is still there for the next."""
+    """Catches a mutant that is not run or that stays, and a test that is left out because it reads from a cache."""
     code, results = judged(tmp_path, TESTS)
     assert code == 0
     place = f"{tmp_path.name}/test_small.py::"
@@ -123,7 +135,18 @@ def test_each_mutant_is_killed_survives_or_times_out(tmp_path):
         "small.count: n -= 0": "timed out",
         "small.count: n -= 2": f"killed by {place}test_count",
         "small.unused: return x": "not reached",
+        "small.table: return [1, 2]": f"killed by {place}test_the_table",
+        "small.table: return [0, 1]": f"killed by {place}test_the_table",
+        "small.table: return [0, 3]": f"killed by {place}test_the_table",
     }
+
+
+def test_the_mutants_of_one_function_are_run_alone(tmp_path):
+    """Catches mutants of other functions, and those of a function whose name begins with the given one."""
+    _, results = judged(tmp_path, TESTS, "small.table")
+    assert {*results} == {f"small.table: return {numbers}" for numbers in ([1, 2], [0, 1], [0, 3])}
+    _, results = judged(tmp_path, TESTS, "small.tab")
+    assert results == {}
 
 
 def test_no_mutant_is_run_if_a_test_fails_without_it(tmp_path):

@@ -1,12 +1,12 @@
 """Mutation testing: change the code in one place at a time, and list the changes that no test notices.
 
-``python tools/mutants.py [MODULE ...]`` tests modules of the installed package, those of TESTS unless given. Tests are
-collected once. Each mutant then runs in a fork of its own, which replaces the code of the mutated function in memory
-and runs the tests that reach the mutated line, until one fails. No file is written. If the mutated line is not in a
-function, all tests run in a new process that imports the mutated module.
+``python tools/mutants.py [MODULE[.FUNCTION] ...]`` tests modules of the installed package, those of TESTS unless given.
+Tests are collected once. Each mutant then runs in a fork of its own, which replaces the code of the mutated function in
+memory and runs the tests that reach the mutated line, until one fails. No file is written. If the mutated line is not
+in a function, all tests run in a new process that imports the mutated module.
 
-A mutant that survives must be in mutants.toml, with a reason. A test that calls the module only in a subprocess, or
-whose values a cache keeps from an earlier test, is not selected: a survivor may be false, a kill cannot.
+A mutant that survives must be in mutants.toml, with a reason. A test that calls the module only in a subprocess is not
+selected: a survivor may be false, a kill cannot.
 """
 
 import argparse
@@ -84,9 +84,10 @@ def name_of(item: Any) -> str:
 class Judge:
     """A plugin of pytest that runs the collected tests on each mutant instead of once."""
 
-    def __init__(self, path: Path, module: str, jobs: int) -> None:
-        self.path, self.module, self.jobs = str(path), module, jobs
-        self.tree, self.mutants = mutants(path.read_text(), module)
+    def __init__(self, path: Path, function: str, jobs: int) -> None:
+        self.path, self.module, self.jobs = str(path), function.partition(".")[0], jobs
+        self.tree, self.all_mutants = mutants(path.read_text(), self.module)
+        self.mutants = [mutant for mutant in self.all_mutants if is_in(function, mutant.key)]
         self.results: dict[str, str] = {}
         self.reached: dict[str, set[int]] = defaultdict(set)
         self.seconds: dict[str, float] = {}
@@ -147,7 +148,11 @@ class Judge:
         """Run all tests, and return their times and the lines of the module that each of them reaches."""
         builtins.reaches = lambda line: self._reaching.add(line)
         replace_code(compile(marked(self.tree, "reaches"), self.path, "exec"))
+        caches = [each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper)]
+        caches = [each for each in caches if getattr(each.__wrapped__, "__globals__", {}).get("__file__") == self.path]
         for item, following in itertools.zip_longest(items, items[1:]):
+            for cache in caches:  # a test would not reach the lines whose values an earlier test left in a cache
+                cache.cache_clear()
             self._running, self._file = name_of(item), str(item.path)
             self._reaching, start = self.reached[self._running], time.process_time()
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
@@ -158,7 +163,7 @@ class Judge:
     def run(self, mutant: Mutant, items: list[Any], killers: dict[str, Counter[str]]) -> list[str] | None:
         """Run the tests that reach a mutant until one fails, and return its name; None if no test reaches it."""
         if not mutant.function:
-            call = [sys.executable, __file__, self.module, "--only", str(self.mutants.index(mutant))]
+            call = [sys.executable, __file__, self.module, "--only", str(self.all_mutants.index(mutant))]
             order = json.dumps(sorted(map(name_of, items), key=lambda name: self.seconds[name]))
             ended = subprocess.run(call, input=order, text=True, stdout=subprocess.DEVNULL)
             return ["a test in a new process"] if ended.returncode else []
@@ -218,6 +223,12 @@ def _end(function: Callable[[], Any], write: int) -> None:
     os._exit(code)
 
 
+def is_in(function: str, key: str) -> bool:
+    """Return whether a mutant, of which the key is given, is in a function, a class or a module."""
+    scope = key.partition(":")[0]
+    return scope == function or scope.startswith(f"{function}.")
+
+
 def replace_code(module: CodeType) -> None:
     """Give every function of a module that exists now its code in another version of the module."""
 
@@ -267,17 +278,18 @@ class Importer(importlib.machinery.SourceFileLoader):
 def main() -> int:
     """Run the mutants of the modules, and return 1 if one survives that is not accepted, or an entry is stale."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"default: {' '.join(TESTS)}")
+    parser.add_argument("modules", nargs="*", metavar="MODULE[.FUNCTION]", help=f"default: {' '.join(TESTS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="the number of mutants that run at once")
     parser.add_argument("--only", type=int, help="run the tests on the mutant of this number, in this process")
     args = parser.parse_args()
     modules = args.modules or list(TESTS)
-    if unknown := {*modules} - TESTS.keys():
+    if unknown := {name.partition(".")[0] for name in modules} - TESTS.keys():
         parser.error(f"unknown modules {', '.join(unknown)}; choose from {', '.join(TESTS)}")
     if len(modules) > 1:
         command = [sys.executable, __file__, f"--jobs={args.jobs}"]
         return max([subprocess.call([*command, module]) for module in modules])
-    (module,) = modules
+    (function,) = modules
+    module = function.partition(".")[0]
     os.environ.update(HYPOTHESIS_PROFILE="few", OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     package = Path(importlib.util.find_spec("portable_gpt2").origin).parent
     roots = {"tests": ROOT, "portable_gpt2": package.parent}
@@ -290,20 +302,22 @@ def main() -> int:
             found[args.only].apply()
             sys.meta_path.insert(0, Importer(f"portable_gpt2.{module}", path, tree))
             return int(pytest.main([*PYTEST, "-x", *tests], plugins=[Order(json.load(sys.stdin))]))
-        judge = Judge(path, module, args.jobs)
+        judge = Judge(path, function, args.jobs)
+        if not judge.mutants:
+            parser.error(f"{function}: there is no mutant in it; name a function of {module}.py, with its class if any")
         if code := pytest.main([*PYTEST, *tests], plugins=[judge]):
             return int(code)
-    return report(module, judge.results)
+    return report(function, judge.results)
 
 
-def report(module: str, results: dict[str, str]) -> int:
+def report(function: str, results: dict[str, str]) -> int:
     """Print how many mutants survived, and what to do about those that are not accepted; return 1 if there are any."""
     entries = tomllib.loads(ACCEPTED.read_text())["survivors"]
-    accepted = {key for entry in entries for key in entry["mutants"] if key.partition(".")[0] == module}
+    accepted = {key for entry in entries for key in entry["mutants"] if is_in(function, key)}
     survivors = {key for key, result in results.items() if result == "survived"}
     survivors |= {f"{key.partition(':')[0]}: not reached" for key, result in results.items() if result == "not reached"}
     counts = Counter(result.partition(" by ")[0] for result in results.values())
-    say(f"{module}: {len(results)} mutants: " + ", ".join(f"{n} {result}" for result, n in counts.items()))
+    say(f"{function}: {len(results)} mutants: " + ", ".join(f"{n} {result}" for result, n in counts.items()))
     for key in sorted(survivors - accepted):
         say(f"survived: {key}; write a test that fails, or give a reason in {ACCEPTED.name}")
     for key in sorted(accepted - survivors):
