@@ -14,6 +14,7 @@ import time
 
 import pytest
 import tiny
+from processes import heed_signals
 
 import portable_gpt2 as pg
 from portable_gpt2.cli import streams
@@ -78,7 +79,7 @@ def start(room, args, states=("fine", "fine", "fine")):
             given.append(os.open("data.txt" if i == 0 else os.devnull, os.O_RDWR) if i == 0 else subprocess.PIPE)
 
     def prepare():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it
+        heed_signals()
         for descriptor in closed:
             os.close(descriptor)
 
@@ -223,7 +224,7 @@ def test_ctrl_c_before_anything_is_imported_ends_it_quietly(room, monkeypatch):
         done = subprocess.run(
             [sys.executable, "-P", "-c", code.replace("MODULE", repr(module))],
             capture_output=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=heed_signals,
         )
         assert (done.returncode, done.stdout, done.stderr) == (130, b"", b""), module
 
@@ -245,7 +246,10 @@ def test_training_that_is_told_to_end_saves_what_it_has(room, name, monkeypatch)
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(getattr(signal, name))
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # if it has not ended, it would train for an hour
     assert process.returncode == 128 + getattr(signal, name)
     assert b"Traceback" not in err
     run = pg.training.Run.open(room / name)

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import tiny
+from processes import heed_signals
 
 import portable_gpt2 as pg
 from portable_gpt2.cli import diff, main, streams
@@ -280,7 +281,7 @@ def test_a_run_that_is_ended_leaves_no_file(room, tmp_path, name):
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_signals,
     )
     assert process.stderr.readline() == b"half\n"
     process.send_signal(getattr(signal, name))

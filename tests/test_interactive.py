@@ -12,6 +12,7 @@ import time
 
 import pytest
 import tiny
+from processes import heed_signals
 
 import portable_gpt2 as pg
 from portable_gpt2.cli import main
@@ -104,10 +105,15 @@ class Terminal:
         self._master, self.read = master, ""
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         environment = {**os.environ, "TERM": "dumb", "INPUTRC": os.devnull}
+
+        def prepare():
+            os.close(os.open(os.ttyname(0), os.O_RDWR))  # it becomes the controlling terminal
+            heed_signals()
+
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "portable_gpt2", "generate", "--interactive", *args],
             cwd=room, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # it becomes the controlling terminal
+            preexec_fn=prepare,
         )  # fmt: skip
         os.close(slave)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers
+from processes import heed_signals
 
 import portable_gpt2 as pg
 from portable_gpt2.cli import main
@@ -49,7 +50,7 @@ def command(room, capfd):
 
 def process(*args, **options):
     call = [sys.executable, "-P", "-m", "portable_gpt2.cli", "train", *args]
-    return subprocess.Popen(call, stderr=subprocess.PIPE, env=dict(os.environ), **options)
+    return subprocess.Popen(call, stderr=subprocess.PIPE, env=dict(os.environ), preexec_fn=heed_signals, **options)
 
 
 def bits(directory):

@@ -1,6 +1,7 @@
 """Run Python code in a new process, which imports the installed package and nothing from the checkout."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,3 +18,12 @@ def run(code, *, path=(), **environment):
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+def heed_signals():
+    """Let this process end at Ctrl-C and at the end of its terminal, as ``preexec_fn`` of a new process.
+
+    Tests that run in the background, or under ``nohup``, ignore these signals, and new processes inherit that.
+    """
+    for name in {"SIGINT", "SIGHUP"} & {*dir(signal)}:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
