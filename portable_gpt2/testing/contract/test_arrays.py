@@ -64,14 +64,19 @@ def test_arrays_come_back_with_their_bits(backend, kind):
             continue
         x = backend.from_numpy(a)
         back = backend.to_numpy(x)
-        assert pg.backend_of(x).array_types == backend.array_types, layout
+        assert pg.backend_of(x).array_types == backend.array_types, f"{layout}: a {type(x).__name__}"
         assert type(back) is np.ndarray, f"{layout}: a {type(back).__name__}"
-        assert (back.dtype, back.shape) == (host_dtype(kind), a.shape), layout
+        assert back.dtype == host_dtype(kind), f"{layout}: {back.dtype}, not {kind}"
+        assert back.shape == a.shape, f"{layout}: shape {back.shape}, not {a.shape}"
         assert back.tobytes() == a.astype(host_dtype(kind)).tobytes(), f"{layout}: {back.tolist()}, not {a.tolist()}"
         assert a.tobytes() == before, f"{layout}: the host array has changed"
-        assert backend.dtype_names.get(x.dtype) == (kind if kind in FLOATS else None), layout
-        assert backend.shape(x) == a.shape, layout
-        assert ops.is_empty(x) == (layout == "empty"), layout
+        name, expected = backend.dtype_names.get(x.dtype), kind if kind in FLOATS else None
+        assert name == expected, (
+            f"{layout}: the framework took {kind}, which `dtypes` names {name}, not {expected}: "
+            "add it to `dtypes`, or let `put` raise a TypeError for it"
+        )
+        assert backend.shape(x) == a.shape, f"{layout}: `shape` is {backend.shape(x)}, not {a.shape}"
+        assert ops.is_empty(x) == (layout == "empty"), f"{layout}: shape {a.shape}, is_empty is {ops.is_empty(x)}"
 
 
 def test_conversion_rounds_alike_on_every_backend(backend, dtype):
