@@ -205,7 +205,7 @@ def scores(
     """Return the collectives that score a text of `seq` + 1 tokens."""
     own, programs = without_devices(mesh, compiles)
     with contextlib.suppress(Done):
-        decoder(config, own, dtype).score([0] * (seq + 1), 1, alternatives)
+        decoder(config, own, dtype).score([([0] * (seq + 1), 1)], alternatives)
     return programs[-1]
 
 

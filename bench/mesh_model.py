@@ -295,7 +295,7 @@ def prompt(
 
 
 def score(config: pg.GPT2Config, mesh: Mesh, seq: int, dtype: str, alternatives: int = 1) -> list[Collective]:
-    """Return the collectives that score a text, which is not divided over the axis ``data``.
+    """Return the collectives that score a window on each device along ``data``, before the scores are gathered.
 
     For each token these are the maximum, the sum of exponentials, the logit of the token and its rank; and the largest
     logits of each part, in float32.

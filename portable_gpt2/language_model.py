@@ -26,12 +26,12 @@ from .generation.detokenizer import StreamingDetokenizer
 from .generation.mesh_decoder import MeshDecoder
 from .generation.stop_strings import StopStrings
 from .host import StoredTensor
-from .mesh import Mesh
+from .mesh import DATA, Mesh
 from .model import gpt2, observed_names
 from .params import Params, check_device, check_memory, check_params, flatten, nest, shapes
 from .registry import backend_of, get_backend
 from .sampling import Sampling, SamplingOptions
-from .score import Score, from_logits, score_tokens
+from .score import Score, Scored, from_logits, score_tokens
 from .tokenizer import Tokenizer
 
 Stop: TypeAlias = str | int | Iterable[str | int] | None
@@ -609,7 +609,8 @@ class GPT2:
             The number of the most likely tokens that are returned for each position, with their log-probabilities and
             the rank of the text's own token; none of these if it is 0.
         progress : callable, optional
-            Wraps the list of the windows of each text while they are read, as tqdm does.
+            Wraps the list of the windows of all texts while they are read, as tqdm does. On a mesh, an item has a
+            window for each device along ``data``.
 
         Returns
         -------
@@ -623,7 +624,7 @@ class GPT2:
         given = [texts] if isinstance(texts, str) else checks.several("texts", texts, "a text, or several")
         encoded = [self._encode(text, allow_special) for text in given]
         options: dict[str, Any] = {"stride": stride, "bos": bos, "alternatives": alternatives, "progress": progress}
-        scores = [self.score_ids(ids, **options) for ids in encoded]
+        scores = self._scores(encoded, **options)
         return scores[0] if isinstance(texts, str) else scores
 
     def score_ids(
@@ -644,24 +645,41 @@ class GPT2:
         stride, bos, alternatives, progress
             As for `score`.
         """
-        n_ctx = self.config.n_ctx
+        return self._scores([ids], stride=stride, bos=bos, alternatives=alternatives, progress=progress)[0]
+
+    def _scores(
+        self,
+        texts: Sequence[Any],
+        *,
+        stride: int | None,
+        bos: bool,
+        alternatives: int,
+        progress: Callable[[Iterable[Any]], Iterable[Any]],
+    ) -> list[Score]:
+        """Return the scores of texts that are given as token ids."""
+        n_ctx, n_vocab = self.config.n_ctx, self.config.n_vocab
         stride = n_ctx // 2 if stride is None else stride
         stride = checks.integer("stride", stride, 1, n_ctx - 1, note="the largest is n_ctx - 1")
-        tokens = checks.token_ids("token ids", ids, self.config.n_vocab, may_be_empty=True).tolist()
+        tokens = [checks.token_ids("token ids", ids, n_vocab, may_be_empty=True).tolist() for ids in texts]
         start = [self._start("bos is true")] if checks.flag("bos", bos) else []
 
         def logits_of(window: list[int]) -> np.ndarray:
             rows: np.ndarray = self.backend.to_numpy(self.logits([window]))[0]
             return rows
 
-        lengths = [0 if self.tokenizer is None else len(self.tokenizer.token_bytes(token)) for token in tokens]
-        alternatives = checks.integer("alternatives", alternatives, 0, self.config.n_vocab)
-        decoder, scorer = self._decoder, from_logits(logits_of, self.reproducible)
+        alternatives = checks.integer("alternatives", alternatives, 0, n_vocab)
+        decoder, scorer, at_once = self._decoder, from_logits(logits_of, self.reproducible), 1
+        given = [start + ids for ids in tokens]
         if isinstance(decoder, MeshDecoder):
-            decoder.mesh.check_common("texts or options", [start + tokens, stride, alternatives])
-            scorer = decoder.score
-        scored = score_tokens(scorer, start + tokens, n_ctx, stride, alternatives, progress)
-        found, *ranking = (each[len(start) :] for each in scored if each is not None)
+            decoder.mesh.check_common("texts or options", [given, stride, alternatives])
+            scorer, at_once = decoder.score, decoder.mesh.sizes[DATA]
+        found = score_tokens(scorer, given, n_ctx, stride, alternatives, progress, at_once)
+        return [self._score_of(ids, scored, len(start)) for ids, scored in zip(tokens, found, strict=True)]
+
+    def _score_of(self, tokens: list[int], scored: Scored, n_start: int) -> Score:
+        """Return the score of a text from arrays that have entries for `n_start` tokens before it."""
+        found, *ranking = (each[n_start:] for each in scored if each is not None)
+        lengths = [0 if self.tokenizer is None else len(self.tokenizer.token_bytes(token)) for token in tokens]
         n_bytes = sum(n for n, p in zip(lengths, found.tolist(), strict=True) if not math.isnan(p))
         return Score(tokens, found, n_bytes, *ranking)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -117,53 +117,56 @@ class Scored(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Scores the tokens of a window."""
+    """Scores the tokens of windows."""
 
-    def __call__(self, window: list[int], first: int, alternatives: int) -> Scored:
-        """Return the scores of the tokens from index `first` on, which is at least 1."""
+    def __call__(self, windows: Sequence[tuple[list[int], int]], alternatives: int) -> list[Scored]:
+        """Return the scores of each window's tokens from an index on, which is given next to it and is at least 1."""
 
 
 def score_tokens(
     scorer: Scorer,
-    tokens: list[int],
+    texts: Sequence[list[int]],
     n_ctx: int,
     stride: int,
     alternatives: int = 0,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> Scored:
-    """Return the log-probability of each token given the tokens before it; the first is NaN.
+    at_once: int = 1,
+) -> list[Scored]:
+    """Return for each text the log-probability of each token given the tokens before it; the first is NaN.
 
     Parameters
     ----------
     scorer : Scorer
         Scores windows of at most n_ctx tokens.
-    tokens : list of int
-        The token ids of the text.
+    texts : list of list of int
+        The token ids of each text.
     n_ctx, stride : int
         See `windows`; stride is from 1 to n_ctx - 1.
     alternatives : int
         The number of the most likely tokens to return. If it is 0, there are no ranks either.
     progress : callable
-        Wraps the list of windows.
+        Wraps the list of the groups of windows that are scored at once.
+    at_once : int
+        The number of windows that the scorer scores at once, from 1.
 
     Raises
     ------
     ValueError
         If a token's logits contain a NaN, or the largest of them is not finite.
     """
-    n = len(tokens)
-    found = np.full(n, math.nan)
-    ranks, likeliest, likeliest_log_probs = (
-        np.zeros(n, int),
-        np.zeros((n, alternatives), int),
-        np.full((n, alternatives), math.nan),
-    )
-    for start, first, end in progress(list(windows(n, n_ctx, stride))):
-        part = scorer(tokens[start:end], first - start, alternatives)
-        found[first:end] = part.log_probs
-        if alternatives:
-            ranks[first:end], likeliest[first:end], likeliest_log_probs[first:end] = part[1:]
-    return Scored(found, *((ranks, likeliest, likeliest_log_probs) if alternatives else (None, None, None)))
+    found = []
+    for tokens in texts:
+        n = len(tokens)
+        ranking = np.zeros(n, int), np.zeros((n, alternatives), int), np.full((n, alternatives), math.nan)
+        found.append(Scored(np.full(n, math.nan), *(ranking if alternatives else (None, None, None))))
+    todo = [(i, *window) for i, tokens in enumerate(texts) for window in windows(len(tokens), n_ctx, stride)]
+    for group in progress([todo[i : i + at_once] for i in range(0, len(todo), at_once)]):
+        parts = scorer([(texts[i][start:end], first - start) for i, start, first, end in group], alternatives)
+        for (i, _, first, end), part in zip(group, parts, strict=True):
+            for whole, values in zip(found[i], part, strict=True):
+                if whole is not None:
+                    whole[first:end] = values
+    return found
 
 
 def from_logits(logits_of: Callable[[list[int]], np.ndarray], reproducible: bool = False) -> Scorer:
@@ -177,7 +180,7 @@ def from_logits(logits_of: Callable[[list[int]], np.ndarray], reproducible: bool
         Whether to round each log-probability correctly to float32, so that it is the same on every processor.
     """
 
-    def scorer(window: list[int], first: int, alternatives: int) -> Scored:
+    def scored(window: list[int], first: int, alternatives: int) -> Scored:
         logits, parts = logits_of(window), []
         for i in range(first, len(window), _ROWS):
             targets = window[i : i + _ROWS]
@@ -185,7 +188,7 @@ def from_logits(logits_of: Callable[[list[int]], np.ndarray], reproducible: bool
         log_probs, ranks, ids, values = (np.concatenate(each) for each in zip(*parts, strict=True))
         return Scored(log_probs, ranks, ids, values)
 
-    return scorer
+    return lambda windows, alternatives: [scored(window, first, alternatives) for window, first in windows]
 
 
 def _scored(logits: np.ndarray, targets: list[int], alternatives: int, reproducible: bool) -> list[np.ndarray]:

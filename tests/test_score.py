@@ -9,7 +9,7 @@ import tiny
 from hypothesis import given
 
 import portable_gpt2 as pg
-from portable_gpt2.score import Score, windows
+from portable_gpt2.score import Score, from_logits, score_tokens, windows
 from portable_gpt2.testing.plain_gpt2 import on_backend, random_weights
 
 CONFIG = pg.GPT2Config(n_layer=2, n_head=2, n_embd=24, n_vocab=61, n_ctx=40, eos_token_id=60)
@@ -48,7 +48,31 @@ def test_progress_is_that_of_the_windows(model):
             seen.append(item)
 
     model.score_ids(some_ids(100), progress=progress)
-    assert seen == list(windows(100, CONFIG.n_ctx, CONFIG.n_ctx // 2))
+    assert seen == [[(0, *window)] for window in windows(100, CONFIG.n_ctx, CONFIG.n_ctx // 2)]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_windows_are_scored_at_once_as_one_by_one(at_once):
+    """Catches a window whose scores are those of another window or text, and a group that is too large or is left out."""
+    rng = np.random.default_rng(at_once)
+    texts = [rng.integers(0, 7, n).tolist() for n in (0, 1, 9, 2, 30)]
+    sizes, by_window = [], from_logits(lambda window: np.outer(np.cumsum(window), np.arange(7)) % 5.0)
+
+    def scorer(group, alternatives):
+        sizes.append(len(group))
+        return by_window(group, alternatives)
+
+    found = score_tokens(scorer, texts, 8, 3, 2, at_once=at_once)
+    n_windows = sum(len(list(windows(len(tokens), 8, 3))) for tokens in texts)
+    assert sum(sizes) == n_windows and sizes[:-1] == [at_once] * (len(sizes) - 1) and max(sizes) <= at_once
+    for tokens, scored in zip(texts, found, strict=True):
+        log_probs, ranks, ids, values = (np.full_like(x, -1) for x in scored)
+        for start, first, end in windows(len(tokens), 8, 3):
+            (part,) = by_window([(tokens[start:end], first - start)], 2)
+            for whole, each in zip((log_probs, ranks, ids, values), part, strict=True):
+                whole[first:end] = each
+        for whole, each in zip((log_probs, ranks, ids, values), scored, strict=True):
+            np.testing.assert_array_equal(whole[1:], each[1:])
 
 
 def test_bytes_are_those_of_the_tokens_that_are_scored(backend, tmp_path):

@@ -156,12 +156,16 @@ class MeshDecoder(Decoder):
 
         return self._once(("logits", axis), make)(self.params, mesh.put(tokens.astype(np.int32), axis, None))
 
-    def score(self, window: list[int], first: int, alternatives: int) -> Scored:
-        """Score the tokens of a window from index `first` on, as a `Scorer` does, without gathering the logits."""
+    def score(self, windows: Sequence[tuple[list[int], int]], alternatives: int) -> list[Scored]:
+        """Score windows as a `Scorer` does, without gathering the logits: one on each device along ``data``."""
         mesh, config, backend = self.mesh, self.config, self.backend
-        n = len(window) - 1
-        padding = padded_length(n, config.n_ctx) - n if backend.compiles_per_shape else 0
+        n_data = mesh.sizes[DATA]
+        texts = [window for window, _ in windows]
+        texts += texts[:1] * (n_data - len(texts))  # the other devices repeat the first window
+        n = max(map(len, texts)) - 1
+        n = padded_length(n, config.n_ctx) if backend.compiles_per_shape else n
         k = min(max(1, alternatives), mesh.rows(config.n_vocab) // mesh.sizes[MODEL])
+        rows = mesh.on(DATA, None)
 
         def make() -> Callable[..., Any]:
             def scored(params: Params, tokens: Any, targets: Any) -> Any:
@@ -171,17 +175,26 @@ class MeshDecoder(Decoder):
                     logits = backend.xp.astype(logits, backend.xp.float32)
                 return scores(logits, targets, k, split)
 
-            whole = (None, None, None)
-            return mesh.compile(scored, (mesh.params_spec(config), (None, None), (None, None)), (whole,) * 4)
+            return mesh.compile(scored, (mesh.params_spec(config), rows, rows), (mesh.on(DATA, None, None),) * 4)
 
-        given = [mesh.put(np.asarray([ids + [0] * padding], np.int32), None, None) for ids in (window[:-1], window[1:])]
-        found = self._once(("score", k), make)(self.params, *given)
-        own, ranks, values, ids = (backend.to_numpy(x)[0, first - 1 : n] for x in found)
-        for each in own.flat:
-            check_finite(each)
-        order = np.argsort(-values, axis=-1, kind="stable")[:, :alternatives]
-        likeliest, log_probs = (np.take_along_axis(x, order, axis=-1) for x in (ids, values))
-        return Scored(own[:, 0].astype(np.float64), ranks[:, 0], likeliest, log_probs.astype(np.float64))
+        given = [
+            mesh.put(np.asarray([ids + [0] * (n - len(ids)) for ids in part], np.int32), DATA, None)
+            for part in ([text[:-1] for text in texts], [text[1:] for text in texts])
+        ]
+        arrays = [backend.to_numpy(x) for x in self._once(("score", k), make)(self.params, *given)]
+        return [
+            _ranked(*(x[i, first - 1 : len(window) - 1] for x in arrays), alternatives)
+            for i, (window, first) in enumerate(windows)
+        ]
+
+
+def _ranked(own: np.ndarray, ranks: np.ndarray, values: np.ndarray, ids: np.ndarray, alternatives: int) -> Scored:
+    """Return the scores of a window from the results of `divided.scores` for one text."""
+    for each in own.flat:
+        check_finite(each)
+    order = np.argsort(-values, axis=-1, kind="stable")[:, :alternatives]
+    likeliest, log_probs = (np.take_along_axis(x, order, axis=-1) for x in (ids, values))
+    return Scored(own[:, 0].astype(np.float64), ranks[:, 0], likeliest, log_probs.astype(np.float64))
 
 
 def _may_lack(values: np.ndarray, k: int, n: int) -> bool:

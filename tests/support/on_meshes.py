@@ -43,7 +43,7 @@ def texts(model, options):
 
 def computed(model):
     """Return everything that is compared, as lists."""
-    score = model.score_ids(TEXT, stride=6, alternatives=3)
+    score = model.score_ids(3 * TEXT, stride=6, alternatives=3)  # three windows, the last one shorter
     return {
         "logits": model.backend.to_numpy(model.logits(IDS)).tolist(),
         "one row": model.backend.to_numpy(model.logits(IDS[:1])).tolist(),
@@ -91,7 +91,7 @@ def collectives(model, engine):
     _, cache = decoder.read([[1, 2, 3]] * 4, cache, 4)
     calls = {
         "step": lambda: decoder.read([[4]] * 4, cache, 4),
-        "score": lambda: decoder.score(TEXT[:9], 1, 0),
+        "score": lambda: decoder.score([(TEXT[:9], 1)], 0),
         "logits": lambda: decoder.logits(IDS),
     }
     found = {}
