@@ -68,18 +68,22 @@ DEPENDENCIES = [
 # the memory of what it compiles, and run with its own options. The others run with options that halve the time of
 # compiling.
 XLA = ["tensorflow", "jax"]
-NUMBERS = [f"portable_gpt2.testing.{name}" for name in ("ops", "model.test_logits", "model.test_text", "training")]
+NUMBERS = [
+    f"portable_gpt2.testing.{name}"
+    for name in ("ops", "model.test_logits", "model.test_text", "training.test_gradients", "training.test_optimizer")
+]
 COMPILED_AS_USED = [
     f"tests/test_{name}.py"
     for name in (
-        *("convolutions", "float64", "generate", "gradients", "kernels_of_jax", "kernels_of_tensorflow", "memory"),
-        *("numerics", "overwritten", "reproducible", "reproducible_training", "transforms", "warnings"),
+        *("convolutions", "float64", "gradients", "kernels_of_jax", "kernels_of_tensorflow", "memory", "numerics"),
+        *("overwritten", "reproducible", "reproducible_training", "warnings"),
     )
 ]
 FAST_COMPILER = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 # Most examples of a property have a shape of their own, for which XLA compiles. NumPy and PyTorch run all 50.
 FEWER_EXAMPLES = "--examples=20"
-# The processes of one run share the functions that JAX has compiled.
+# The sessions of one run share the wheel of the package, and their processes the functions that JAX has compiled.
+BUILT = tempfile.TemporaryDirectory(prefix="portable-gpt2-wheel-")
 COMPILED = tempfile.TemporaryDirectory(prefix="portable-gpt2-jax-")
 JAX_CACHE = {
     "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
@@ -102,11 +106,15 @@ def building() -> Iterator[dict[str, str]]:
 
 def install(session: nox.Session, extra: str = "", *groups: str) -> None:
     """Install a copy of the package, as a user's pip would, with an extra and the dependencies of some groups."""
-    package = f".[{extra}]" if extra else "."
+    if not any(Path(BUILT.name).iterdir()):
+        with building() as env:
+            session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", BUILT.name, ".", env=env)
+    package = f"{next(Path(BUILT.name).iterdir())}{f'[{extra}]' if extra else ''}"
     dependencies = nox.project.dependency_groups(PYPROJECT, *groups)
-    with building() as env:
-        # To compile all modules of all frameworks takes 23 s, and most of them are never imported.
-        session.install("--no-compile", package, *dependencies, "-c", "constraints.txt", env=env)
+    # In an environment that is used again, pip would keep a package of the same version.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "-qq", "portable-gpt2", silent=True)
+    # To compile all modules of all frameworks takes 23 s, and most of them are never imported.
+    session.install("--no-compile", package, *dependencies, "-c", "constraints.txt")
 
 
 def install_only(session: nox.Session, backend: str, *groups: str) -> None:
@@ -417,6 +425,8 @@ def docs(session: nox.Session) -> None:
     session.run("sphinx-build", *strict, "-b", builder, str(ROOT / "docs"), str(site), env=env)
     if builder == "html":
         session.run("python", str(ROOT / "tools" / "run_pages.py"), env=env)
+        env |= {"PORTABLE_GPT2_PAGES": "all"}
+        session.run("pytest", "--backend=none", "tests/test_add_a_backend.py", env=env)
 
 
 @nox.session(default=False, python=PYTHONS[0])

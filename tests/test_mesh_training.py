@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import once
 import pytest
 import train_divided as support
 
@@ -93,7 +94,11 @@ def ended(processes, stopped=None):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, jax, torch):
     """Train on all meshes, and return the directory that has the runs and the results of each process."""
-    found = tmp_path_factory.mktemp("meshes")
+    return once.filled(tmp_path_factory, "meshes", train_on_all)
+
+
+def train_on_all(found):
+    """Fill the directory. Each process of the meshes adds its results."""
     (found / "text.txt").write_text(TEXT)
     tasks = [["whole", name_of("jax", sizes, shard), sizes, shard] for _, sizes, shard in (*MESHES, *SHARDED)]
     tasks += [
@@ -120,7 +125,6 @@ def directory(tmp_path_factory, jax, torch):
         assert statuses == [0] * n, outputs
         assert [err for _, err in outputs] == [b""] * n  # gloo writes to stdout that it is connected
     support.trained(found / "one", one_device())
-    return found
 
 
 def one_device():
