@@ -183,13 +183,14 @@ class MeshDecoder(Decoder):
         ]
         arrays = [backend.to_numpy(x) for x in self._once(("score", k), make)(self.params, *given)]
         return [
-            _ranked(*(x[i, first - 1 : len(window) - 1] for x in arrays), alternatives)
+            _ranked([x[i, first - 1 : len(window) - 1] for x in arrays], alternatives)
             for i, (window, first) in enumerate(windows)
         ]
 
 
-def _ranked(own: np.ndarray, ranks: np.ndarray, values: np.ndarray, ids: np.ndarray, alternatives: int) -> Scored:
-    """Return the scores of a window from the results of `divided.scores` for one text."""
+def _ranked(found: list[np.ndarray], alternatives: int) -> Scored:
+    """Return the scores of a window from the results of `divided.scores` for it."""
+    own, ranks, values, ids = found
     for each in own.flat:
         check_finite(each)
     order = np.argsort(-values, axis=-1, kind="stable")[:, :alternatives]
