@@ -469,6 +469,8 @@ def _join() -> None:
         return
     number, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
     timeout = math.ceil(mesh_timeout())
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        jax.config.update("jax_enable_preemption_service", False)  # it would replace Python's handler of SIGTERM
     try:
         # Without numbers, JAX finds them itself under Slurm, Open MPI and Kubernetes. If a process sends no heartbeats,
         # JAX aborts the others. They should report an error before.

@@ -6,9 +6,11 @@ With PORTABLE_GPT2_MESHES=all, as in ``nox -s mesh``, they are also four process
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import mesh_processes
 import pytest
@@ -16,8 +18,9 @@ import tiny
 
 import portable_gpt2 as pg
 from portable_gpt2 import cli
-from portable_gpt2.mesh import parse
-from portable_gpt2.training import Trainer
+from portable_gpt2.cli import streams
+from portable_gpt2.mesh import Mesh, parse
+from portable_gpt2.training import Run, Trainer
 
 SCRIPT = mesh_processes.__file__
 MESHES = os.environ.get("PORTABLE_GPT2_MESHES") == "all"
@@ -49,16 +52,20 @@ def start(engine, n, arguments, stdin=""):
             [*torchrun, *arguments], input=stdin, capture_output=True, text=True, timeout=300, env=env
         )
         return done.returncode, done.stdout, done.stderr
+    processes = started_by_jax(n, arguments, env)
+    done = [process.communicate(stdin if i == 0 else "", timeout=300) for i, process in enumerate(processes)]
+    return max(p.returncode for p in processes), "".join(o for o, _ in done), "".join(e for _, e in done)
+
+
+def started_by_jax(n, arguments, env):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(n)}
+        env = env | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(n)}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    processes = [
+    return [
         subprocess.Popen([sys.executable, *arguments], env={**env, "JAX_PROCESS_ID": str(i)}, text=True, **pipes)
         for i in range(n)
     ]
-    done = [process.communicate(stdin if i == 0 else "", timeout=300) for i, process in enumerate(processes)]
-    return max(p.returncode for p in processes), "".join(o for o, _ in done), "".join(e for _, e in done)
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}-{run[2]}")
@@ -147,6 +154,133 @@ def test_process_0_alone_writes_and_reads_stdin(ran):
     assert out == "To be" + one.generate("To be", max_new_tokens=6, seed=seed) + "\n"
     assert err.count("<GPT2 of") == 1
     assert err.count("tokens/s") == 1
+
+
+def test_a_process_other_than_0_writes_no_page_and_no_plot(directory, tmp_path, monkeypatch, capsys, jax):
+    """Catches a page or a plot that each process writes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(streams, "_silent", [])
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
+    where = ["--backend", "jax", "--mesh", "data=1"]
+    assert cli.main(["train", "--data", "text.txt", "--out", "run", *TRAIN, *where]) == 0
+    for is_first in (False, True):
+        capsys.readouterr()
+        monkeypatch.setattr(Mesh, "is_first", is_first)
+        assert cli.main(["score", "text.txt", "--model", str(directory), "--html", "x.html", *where]) == 0
+        assert cli.main(["train", "--resume", "--out", "run", "--plot", "x.svg", *where]) == 0
+        out, err = capsys.readouterr()
+        assert [(tmp_path / name).exists() for name in ("x.html", "x.svg")] == [is_first] * 2
+        assert (out.count("perplexity"), err.count("wrote x.")) == (is_first, 2 * is_first)
+        assert is_first or (out, err) == ("", "")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_error_of_the_arguments_has_one_line(number):
+    """Catches a line of each process, before the processes are connected."""
+    env = {**os.environ, "RANK": str(number)}
+    command = [sys.executable, "-P", "-m", "portable_gpt2", "generate", "To", "--mesh", "rows=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1 - number)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("end", "status", "line"),
+    [
+        ("os.abort()", -signal.SIGABRT, "the line\n"),
+        ("os.kill(os.getpid(), signal.SIGABRT)", -signal.SIGABRT, "the line\n"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+        ("os._exit(3)", 3, ""),
+        ("pass", 0, ""),
+    ],
+)
+def test_a_process_that_a_library_aborts_leaves_a_line(end, status, line):
+    """Catches a process of JAX that ends without a word, and a line for another end."""
+    code = f"import os, signal; from portable_gpt2.cli import signals; signals.report_abort('the line', 2); {end}"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", line)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_process_of_a_mesh_that_gets_a_signal_says_how_to_continue(name):
+    """Catches a process other than 0 that ends without a word, because process 0 has ended."""
+    code = f"""
+import os, signal, sys
+from portable_gpt2 import cli
+from portable_gpt2.cli import commands, train
+train._run = lambda arguments: os.kill(os.getpid(), signal.{name})
+sys.argv = ["portable-gpt2", "train", "--resume", "--out", "run", "--mesh", "data=2"]
+cli.main()
+"""
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "1"})
+    assert (done.returncode, done.stdout) == (128 + getattr(signal, name), "")
+    assert done.stderr == (
+        f"portable-gpt2: this process got {name}, which torchrun sends if another process of the mesh has ended; to "
+        f"continue from the last checkpoint, on any mesh: portable-gpt2 train --resume --out run\n"
+    )
+
+
+if MESHES:
+
+    @pytest.mark.parametrize("command", ["score", "train"])
+    def test_process_0_alone_writes_files(directory, tmp_path, torch, command):
+        """Catches a page or a plot that each process writes. Each process has a directory of its own."""
+        (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
+        arguments = {
+            "score": ["../text.txt", "--model", str(directory), "--html", "x.html"],
+            "train": ["--data", "../text.txt", "--out", str(tmp_path / "run"), *TRAIN, "--plot", "x.svg"],
+        }[command]
+        script = [
+            SCRIPT,
+            "in_directories",
+            str(tmp_path),
+            command,
+            *arguments,
+            "--backend",
+            "torch",
+            "--mesh",
+            "data=2",
+        ]
+        status, out, err = start("torch", 2, script)
+        assert status == 0, err
+        assert [line for line in err.splitlines() if "wrote" in line] == [f"wrote {arguments[-1]}"]
+        assert out.count("perplexity") == (command == "score")
+        assert [path.name for path in (tmp_path / "0").iterdir()] == [arguments[-1]]
+        assert not [*(tmp_path / "1").iterdir()]
+
+    @pytest.mark.parametrize(("how", "number"), [("SIGKILL", 0), ("SIGKILL", 1), ("SIGSTOP", 1)])
+    def test_if_a_process_of_jax_is_killed_or_hangs_the_other_writes_one_line(jax, tmp_path, how, number):
+        """Catches a process that waits forever, and one that JAX aborts without a word."""
+        (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
+        run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+        command = ["-P", "-m", "portable_gpt2", "train", "--data", str(tmp_path / "text.txt"), "--out", str(run)]
+        more = ["--backend", "jax", "--mesh", "data=2", *TRAIN, "--steps", "1000000", "--eval-every", "4"]
+        timeout = "60" if how == "SIGSTOP" else "100"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": "", "PORTABLE_GPT2_MESH_TIMEOUT": timeout}
+        processes = started_by_jax(2, [*command, *more], env)
+        try:
+            end = time.monotonic() + 200
+            while not metrics.exists() or metrics.read_bytes().count(b"\n") < 12:
+                assert time.monotonic() < end
+                assert [process.poll() for process in processes] == [None, None]
+                time.sleep(0.2)
+            os.kill(processes[number].pid, getattr(signal, how))
+            out, err = processes[1 - number].communicate(timeout=30 + float(timeout) * (how == "SIGSTOP"))
+        finally:
+            for process in processes:
+                process.kill()
+        status = processes[1 - number].returncode
+        assert (status, out) == (-signal.SIGABRT if "aborted" in err else 2, "")
+        *_, last = lines = [line for line in err.splitlines() if not line.startswith("step ")]
+        assert len(lines) == (1 if number == 0 else 2)  # process 0 has written the number of parameters
+        lost = "portable-gpt2: another process of the mesh has ended, or does not answer: "
+        assert last.startswith((lost, "portable-gpt2: a library has aborted this process, probably because another "))
+        assert ("did not come within 60 s (PORTABLE_GPT2_MESH_TIMEOUT); to con" in last) == (how == "SIGSTOP")
+        assert last.endswith(f"portable-gpt2 train --resume --out {run}")
+        assert Run.open(run).restore(pg.get_backend("numpy")).step >= 8
 
 
 def test_an_error_of_a_command_has_one_line_and_a_status(directory, torch):

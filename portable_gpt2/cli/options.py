@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from ..backend import Backend
 from ..checkpoint import SHIPPED
 from ..checks import LARGEST, shown
 from ..language_model import GPT2
@@ -266,17 +267,27 @@ def add_mesh(command: argparse.ArgumentParser) -> None:
 
 
 def open_mesh(arguments: argparse.Namespace) -> Mesh | None:
-    """Return the mesh that the option of `add_mesh` describes, after connecting its processes.
-
-    From then on, only process 0 writes to stdout and stderr.
-    """
+    """Return the mesh that the option of `add_mesh` describes, after `connect`."""
     if arguments.mesh is None:
         return None
     for name, given in (("--reproducible", arguments.reproducible), ("--device", arguments.device)):
         if given:
             raise ValueError(f"{name} is for one device: leave out {name} or --mesh")
-    mesh = Mesh(get_backend(arguments.backend), arguments.mesh)
+    return connect(get_backend(arguments.backend), arguments.mesh)
+
+
+def connect(backend: Backend, sizes: dict[str, int], advice: str = "") -> Mesh:
+    """Return a mesh, after connecting its processes. From then on, only process 0 writes to stdout and stderr.
+
+    If a library aborts a process, a line says so, with the advice.
+    """
+    mesh = Mesh(backend, sizes)
     streams.share(mesh.is_first)
+    if not mesh.is_alone:
+        streams.report_abort(
+            f"portable-gpt2: a library has aborted this process, probably because another process of the mesh has ended"
+            f"{advice}"
+        )
     return mesh
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 TYPE_CHECKING = False  # defined here because the import of typing would take 3 ms
 
@@ -47,6 +48,35 @@ def clean_up_first() -> None:
             _set(signum, _exit)
 
 
+def report_abort(message: str, descriptor: int) -> None:
+    """Write a line to a descriptor if a library aborts this process, as JAX's does if process 0 of a mesh has ended.
+
+    No Python code runs in a process that is aborted. But Python writes the number of each signal to a pipe. Another
+    process reads from the pipe until this process has ended, and then writes the line.
+    """
+    import subprocess
+
+    if os.name != "posix" or not _set(signal.SIGABRT, _abort):
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    # In a session of its own, it does not get the terminal's Ctrl-C.
+    command = [sys.executable, "-I", "-S", "-c", _REPORT, str(int(signal.SIGABRT)), message]
+    subprocess.Popen(command, stdin=read, stdout=subprocess.DEVNULL, stderr=descriptor, start_new_session=True)
+    os.close(read)
+
+
+_REPORT = """
+import os, sys
+signals = b""
+while found := os.read(0, 1024):
+    signals += found
+if int(sys.argv[1]) in signals:
+    print(sys.argv[2], file=sys.stderr)
+"""
+
+
 def ignore() -> None:
     """Ignore all signals from now on, because the process is ending."""
     for signum in (signal.SIGINT, *_TERMINATING):
@@ -83,6 +113,12 @@ class Noted(list[int]):
 
 def _leave(signum: int, _: Any) -> None:
     os._exit(status(signum))
+
+
+def _abort(signum: int, _: Any) -> None:
+    """End the process as if there were no handler. If a library aborts the process, this is not called."""
+    _set(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
 
 
 def _exit(signum: int, _: Any) -> None:

@@ -14,6 +14,8 @@ import sys
 import warnings
 from typing import Any, BinaryIO
 
+from . import signals
+
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _closed: set[int] = set()
 """The descriptors that were closed when the process began."""
@@ -94,6 +96,12 @@ def share(is_first: bool) -> None:
 def is_shared() -> bool:
     """Return whether this may be one of several processes, of which the first alone writes."""
     return bool(_kept)
+
+
+def report_abort(message: str) -> None:
+    """Write a line to stderr if a library aborts this process, which may be one that is silent otherwise."""
+    if _kept:
+        signals.report_abort(_plain(message), _kept[1])
 
 
 def speak() -> None:

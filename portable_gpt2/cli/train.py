@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from ..training.recipe import Recipe
 from ..training.run import Run, check_new
 from ..training.trainer import State, Trainer, micro_batch_tokens
 from . import signals, streams
-from .options import add_backend, add_fields, at_least, flag, given_fields, progress, sizes
+from .options import add_backend, add_fields, at_least, connect, flag, given_fields, progress, sizes
 from .texts import Texts
 
 _SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ctx": 256}
@@ -146,10 +147,21 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return _run(arguments)
     except ProcessLost as error:
-        raise ProcessLost(
-            f"{error}; to continue from the last checkpoint, on any mesh: portable-gpt2 train --resume --out "
-            f"{arguments.out}"
-        ) from error
+        raise ProcessLost(f"{error}{_advice(arguments)}") from error
+    except SystemExit as ended:
+        if arguments.mesh is None or not streams.is_shared():
+            raise
+        assert isinstance(ended.code, int)  # as the handler of the signal raises it
+        streams.say(
+            f"portable-gpt2: this process got {signal.Signals(ended.code - 128).name}, which torchrun sends if another "
+            f"process of the mesh has ended{_advice(arguments)}",
+            always=True,
+        )
+        os._exit(ended.code)  # a framework would wait for the other processes
+
+
+def _advice(arguments: argparse.Namespace) -> str:
+    return f"; to continue from the last checkpoint, on any mesh: portable-gpt2 train --resume --out {arguments.out}"
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -233,11 +245,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Run, Trainer, State]:
 
 def _mesh(arguments: argparse.Namespace, backend: Backend) -> Mesh | None:
     """Return the mesh. From then on, only process 0 writes to stdout and stderr."""
-    if arguments.mesh is None:
-        return None
-    mesh = Mesh(backend, arguments.mesh)
-    streams.share(mesh.is_first)
-    return mesh
+    return None if arguments.mesh is None else connect(backend, arguments.mesh, _advice(arguments))
 
 
 def _trainer(

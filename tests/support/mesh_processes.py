@@ -1,9 +1,11 @@
 """One of the processes of a mesh: ``python mesh_processes.py ENGINE SIZES MODEL ROOM [ARGUMENT ...]``.
 
 It calls the methods of a model, and writes what they return to ROOM. With further arguments, it then runs the command.
+``python mesh_processes.py in_directories ROOM ARGUMENT ...`` only runs the command.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -79,5 +81,16 @@ def main(engine, sizes, source, room, *arguments):
         sys.exit(cli.main())
 
 
+def in_directories(room, *arguments):
+    """Run the command in a directory of this process alone."""
+    directory = Path(room, os.environ["RANK"])
+    directory.mkdir()
+    os.chdir(directory)
+    sys.argv = ["portable-gpt2", *arguments]
+    sys.exit(cli.main())
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "in_directories":
+        in_directories(*sys.argv[2:])
     main(*sys.argv[1:])
