@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import frameworks
@@ -258,6 +259,7 @@ class OneDevice(Namespace):
         return call
 
 
+WITHOUT_TAKE = {name: getattr(Namespace(), name) for name in dir(np) if name.islower() and name != "take"}
 TWO_DEVICES = {"devices": lambda self: {"cpu": "cpu", "cpu:1": "cpu:1"}}
 A_GPU = {"devices": lambda self: {"cpu": "cpu", "gpu:0": "gpu:0"}, "xp": OneDevice(), "kernels": {}}
 
@@ -271,6 +273,7 @@ DEFECTS = {
         function("take", lambda x, i, *, axis: np.take(x, np.clip(i, 0, x.shape[axis] - 2), axis=axis)),
     ),
     "sum in 16 bits": Defect("contract", "xp.sum", function("sum", sum_in_16_bits)),
+    "no take": Defect("contract", "the namespace has no take", {"xp": SimpleNamespace(**WITHOUT_TAKE), "kernels": {}}),
     "maximum of magnitudes": Defect("contract", "xp.max", function("max", lambda x, **o: np.max(abs(x), **o))),
     # One member of Backend
     "write off by one": Defect("contract", "Backend.write", {"write": write_one_off}),

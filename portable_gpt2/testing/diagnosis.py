@@ -302,6 +302,16 @@ def _not_deterministic(found: Evidence) -> str | None:
     return None
 
 
+def _absent(found: Evidence) -> str | None:
+    """Name a function that the namespace does not have."""
+    error = found.error
+    if isinstance(error, AttributeError) and error.obj is found.backend.xp:
+        return (
+            f"the namespace has no {error.name}. The docstring of Backend.xp lists the functions that `xp` must have."
+        )
+    return None
+
+
 def _float64_in_float32(found: Evidence) -> str | None:
     low, high = _FLOAT32_IN_FLOAT64
     if found.dtype != "float64" or not (low <= found.units <= high or found.is_beyond_float32):
@@ -450,6 +460,7 @@ def _member(found: Evidence) -> str | None:
 
 RULES: tuple[Callable[[Evidence], str | None], ...] = (
     _not_deterministic,
+    _absent,
     _device,
     _changed_argument,
     _of_the_namespace,
