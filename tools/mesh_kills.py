@@ -8,8 +8,9 @@ SIGKILL (or SIGSTOP), and the script checks that
 - the run continues, or starts again if it had no checkpoint, and its last weights, moments and metrics have the bits of
   the undisturbed run. With ``--then``, it continues on another mesh or backend, and may differ by rounding errors.
 
-The moments are spread over the life of a process: its start, its steps and checkpoints, and its end. The exit status is
-the number of runs in which a check failed.
+The moments are spread over the life of a process: its start, its steps and checkpoints, and its end. With JAX, they
+begin when the processes are connected, because they wait for each other for ten minutes before. The exit status is the
+number of runs in which a check failed.
 """
 
 import argparse
@@ -41,7 +42,11 @@ OPTIONS = (
     *("--steps", "8", "--warmup", "0", "--eval-every", "2"),
 )
 PATIENCE = 30
-LINE = "portable-gpt2: another process of the mesh has ended, or does not answer: "
+LINES = (
+    "portable-gpt2: another process of the mesh has ended, or does not answer: ",
+    "portable-gpt2: a library has aborted this process, probably because another process of the mesh has ended; ",
+    "portable-gpt2: this process got SIGTERM, which torchrun sends if another process of the mesh has ended; ",
+)
 
 
 class Forked:
@@ -215,12 +220,17 @@ def main() -> int:
         os.chdir(room)
         Path("text.txt").write_text("to be or not to be, that is the question. " * 200)
 
+        def await_connection(name: str, ids: dict[int, int]) -> None:
+            while chosen.engine == "jax" and not Path(name).exists() and all(map(is_running, ids.values())):
+                time.sleep(0.01)
+
         def begun(name: str) -> list[Any]:
             arguments = ["--data", "text.txt", "--out", name, *OPTIONS, *more]
             return start(chosen.engine, chosen.mesh, arguments, Path(f"{name}.log"), chosen.torchrun)
 
         started = begun("whole")
         ids = ranks(started, n)
+        await_connection("whole", ids)
         origin = time.monotonic()
         while any(map(is_running, ids.values())):
             time.sleep(0.01)
@@ -237,6 +247,7 @@ def main() -> int:
                 shutil.rmtree("run", ignore_errors=True)
                 started = begun("run")
                 ids = ranks(started, n)
+                await_connection("run", ids)
                 time.sleep(delay)
                 if is_running(ids[rank]):
                     break
@@ -260,7 +271,7 @@ def main() -> int:
             statuses = finish(started, 90)
             log = Path("run.log").read_text(errors="replace")
             lines = [line for line in log.splitlines() if line.startswith("portable-gpt2: ")]
-            lost = [line for line in lines if line.startswith(LINE)]
+            lost = [line for line in lines if line.startswith(LINES)]
             directory, last = Path("run"), None
             if directory.exists() and (directory / "training" / "checkpoints.json").exists():
                 run = Run.open(directory)
@@ -278,7 +289,8 @@ def main() -> int:
             same, difference = differences(results(directory), expected) if not any(resumed) else (False, None)
             found = {
                 "rank": rank, "after": round(delay, 2), "others ended after": round(ended, 2), "statuses": statuses,
-                "lines": len(lost), "other lines": [line for line in lines if line not in lost][:2],
+                "lines": [line[15:38] for line in lost],
+                "other lines": [line for line in lines if line not in lost][:2],
                 "checkpoint": last, "continued on": where, "same bits": same, "difference": difference,
             }  # fmt: skip
             is_early = last is None  # a process that has not joined the others is reported by torchrun

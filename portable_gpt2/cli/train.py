@@ -149,9 +149,8 @@ def run(arguments: argparse.Namespace) -> int:
     except ProcessLost as error:
         raise ProcessLost(f"{error}{_advice(arguments)}") from error
     except SystemExit as ended:
-        if arguments.mesh is None or not streams.is_shared():
+        if arguments.mesh is None or not streams.is_shared() or not isinstance(ended.code, int):
             raise
-        assert isinstance(ended.code, int)  # as the handler of the signal raises it
         streams.say(
             f"portable-gpt2: this process got {signal.Signals(ended.code - 128).name}, which torchrun sends if another "
             f"process of the mesh has ended{_advice(arguments)}",
