@@ -12,9 +12,11 @@ import on_meshes
 import pytest
 
 import portable_gpt2 as pg
+from portable_gpt2.generation.mesh_decoder import MeshDecoder
 from portable_gpt2.host import TIMEOUT_VARIABLE, mesh_timeout
 from portable_gpt2.mesh import Mesh, parse
 from portable_gpt2.params import shapes
+from portable_gpt2.sampling import Sampling
 from portable_gpt2.testing.plain_gpt2 import random_weights, truth_and_error
 
 # 61 rows of wte are not divisible by 2 or 4, so there is padding.
@@ -278,6 +280,15 @@ def test_logits_that_tie_with_the_last_of_top_k_are_not_lost(tmp_path, jax):
         expected = list(one.stream_ids([3, 4], max_new_tokens=8, **options))
         assert list(several.stream_ids([3, 4], max_new_tokens=8, **options)) == expected
     assert len(set(one.stream_ids([3, 4], max_new_tokens=20, top_k=3, seed=7))) > 3
+
+
+def test_a_batch_needs_as_many_logits_as_its_most_demanding_text():
+    """Catches a token that is sampled from fewer logits than its options need."""
+    decoder = types.SimpleNamespace(config=types.SimpleNamespace(n_vocab=1000))
+    greedy, three, nine = Sampling(temperature=0), Sampling(top_k=3), Sampling(top_k=9, top_p=0.5)
+    for samplings, n in (([greedy], 1), ([greedy, three], 3), ([nine, three], 9), ([greedy, Sampling(top_k=0)], None)):
+        assert MeshDecoder.n_largest(decoder, samplings) == n
+    assert MeshDecoder.n_largest(decoder, [three, Sampling(top_k=3, repetition_penalty=2)]) is None
 
 
 def test_scores_of_logits_that_are_far_apart(tmp_path, jax):

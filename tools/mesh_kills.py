@@ -293,9 +293,10 @@ def main() -> int:
                 "other lines": [line for line in lines if line not in lost][:2],
                 "checkpoint": last, "continued on": where, "same bits": same, "difference": difference,
             }  # fmt: skip
+            has_finished = len(statuses) == n and not any(each for i, each in enumerate(statuses) if i != rank)
             is_early = last is None  # a process that has not joined the others is reported by torchrun
             good = (
-                ended < limit and (len(lost) == len(others) or is_early)
+                ended < limit and (len(lost) == len(others) or is_early or has_finished)
                 and all(str(directory) in line for line in lost) and not any(resumed)
                 and (same or (where != chosen.mesh and difference is not None and difference < 1e-3))
             )  # fmt: skip
