@@ -18,8 +18,8 @@ import tiny
 
 import portable_gpt2 as pg
 from portable_gpt2 import cli
-from portable_gpt2.cli import streams
-from portable_gpt2.mesh import Mesh, parse
+from portable_gpt2.cli import streams, train
+from portable_gpt2.mesh import Mesh, MeshError, parse
 from portable_gpt2.training import Run, Trainer
 
 SCRIPT = mesh_processes.__file__
@@ -221,6 +221,49 @@ cli.main()
         f"portable-gpt2: this process got {name}, which torchrun sends if another process of the mesh has ended; to "
         f"continue from the last checkpoint, on any mesh: portable-gpt2 train --resume --out run\n"
     )
+
+
+def test_a_process_of_a_mesh_that_has_lost_another_says_how_to_continue():
+    """Catches a process that is silent, and a status that gets lost."""
+    code = """
+import sys
+from portable_gpt2 import cli
+from portable_gpt2.cli import commands, train
+from portable_gpt2.host import ProcessLost
+def lost(arguments):
+    raise ProcessLost("a sum failed")
+train._run = lost
+sys.argv = ["portable-gpt2", "train", "--resume", "--out", "run", "--mesh", "data=2"]
+cli.main()
+"""
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "1"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "portable-gpt2: another process of the mesh has ended, or does not answer: a sum failed; to continue from the "
+        "last checkpoint, on any mesh: portable-gpt2 train --resume --out run\n"
+    )
+
+
+def test_an_error_of_another_process_has_a_line_and_a_status(capsys, monkeypatch):
+    """Catches a process that ends as if its work were done."""
+
+    def fail(arguments):
+        raise MeshError("process 0 of the mesh: no space left")
+
+    monkeypatch.setattr(train, "_run", fail)
+    assert cli.main(["train", "--resume", "--out", "run"]) == 2
+    assert capsys.readouterr() == ("", "portable-gpt2: process 0 of the mesh: no space left\n")
+
+
+def test_training_stops_if_another_process_is_asked_to_stop(tmp_path, monkeypatch, capsys, jax):
+    """Catches a process that waits for one that has stopped, because only that one got the signal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Mesh, "agree", lambda mesh, flag: False)
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
+    command = ["train", "--data", "text.txt", "--out", "run", *TRAIN, "--backend", "jax", "--mesh", "data=1"]
+    assert cli.main(command) == 128 + signal.SIGTERM
+    assert "stopped after step 0 of 2; to continue: portable-gpt2 train --resume --out run" in capsys.readouterr().err
 
 
 if MESHES:
