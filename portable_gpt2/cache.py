@@ -266,7 +266,8 @@ def check_cache(cache: KVCache, tokens: Any, params: Params, config: GPT2Config)
     if owner is not backend:
         raise TypeError(f"the cache is of {owner.name} and tokens are of {backend.name}; make a new cache")
     batch, seq = backend.shape(tokens)
-    capacity = backend.shape(buffers[0])[-2]
+    first = backend.shape(buffers[0])
+    capacity = first[2] if len(first) == 4 else config.n_ctx  # another number of axes is refused below
     expected = (batch, config.n_head, capacity, config.head_size)
     for i, buffer in enumerate(buffers):
         if not _may_be_equal(shape := backend.shape(buffer), expected):

@@ -184,6 +184,11 @@ CACHES = {  # a function that spoils a cache, the error, its message
         ValueError,
         r"the cache of layer 1 has shape \[8\]",
     ),
+    "whose first array is a vector": (
+        lambda p, c: c._replace(k=(c.k[0][0, 0, 0, :], c.k[1])),
+        ValueError,
+        r"the cache of layer 0 has shape \[8\]",
+    ),
     "with a matrix in it": (
         lambda p, c: c._replace(v=(c.v[0], c.v[1][:, :, 0, 0])),
         ValueError,

@@ -576,10 +576,10 @@ print(json.dumps({"total": total, "points": len(range(1, total, step)), "outcome
 @pytest.mark.parametrize("mode", ["new", "force", "force, no exchange"])
 def test_after_a_kill_the_target_is_the_old_or_the_new_one_and_the_next_writer_removes_the_rest(source, older, mode):
     """Would catch half a checkpoint, one that is lost, and drafts that stay for ever; before lines of the code that
-    writes, as many as hypothesis has examples but 250 at most.
+    writes, as many as hypothesis has examples, but at least 10 and at most 250.
     """
     (older / "README.md").write_text("# Card")
-    points = min(250, hypothesis.settings.default.max_examples)
+    points = min(250, max(10, hypothesis.settings.default.max_examples))
     args = [str(source), str(older), str(older.parent.parent / "killed"), str(points), mode]
     found = json.loads(processes.run(f"import sys; sys.argv[1:] = {args!r}" + KILL).splitlines()[-1])
     print(f"{mode}: {found}")
