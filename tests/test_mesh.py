@@ -255,6 +255,15 @@ def test_the_frameworks_own_mesh_is_taken(directory, jax, expected):
     assert list(model.stream_ids([3, 4, 5], max_new_tokens=20, temperature=0)) == expected["texts"][0][1]
 
 
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_a_cache_has_all_heads_and_texts_and_a_device_half_of_them(directory, jax, axis):
+    """Catches the part of one device that the framework takes for the whole."""
+    decoder = pg.GPT2.load(directory, backend="jax", mesh={axis: 2})._decoder
+    for x in (decoder.new_cache(2, 16, None).k[0], decoder.grow_cache(decoder.new_cache(2, 8, None), 16).v[1]):
+        assert x.shape == (2, CONFIG.n_head, 16, CONFIG.head_size)
+        assert on_meshes.held(x) == x.size // 2
+
+
 @pytest.mark.parametrize("path", list(shapes(CONFIG)))
 def test_a_parameter_comes_back_from_the_mesh(directory, jax, path):
     """Catches queries, keys and values in the mesh's order, and rows of padding that are saved."""

@@ -37,9 +37,10 @@ from portable_gpt2.cli import commands  # noqa: F401  (a forked process need not
 from portable_gpt2.mesh import parse
 from portable_gpt2.training import Run
 
+STEPS = 8
 OPTIONS = (
     *("--n-layer", "1", "--n-head", "4", "--n-embd", "32", "--n-ctx", "32", "--vocab-size", "270", "--batch-size", "4"),
-    *("--steps", "8", "--warmup", "0", "--eval-every", "2"),
+    *("--steps", str(STEPS), "--warmup", "0", "--eval-every", "2"),
 )
 PATIENCE = 30
 LINES = (
@@ -293,10 +294,10 @@ def main() -> int:
                 "other lines": [line for line in lines if line not in lost][:2],
                 "checkpoint": last, "continued on": where, "same bits": same, "difference": difference,
             }  # fmt: skip
-            has_finished = len(statuses) == n and not any(each for i, each in enumerate(statuses) if i != rank)
             is_early = last is None  # a process that has not joined the others is reported by torchrun
+            is_late = last == STEPS  # the processes do not need each other any more
             good = (
-                ended < limit and (len(lost) == len(others) or is_early or has_finished)
+                ended < limit and (len(lost) == len(others) or is_early or is_late)
                 and all(str(directory) in line for line in lost) and not any(resumed)
                 and (same or (where != chosen.mesh and difference is not None and difference < 1e-3))
             )  # fmt: skip
