@@ -234,7 +234,8 @@ def properties(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Mutation testing of ops, gradients, sampling, model and cache with NumPy: under an hour on two cores.
 
-    ``nox -s mutants -- sampling`` takes minutes. A mutant that no test notices must be in tools/mutants.toml.
+    ``nox -s mutants -- sampling`` takes minutes, and ``nox -s mutants -- gradients.loss`` tests one function. A mutant
+    that no test notices must be in tools/mutants.toml.
     """
     install_only(session, "numpy", "test")
     session.run("python", str(ROOT / "tools" / "mutants.py"), *session.posargs)
@@ -460,7 +461,8 @@ def constraints(session: nox.Session) -> None:
 def coverage(session: nox.Session) -> None:
     """Measure which lines the tests of NumPy and of ball arithmetic run, and print the lines that they do not run.
 
-    Each property has one example. Arguments after ``--`` are passed to pytest. pyproject.toml says what is left out.
+    Each property has one example. Arguments after ``--`` are passed to pytest. pyproject.toml says what is left out,
+    and which percentage is the least. This takes 15 minutes of processor time.
     """
     install(session, "", "test", "coverage")
     room = Path(session.create_tmp(), "data").absolute()
@@ -475,7 +477,8 @@ def coverage(session: nox.Session) -> None:
     for tests in (numpy, *([f"--backend={name}", *PARTS[name]] for name in TOGETHER)):
         session.run(*run, *tests, env=env, success_codes=codes)
     session.run("coverage", "combine", "--quiet", env=env)
-    session.run("coverage", "report", env=env)
+    least = ["--fail-under=0"] if session.posargs else []  # chosen tests run few lines
+    session.run("coverage", "report", *least, env=env)
 
 
 @nox.session(default=False, venv_backend="none")

@@ -108,6 +108,14 @@ def test_stop_names_one_id_or_several(nameless):
     assert list(nameless.stream_ids([1, 2], max_new_tokens=30, seed=7, stop=[])) == ids
 
 
+def test_a_stop_that_fits_no_text_is_refused(model, nameless):
+    """Catches an empty string, at which every text would end before its first token, and a string among token ids."""
+    with pytest.raises(ValueError, match="stop names an empty string, which stands at the beginning of every text"):
+        model.generate("To be", stop="")
+    with pytest.raises(TypeError, match="stop names 'x'; expected token ids"):
+        nameless.stream_ids([1, 2], stop=[3, "x"])
+
+
 def test_nothing_may_be_asked_for(nameless, model):
     """Catches a crash at 0 tokens, in which a loop over lengths begins."""
     assert list(nameless.stream_ids([1, 2], max_new_tokens=0)) == []

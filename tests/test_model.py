@@ -542,6 +542,14 @@ def test_every_parameter_is_drawn_from_a_stream_of_its_own():
         np.testing.assert_array_equal(deep[path], one[path])
 
 
+def test_names_of_models_and_of_parameters_are_checked():
+    """Catches a KeyError for a model that was not published, and a scope that has no random numbers of its own."""
+    with pytest.raises(ValueError, match="no GPT-2 named 'gpt3' was published; choose one of 124M, gpt2, "):
+        pg.GPT2Config.published("gpt3")
+    with pytest.raises(TypeError, match="scope is 3; expected a path, such as 'h3/attn/c_attn'"):
+        pg.init_conv1d(3, 5, 3, backend="numpy")
+
+
 def test_init_conv1d_draws_what_init_params_does(backend):
     """Catches a layer that is initialised alone, in the portable way, to other values than within the model."""
     layer = pg.init_conv1d("h1/mlp/c_fc", 64, 256, seed=5, backend=backend)

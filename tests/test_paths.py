@@ -1,4 +1,4 @@
-"""Paths: an empty one is refused wherever a path is taken, since it would be the current directory."""
+"""Paths: an empty one is refused wherever a path is taken, since it would be the current directory, and others too."""
 
 import argparse
 import importlib
@@ -72,6 +72,30 @@ def test_an_empty_path_is_refused_by_every_function(name, empty, tmp_path, monke
         with pytest.raises(ValueError, match=f"{each.name} is an empty path; if it comes from a variable"):
             call(*instance, **given)
     assert os.listdir(tmp_path) == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        (3, TypeError, "source is 3; expected a path, as a str or a pathlib.Path"),
+        (b"model", TypeError, "source is b'model'; expected a path"),
+        ("a\0b", ValueError, "source is 'a.x00b', which holds a NUL character"),
+        ("\ud800", ValueError, "source is .*, which cannot be encoded as the name of a file"),
+    ],
+)
+def test_what_cannot_be_a_path_is_refused(path, error, message):
+    """Catches the errors of the operating system for such paths, which do not name the parameter."""
+    with pytest.raises(error, match=message):
+        pg.GPT2.load(path, backend="numpy")
+
+
+def test_a_current_directory_that_was_removed_is_named(tmp_path, monkeypatch):
+    """Catches a bare "No such file or directory" for a relative path."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError, match="it: the current directory no longer exists; give an absolute path"):
+        pg.GPT2.load("shakespeare", backend="numpy").save("it")
 
 
 def arguments():

@@ -493,6 +493,14 @@ def test_a_trainer_of_another_recipe_is_refused(run):
         next(train(found, other, found.restore(backend)))
 
 
+def test_a_run_whose_directory_was_trained_anew_must_be_opened_again(run):
+    """Catches the text of another run, of which the opened one has a number of training tokens."""
+    found = Run.open(run)
+    rewrite(run / RUN, put("n_training", 200))
+    with pytest.raises(pg.CheckpointError, match="belongs to another run than the one that was opened; open it again"):
+        found.tokens()
+
+
 # Beginning
 
 

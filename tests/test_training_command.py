@@ -268,6 +268,14 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(room):
     assert opened > 1
 
 
+def test_a_model_without_a_tokenizer_cannot_be_trained_on_text(command, room):
+    """Catches the training of a new tokenizer, whose ids mean other tokens than those that the model has learned."""
+    tiny.model(pg.get_backend("numpy")).save("nameless")
+    status, _, err = command("--data", "a.txt", "--init-from", "nameless", "--out", "run")
+    assert status == 2
+    assert "nameless: has no tokenizer, which training needs to read text" in err.splitlines()[-1]
+
+
 WRONG = [
     ([], "--data: give the files to train on, or --resume to continue a run"),
     (["--data", "nowhere.txt"], "nowhere.txt"),
