@@ -15,6 +15,7 @@ import time
 import mesh_processes
 import pytest
 import tiny
+from processes import heed_signals
 
 import portable_gpt2 as pg
 from portable_gpt2 import cli
@@ -203,19 +204,25 @@ def test_a_process_that_a_library_aborts_leaves_a_line(end, status, line):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_process_of_a_mesh_that_gets_a_signal_says_how_to_continue(name):
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [("SIGTERM", ""), ("SIGHUP", ""), ("SIGTERM", "signal.signal(signal.SIGINT, signal.SIG_IGN)")],
+    ids=["SIGTERM", "SIGHUP", "SIGTERM in the background"],
+)
+def test_a_process_of_a_mesh_that_gets_a_signal_says_how_to_continue(name, before):
     """Catches a process other than 0 that ends without a word, because process 0 has ended."""
     code = f"""
 import os, signal, sys
 from portable_gpt2 import cli
 from portable_gpt2.cli import commands, train
 train._run = lambda arguments: os.kill(os.getpid(), signal.{name})
+{before}
 sys.argv = ["portable-gpt2", "train", "--resume", "--out", "run", "--mesh", "data=2"]
 cli.main()
 """
     command = [sys.executable, "-P", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "1"})
+    env = {**os.environ, "RANK": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, preexec_fn=heed_signals)
     assert (done.returncode, done.stdout) == (128 + getattr(signal, name), "")
     assert done.stderr == (
         f"portable-gpt2: this process got {name}, which torchrun sends if another process of the mesh has ended; to "

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _TERMINATING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
+_is_ours = False
+"""Whether `leave_at_once` was called."""
+
 
 def status(signum: int) -> int:
     """Return the exit status by which a shell reports a signal."""
@@ -29,6 +32,8 @@ def leave_at_once() -> None:
     A KeyboardInterrupt is not reliable: inside an import or a callback of a framework, another error may replace it, or
     it may be printed and ignored.
     """
+    global _is_ours
+    _is_ours = True
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _set(signal.SIGINT, _leave)
 
@@ -40,9 +45,10 @@ def clean_up_first() -> None:
 
     If `leave_at_once` was not called, the process belongs to another program, and its handlers are not changed.
     """
-    if signal.getsignal(signal.SIGINT) is not _leave:
+    if not _is_ours:
         return
-    _set(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is _leave:  # a shell's script starts a background process with it ignored
+        _set(signal.SIGINT, signal.default_int_handler)
     for signum in _TERMINATING:
         if signal.getsignal(signum) is signal.SIG_DFL:
             _set(signum, _exit)
