@@ -65,7 +65,7 @@ def commands(block: Block) -> Iterator[tuple[str, str]]:
 def run_command(command: str, expected: str | None, room: Path, environment: dict[str, str]) -> str:
     """Run a command of the shell; return what is wrong, or nothing."""
     shell = ["bash", "-euo", "pipefail", "-c", command]
-    done = subprocess.run(shell, cwd=room, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(shell, cwd=room, env=environment, capture_output=True, text=True, timeout=3600)
     status = re.search(r"# exits with (\d+)", command)
     if done.returncode != (int(status[1]) if status else 0):
         return f"{command}\nexits with {done.returncode}:\n{done.stdout}{done.stderr}"
