@@ -31,8 +31,13 @@ ON_TORCH = [
     *([("torch", "data=2", False)] if ALL else []),
     ("torch", "data=2", True),
 ]
-# Meshes of more processes: four of PyTorch, and two of JAX.
-ON_MORE = [("torch-of-4", "data=2,model=2", True), ("jax-of-2", "data=2", False), ("jax-of-2", "model=2", False)]
+# Meshes of another number of processes.
+ON_MORE = [
+    ("torch-of-1", "data=1,model=1", False),
+    *(("torch-of-4", sizes, False) for sizes in ("data=2,model=2", "data=4", "model=4")),
+    *(("torch-of-4", sizes, True) for sizes in ("data=2,model=2", "data=4")),
+    *(("jax-of-2", sizes, False) for sizes in ("data=2", "model=2")),
+]
 TRAINED = [*MESHES, *SHARDED, *ON_TORCH, *(ON_MORE if ALL else [])]
 by_name = {"ids": lambda each: f"{each[0]}, {each[1]}{', sharded' if each[2] else ''}"}
 
@@ -118,10 +123,11 @@ def train_on_all(found):
         ["told", *COMMAND, "--out", "odd", "--steps", "8", "--batch-size", "3"],
     ]
     assert ended(started("torch", found, tasks, 2)) == ([SILENCE] * 2, [0] * 2)
-    for engine, n in (("torch", 4), ("jax", 2)) if ALL else ():
-        (found / engine).mkdir()
-        tasks = [["whole", f"../{name_of(*each)}", *each[1:]] for each in ON_MORE if each[0].startswith(engine)]
-        outputs, statuses = ended(started(engine, found / engine, tasks, n))
+    for engine, n in (("torch", 1), ("torch", 4), ("jax", 2)) if ALL else ():
+        name = f"{engine}-of-{n}"
+        (found / name).mkdir()
+        tasks = [["whole", f"../{name_of(*each)}", *each[1:]] for each in ON_MORE if each[0] == name]
+        outputs, statuses = ended(started(engine, found / name, tasks, n))
         assert statuses == [0] * n, outputs
         assert [err for _, err in outputs] == [b""] * n  # gloo writes to stdout that it is connected
     support.trained(found / "one", one_device())
