@@ -367,7 +367,6 @@ def loss(
     The returned function takes a factor that multiplies the gradient, 1 unless given.
     """
     if split.n == 1:
-        model.check_inputs(params, tokens, config, targets=1)
         check_params(params, config)
     xp, tape = backend_of(tokens).xp, _Tape()
     (variable,) = _tape_of(backend_of(tokens)).array_types

@@ -154,6 +154,14 @@ def test_tokens_that_are_floats_are_refused(loss):
         loss(params, TOKENS.astype(np.float32), CONFIGS["as published"])
 
 
+@pytest.mark.parametrize("loss", [pg.loss, gradients.loss], ids=["loss", "hand-written gradient"])
+def test_what_is_not_a_configuration_is_refused(loss):
+    """Catches an error about an attribute that the argument does not have."""
+    params = on_backend(pg.get_backend("numpy"), random_weights(CONFIGS["as published"]))
+    with pytest.raises(TypeError, match=r"^config is .*; expected a GPT2Config"):
+        loss(params, TOKENS, {"n_layer": 1})
+
+
 @pytest.mark.parametrize(("dtype", "scale"), [("float16", 1), ("bfloat16", 8)])
 def test_the_loss_of_16_bit_parameters_has_32_bits_and_its_gradient_16(dtype, scale):
     """Catches logits whose loss is computed in 16 bits, and a gradient in another dtype than the parameter's."""

@@ -109,6 +109,18 @@ def test_attention_of_many_queries_is_within_its_error_bound(backend, offset, ki
     judge(backend, q, k, v, mask)
 
 
+@pytest.mark.parametrize("op", [pg.attention_scores, pg.attention_weights, pg.attention])
+def test_a_query_sees_all_keys_unless_it_is_causal(backend, op):
+    """Catches a default that hides the keys after a query."""
+    q, k, v = head(np.random.default_rng(9), (2,), 3, 3, 4, "float32")
+    arrays = (q, k, v) if op is pg.attention else (q, k)
+    everything = np.ones((3, 3), bool)
+    expected = claims.results(op, backend, *arrays, everything)
+    for form, y in claims.results(op, backend, *arrays).items():
+        assert np.isfinite(y).all(), form
+        np.testing.assert_allclose(y, expected[form], rtol=1e-5, atol=1e-6, err_msg=form)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(3, 3), (2, 5), (1, 4)])
 def test_a_causal_query_sees_its_own_key_and_those_before_it(backend, queries, keys):
     """Catches a mask that is one off, and a cache, with more keys than queries, for which the mask is left out."""
