@@ -232,9 +232,9 @@ def properties(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def mutants(session: nox.Session) -> None:
-    """Mutation testing of ops, gradients, sampling, model and cache with NumPy: under an hour on two cores.
+    """Mutation testing of ops, gradients, sampling, model and cache with NumPy: ten minutes on two idle cores.
 
-    ``nox -s mutants -- sampling`` takes minutes, and ``nox -s mutants -- gradients.loss`` tests one function. A mutant
+    ``nox -s mutants -- sampling`` tests one module, and ``nox -s mutants -- gradients.loss`` one function. A mutant
     that no test notices must be in tools/mutants.toml.
     """
     install_only(session, "numpy", "test")

@@ -3,6 +3,8 @@
 import os
 import time
 
+PATIENCE = 1800  # seconds; a process that was killed fills nothing
+
 
 def filled(tmp_path_factory, name, fill):
     """Return a directory that `fill` has filled, in one process of pytest-xdist while the others wait."""
@@ -13,7 +15,9 @@ def filled(tmp_path_factory, name, fill):
     try:
         found.mkdir()
     except FileExistsError:
+        end = time.monotonic() + PATIENCE
         while not is_filled.exists():
+            assert time.monotonic() < end, f"another process has not filled the directory within {PATIENCE} s"
             assert not failed.exists(), "another process could not fill the directory; its error is shown there"
             time.sleep(0.1)
         return found

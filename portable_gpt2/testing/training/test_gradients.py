@@ -148,7 +148,7 @@ OPS = {  # the op in plain NumPy; its differentiable arrays; the op, and its gra
             lambda q, k, v: pg.attention(q, k, v, causal=True, scale=0.7),
             lambda q, k, v, dy: gradients.attention(q, k, v, causal=True, scale=0.7)[1](dy),
         )
-        for batch, m, n, d in ((2, 1, 1, 5), (2, 2, 2, 5), (2, 7, 7, 5), (3, 3, 5, 3), (2, 1, 2, 2))
+        for batch, m, n, d in ((2, 1, 1, 5), (2, 2, 2, 5), (2, 7, 7, 5), (3, 3, 5, 3), (2, 1, 2, 5), (2, 1, 2, 2))
     },
     "embed": (
         lambda w: w[IDS],
